@@ -1,0 +1,38 @@
+"""Networks by name, each with or without reverse attention."""
+
+from functools import partial
+
+from torch import nn
+
+from models.preactresnet import PreActResNet
+from models.resnet import ResNet
+from models.reverse_attention import Heads, ReverseAttentionNetwork
+from models.wideresnet import WideResNet
+
+__all__ = ["ARCHS", "Heads", "ReverseAttentionNetwork", "build_model"]
+
+ARCHS = {
+    "ResNet18": ResNet,
+    "WRN-34-10": partial(WideResNet, depth=34),
+    "WRN-28-10": partial(WideResNet, depth=28),
+    "PreActResNet18": PreActResNet,
+}
+
+
+def build_model(
+    arch: str, num_classes: int, *, reverse_attention: bool = True, width: int | None = None, image_size: int = 32
+) -> nn.Module:
+    """Build a network with fresh weights.
+
+    arch: a key of `ARCHS`. width: channels of the first stage (ResNet18, PreActResNet18; default 64) or widen factor
+    (WRN-*; default 10). image_size: side of the square images, a multiple of 8, at least 16; only PreActResNet18's
+    classifier depends on it. Errors: ValueError for an unknown arch (it lists the known ones) or a size out of range.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}; known: {', '.join(ARCHS)}")
+    if image_size < 16 or image_size % 8:
+        raise ValueError(f"image_size is {image_size}; it must be a multiple of 8, at least 16")
+    if num_classes < 2 or (width is not None and width < 1):
+        raise ValueError(f"num_classes is {num_classes} and width {width}; at least 2 and 1 are needed")
+    sizes = {"image_size": image_size} if width is None else {"image_size": image_size, "width": width}
+    return ARCHS[arch](num_classes, reverse_attention, **sizes)

@@ -1,0 +1,61 @@
+"""PreActResNet-18 for small images (He et al., arXiv 1603.05027)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.reverse_attention import ReverseAttentionNetwork
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-conv plus shortcut; where shapes change, the shortcut starts behind the first ReLU."""
+
+    conv_bn = (("conv1", "bn2"),)
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+class PreActResNet(ReverseAttentionNetwork):
+    """PreActResNet-18: channels width * (1, 2, 4, 8), one final BatchNorm, which both RA blocks share.
+
+    Pooling is over 4x4 windows as published, so an image of 64x64 (a map of 8x8) has 2x2 cells and F = 4 * 8 * width.
+    """
+
+    pool_window = 4
+
+    def __init__(self, num_classes: int, reverse_attention: bool, width: int = 64, image_size: int = 32) -> None:
+        super().__init__()
+        self.reverse_attention = reverse_attention
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.layer1 = nn.Sequential(PreActBlock(width, width, 1), PreActBlock(width, width, 1))
+        self.layer2 = nn.Sequential(PreActBlock(width, 2 * width, 2), PreActBlock(2 * width, 2 * width, 1))
+        self.layer3 = nn.Sequential(PreActBlock(2 * width, 4 * width, 2), PreActBlock(4 * width, 4 * width, 1))
+        self.layer4 = nn.Sequential(PreActBlock(4 * width, 8 * width, 2), PreActBlock(8 * width, 8 * width, 1))
+        self.bn = nn.BatchNorm2d(8 * width)
+        cells = max(1, image_size // 8 // self.pool_window) ** 2
+        self.linear = nn.Linear(8 * width * cells, num_classes)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.linear
+
+    def trunk(self, x: Tensor) -> Tensor:
+        return self.layer3(self.layer2(self.layer1(self.conv1(x))))
+
+    def last_blocks(self) -> nn.Sequential:
+        return self.layer4
+
+    def activate(self, z: Tensor) -> Tensor:
+        return F.relu(self.bn(z))

@@ -1,0 +1,59 @@
+"""Weights and inputs of the golden numbers, rebuilt from their rules (tests/golden/README.md)."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import build_model
+
+FOLDER = Path(__file__).parent / "golden"
+ARCHS = {"ResNet18": "ResNet18", "PreActResNet18": "PreActResNet18", "WRN34_10": "WRN-34-10", "WRN28_10": "WRN-28-10"}
+
+
+def published_shapes(name):
+    shapes = json.loads((FOLDER / f"{name}.keys.json").read_text())
+    return {key: tuple(shape) for key, shape in shapes.items() if "sub_block1" not in key}
+
+
+def golden_value(key, shape):
+    a = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    if key.endswith("running_mean"):
+        return 0.1 * a
+    if key.endswith("running_var"):
+        return 1 + 0.5 * np.abs(a)
+    if len(shape) == 1:
+        return 1 + 0.1 * a if key.endswith("weight") else 0.1 * a
+    return a * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+
+
+class GoldenNetwork:
+    """A network of the golden files: `arrays`, the filled `model`, inputs `x`, `y` and the attacks' `start`."""
+
+    def __init__(self, name):
+        self.arrays = np.load(FOLDER / f"{name}.npz")
+        self.meta = json.loads(str(self.arrays["meta"]))
+        self.model = build_model(
+            ARCHS[name.removesuffix("_RA")],
+            self.meta["classes"],
+            reverse_attention=name.endswith("_RA"),
+            image_size=self.meta["size"],
+        )
+        state = {
+            key: torch.from_numpy(np.asarray(golden_value(key, tuple(value.shape)), np.float32))
+            for key, value in self.model.state_dict().items()
+            if not key.endswith("num_batches_tracked")
+        }
+        self.model.load_state_dict(state, strict=False)
+        self.model.eval()
+        shape = (self.meta["n"], 3, self.meta["size"], self.meta["size"])
+        rs = np.random.RandomState(self.meta["x_seed"])
+        self.x = torch.from_numpy(rs.rand(*shape).astype(np.float32))
+        self.y = torch.from_numpy(rs.randint(0, self.meta["classes"], shape[0]))
+        noise = np.random.RandomState(self.meta["x_seed"] + 1).standard_normal(shape).astype(np.float32)
+        self.start = self.x + 0.001 * torch.from_numpy(noise)
+
+    def __getitem__(self, key):
+        return torch.from_numpy(np.asarray(self.arrays[key]))

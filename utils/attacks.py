@@ -1,0 +1,124 @@
+"""L-infinity attacks: one loop, and the one context in which attacks see a network."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from models import Heads
+from utils.losses import kl_divergence, over_heads
+
+Objective = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the network that attacks call: `model` in eval mode, its parameters without gradients.
+
+    It is a copy, so that `model` itself, its mode, its statistics and its gradients stay untouched whatever happens.
+    In the copy each BatchNorm that follows a convolution is folded into it and the memory format is channels-last;
+    logits agree with the unfolded network's up to rounding. Weights are those at entry: enter anew after each update.
+    """
+    net = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(net.modules()):
+        for conv_name, bn_name in getattr(module, "conv_bn", ()):
+            _fold(module, conv_name, bn_name)
+    yield net.to(memory_format=torch.channels_last)
+
+
+def _fold(block: nn.Module, conv_name: str, bn_name: str) -> None:
+    """Fold a BatchNorm in eval mode into the convolution before it; nothing to do where the block has no such pair."""
+    try:
+        conv, bn = block.get_submodule(conv_name), block.get_submodule(bn_name)
+    except AttributeError:  # a block whose shortcut is the identity
+        return
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    block.set_submodule(bn_name, nn.Identity())
+
+
+def linf_pgd(
+    x: Tensor,
+    objective: Objective,
+    eps: float,
+    step_size: float,
+    steps: int,
+    start: Tensor,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Ascend `objective` inside the L-infinity ball of radius eps around x, by signs of gradients.
+
+    x: (N, 3, H, W) in [0, 1], the centre. objective: images -> scalar; where it is a sum over images, each image is
+    attacked by itself. eps, step_size: in units of [0, 1]. start: x_0, used as it is, which may leave ball and [0, 1].
+    Then `steps` times x_{t+1} = clip_[0,1](clip_{x +- eps}(x_t + step_size * sign(gradient at x_t))).
+    on_step(t, x_t), t from 1, sees every iterate. Returns x_steps, (N, 3, H, W), detached, in ball and [0, 1].
+    Source: PGD, Madry et al., arXiv 1706.06083.
+    """
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    adversarial = start.detach()
+    for step in range(1, steps + 1):
+        with torch.enable_grad():
+            adversarial.requires_grad_()
+            (gradient,) = torch.autograd.grad(objective(adversarial), adversarial)
+        adversarial = torch.clamp(adversarial.detach() + step_size * gradient.sign(), low, high)
+        if on_step is not None:
+            on_step(step, adversarial)
+    return adversarial
+
+
+def cross_entropy_over_heads(net: nn.Module, labels: Tensor, auxiliary_weight: float) -> Objective:
+    """Objective of the untargeted training attack and of `pgd40_heads`: cross-entropy over heads, summed over images.
+
+    A sum, not the mean, so that no image's gradient depends on the size of its batch; signs are the same.
+    """
+
+    def criterion(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    return lambda x: over_heads(criterion, net(x, heads=True), auxiliary_weight=auxiliary_weight)
+
+
+def kl_over_heads(net: nn.Module, natural: Heads, auxiliary_weight: float) -> Objective:
+    """Objective of TRADES' own training attack: KL from the natural prediction, over heads."""
+    return lambda x: over_heads(kl_divergence, natural, net(x, heads=True), auxiliary_weight=auxiliary_weight)
+
+
+def cross_entropy(net: nn.Module, labels: Tensor) -> Objective:
+    """Objective of FGSM and PGD in evaluation: cross-entropy of the final logits, summed over images."""
+    return lambda x: F.cross_entropy(net(x), labels, reduction="sum")
+
+
+def margin(net: nn.Module, labels: Tensor) -> Objective:
+    """Objective of CW: largest other logit less the label's, summed over images (arXiv 1608.04644, f_6, no cut-off)."""
+    own = labels[:, None]
+
+    def objective(x: Tensor) -> Tensor:
+        logits = net(x)
+        other = logits.scatter(1, own, -torch.inf).max(1).values
+        return (other - logits.gather(1, own).squeeze(1)).sum()
+
+    return objective
+
+
+def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x + 0.001 * N(0, 1), not clipped: where the attacks of training start."""
+    return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
+
+
+def image_noise(x: Tensor, indices: Tensor, seed: int, kind: str) -> Tensor:
+    """Noise like x (N, 3, H, W) for evaluation: `normal` N(0, 1) or `uniform` in [-1, 1).
+
+    Each image's noise depends on the seed and on its index in the data set alone, not on the batch or the device.
+    """
+    noise = np.empty(x.shape, np.float32)
+    for row, index in zip(noise, indices.tolist(), strict=True):
+        rng = np.random.default_rng((seed, index))
+        row[:] = rng.standard_normal(row.shape, np.float32) if kind == "normal" else rng.random(row.shape, np.float32)
+    noise = torch.from_numpy(noise).to(x.device)
+    return noise if kind == "normal" else 2 * noise - 1
