@@ -1,0 +1,19 @@
+"""ANCRA on ResNet-18, CIFAR-10.
+
+    python train_CIFAR10_ResNet.py                       the published recipe
+    python train_CIFAR10_ResNet.py --dataset digits      minutes on a laptop, nothing to download
+    python train_CIFAR10_ResNet.py --method mart         another objective: pgd, trades, mart
+    python train_CIFAR10_ResNet.py --resume              continue where the run stopped
+"""
+
+from utils.options import train
+
+if __name__ == "__main__":
+    train(
+        __doc__,
+        arch="ResNet18",
+        dataset="cifar10",
+        lr=0.01,
+        weight_decay=2e-4,
+        model_dir="./model/ANCRA",
+    )

@@ -1,0 +1,19 @@
+"""ANCRA on PreActResNet-18, Tiny-ImageNet.
+
+    python train_Tiny_ImageNet_PreActResNet.py                       the published recipe
+    python train_Tiny_ImageNet_PreActResNet.py --dataset digits      minutes on a laptop, nothing to download
+    python train_Tiny_ImageNet_PreActResNet.py --method mart         another objective: pgd, trades, mart
+    python train_Tiny_ImageNet_PreActResNet.py --resume              continue where the run stopped
+"""
+
+from utils.options import train
+
+if __name__ == "__main__":
+    train(
+        __doc__,
+        arch="PreActResNet18",
+        dataset="tiny-imagenet",
+        lr=0.1,
+        weight_decay=5e-4,
+        model_dir="./model/ANCRA-PreActResNet18-TRADES",
+    )

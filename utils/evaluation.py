@@ -1,0 +1,154 @@
+"""Evaluating a network: verdicts image by image, and the table of test_white_attack.py."""
+
+import argparse
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.attacks import cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd, margin
+from utils.checkpoints import checkpoint_file, load_model
+from utils.data import Split, as_input, batches, load_split, shuffled
+from utils.options import BY_DATASET, UsageError
+
+# An attack: (network, images (N, 3, H, W) in [0, 1], labels (N,), indices (N,) in the data set) -> adversarial images
+Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def verdicts(
+    net: nn.Module,
+    split: Split,
+    batch_size: int,
+    attack: Attack | None = None,
+    candidates: Tensor | None = None,
+    progress: Callable[[int], None] = lambda images: None,
+) -> Tensor:
+    """Which images of a split the network classifies right, attacked or not -> (N,) bool on the CPU.
+
+    net: what `frozen` yields. candidates: (N,) bool, the images worth attacking, those right without the attack; the
+    others count as wrong, so that the figure stays one of the whole split. progress(images) is called after each batch.
+    """
+    right = torch.zeros(len(split.labels), dtype=torch.bool)
+    chosen = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
+    for indices in batches(chosen, batch_size):
+        if not len(indices):
+            break
+        batch = split.take(indices.to(split.labels.device))
+        x = as_input(batch.images)
+        if attack is not None:
+            x = attack(net, x, batch.labels, indices)
+        with torch.no_grad():
+            right[indices] = (net(x).argmax(1) == batch.labels).cpu()
+        progress(len(indices))
+    return right
+
+
+def percent(right: Tensor) -> float:
+    """Share of true verdicts, in percent."""
+    return 100 * right.double().mean().item()
+
+
+def pgd40_heads(eps: float, step_size: float, auxiliary_weight: float, seed: int) -> Attack:
+    """The PGD-40 that selects epochs: cross-entropy over heads, from x + 0.001 N(0, 1)."""
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        start = x + 0.001 * image_noise(x, indices, seed, "normal")
+        return linf_pgd(x, cross_entropy_over_heads(net, labels, auxiliary_weight), eps, step_size, 40, start)
+
+    return attack
+
+
+def white_box(objective: Callable, eps: float, step_size: float, steps: int, random: bool, seed: int) -> Attack:
+    """An attack of the README's table: `steps` on objective(net, labels) of the final logits, the last iterate counts.
+
+    random: start uniformly in the ball, unclipped; otherwise at the image.
+    """
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        start = x + eps * image_noise(x, indices, seed, "uniform") if random else x
+        return linf_pgd(x, objective(net, labels), eps, step_size, steps, start)
+
+    return attack
+
+
+def subset(split: Split, limit: int | None) -> Split:
+    """The first `limit` images after a fixed shuffle, all of them where limit is None or larger."""
+    if limit is None or limit >= len(split.labels):
+        return split
+    return split.take(shuffled(len(split.labels), 0)[:limit])
+
+
+def pick_device(device: str, no_cuda: bool) -> torch.device:
+    """The device of --device and --no-cuda; UsageError where it is unknown or not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        picked = None
+    if picked is None or picked.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is none of auto, cpu, cuda, cuda:N")
+    if picked.type == "cuda":
+        if no_cuda:
+            raise UsageError(f"--device {device} and --no-cuda contradict each other; give one of them")
+        if (picked.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    return picked
+
+
+def white_attack(options: argparse.Namespace) -> None:
+    """Evaluate a checkpoint under natural images, FGSM, PGD and CW; print a table and append it to test.log."""
+    device = pick_device(options.device, options.no_cuda)
+    file = checkpoint_file(options.ckpt_url)
+    model, info = load_model(
+        file, device, arch=options.arch, width=options.width, image_size=options.image_size, dataset=options.dataset,
+        reverse_attention=False if options.no_ra else None,
+    )  # fmt: skip
+    dataset = info["dataset"] or "cifar10"
+    split = load_split(dataset, "test", options.data_dir, info["image_size"])
+    if len(split.classes) != info["num_classes"]:
+        raise UsageError(f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "
+                         "name the data set it was trained on by --dataset")  # fmt: skip
+    split = subset(split, options.limit_test).to(device)
+    own = BY_DATASET[dataset]  # a data set's eps and step, unless given
+    eps, step_size = (
+        getattr(options, key) if key in options.given else own.get(key, getattr(options, key))
+        for key in ("epsilon", "step_size")
+    )
+    settings = dict(eps=eps, random=options.random, seed=options.seed)
+    attacks = {
+        "natural": None,
+        "FGSM": white_box(cross_entropy, step_size=eps, steps=1, **settings),
+        f"PGD-{options.num_steps}": white_box(
+            cross_entropy, step_size=step_size, steps=options.num_steps, **settings
+        ),
+        f"CW-{max(1, options.num_steps // 2)}": white_box(
+            margin, step_size=step_size, steps=max(1, options.num_steps // 2), **settings
+        ),
+    }
+    ra = "with" if info["reverse_attention"] else "without"
+    lines = [
+        f"{datetime.now():%Y-%m-%d %H:%M:%S} {file}",
+        f"{info['arch']} {ra} reverse attention, {dataset}, {len(split.labels)} test images, "
+        f"eps {eps:.5g}, step {step_size:.5g}, {'random' if options.random else 'natural'} start, seed {options.seed}",
+        f"{'attack':<10} {'accuracy %':>10}",
+    ]
+    natural = None
+    with frozen(model) as net:
+        for name, attack in attacks.items():
+            with tqdm(total=len(split.labels), desc=name, unit="img", leave=False, disable=None) as bar:
+                right = verdicts(net, split, options.test_batch_size, attack, natural, progress=bar.update)
+            natural = right if attack is None else natural
+            lines.append(f"{name:<10} {percent(right):>10.2f}")
+    print("\n".join(lines[1:]))
+    log = Path(options.log_path) if options.log_path else file.parent / "test.log"
+    try:
+        with open(log, "a") as out:
+            out.write("\n".join(lines) + "\n\n")
+    except OSError as error:
+        raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
+
+

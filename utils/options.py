@@ -1,0 +1,375 @@
+"""Command lines: flags, defaults and what a wrong use says. Imports nothing slow, so that --help answers at once.
+
+A setting comes from, in rising order: the published recipe below, the script's own recipe, the data set's, the command.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
+DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
+STRATEGIES = ("random", "soft", "hard", "easy")
+AUGMENTATIONS = ("crop-flip", "crop", "none")
+
+TRAINING = {
+    "method": "trades",
+    "dataset": "cifar10",
+    "arch": "ResNet18",
+    "no_ra": False,
+    "no_anc": False,
+    "batch_size": 128,
+    "test_batch_size": 100,
+    "epochs": 120,
+    "milestones": [75, 90, 100],
+    "lr": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 2e-4,
+    "epsilon": 8 / 255,
+    "num_steps": 10,
+    "step_size": 0.007,
+    "inner": "ce",
+    "beta": 6.0,
+    "alpha": 1.0,
+    "zeta": 3.0,
+    "cr_beta": 2.0,
+    "strategy": "random_adv",
+    "warmup_epochs": 10,
+    "sample_class_number": 1,
+    "sample_number": 1,
+    "width": None,
+    "image_size": 32,
+    "augmentation": "crop-flip",
+    "val_size": 0,
+    "limit_train": None,
+    "limit_test": None,
+    "eval_interval": 1,
+    "log_interval": 100,
+    "save_freq": 10,
+    "seed": 1,
+    "data_dir": "./data",
+    "model_dir": "./model/ANCRA",
+    "restart_epoch": 0,
+    "ckpt_url": None,
+    "resume": None,
+    "device": "auto",
+    "no_cuda": False,
+}
+
+EVALUATION = {
+    "ckpt_url": None,
+    "dataset": None,
+    "arch": None,
+    "no_ra": False,
+    "width": None,
+    "image_size": None,
+    "test_batch_size": 200,
+    "epsilon": 8 / 255,
+    "num_steps": 40,
+    "step_size": 0.007,
+    "random": True,
+    "limit_test": None,
+    "seed": 1,
+    "data_dir": "./data",
+    "log_path": None,
+    "device": "auto",
+    "no_cuda": False,
+}
+
+# What a data set changes: digits are small and few, so the whole recipe is its own; the paper's three keep the published
+# one but for what makes no sense (a digit or a Tiny-ImageNet image is not flipped or cropped).
+BY_DATASET = {
+    "cifar10": {},
+    "cifar100": {},
+    "tiny-imagenet": {"image_size": 64, "augmentation": "none"},
+    "digits": {
+        "image_size": 16,
+        "width": 16,
+        "augmentation": "none",
+        "epsilon": 0.1,
+        "step_size": 0.02,
+        "epochs": 30,
+        "milestones": [20, 26],
+        "lr": 0.03,
+    },
+    "folder": {},
+}
+
+# On --resume the run's own settings win, but for these, which do not change what is computed, only how far and where.
+FREE_ON_RESUME = (
+    "epochs", "eval_interval", "log_interval", "save_freq", "test_batch_size", "data_dir", "device", "no_cuda",
+)  # fmt: skip
+
+
+class UsageError(Exception):
+    """Something the user can mend; one line on standard error, exit status 2."""
+
+
+class RunError(Exception):
+    """The run failed; one line on standard error, exit status 1."""
+
+
+class Stopped(Exception):
+    """Interrupted or terminated, resumable. args: the signal's number and a line for the user; exit status 128 + signal."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in both spellings (--model-dir, --model_dir), no abbreviations, errors of one line."""
+
+    def __init__(self, doc: str, defaults: dict) -> None:
+        super().__init__(
+            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )  # fmt: skip
+        self.defaults = defaults
+
+    def flag(self, *names: str, help: str, **kwargs: object) -> None:
+        """Add a flag given by its spellings with dashes, the first one naming the setting."""
+        name = names[0].removeprefix("--").replace("-", "_")
+        underscored = ["--" + n.removeprefix("--").replace("-", "_") for n in names if n.startswith("--")]
+        dashed = [n.replace("_", "-") for n in underscored]
+        spellings = dict.fromkeys([*names, *underscored, *dashed])
+        default = self.defaults[name]
+        if default is not None and kwargs.get("action") != "store_true":
+            help += f" (default: {_shown(default)}{self._by_dataset(name)})"
+        self.add_argument(*spellings, dest=name, help=help.replace("%", "%%"), **kwargs)
+
+    def _by_dataset(self, name: str) -> str:
+        others = {d: v[name] for d, v in BY_DATASET.items() if name in v and v[name] != self.defaults[name]}
+        return "".join(f"; {d}: {_shown(value)}" for d, value in others.items())
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str], float]:
+    """A parser of real numbers in [low, high], fractions such as 8/255 included."""
+
+    def parse(text: str) -> float:
+        try:
+            over, _, under = text.partition("/")
+            value = float(over) / float(under) if under else float(over)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)) or (open_low and value == low):
+            bound = f"above {low:g}" if open_low else f"of at least {low:g}"
+            bound += "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
+        return value
+
+    return parse
+
+
+def whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """A parser of whole numbers in [low, high]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            bound = f"of at least {low}" if high == 2**31 - 1 else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
+        return value
+
+    return parse
+
+
+def milestones(text: str) -> list[int]:
+    """Epochs, rising, separated by commas; `none` for none."""
+    if text == "none":
+        return []
+    epochs = [whole(1)(part) for part in text.split(",")]
+    if epochs != sorted(set(epochs)):
+        raise argparse.ArgumentTypeError(f"{text!r} does not rise; write epochs such as 75,90,100")
+    return epochs
+
+
+def image_size(text: str) -> int:
+    """Side of an image: a multiple of 8 from 16 on, so that every stage's map has at least 2x2 cells."""
+    value = whole(16, 1024)(text)
+    if value % 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8")
+    return value
+
+
+def truth(text: str) -> bool:
+    """True or False, in the usual spellings."""
+    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return known[text.lower()]
+
+
+def path(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path")
+    return text
+
+
+def _data_flags(parser: Parser) -> None:
+    parser.flag("--dataset", choices=DATASETS, help="data set")
+    parser.flag("--data-dir", type=path, metavar="DIR", help="where data sets lie or are downloaded to; for `folder`, "
+                "the one with train/<class>/ and test/<class>/ or val/<class>/")  # fmt: skip
+    parser.flag("--image-size", type=image_size, metavar="N", help="side of the images of digits and folder")
+    parser.flag("--limit-test", type=whole(1), metavar="N", help="evaluate on N images only, for trials")
+
+
+def _network_flags(parser: Parser) -> None:
+    parser.flag("--arch", choices=ARCHS, help="network")
+    parser.flag("--width", type=whole(1, 1024), metavar="N",
+                help="channels of the first stage (default 64), or a WRN's widen factor (default 10); digits: 16, WRN 1")  # fmt: skip
+    parser.flag("--no-ra", action="store_true", help="without reverse attention")
+
+
+def _device_flags(parser: Parser) -> None:
+    parser.flag("--seed", type=whole(0), metavar="N", help="seed of all that is random")
+    parser.flag("--device", type=path, metavar="D", help="auto, cpu, cuda or cuda:N")
+    parser.flag("--no-cuda", action="store_true", help="use the CPU")
+
+
+def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespace:
+    """Parse a training script's command line. recipe: the script's own defaults.
+
+    Returns every setting of `TRAINING`, and `given`: the names of those that the command gave; `recipe`: the script's
+    defaults for the data set, from which the run's folder tells what is special.
+    """
+    parser = Parser(doc, TRAINING | recipe)
+    flag = parser.flag
+    flag("--method", choices=("pgd", "trades", "mart"), help="objective")
+    _network_flags(parser)
+    flag("--no-anc", action="store_true", help="without asymmetric negative contrast")
+    _data_flags(parser)
+    flag("--augmentation", choices=AUGMENTATIONS, help="crop: random shifts by an eighth of the side, zero-padded")
+    flag("--val-size", type=whole(0), metavar="N",
+         help="hold out N training images and select the best epoch on them, not on the test set")  # fmt: skip
+    flag("--limit-train", type=whole(2), metavar="N", help="train on N images only, for trials")
+    flag("--batch-size", type=whole(2), metavar="N", help="images a training step")
+    flag("--test-batch-size", type=whole(1), metavar="N", help="images a batch of evaluation")
+    flag("--epochs", type=whole(1), metavar="N", help="epochs to train")
+    flag("--milestones", type=milestones, metavar="E,E", help="epochs from whose start on lr is divided by 10")
+    flag("--lr", type=number(0, open_low=True), metavar="X", help="learning rate of SGD")
+    flag("--momentum", type=number(0, 1), metavar="X", help="momentum of SGD")
+    flag("--weight-decay", "--wd", type=number(0), metavar="X", help="weight decay, on every parameter")
+    flag("--epsilon", type=number(0, 1), metavar="X", help="L-infinity radius of attacks, images in [0, 1]; 8/255 works")
+    flag("--num-steps", type=whole(1), metavar="N", help="steps of a training attack")
+    flag("--step-size", type=number(0, 1, open_low=True), metavar="X", help="size of an attack step")
+    flag("--inner", choices=("ce", "kl"), help="what the untargeted training attack ascends")
+    flag("--beta", type=number(0), metavar="X", help="weight of the KL term of trades and mart")
+    flag("--alpha", type=number(0, 1), metavar="X", help="asymmetry of ANC; 1 freezes the natural side")
+    flag("--zeta", type=number(0), metavar="X", help="weight of ANC")
+    flag("--cr_beta", type=number(0), metavar="X", help="weight of the auxiliary heads")
+    flag("--strategy", choices=[s + a for s in STRATEGIES for a in ("", "_adv")], help="choice of negatives")
+    flag("--warmup-epochs", type=whole(0), metavar="N", help="epochs in which every strategy chooses at random")
+    flag("--sample_class_number", type=whole(1, 1000), metavar="N", help="classes of negatives an anchor")
+    flag("--sample_number", type=whole(1, 1000), metavar="N", help="negatives of each class")
+    flag("--eval-interval", type=whole(1), metavar="N", help="evaluate every N epochs, and after the last")
+    flag("--log-interval", type=whole(1), metavar="N", help="log every N batches")
+    flag("--save-freq", "-s", type=whole(1), metavar="N", help="keep a checkpoint every N epochs")
+    flag("--model-dir", type=path, metavar="DIR", help="beginning of the run folder's name")
+    flag("--resume", type=path, nargs="?", const="", metavar="PATH",
+         help="continue this run, or the one of PATH (a run folder or its last_state.pt)")  # fmt: skip
+    flag("--restart_epoch", type=whole(0), metavar="N", help="start behind epoch N from the weights of --ckpt_url")
+    flag("--ckpt_url", type=path, metavar="FILE", help="weights for --restart_epoch")
+    _device_flags(parser)
+
+    given = vars(parser.parse_args(argv))
+    options = _merge(TRAINING | recipe, given)
+    if options.restart_epoch and not options.ckpt_url:
+        parser.error("--restart_epoch needs --ckpt_url FILE, the weights to start from")
+    if options.ckpt_url and not options.restart_epoch:
+        parser.error("--ckpt_url needs --restart_epoch N, the epoch its weights come from")
+    if options.restart_epoch and options.resume is not None:
+        parser.error("--restart_epoch starts a run from weights, --resume continues one; give one of them")
+    if options.restart_epoch >= options.epochs:
+        parser.error(f"--restart_epoch {options.restart_epoch} leaves nothing to train; --epochs is {options.epochs}")
+    if options.no_anc:
+        without_effect = ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs")
+        _say_without_effect(parser, given, without_effect, "without ANC")
+    if options.method == "pgd":
+        _say_without_effect(parser, given, ("beta",), "for --method pgd")
+    options.given = sorted(given)
+    options.recipe = vars(_merge(TRAINING | recipe, {"dataset": options.dataset, "arch": options.arch}))
+    options.own = {key: (TRAINING | recipe)[key] for key in ("method", "dataset", "arch", "no_ra", "no_anc")}
+    return options
+
+
+def parse_evaluation(doc: str, argv: list[str]) -> argparse.Namespace:
+    """Parse test_white_attack.py's command line; returns every setting of `EVALUATION`, and `given`."""
+    parser = Parser(doc, EVALUATION)
+    flag = parser.flag
+    flag("--ckpt_url", "--model-dir", type=path, metavar="PATH", help="checkpoint file or run folder; required")
+    _data_flags(parser)
+    _network_flags(parser)
+    flag("--test-batch-size", type=whole(1), metavar="N", help="images a batch")
+    flag("--epsilon", type=number(0, 1), metavar="X", help="L-infinity radius, images in [0, 1]; 8/255 works")
+    flag("--num-steps", type=whole(1), metavar="N", help="steps of PGD; CW takes half as many")
+    flag("--step-size", type=number(0, 1, open_low=True), metavar="X", help="step of PGD and CW")
+    flag("--random", type=truth, nargs="?", const=True, metavar="BOOL", help="start attacks at random in the ball")
+    flag("--log_path", type=path, metavar="FILE", help="log to append to (default: test.log beside the checkpoint)")
+    _device_flags(parser)
+    given = vars(parser.parse_args(argv))
+    if "ckpt_url" not in given:
+        parser.error("--ckpt_url PATH is required: a checkpoint file or a run folder")
+    options = argparse.Namespace(**EVALUATION | given)
+    options.given = sorted(given)
+    return options
+
+
+def _merge(defaults: dict, given: dict) -> argparse.Namespace:
+    """Defaults, then the data set's, then the command's."""
+    dataset = given.get("dataset", defaults["dataset"])
+    settings = defaults | BY_DATASET[dataset] | given
+    if dataset == "digits" and "width" not in given and settings["arch"].startswith("WRN"):
+        settings["width"] = 1
+    return argparse.Namespace(**settings)
+
+
+def _say_without_effect(parser: Parser, given: dict, names: tuple[str, ...], where: str) -> None:
+    named = ", ".join(f"--{name}" for name in names if name in given)
+    if named:
+        print(f"{parser.prog}: {named} has no effect {where}; accepted and left out", file=sys.stderr)
+
+
+def train(doc: str, **recipe: object) -> NoReturn:
+    """The whole of a training script: parse the command line, train, exit. recipe: the script's own defaults."""
+    options = parse_training(doc, recipe, sys.argv[1:])
+
+    def job() -> None:
+        from utils.training import run
+
+        run(options)
+
+    guarded(job)
+
+
+def guarded(job: Callable[[], None]) -> NoReturn:
+    """Run `job` and exit: 0 done, 1 the run failed, 2 wrong use or input, 130 and 143 interrupted and terminated."""
+    # An idle process' threads must not spin: two busy processes would slow each other many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prog = os.path.basename(sys.argv[0])
+    try:
+        job()
+    except UsageError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"{prog}: failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stop:
+        signum, line = stop.args
+        print(f"{prog}: {line}", file=sys.stderr)
+        sys.exit(128 + signum)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)

@@ -1,0 +1,528 @@
+"""Training: one step as the method's equations, the loop around it, and everything a run writes."""
+
+import argparse
+import csv
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models import Heads, build_model
+from utils.attacks import cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
+from utils.checkpoints import BEST, LAST, STATE, load_state, read, save, write_atomically
+from utils.data import Split, as_input, augment, batches, load_split, shuffled
+from utils.evaluation import percent, pgd40_heads, pick_device, subset, verdicts
+from utils.figures import draw_curves
+from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, pgd_loss, trades_loss
+from utils.negatives import choose_negatives
+from utils.options import FREE_ON_RESUME, RunError, Stopped, UsageError
+
+COLUMNS = (
+    "epoch", "lr", "loss", "contrast", "train_natural_accuracy_first_head", "train_robust_accuracy_first_head",
+    "natural_accuracy", "pgd40_heads_accuracy", "train_images_per_second", "seconds",
+)  # fmt: skip
+
+
+def attack_batch(
+    model: nn.Module, x: Tensor, labels: Tensor, options: argparse.Namespace, generator: torch.Generator, epoch: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Adversarial examples of a batch, its negatives and their labels (both None without ANC or other classes)."""
+    strategy, _, adversarial_negatives = options.strategy.partition("_")
+    if epoch <= options.warmup_epochs:
+        strategy = "random"
+    contrast = not options.no_anc
+    attack = (options.epsilon, options.step_size, options.num_steps)
+    with frozen(model) as net:
+        natural = None
+        if options.inner == "kl" or (contrast and strategy != "random"):
+            with torch.no_grad():
+                natural = net(x, heads=True)
+        chosen = None
+        if contrast:
+            chosen = choose_negatives(
+                natural and natural.final, labels, strategy, generator, options.sample_class_number,
+                options.sample_number,
+            )  # fmt: skip
+        if options.inner == "kl":
+            objective = kl_over_heads(net, natural, options.cr_beta)
+        else:
+            objective = cross_entropy_over_heads(net, labels, options.cr_beta)
+        adversarial = linf_pgd(x, objective, *attack, gaussian_start(x, generator))
+        if chosen is None:
+            return adversarial, None, None
+        negatives, negative_labels = x[chosen.flatten()], labels[chosen.flatten()]
+        if adversarial_negatives:  # pushed to look like the anchor's class
+            anchors = labels.repeat_interleave(chosen.shape[1])
+            away = cross_entropy_over_heads(net, anchors, options.cr_beta)
+            negatives = linf_pgd(negatives, lambda x: -away(x), *attack, gaussian_start(negatives, generator))
+    return adversarial, negatives, negative_labels
+
+
+def training_loss(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    attacked: tuple[Tensor, Tensor | None, Tensor | None],
+    options: argparse.Namespace,
+) -> tuple[Tensor, Tensor, Heads | None, Heads]:
+    """Loss of a batch by separate training forwards, in the order natural, adversarial, negative.
+
+    attacked: what `attack_batch` returns. Returns the loss, its contrast part before zeta (0 without negatives), and the
+    heads of the natural batch (None where the method does not need it) and of the adversarial one.
+    """
+    x_adversarial, x_negative, negative_labels = attacked
+    needs_natural = options.method != "pgd" or x_negative is not None
+    natural = model(x, labels, heads=True) if needs_natural else None
+    adversarial = model(x_adversarial, labels, heads=True)
+
+    def over(criterion: Callable[..., Tensor], *heads: Heads) -> Tensor:
+        return over_heads(criterion, *heads, auxiliary_weight=options.cr_beta)
+
+    if options.method == "pgd":
+        loss = over(lambda adv: pgd_loss(adv, labels), adversarial)
+    else:
+        objective = {"trades": trades_loss, "mart": mart_loss}[options.method]
+        loss = over(lambda nat, adv: objective(nat, adv, labels, options.beta), natural, adversarial)
+    contrast = loss.new_zeros(())
+    if x_negative is not None:
+        negative = model(x_negative, negative_labels, heads=True)
+        contrast = over(lambda nat, neg: asymmetric_negative_contrast(nat, neg, options.alpha), natural, negative)
+        loss = loss + options.zeta * contrast
+    return loss, contrast, natural, adversarial
+
+
+def first_head_right(heads: Heads | None, labels: Tensor) -> float:
+    """How many predictions of the first head are right; nan without heads.
+
+    The first head is `auxiliary[0]`, the only one a training forward computes without the labels, or a plain network's
+    `final`.
+    """
+    if heads is None:
+        return math.nan
+    logits = heads.auxiliary[0] if heads.auxiliary else heads.final
+    return (logits.detach().argmax(1) == labels).sum().item()
+
+
+def learning_rate(options: argparse.Namespace, epoch: int) -> float:
+    """lr, divided by 10 at the start of each milestone epoch."""
+    return options.lr * 0.1 ** sum(epoch >= milestone for milestone in options.milestones)
+
+
+class StopRequest:
+    """The signal that asked the run to stop, if any. The first one waits for the next step, a second one does not."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.signum = signum
+        signal.signal(signum, signal.default_int_handler)
+
+
+class Run:
+    """A training run: its settings, network, optimiser, random state, and how far it is.
+
+    `progress` is all that a resumed run needs besides the tensors: the epoch under way, its order of images, how many
+    of them are done, sums over those, and the rows of metrics.csv so far.
+    """
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, data: Split) -> None:
+        self.options, self.device, self.classes = options, device, data.classes
+        self.folder = Path(options.folder)
+        torch.manual_seed(options.seed)
+        self.model = build_model(
+            options.arch, len(data.classes), reverse_attention=not options.no_ra, width=options.width,
+            image_size=options.image_size,
+        ).to(device)  # fmt: skip
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
+        )
+        self.generator = torch.Generator(device).manual_seed(options.seed)
+        self.progress = {"epoch": options.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
+
+    def checkpoint(self) -> dict:
+        """The network and what it is, as `load_model` reads it."""
+        options = self.options
+        return {
+            "model": self.model.state_dict(),
+            "arch": options.arch,
+            "classes": list(self.classes),
+            "num_classes": len(self.classes),
+            "reverse_attention": not options.no_ra,
+            "width": options.width,
+            "image_size": options.image_size,
+            "dataset": options.dataset,
+            "recipe": recipe(options),
+            "epoch": self.progress["epoch"],
+        }
+
+    def save_state(self) -> None:
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "progress": self.progress,
+        }
+        save(self.folder / STATE, self.checkpoint() | state)
+
+    def restore(self, state: dict, path: Path) -> None:
+        """Continue from what `save_state` wrote; generator states carry over on the same kind of device only."""
+        load_state(self.model, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = state["progress"]
+        try:
+            self.generator.set_state(state["generator"])
+        except (RuntimeError, TypeError):
+            print("the run was saved on another kind of device: its random draws do not carry over")
+
+
+def recipe(options: argparse.Namespace) -> dict:
+    """The settings that define a run, as plain values."""
+    private = ("given", "recipe", "own", "folder", "resume")
+    return {key: value for key, value in vars(options).items() if key not in private}
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """{model_dir}-strategy-..-seed-.., followed by whatever else differs from the script's own defaults."""
+    o = options
+    name = (
+        f"{o.model_dir}-strategy-{o.strategy}-alpha-{o.alpha}-beta-{o.beta}-zeta-{o.zeta}-seed-{o.seed}"
+    )  # published name
+    name += "".join(f"-{getattr(o, key)}" for key in ("method", "dataset", "arch") if getattr(o, key) != o.own[key])
+    name += "".join(f"-{key.replace('_', '-')}" for key in ("no_ra", "no_anc") if getattr(o, key) != o.own[key])
+    special = ("width", "inner", "cr_beta", "sample_class_number", "sample_number", "epsilon", "lr", "val_size")
+    return Path(
+        name + "".join(f"-{key}-{getattr(o, key)}" for key in special if getattr(o, key) != o.recipe[key])
+    )
+
+
+def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
+    """Read the state to continue from and put the run's own settings into `options`; says which flags lose or win."""
+    path = Path(options.resume) if options.resume else run_folder(options)
+    path = path / STATE if path.is_dir() or not path.suffix else path
+    if not path.is_file():
+        raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
+    state = read(path)
+    missing = {"model", "recipe", "progress", "optimizer", "generator"} - state.keys()
+    if missing:
+        raise UsageError(f"{path} cannot be resumed, it lacks {', '.join(sorted(missing))}; name a {STATE}")
+    own = set(recipe(options))
+    if state["recipe"].keys() != own:
+        raise UsageError(f"{path} was written by another version of this code; its settings do not match")
+    for key, value in state["recipe"].items():
+        asked = getattr(options, key)
+        if key not in FREE_ON_RESUME or key not in options.given:
+            setattr(options, key, value)
+        if key in options.given and asked != value:
+            wins = "the command's wins" if key in FREE_ON_RESUME else "the run's wins"
+            print(f"--{key.replace('_', '-')}: the run has {value}, the command {asked}; {wins}")
+    options.folder = str(path.parent)
+    return state, path
+
+
+def prepare_folder(options: argparse.Namespace) -> None:
+    """Make the folder of a new run; UsageError where it holds one already or cannot be written."""
+    folder = run_folder(options)
+    options.folder = str(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.glob("*.pt")) or (folder / "run.json").exists():
+            raise UsageError(f"{folder} holds a run already; continue it by --resume, or name another --model-dir")
+        write_atomically(folder / "run.json", lambda file: file.write_text("{}"))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}); name another --model-dir") from error
+
+
+def open_log(file: Path) -> Callable[[str], None]:
+    """A function that prints a line above any progress bar and appends it to the log."""
+
+    def log(line: str) -> None:
+        tqdm.write(line)
+        with open(file, "a") as out:
+            out.write(line + "\n")
+
+    return log
+
+
+def load_training_data(options: argparse.Namespace) -> tuple[Split, Split, Split]:
+    """(train, the evaluation set that selects epochs, test), on the CPU; the latter two are one without --val-size."""
+    train = load_split(options.dataset, "train", options.data_dir, options.image_size)
+    test = subset(load_split(options.dataset, "test", options.data_dir, options.image_size), options.limit_test)
+    selection = test
+    order = shuffled(len(train.labels), 0)
+    if options.val_size:
+        if options.val_size > len(order) - 2:
+            raise UsageError(f"--val-size {options.val_size} leaves too few of {len(order)} training images")
+        selection, order = train.take(order[: options.val_size]), order[options.val_size :]
+    if options.limit_train is not None:
+        order = order[: options.limit_train]
+    if options.val_size or options.limit_train is not None:
+        train = train.take(order)
+    return train, selection, test
+
+
+def commit() -> str | None:
+    """This code's git commit, `+` behind it where files differ; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        answers = [
+            subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answers[0] + ("+" if answers[1] else "")
+
+
+def describe(run: Run, train: Split, selection: Split) -> str:
+    """What will run, as one block."""
+    o = run.options
+    parameters = sum(p.numel() for p in run.model.parameters())
+    parts = [] if o.no_ra else ["reverse attention"]
+    parts += [] if o.no_anc else [f"asymmetric negative contrast ({o.strategy}, alpha {o.alpha}, zeta {o.zeta})"]
+    selected = f"{o.val_size} held-out training images" if o.val_size else "the test set"
+    return "\n".join((
+        f"method     {o.method}, {' and '.join(parts) or 'plain'}; beta {o.beta}, inner {o.inner}",
+        f"network    {o.arch}, width {o.width or 'as published'}, {parameters:,} parameters",
+        f"data       {o.dataset}, {len(run.classes)} classes, {len(train.labels)} training images of {o.image_size}x"
+        f"{o.image_size}, augmentation {o.augmentation}",
+        f"selection  by pgd40_heads on {selected} ({len(selection.labels)} images)",
+        f"attack     L-infinity eps {o.epsilon:.5g}, {o.num_steps} steps of {o.step_size:.5g}",
+        f"optimiser  SGD lr {o.lr}, x0.1 at {o.milestones}, momentum {o.momentum}, weight decay {o.weight_decay}; "
+        f"{o.epochs} epochs, batch {o.batch_size}, seed {o.seed}",
+        f"device     {run.device}, float32",
+        f"output     {run.folder}/",
+    ))  # fmt: skip
+
+
+def write_run_json(run: Run, train: Split, selection: Split) -> None:
+    import numpy
+    import torchvision
+
+    record = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "settings": recipe(run.options),
+        "seed": run.options.seed,
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+        },
+        "commit": commit(),
+        "device": str(run.device),
+        "precision": "float32",
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "classes": list(run.classes),
+        "training_images": len(train.labels),
+        "evaluation_images": len(selection.labels),
+        "started": datetime.now().isoformat(timespec="seconds"),
+    }
+    write_atomically(run.folder / "run.json", lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def write_metrics(run: Run) -> None:
+    """metrics.csv and the curves, whole, from the rows so far."""
+
+    def write(file: Path) -> None:
+        with open(file, "w", newline="") as out:
+            table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+            table.writeheader()
+            table.writerows(run.progress["rows"])
+
+    write_atomically(run.folder / "metrics.csv", write)
+    write_atomically(run.folder / "training_curves.png", lambda file: draw_curves(run.progress["rows"], file))
+
+
+def resume_command(folder: Path) -> str:
+    return f"python {sys.argv[0]} --resume {shlex.quote(str(folder))}"
+
+
+def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
+    """The rest of the epoch under way, all of it where it has just begun."""
+    options, progress = run.options, run.progress
+    if progress["order"] is None:
+        order = torch.randperm(len(train.labels), generator=run.generator, device=run.device)
+        sums = dict.fromkeys(("loss", "contrast", "natural", "robust", "seconds"), 0.0)
+        progress.update(order=order.cpu(), done=0, sums=sums)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(options, progress["epoch"])
+    order, sums, total = progress["order"], progress["sums"], len(progress["order"])
+    run.model.train()
+    bar = tqdm(
+        total=total, initial=progress["done"], unit="img", leave=False, disable=None,
+        desc=f"epoch {progress['epoch']}/{options.epochs}",
+    )  # fmt: skip
+    with bar:
+        for indices in batches(order[progress["done"] :], options.batch_size):
+            began = time.perf_counter()
+            batch = train.take(indices.to(run.device))
+            x, labels = as_input(augment(batch.images, options.augmentation, run.generator)), batch.labels
+            attacked = attack_batch(run.model, x, labels, options, run.generator, progress["epoch"])
+            loss, contrast, natural, adversarial = training_loss(run.model, x, labels, attacked, options)
+            number = progress["done"] // options.batch_size + 1
+            if not math.isfinite(loss.item()):
+                raise RunError(f"the loss is {loss.item()} in epoch {progress['epoch']}, batch {number}; "
+                               f"{last_good(run)}; lower --lr, or look at the data")  # fmt: skip
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            count = len(indices)
+            progress["done"] += count
+            for key, value in (
+                ("loss", loss.item() * count),
+                ("contrast", contrast.item() * count),
+                ("natural", first_head_right(natural, labels)),
+                ("robust", first_head_right(adversarial, labels)),
+                ("seconds", time.perf_counter() - began),
+            ):
+                sums[key] += value
+            done = progress["done"]
+            bar.update(count)
+            bar.set_postfix(loss=f"{sums['loss'] / done:.3f}", nat=f"{100 * sums['natural'] / done:.1f}%",
+                            rob=f"{100 * sums['robust'] / done:.1f}%")  # fmt: skip
+            if number % options.log_interval == 0:
+                log(f"epoch {progress['epoch']} [{done}/{total}] loss {loss.item():.4f} contrast {contrast.item():.4f}")
+            check_stop()
+
+
+def last_good(run: Run) -> str:
+    state = run.folder / STATE
+    return f"the last good checkpoint is {state}" if state.exists() else "there is no checkpoint yet"
+
+
+def evaluate(run: Run, split: Split, check_stop: Callable[[], None] = lambda: None) -> tuple[float, float]:
+    """Natural and PGD-40-over-heads accuracy of the network, in percent."""
+    options = run.options
+    attack = pgd40_heads(options.epsilon, options.step_size, options.cr_beta, options.seed)
+    with frozen(run.model) as net, tqdm(total=None, desc="evaluation", unit="img", leave=False, disable=None) as bar:
+
+        def progress(images: int) -> None:
+            bar.update(images)
+            check_stop()
+
+        natural = verdicts(net, split, options.test_batch_size, progress=progress)
+        robust = verdicts(net, split, options.test_batch_size, attack, natural, progress)
+    return percent(natural), percent(robust)
+
+
+def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
+    """Evaluate, log and write everything of an epoch; last_state.pt last, so that it never runs ahead of the others."""
+    options, progress = run.options, run.progress
+    epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
+    row = {
+        "epoch": epoch,
+        "lr": learning_rate(options, epoch),
+        "loss": sums["loss"] / total,
+        "contrast": sums["contrast"] / total,
+        "train_natural_accuracy_first_head": 100 * sums["natural"] / total,
+        "train_robust_accuracy_first_head": 100 * sums["robust"] / total,
+        "natural_accuracy": None,
+        "pgd40_heads_accuracy": None,
+        "train_images_per_second": total / sums["seconds"],
+    }
+    began = time.perf_counter()
+    evaluated = epoch % options.eval_interval == 0 or epoch == options.epochs
+    if evaluated:
+        row["natural_accuracy"], row["pgd40_heads_accuracy"] = evaluate(run, selection, check_stop)
+    row["seconds"] = sums["seconds"] + time.perf_counter() - began
+    best = best_row(progress["rows"])
+    progress["rows"].append(row)
+    accuracies = "not evaluated"
+    if evaluated:
+        accuracies = f"natural {row['natural_accuracy']:.2f} %, pgd40_heads {row['pgd40_heads_accuracy']:.2f} %"
+    log(
+        f"epoch {epoch}/{options.epochs}  loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  train, first head: "
+        f"natural {row['train_natural_accuracy_first_head']:.2f} %, robust "
+        f"{row['train_robust_accuracy_first_head']:.2f} %  evaluation: {accuracies}  "
+        f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
+        f"{(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
+    )
+    write_metrics(run)
+    checkpoint = run.checkpoint()
+    save(run.folder / LAST, checkpoint)
+    if epoch % options.save_freq == 0:
+        save(run.folder / f"model-{epoch}.pt", checkpoint)
+    if evaluated and (best is None or row["pgd40_heads_accuracy"] > best["pgd40_heads_accuracy"]):
+        save(run.folder / BEST, checkpoint)
+    progress.update(epoch=epoch + 1, order=None, done=0, sums={})
+    run.save_state()
+
+
+def best_row(rows: list[dict]) -> dict | None:
+    """The first row with the highest pgd40_heads_accuracy, the epoch of best_adv_model.pt."""
+    evaluated = [row for row in rows if row["pgd40_heads_accuracy"] is not None]
+    return max(evaluated, key=lambda row: row["pgd40_heads_accuracy"], default=None)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train as the options say. Errors: UsageError, RunError, Stopped; whatever was saved stays loadable."""
+    state = path = None
+    if options.resume is not None:
+        state, path = prepare_resume(options)
+    device = pick_device(options.device, options.no_cuda)
+    train, selection, test = load_training_data(options)
+    if state is None:
+        weights = read(Path(options.ckpt_url)) if options.restart_epoch else None
+        job = Run(argparse.Namespace(**vars(options), folder=str(run_folder(options))), device, train)
+        if weights is not None:
+            load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
+        prepare_folder(options)
+    else:
+        job = Run(options, device, train)
+        if state["classes"] != list(train.classes):
+            raise UsageError(f"{path} was trained on other classes than those of {options.dataset} in "
+                             f"{options.data_dir}; name the run's own --data-dir")  # fmt: skip
+        job.restore(state, path)
+    log = open_log(job.folder / "train.log")
+    log(describe(job, train, selection))
+    if state is None:
+        write_run_json(job, train, selection)
+    else:
+        log(f"resumed   in epoch {job.progress['epoch']}, {job.progress['done']} images done")
+    train, selection = train.to(device), selection.to(device)
+    stop = StopRequest()
+
+    def check_stop() -> None:
+        if stop.signum is not None:
+            job.save_state()
+            word = "interrupted" if stop.signum == signal.SIGINT else "terminated"
+            line = f"{word}; continue by: {resume_command(job.folder)}"
+            with open(job.folder / "train.log", "a") as out:
+                out.write(line + "\n")
+            raise Stopped(stop.signum, line)
+
+    while job.progress["epoch"] <= job.options.epochs:
+        train_epoch(job, train, log, check_stop)
+        finish_epoch(job, selection, log, check_stop)
+    report(job, test, log)
+
+
+def report(job: Run, test: Split, log: Callable[[str], None]) -> None:
+    """The last and the best epoch's figures, and where everything is."""
+    rows, folder = job.progress["rows"], job.folder
+    if not rows:
+        log("nothing left to train")
+        return
+    where = f"{job.options.val_size} held-out training images" if job.options.val_size else "the test set"
+    for name, row in (("last", rows[-1]), ("best", best_row(rows))):
+        if row and row["natural_accuracy"] is not None:
+            log(f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
+                f"{row['pgd40_heads_accuracy']:.2f} % on {where} at eps {job.options.epsilon:.4g}")  # fmt: skip
+    if job.options.val_size:
+        load_state(job.model, read(folder / BEST)["model"], folder / BEST)
+        natural, robust = evaluate(job, test.to(job.device))
+        log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
+    log(f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
+        f"python test_white_attack.py --ckpt_url {shlex.quote(str(folder / BEST))}")  # fmt: skip
