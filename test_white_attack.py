@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: natural accuracy and robust accuracy under FGSM, PGD and CW, all white-box on the final logits.
+"""Evaluate a checkpoint: natural accuracy, and robust accuracy under FGSM, PGD and CW on the final logits.
 
     python test_white_attack.py --ckpt_url PATH             a checkpoint file or a run folder
     python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra     a published bare state dict, plain network

@@ -1,9 +1,9 @@
 """Baseline: TRADES (or --method pgd, mart) on a plain PreActResNet-18, Tiny-ImageNet.
 
-    python train_PreActResNet_baseline.py                       the published recipe
-    python train_PreActResNet_baseline.py --dataset digits      minutes on a laptop, nothing to download
-    python train_PreActResNet_baseline.py --method mart         another objective: pgd, trades, mart
-    python train_PreActResNet_baseline.py --resume              continue where the run stopped
+python train_PreActResNet_baseline.py                       the published recipe
+python train_PreActResNet_baseline.py --dataset digits      minutes on a laptop, nothing to download
+python train_PreActResNet_baseline.py --method mart         another objective: pgd, trades, mart
+python train_PreActResNet_baseline.py --resume              continue where the run stopped
 """
 
 from utils.options import train

@@ -1,9 +1,9 @@
 """Baseline: TRADES (or --method pgd, mart) on a plain ResNet-18, CIFAR-10.
 
-    python train_ResNet18_baseline.py                       the published recipe
-    python train_ResNet18_baseline.py --dataset digits      minutes on a laptop, nothing to download
-    python train_ResNet18_baseline.py --method mart         another objective: pgd, trades, mart
-    python train_ResNet18_baseline.py --resume              continue where the run stopped
+python train_ResNet18_baseline.py                       the published recipe
+python train_ResNet18_baseline.py --dataset digits      minutes on a laptop, nothing to download
+python train_ResNet18_baseline.py --method mart         another objective: pgd, trades, mart
+python train_ResNet18_baseline.py --resume              continue where the run stopped
 """
 
 from utils.options import train

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,9 +87,7 @@ class ReverseAttentionNetwork(nn.Module):
         auxiliary = []
         if self.reverse_attention:
             for block, block_gate in zip((first, last), gate if isinstance(gate, tuple) else (gate, gate), strict=True):
-                z, logits = reverse_attention(
-                    self.activate(block(z)), self.classifier, block_gate, self.pool_window
-                )
+                z, logits = reverse_attention(self.activate(block(z)), self.classifier, block_gate, self.pool_window)
                 auxiliary.append(logits)
         else:
             z = self.activate(last(first(z)))

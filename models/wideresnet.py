@@ -1,4 +1,4 @@
-"""WideResNet-d-k (Zagoruyko and Komodakis, arXiv 1605.07146), dropout 0, with the module names of the TRADES release."""
+"""WideResNet-d-k (Zagoruyko and Komodakis, arXiv 1605.07146), dropout 0, modules named as in the TRADES release."""
 
 import math
 

@@ -15,7 +15,7 @@ BEST, LAST, STATE = "best_adv_model.pt", "model-wrn-last.pt", "last_state.pt"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it: no reader sees half a file."""
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it: no reader sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
@@ -94,9 +94,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
         info["reverse_attention"] = True
     try:
         model = build_model(
-            info["arch"], info["num_classes"], reverse_attention=info["reverse_attention"], width=info["width"],
+            info["arch"],
+            info["num_classes"],
+            reverse_attention=info["reverse_attention"],
+            width=info["width"],
             image_size=info["image_size"],
-        )  # fmt: skip
+        )
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{path} describes a network that cannot be built: {str(error).splitlines()[0]}") from error
     load_state(model, state, path)
@@ -104,8 +107,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
 
 
 _DESCRIPTION = (
-    "arch", "classes", "num_classes", "reverse_attention", "width", "image_size", "dataset", "recipe", "epoch",
-)  # fmt: skip
+    "arch",
+    "classes",
+    "num_classes",
+    "reverse_attention",
+    "width",
+    "image_size",
+    "dataset",
+    "recipe",
+    "epoch",
+)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -143,5 +154,6 @@ def _shape(path: Path, state: dict) -> dict:
         blocks = len({key.split(".")[2] for key in state if key.startswith("block1.layer.")})
         return {"arch": f"WRN-{ {5: 34, 4: 28}[blocks] }-10", "width": features // 64, "num_classes": classes}
     except (KeyError, AttributeError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} is no checkpoint of a network known here (ResNet18, WRN-34-10, WRN-28-10, "
-                         "PreActResNet18)") from error  # fmt: skip
+        raise UsageError(
+            f"{path} is no checkpoint of a network known here (ResNet18, WRN-34-10, WRN-28-10, PreActResNet18)"
+        ) from error

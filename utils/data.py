@@ -52,8 +52,9 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 
 def batches(order: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Indices of one batch after the other; the last, smaller one is kept."""
-    yield from order.split(batch_size)
+    """Indices of one batch after the other; the last, smaller one is kept. No indices, no batch."""
+    if len(order):
+        yield from order.split(batch_size)
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -157,8 +158,10 @@ def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     parts = {p: next((data_dir / n for n in names[p] if (data_dir / n).is_dir()), None) for p in names}
     for p, found in parts.items():
         if found is None:
-            raise UsageError(f"{data_dir} has no folder {' or '.join(names[p])}; --data-dir needs train/<class>/ and "
-                             "test/<class>/ (or val/<class>/) inside")  # fmt: skip
+            raise UsageError(
+                f"{data_dir} has no folder {' or '.join(names[p])}; --data-dir needs train/<class>/ and "
+                "test/<class>/ (or val/<class>/) inside"
+            )
     classes = {p: sorted(d.name for d in root.iterdir() if d.is_dir()) for p, root in parts.items()}
     if len(classes["train"]) < 2:
         raise UsageError(f"{parts['train']} holds {len(classes['train'])} class folder; at least 2 are needed")
@@ -177,7 +180,7 @@ def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 
 
 def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
-    """Decode image files into (N, 3, size, size) uint8, or read the cache that an earlier run wrote of the same files."""
+    """Decode image files into (N, 3, size, size) uint8, or read an earlier run's cache of the same files."""
     try:
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     except OSError as error:

@@ -34,8 +34,6 @@ def verdicts(
     right = torch.zeros(len(split.labels), dtype=torch.bool)
     chosen = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
     for indices in batches(chosen, batch_size):
-        if not len(indices):
-            break
         batch = split.take(indices.to(split.labels.device))
         x = as_input(batch.images)
         if attack is not None:
@@ -51,12 +49,12 @@ def percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
 
 
-def pgd40_heads(eps: float, step_size: float, auxiliary_weight: float, seed: int) -> Attack:
+def pgd40_heads(eps: float, step_size: float, auxiliary_weight: float, seed: int, steps: int = 40) -> Attack:
     """The PGD-40 that selects epochs: cross-entropy over heads, from x + 0.001 N(0, 1)."""
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         start = x + 0.001 * image_noise(x, indices, seed, "normal")
-        return linf_pgd(x, cross_entropy_over_heads(net, labels, auxiliary_weight), eps, step_size, 40, start)
+        return linf_pgd(x, cross_entropy_over_heads(net, labels, auxiliary_weight), eps, step_size, steps, start)
 
     return attack
 
@@ -95,7 +93,9 @@ def pick_device(device: str, no_cuda: bool) -> torch.device:
         if no_cuda:
             raise UsageError(f"--device {device} and --no-cuda contradict each other; give one of them")
         if (picked.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+            raise UsageError(
+                f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu"
+            )
     return picked
 
 
@@ -104,14 +104,21 @@ def white_attack(options: argparse.Namespace) -> None:
     device = pick_device(options.device, options.no_cuda)
     file = checkpoint_file(options.ckpt_url)
     model, info = load_model(
-        file, device, arch=options.arch, width=options.width, image_size=options.image_size, dataset=options.dataset,
+        file,
+        device,
+        arch=options.arch,
+        width=options.width,
+        image_size=options.image_size,
+        dataset=options.dataset,
         reverse_attention=False if options.no_ra else None,
-    )  # fmt: skip
+    )
     dataset = info["dataset"] or "cifar10"
     split = load_split(dataset, "test", options.data_dir, info["image_size"])
     if len(split.classes) != info["num_classes"]:
-        raise UsageError(f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "
-                         "name the data set it was trained on by --dataset")  # fmt: skip
+        raise UsageError(
+            f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "
+            "name the data set it was trained on by --dataset"
+        )
     split = subset(split, options.limit_test).to(device)
     own = BY_DATASET[dataset]  # a data set's eps and step, unless given
     eps, step_size = (
@@ -122,9 +129,7 @@ def white_attack(options: argparse.Namespace) -> None:
     attacks = {
         "natural": None,
         "FGSM": white_box(cross_entropy, step_size=eps, steps=1, **settings),
-        f"PGD-{options.num_steps}": white_box(
-            cross_entropy, step_size=step_size, steps=options.num_steps, **settings
-        ),
+        f"PGD-{options.num_steps}": white_box(cross_entropy, step_size=step_size, steps=options.num_steps, **settings),
         f"CW-{max(1, options.num_steps // 2)}": white_box(
             margin, step_size=step_size, steps=max(1, options.num_steps // 2), **settings
         ),
@@ -150,5 +155,3 @@ def white_attack(options: argparse.Namespace) -> None:
             out.write("\n".join(lines) + "\n\n")
     except OSError as error:
         raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
-
-

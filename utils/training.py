@@ -28,9 +28,17 @@ from utils.negatives import choose_negatives
 from utils.options import FREE_ON_RESUME, RunError, Stopped, UsageError
 
 COLUMNS = (
-    "epoch", "lr", "loss", "contrast", "train_natural_accuracy_first_head", "train_robust_accuracy_first_head",
-    "natural_accuracy", "pgd40_heads_accuracy", "train_images_per_second", "seconds",
-)  # fmt: skip
+    "epoch",
+    "lr",
+    "loss",
+    "contrast",
+    "train_natural_accuracy_first_head",
+    "train_robust_accuracy_first_head",
+    "natural_accuracy",
+    "pgd40_heads_accuracy",
+    "train_images_per_second",
+    "seconds",
+)
 
 
 def attack_batch(
@@ -50,9 +58,13 @@ def attack_batch(
         chosen = None
         if contrast:
             chosen = choose_negatives(
-                natural and natural.final, labels, strategy, generator, options.sample_class_number,
+                natural and natural.final,
+                labels,
+                strategy,
+                generator,
+                options.sample_class_number,
                 options.sample_number,
-            )  # fmt: skip
+            )
         if options.inner == "kl":
             objective = kl_over_heads(net, natural, options.cr_beta)
         else:
@@ -77,8 +89,8 @@ def training_loss(
 ) -> tuple[Tensor, Tensor, Heads | None, Heads]:
     """Loss of a batch by separate training forwards, in the order natural, adversarial, negative.
 
-    attacked: what `attack_batch` returns. Returns the loss, its contrast part before zeta (0 without negatives), and the
-    heads of the natural batch (None where the method does not need it) and of the adversarial one.
+    attacked: what `attack_batch` returns. Returns the loss, its contrast part before zeta (0 without negatives), the
+    heads of the natural batch (None where the method does not need it) and those of the adversarial one.
     """
     x_adversarial, x_negative, negative_labels = attacked
     needs_natural = options.method != "pgd" or x_negative is not None
@@ -143,9 +155,12 @@ class Run:
         self.folder = Path(options.folder)
         torch.manual_seed(options.seed)
         self.model = build_model(
-            options.arch, len(data.classes), reverse_attention=not options.no_ra, width=options.width,
+            options.arch,
+            len(data.classes),
+            reverse_attention=not options.no_ra,
+            width=options.width,
             image_size=options.image_size,
-        ).to(device)  # fmt: skip
+        ).to(device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
@@ -196,20 +211,16 @@ def recipe(options: argparse.Namespace) -> dict:
 def run_folder(options: argparse.Namespace) -> Path:
     """{model_dir}-strategy-..-seed-.., followed by whatever else differs from the script's own defaults."""
     o = options
-    name = (
-        f"{o.model_dir}-strategy-{o.strategy}-alpha-{o.alpha}-beta-{o.beta}-zeta-{o.zeta}-seed-{o.seed}"
-    )  # published name
+    name = f"{o.model_dir}-strategy-{o.strategy}-alpha-{o.alpha}-beta-{o.beta}-zeta-{o.zeta}-seed-{o.seed}"
     name += "".join(f"-{getattr(o, key)}" for key in ("method", "dataset", "arch") if getattr(o, key) != o.own[key])
     name += "".join(f"-{key.replace('_', '-')}" for key in ("no_ra", "no_anc") if getattr(o, key) != o.own[key])
     special = ("width", "inner", "cr_beta", "sample_class_number", "sample_number", "epsilon", "lr", "val_size")
-    return Path(
-        name + "".join(f"-{key}-{getattr(o, key)}" for key in special if getattr(o, key) != o.recipe[key])
-    )
+    return Path(name + "".join(f"-{key}-{getattr(o, key)}" for key in special if getattr(o, key) != o.recipe[key]))
 
 
 def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
     """Read the state to continue from and put the run's own settings into `options`; says which flags lose or win."""
-    path = Path(options.resume) if options.resume else run_folder(options)
+    path = run_folder(options) if options.resume is True else Path(options.resume)
     path = path / STATE if path.is_dir() or not path.suffix else path
     if not path.is_file():
         raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
@@ -292,18 +303,20 @@ def describe(run: Run, train: Split, selection: Split) -> str:
     parts = [] if o.no_ra else ["reverse attention"]
     parts += [] if o.no_anc else [f"asymmetric negative contrast ({o.strategy}, alpha {o.alpha}, zeta {o.zeta})"]
     selected = f"{o.val_size} held-out training images" if o.val_size else "the test set"
-    return "\n".join((
-        f"method     {o.method}, {' and '.join(parts) or 'plain'}; beta {o.beta}, inner {o.inner}",
-        f"network    {o.arch}, width {o.width or 'as published'}, {parameters:,} parameters",
-        f"data       {o.dataset}, {len(run.classes)} classes, {len(train.labels)} training images of {o.image_size}x"
-        f"{o.image_size}, augmentation {o.augmentation}",
-        f"selection  by pgd40_heads on {selected} ({len(selection.labels)} images)",
-        f"attack     L-infinity eps {o.epsilon:.5g}, {o.num_steps} steps of {o.step_size:.5g}",
-        f"optimiser  SGD lr {o.lr}, x0.1 at {o.milestones}, momentum {o.momentum}, weight decay {o.weight_decay}; "
-        f"{o.epochs} epochs, batch {o.batch_size}, seed {o.seed}",
-        f"device     {run.device}, float32",
-        f"output     {run.folder}/",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            f"method     {o.method}, {' and '.join(parts) or 'plain'}; beta {o.beta}, inner {o.inner}",
+            f"network    {o.arch}, width {o.width or 'as published'}, {parameters:,} parameters",
+            f"data       {o.dataset}, {len(run.classes)} classes, {len(train.labels)} training images, side "
+            f"{o.image_size}, augmentation {o.augmentation}",
+            f"selection  by pgd40_heads on {selected} ({len(selection.labels)} images)",
+            f"attack     L-infinity eps {o.epsilon:.5g}, {o.num_steps} steps of {o.step_size:.5g}",
+            f"optimiser  SGD lr {o.lr}, x0.1 at {o.milestones}, momentum {o.momentum}, weight decay {o.weight_decay}; "
+            f"{o.epochs} epochs, batch {o.batch_size}, seed {o.seed}",
+            f"device     {run.device}, float32",
+            f"output     {run.folder}/",
+        )
+    )
 
 
 def write_run_json(run: Run, train: Split, selection: Split) -> None:
@@ -361,9 +374,13 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
     order, sums, total = progress["order"], progress["sums"], len(progress["order"])
     run.model.train()
     bar = tqdm(
-        total=total, initial=progress["done"], unit="img", leave=False, disable=None,
+        total=total,
+        initial=progress["done"],
+        unit="img",
+        leave=False,
+        disable=None,
         desc=f"epoch {progress['epoch']}/{options.epochs}",
-    )  # fmt: skip
+    )
     with bar:
         for indices in batches(order[progress["done"] :], options.batch_size):
             began = time.perf_counter()
@@ -373,8 +390,10 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
             loss, contrast, natural, adversarial = training_loss(run.model, x, labels, attacked, options)
             number = progress["done"] // options.batch_size + 1
             if not math.isfinite(loss.item()):
-                raise RunError(f"the loss is {loss.item()} in epoch {progress['epoch']}, batch {number}; "
-                               f"{last_good(run)}; lower --lr, or look at the data")  # fmt: skip
+                raise RunError(
+                    f"the loss is {loss.item()} in epoch {progress['epoch']}, batch {number}; "
+                    f"{last_good(run)}; lower --lr, or look at the data"
+                )
             run.optimizer.zero_grad()
             loss.backward()
             run.optimizer.step()
@@ -390,8 +409,11 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
                 sums[key] += value
             done = progress["done"]
             bar.update(count)
-            bar.set_postfix(loss=f"{sums['loss'] / done:.3f}", nat=f"{100 * sums['natural'] / done:.1f}%",
-                            rob=f"{100 * sums['robust'] / done:.1f}%")  # fmt: skip
+            bar.set_postfix(
+                loss=f"{sums['loss'] / done:.3f}",
+                nat=f"{100 * sums['natural'] / done:.1f}%",
+                rob=f"{100 * sums['robust'] / done:.1f}%",
+            )
             if number % options.log_interval == 0:
                 log(f"epoch {progress['epoch']} [{done}/{total}] loss {loss.item():.4f} contrast {contrast.item():.4f}")
             check_stop()
@@ -418,7 +440,7 @@ def evaluate(run: Run, split: Split, check_stop: Callable[[], None] = lambda: No
 
 
 def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
-    """Evaluate, log and write everything of an epoch; last_state.pt last, so that it never runs ahead of the others."""
+    """Evaluate, log and write everything of an epoch; last_state.pt last, so that it is never ahead of the others."""
     options, progress = run.options, run.progress
     epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
     row = {
@@ -482,8 +504,10 @@ def run(options: argparse.Namespace) -> None:
     else:
         job = Run(options, device, train)
         if state["classes"] != list(train.classes):
-            raise UsageError(f"{path} was trained on other classes than those of {options.dataset} in "
-                             f"{options.data_dir}; name the run's own --data-dir")  # fmt: skip
+            raise UsageError(
+                f"{path} was trained on other classes than those of {options.dataset} in "
+                f"{options.data_dir}; name the run's own --data-dir"
+            )
         job.restore(state, path)
     log = open_log(job.folder / "train.log")
     log(describe(job, train, selection))
@@ -518,11 +542,15 @@ def report(job: Run, test: Split, log: Callable[[str], None]) -> None:
     where = f"{job.options.val_size} held-out training images" if job.options.val_size else "the test set"
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
         if row and row["natural_accuracy"] is not None:
-            log(f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
-                f"{row['pgd40_heads_accuracy']:.2f} % on {where} at eps {job.options.epsilon:.4g}")  # fmt: skip
+            log(
+                f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
+                f"{row['pgd40_heads_accuracy']:.2f} % on {where} at eps {job.options.epsilon:.4g}"
+            )
     if job.options.val_size:
         load_state(job.model, read(folder / BEST)["model"], folder / BEST)
         natural, robust = evaluate(job, test.to(job.device))
         log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
-    log(f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
-        f"python test_white_attack.py --ckpt_url {shlex.quote(str(folder / BEST))}")  # fmt: skip
+    log(
+        f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
+        f"python test_white_attack.py --ckpt_url {shlex.quote(str(folder / BEST))}"
+    )

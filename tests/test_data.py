@@ -1,0 +1,605 @@
+"""Data sets against small files written here in the published formats; augmentation; splits of the training data."""
+
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from utils import data, training
+from utils.data import Split, as_input, augment, load_split
+from utils.evaluation import subset
+from utils.options import UsageError, parse_training
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Every download fails as it does without a network."""
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """The files decoded so far."""
+    decoded, original = [], data._decode
+
+    def count(file, size):
+        decoded.append(file)
+        return original(file, size)
+
+    monkeypatch.setattr(data, "_decode", count)
+    return decoded
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+def pixels(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(file, array, mode=None):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).convert(mode).save(file) if mode else Image.fromarray(array).save(file)
+
+
+class RunsCode:
+    """Pickles to something that makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+# CIFAR
+
+
+CIFARS = {
+    "cifar10": (CIFAR10, "labels", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", 10),
+    "cifar100": (CIFAR100, "fine_labels", ["train"], "test", 100),
+}
+
+
+def write_cifar(monkeypatch, folder, dataset):
+    """Write a data set of 3 images a file and let torchvision expect its MD5s -> {part: (images NHWC, labels)}."""
+    source, key, train, test, classes = CIFARS[dataset]
+    root = folder / source.base_folder
+    root.mkdir(parents=True)
+    sums, written = {}, {"train": ([], []), "test": ([], [])}
+
+    def write(name, content):
+        text = pickle.dumps(content, protocol=2)
+        (root / name).write_bytes(text)
+        sums[name] = md5(text)
+
+    for seed, name in enumerate([*train, test]):
+        images = pixels(seed, 3, 32, 32, 3)
+        labels = [(7 * seed + i) % classes for i in range(3)]
+        write(name, {"data": images.transpose(0, 3, 1, 2).reshape(3, 3072), key: labels})
+        part = written["test" if name == test else "train"]
+        part[0].extend(images)
+        part[1].extend(labels)
+    meta = source.meta["filename"]
+    write(meta, {source.meta["key"]: [f"name{i}" for i in range(classes)]})
+    monkeypatch.setattr(source, "train_list", [[name, sums[name]] for name in train])
+    monkeypatch.setattr(source, "test_list", [[test, sums[test]]])
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": sums[meta]})
+    return written
+
+
+def pack_cifar(monkeypatch, folder, dataset):
+    """Replace the unpacked folder by the archive that torchvision downloads."""
+    source = CIFARS[dataset][0]
+    archive = folder / source.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder / source.base_folder, source.base_folder)
+    shutil.rmtree(folder / source.base_folder)
+    monkeypatch.setattr(source, "tgz_md5", md5(archive.read_bytes()))
+    return archive
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("dataset", CIFARS)
+def test_cifar_is_what_was_written(monkeypatch, tmp_path, dataset, part, packed):
+    images, labels = write_cifar(monkeypatch, tmp_path, dataset)[part]
+    if packed:
+        pack_cifar(monkeypatch, tmp_path, dataset)
+    split = load_split(dataset, part, str(tmp_path), 32)
+    assert split.images.dtype == torch.uint8 and split.labels.dtype == torch.int64
+    assert split.images.shape == (len(images), 3, 32, 32)
+    for image, tensor in zip(images, split.images, strict=True):
+        for channel in range(3):
+            assert np.array_equal(tensor[channel].numpy(), image[:, :, channel])
+    assert split.labels.tolist() == labels
+    assert split.classes == tuple(f"name{i}" for i in range(CIFARS[dataset][-1]))
+
+
+@pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
+def test_a_cifar_file_of_another_md5_is_never_unpickled(monkeypatch, tmp_path, name):
+    write_cifar(monkeypatch, tmp_path, "cifar10")
+    marker = tmp_path / "executed"
+    payload = pickle.dumps(RunsCode(marker))
+    pickle.loads(payload)
+    marker.rmdir()  # raises unless the payload works
+    file = tmp_path / CIFAR10.base_folder / name
+    file.write_bytes(payload)
+    with pytest.raises(UsageError) as caught:
+        load_split("cifar10", "train", str(tmp_path), 32)
+    assert not marker.exists()
+    assert file.read_bytes() == payload
+    assert "cifar-10-python.tar.gz" in str(caught.value) and CIFAR10.tgz_md5 in str(caught.value)
+
+
+def test_a_truncated_cifar_archive_is_named_and_kept(monkeypatch, tmp_path):
+    write_cifar(monkeypatch, tmp_path, "cifar10")
+    archive = pack_cifar(monkeypatch, tmp_path, "cifar10")
+    half = archive.read_bytes()[: archive.stat().st_size // 2]
+    archive.write_bytes(half)
+    with pytest.raises(UsageError, match=CIFAR10.tgz_md5) as caught:
+        load_split("cifar10", "train", str(tmp_path), 32)
+    assert archive.name in str(caught.value) and "\n" not in str(caught.value)
+    assert archive.read_bytes() == half
+
+
+@pytest.mark.parametrize("dataset, size", [("cifar10", 16), ("cifar100", 64), ("tiny-imagenet", 32)])
+def test_a_data_set_with_a_size_of_its_own_takes_no_other(tmp_path, dataset, size):
+    with pytest.raises(UsageError, match=f"--image-size {size}"):
+        load_split(dataset, "train", str(tmp_path), size)
+
+
+# Tiny-ImageNet
+
+
+WNIDS = ("n03", "n01", "n02")  # as in the file, unsorted
+
+
+def write_tiny_imagenet(monkeypatch, folder):
+    """Write the zip of 3 classes -> {part: (decoded images NHWC, labels)} in the order expected."""
+    expected = {"train": ([], []), "test": ([], [])}
+
+    def jpeg(seed):
+        array = pixels(seed, 64, 64) if seed == 1 else pixels(seed, 8, 8, 3).repeat(8, 0).repeat(8, 1)
+        out = io.BytesIO()
+        Image.fromarray(array).save(out, "JPEG")  # one of them greyscale, as some of the published ones are
+        return out.getvalue()
+
+    def decoded(content):
+        return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    archive = folder / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+
+        def write(name, content):
+            out.writestr(f"tiny-imagenet-200/{name}", content)
+
+        write("wnids.txt", "".join(f"{wnid}\n" for wnid in WNIDS))
+        write("words.txt", "".join(f"{wnid}\tthing {wnid}\n" for wnid in WNIDS))
+        for label, wnid in enumerate(sorted(WNIDS)):
+            boxes = ""
+            for i in range(2):
+                content = jpeg(10 * label + i)
+                write(f"train/{wnid}/images/{wnid}_{i}.JPEG", content)
+                boxes += f"{wnid}_{i}.JPEG\t0\t0\t63\t63\n"
+                expected["train"][0].append(decoded(content))
+                expected["train"][1].append(label)
+            write(f"train/{wnid}/{wnid}_boxes.txt", boxes)
+        lines = ""
+        for i, wnid in enumerate(("n02", "n03", "n01", "n03")):
+            content = jpeg(100 + i)
+            write(f"val/images/val_{i}.JPEG", content)
+            lines += f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n"
+            expected["test"][0].append(decoded(content))
+            expected["test"][1].append(sorted(WNIDS).index(wnid))
+        write("val/val_annotations.txt", lines)
+    monkeypatch.setattr(data, "TINY_IMAGENET", ("http://localhost/tiny.zip", md5(archive.read_bytes())))
+    return archive, expected
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_tiny_imagenet_is_unpacked_and_labelled_by_sorted_wnid(monkeypatch, tmp_path, part):
+    _, expected = write_tiny_imagenet(monkeypatch, tmp_path)
+    images, labels = expected[part]
+    split = load_split("tiny-imagenet", part, str(tmp_path), 64)
+    assert split.classes == ("n01", "n02", "n03")
+    assert split.labels.tolist() == labels and split.labels.dtype == torch.int64
+    assert split.images.dtype == torch.uint8
+    assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), np.stack(images))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
+
+
+def test_tiny_imagenet_is_decoded_once(monkeypatch, tmp_path, decodes):
+    archive, _ = write_tiny_imagenet(monkeypatch, tmp_path)
+    first = load_split("tiny-imagenet", "train", str(tmp_path), 64)
+    assert len(decodes) == 6
+    archive.unlink()
+    second = load_split("tiny-imagenet", "train", str(tmp_path), 64)
+    assert len(decodes) == 6
+    assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize("length", [0, 30, 1000, -1])
+def test_a_truncated_tiny_imagenet_zip_is_named_with_what_was_expected(monkeypatch, tmp_path, length):
+    archive, _ = write_tiny_imagenet(monkeypatch, tmp_path)
+    part = archive.read_bytes()[:length]
+    archive.write_bytes(part)
+    with pytest.raises(UsageError) as caught:
+        load_split("tiny-imagenet", "train", str(tmp_path), 64)
+    for word in ("tiny-imagenet-200.zip", "248,100,043", data.TINY_IMAGENET[1]):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert archive.read_bytes() == part
+    assert [f.name for f in tmp_path.iterdir()] == [archive.name]
+
+
+def test_tiny_imagenet_is_unpacked_whole_or_not_at_all(monkeypatch, tmp_path):
+    write_tiny_imagenet(monkeypatch, tmp_path)
+
+    def cut_off(archive, folder):
+        os.makedirs(os.path.join(folder, "tiny-imagenet-200", "train"))
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torchvision.datasets.utils.extract_archive", cut_off)
+        with pytest.raises(UsageError, match="No space left"):
+            load_split("tiny-imagenet", "test", str(tmp_path), 64)
+    assert [f.name for f in tmp_path.iterdir()] == ["tiny-imagenet-200.zip"]
+    assert len(load_split("tiny-imagenet", "test", str(tmp_path), 64).labels) == 4
+
+
+@pytest.mark.parametrize("missing", ["wnids.txt", "train/n02", "val/val_annotations.txt", "val/images/val_2.JPEG"])
+def test_an_incomplete_tiny_imagenet_folder_names_what_is_missing(monkeypatch, tmp_path, missing):
+    write_tiny_imagenet(monkeypatch, tmp_path)
+    part = "test" if missing.startswith("val") else "train"
+    load_split("tiny-imagenet", part, str(tmp_path), 64)
+    gone = tmp_path / "tiny-imagenet-200" / missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(UsageError) as caught:
+        load_split("tiny-imagenet", part, str(tmp_path), 64)
+    assert str(gone) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# digits
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("part, count", [("train", 1437), ("test", 360)])
+def test_digits_have_their_shape_and_their_labels(tmp_path, part, count, size):
+    split = load_split("digits", part, str(tmp_path), size)
+    assert split.images.shape == (count, 3, size, size) and split.images.dtype == torch.uint8
+    assert split.labels.dtype == torch.int64 and split.classes == tuple("0123456789")
+    assert split.images.min() == 0 and split.images.max() > 240
+    assert torch.equal(split.images[:, 0], split.images[:, 1]) and torch.equal(split.images[:, 0], split.images[:, 2])
+    whole = load_digits()
+    small = F.avg_pool2d(split.images[:, :1].float(), size // 8).flatten(1) / 255
+    nearest = torch.cdist(small, torch.from_numpy(whole.data).float() / 16).argmin(1)
+    agree = torch.from_numpy(whole.target)[nearest] == split.labels
+    assert agree.float().mean() > 0.97
+    assert not list(tmp_path.iterdir())
+
+
+def test_digits_are_split_evenly_disjointly_and_always_alike(tmp_path):
+    train, test = (load_split("digits", part, str(tmp_path), 16) for part in ("train", "test"))
+    counts = [torch.bincount(split.labels, minlength=10) for split in (train, test)]
+    whole = torch.bincount(torch.from_numpy(load_digits().target).long())
+    assert torch.equal(counts[0] + counts[1], whole)
+    assert ((counts[1] - whole * 360 / 1797).abs() <= 1).all()
+    digits = torch.from_numpy(load_digits().images).float()[:, None] / 16
+    digits = F.interpolate(digits, size=(16, 16), mode="bilinear").mul(255).round().byte()[:, 0]
+    found = sorted(image.numpy().tobytes() for split in (train, test) for image in split.images[:, 0])
+    assert found == sorted(image.numpy().tobytes() for image in digits)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    again = load_split("digits", "train", str(tmp_path), 16)
+    assert torch.equal(again.images, train.images) and torch.equal(again.labels, train.labels)
+
+
+# folders
+
+
+def write_folder(root, parts=("train", "test"), ending="png"):
+    """Two classes of two 16x16 images each -> {(part, class, i): array HWC}."""
+    written = {}
+    for p, part in enumerate(parts):
+        for c, name in enumerate(("cat", "dog")):
+            for i in range(2):
+                array = pixels(100 * p + 10 * c + i, 16, 16, 3)
+                png(root / part / name / f"{i}.{ending}", array)
+                written[part, name, i] = array
+    return written
+
+
+def load_folder(root, part="train", size=16):
+    return load_split("folder", part, str(root), size)
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_a_folder_is_what_was_written(tmp_path, held_out):
+    written = write_folder(tmp_path, ("train", held_out))
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    for part, folder in (("train", "train"), ("test", held_out)):
+        split = load_folder(tmp_path, part)
+        assert split.classes == ("cat", "dog") and split.labels.tolist() == [0, 0, 1, 1]
+        assert split.labels.dtype == torch.int64 and split.images.dtype == torch.uint8
+        arrays = [written[folder, name, i] for name in ("cat", "dog") for i in range(2)]
+        assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), np.stack(arrays))
+
+
+def test_of_test_and_val_the_test_part_is_read(tmp_path):
+    written = write_folder(tmp_path, ("train", "val", "test"))
+    assert np.array_equal(load_folder(tmp_path, "test").images[0].permute(1, 2, 0), written["test", "cat", 0])
+
+
+def test_images_of_every_mode_and_shape_are_converted(tmp_path):
+    write_folder(tmp_path)
+    cat = tmp_path / "train" / "cat"
+    grey, colour = pixels(7, 16, 16), pixels(8, 16, 16, 3)
+    png(cat / "2-grey.png", grey)
+    png(cat / "3-rgba.png", np.dstack([colour, np.full((16, 16), 255, np.uint8)]))
+    png(cat / "4-palette.png", colour // 64 * 64, "P")
+    tall = np.zeros((40, 20, 3), np.uint8)
+    tall[:20], tall[20:] = (200, 0, 10), (0, 100, 30)
+    png(cat / "5-tall.png", tall)
+    wide = np.zeros((20, 40, 3), np.uint8)
+    wide[:, :20], wide[:, 20:] = (200, 0, 10), (0, 100, 30)
+    png(cat / "6-wide.png", wide)
+    deep = Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
+    deep.save(cat / "7-sixteen-bit.png")
+    images = load_folder(tmp_path).images
+    assert images.shape == (10, 3, 16, 16)
+    for channel in range(3):
+        assert np.array_equal(images[2, channel], grey)
+    assert np.array_equal(images[3].permute(1, 2, 0), colour)
+    with Image.open(cat / "4-palette.png") as palette:
+        assert np.array_equal(images[4].permute(1, 2, 0), np.array(palette.convert("RGB")))
+    for image, near, far in ((images[5], images[5, :, :7], images[5, :, 9:]), (images[6],) * 3):
+        if near is far:
+            near, far = image[:, :, :7], image[:, :, 9:]
+        for channel, (a, b) in enumerate(((200, 0), (0, 100), (10, 30))):
+            assert (near[channel] == a).all() and (far[channel] == b).all()
+    for channel in range(3):  # 0..65535 becomes 0..255 rather than being clipped to white
+        assert np.abs(images[7, channel].numpy().astype(int).ravel() - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_each_size_has_a_cache_of_its_own(tmp_path, decodes, size):
+    write_folder(tmp_path)
+    for _ in range(2):
+        assert load_folder(tmp_path, size=16).images.shape[-1] == 16
+        assert load_folder(tmp_path, size=24).images.shape[-1] == 24
+    assert len(decodes) == 8
+
+
+@pytest.mark.parametrize("change", ["rewritten", "added", "removed"])
+def test_the_cache_follows_the_files(tmp_path, decodes, change):
+    written = write_folder(tmp_path)
+    load_folder(tmp_path)
+    load_folder(tmp_path)
+    assert len(decodes) == 4
+    arrays = [written["train", name, i] for name in ("cat", "dog") for i in range(2)]
+    file, other = tmp_path / "train" / "dog" / "1.png", pixels(77, 16, 16, 3)
+    if change == "rewritten":
+        stamp = file.stat().st_mtime_ns
+        png(file, other)
+        os.utime(file, ns=(stamp + 10**9, stamp + 10**9))
+        arrays[3] = other
+    elif change == "added":
+        png(file.with_name("2.png"), other)
+        arrays.append(other)
+    else:
+        file.unlink()
+        arrays.pop()
+    split = load_folder(tmp_path)
+    assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), np.stack(arrays))
+    assert len(split.labels) == len(arrays)
+
+
+def test_the_cache_tells_equal_names_of_two_classes_apart(tmp_path):
+    """Files of equal names, sizes and times, as archives leave them, whose class folders are swapped."""
+    written = write_folder(tmp_path, ending="bmp")
+    for file in tmp_path.rglob("*.bmp"):
+        os.utime(file, ns=(10**18, 10**18))
+    load_folder(tmp_path)
+    train = tmp_path / "train"
+    (train / "cat").rename(train / "x")
+    (train / "dog").rename(train / "cat")
+    (train / "x").rename(train / "dog")
+    assert np.array_equal(load_folder(tmp_path).images[0].permute(1, 2, 0), written["train", "dog", 0])
+
+
+@pytest.mark.parametrize("length", [0, 1, 10, 100, 0.5, 0.9, -1])
+def test_a_cut_off_cache_is_decoded_anew(tmp_path, decodes, length):
+    write_folder(tmp_path)
+    images = load_folder(tmp_path).images
+    (cache,) = tmp_path.glob("*.pt")
+    content = cache.read_bytes()
+    cache.write_bytes(content[: int(len(content) * length) if isinstance(length, float) else length])
+    assert torch.equal(load_folder(tmp_path).images, images)
+    assert len(decodes) == 8
+    assert torch.equal(load_folder(tmp_path).images, images)
+    assert len(decodes) == 8  # the cache is whole again
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\x80\x02]q\x00.", b"PK\x03\x04 and no zip", bytes(5000)])
+def test_a_cache_that_is_something_else_is_decoded_anew(tmp_path, content):
+    write_folder(tmp_path)
+    images = load_folder(tmp_path).images
+    (cache,) = tmp_path.glob("*.pt")
+    cache.write_bytes(content)
+    assert torch.equal(load_folder(tmp_path).images, images)
+
+
+def test_a_cache_never_runs_code(tmp_path):
+    write_folder(tmp_path)
+    images = load_folder(tmp_path).images
+    (cache,) = tmp_path.glob("*.pt")
+    torch.save(RunsCode(tmp_path / "executed"), cache)
+    assert torch.equal(load_folder(tmp_path).images, images)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_images_are_read_though_the_cache_cannot_be_written(tmp_path, capsys):
+    written = write_folder(tmp_path)
+    (tmp_path / "decoded-train-16.pt").mkdir()
+    assert np.array_equal(load_folder(tmp_path).images[0].permute(1, 2, 0), written["train", "cat", 0])
+    assert "decoded-train-16.pt cannot be written" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.part"))
+
+
+# augmentation
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def windows(image, pad):
+    """Every crop of the zero-padded image (3, S, S), as bytes by shift."""
+    size = image.shape[-1]
+    padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+    shifts = range(2 * pad + 1)
+    return {(t, w): padded[:, t : t + size, w : w + size] for t in shifts for w in shifts}
+
+
+@pytest.mark.parametrize("how", ["crop", "crop-flip"])
+@pytest.mark.parametrize("size, count", [(16, 400), (32, 60)])
+def test_a_crop_is_a_window_of_the_padded_image(how, size, count):
+    images = torch.from_numpy(pixels(3, count, 3, size, size)).clamp(min=1)
+    before = images.clone()
+    out = augment(images, how, generator())
+    assert out.shape == images.shape and out.dtype == torch.uint8
+    assert torch.equal(images, before)
+    shifts, flips = [], 0
+    for image, result in zip(images.numpy(), out.numpy(), strict=True):
+        known = windows(image, size // 8)
+        plain = [s for s, window in known.items() if np.array_equal(window, result)]
+        mirrored = [s for s, window in known.items() if np.array_equal(window[:, :, ::-1], result)]
+        assert len(plain) + len(mirrored) == 1
+        assert how == "crop-flip" or plain
+        shifts += plain + mirrored
+        flips += len(mirrored)
+    if size == 16:  # all 25 shifts, each on its axis about equally often
+        assert len(set(shifts)) == 25
+        for axis in zip(*shifts, strict=True):
+            assert np.bincount(axis).min() > 40
+        assert len({t == w for t, w in shifts}) == 2
+    assert flips == 0 if how == "crop" else 0.3 * count < flips < 0.7 * count
+
+
+def test_no_augmentation_returns_the_images():
+    images = torch.from_numpy(pixels(0, 5, 3, 16, 16))
+    assert torch.equal(augment(images, "none", generator()), images)
+
+
+@pytest.mark.parametrize("how", ["crop", "crop-flip"])
+def test_augmentation_depends_on_its_generator_alone(how):
+    images = torch.from_numpy(pixels(0, 40, 3, 16, 16))
+    state = torch.get_rng_state()
+    first = augment(images, how, generator(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(augment(images, how, generator(1)), first)
+    assert not torch.equal(augment(images, how, generator(2)), first)
+    running = generator(1)
+    augment(images, how, running)
+    assert not torch.equal(augment(images, how, running), first)
+
+
+def test_a_batch_of_one_image_is_augmented():
+    images = torch.from_numpy(pixels(0, 1, 3, 16, 16))
+    assert augment(images, "crop-flip", generator()).shape == (1, 3, 16, 16)
+
+
+def test_input_is_float_in_zero_to_one():
+    x = as_input(torch.arange(256, dtype=torch.uint8))
+    assert x.dtype == torch.float32 and x[0] == 0 and x[-1] == 1
+    assert torch.equal((x * 255).round().byte(), torch.arange(256, dtype=torch.uint8))
+    assert (x.diff() > 0).all()
+
+
+# splits of the training data
+
+
+@pytest.fixture
+def numbered(monkeypatch):
+    """A data set of 200 training and 60 test images that carry their number, as pixel and as label."""
+
+    def load(dataset, part, data_dir, image_size):
+        numbers = torch.arange(200) if part == "train" else torch.arange(200, 260)
+        images = numbers.byte()[:, None, None, None].expand(-1, 3, 16, 16)
+        return Split(images, numbers, tuple(map(str, range(260))))
+
+    monkeypatch.setattr(training, "load_split", load)
+
+
+def parts(*flags):
+    """(training, selection, test) numbers as lists, after a check that images and labels still belong together."""
+    options = parse_training("", {}, ["--dataset", "digits", *flags])
+    splits = training.load_training_data(options)
+    for split in splits:
+        assert torch.equal(split.images[:, 0, 0, 0], split.labels.byte())
+    return [split.labels.tolist() for split in splits]
+
+
+def test_all_images_are_used_unless_limited(numbered):
+    train, selection, test = parts()
+    assert sorted(train) == list(range(200)) and sorted(test) == list(range(200, 260))
+    assert selection == test
+
+
+@pytest.mark.parametrize("limit", [None, 30, 1000])
+@pytest.mark.parametrize("size", [1, 50, 198])
+def test_held_out_images_are_never_trained_on(numbered, size, limit):
+    flags = ["--val-size", str(size)] + (["--limit-train", str(limit)] if limit else [])
+    train, selection, test = parts(*flags)
+    assert len(set(selection)) == len(selection) == size
+    assert len(set(train)) == len(train) == min(200 - size, limit or 200)
+    assert not set(train) & set(selection)
+    assert set(train) | set(selection) <= set(range(200))
+    assert sorted(test) == list(range(200, 260))
+
+
+def test_the_held_out_images_depend_on_their_number_alone(numbered):
+    selection = parts("--val-size", "50")[1]
+    others = (["--seed", "7"], ["--limit-train", "20"], ["--limit-test", "5"], ["--method", "pgd"])
+    for flags in others:
+        torch.manual_seed(3)
+        assert parts("--val-size", "50", *flags)[1] == selection
+    assert selection != list(range(50))  # drawn, not the first ones of a file sorted by class
+
+
+def test_limits_are_deterministic_and_nested(numbered):
+    small, large = parts("--limit-train", "10", "--limit-test", "5"), parts("--limit-train", "40", "--limit-test", "20")
+    assert small == parts("--limit-train", "10", "--limit-test", "5", "--seed", "9")
+    assert large[0][:10] == small[0] and large[2][:5] == small[2]
+    assert len(small[0]) == 10 and len(small[2]) == 5
+    assert small[0] != list(range(10))
+
+
+@pytest.mark.parametrize("limit, count", [(None, 20), (20, 20), (99, 20), (7, 7), (1, 1)])
+def test_a_subset_is_drawn_once_and_for_all(limit, count):
+    split = Split(torch.arange(20).byte()[:, None, None, None], torch.arange(20), ("a",))
+    taken = subset(split, limit)
+    assert len(set(taken.labels.tolist())) == len(taken.labels) == count
+    assert torch.equal(taken.images.flatten(), taken.labels.byte())
+    torch.manual_seed(8)
+    assert torch.equal(subset(split, limit).labels, taken.labels)

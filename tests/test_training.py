@@ -1,0 +1,243 @@
+"""Runs on digits: what they write, and that a stopped run continues exactly."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils.training as training
+from models import build_model
+from utils.checkpoints import load_model
+from utils.options import TRAINING, RunError, Stopped, UsageError, parse_evaluation, parse_training
+
+ROOT = Path(__file__).parent.parent
+RA = {"arch": "ResNet18", "dataset": "cifar10", "model_dir": "./model/ANCRA"}
+PLAIN = RA | {"no_ra": True, "no_anc": True}
+TINY = [
+    "--dataset=digits", "--width=4", "--limit-train=24", "--limit-test=12", "--batch-size=10", "--num-steps=2",
+    "--epochs=2", "--warmup-epochs=0",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_evaluation(monkeypatch):
+    """PGD-40 with 2 steps: these tests look at the loop, test_evaluation.py at the attack."""
+    real = training.pgd40_heads
+    monkeypatch.setattr(training, "pgd40_heads", lambda *args, **kwargs: real(*args, **kwargs, steps=2))
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def train(tmp_path, *flags, recipe=RA):
+    options = parse_training("", recipe, [*TINY, "--model-dir", str(tmp_path / "run"), *map(str, flags)])
+    training.run(options)
+    return folder(tmp_path)
+
+
+def folder(tmp_path):
+    (found,) = tmp_path.glob("run*")
+    return found
+
+
+def metrics(run):
+    with open(run / "metrics.csv") as file:
+        return [{key: value for key, value in row.items() if "second" not in key} for row in csv.DictReader(file)]
+
+
+def assert_same_run(one, other):
+    states = [torch.load(run / "last_state.pt", weights_only=True) for run in (one, other)]
+    for key in ("model", "optimizer", "generator"):
+        assert_equal(states[0][key], states[1][key])
+    assert metrics(one) == metrics(other)
+    for name in ("model-wrn-last.pt", "best_adv_model.pt"):
+        assert_equal(*(torch.load(run / name, weights_only=True)["model"] for run in (one, other)))
+
+
+def assert_equal(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("method", ["pgd", "trades", "mart"])
+@pytest.mark.parametrize("flags", [(), ("--no-ra",), ("--no-anc",), ("--no-ra", "--no-anc")])
+def test_every_method_with_and_without_each_part(tmp_path, method, flags):
+    rows = metrics(train(tmp_path, "--method", method, *flags))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(float(row["loss"]) > 0 for row in rows)
+    assert any(float(row["contrast"]) > 0 for row in rows) == ("--no-anc" not in flags)
+
+
+@pytest.mark.parametrize("strategy", [s + a for s in ("random", "soft", "hard", "easy") for a in ("", "_adv")])
+def test_every_strategy_with_several_negatives(tmp_path, strategy):
+    run = train(tmp_path, "--strategy", strategy, "--sample_class_number", 2, "--sample_number", 2, "--epochs", 1)
+    assert f"strategy-{strategy}-" in run.name and len(metrics(run)) == 1
+
+
+@pytest.mark.parametrize("arch", ["WRN-28-10", "PreActResNet18"])
+@pytest.mark.parametrize("recipe", [RA, PLAIN])
+def test_other_networks_and_objectives(tmp_path, arch, recipe):
+    flags = ("--arch", arch, "--width", 1, "--epochs", 1, "--inner", "kl", "--augmentation", "crop-flip")
+    run = train(tmp_path, *flags, recipe=recipe)
+    model, info = load_model(run)
+    assert info["arch"] == arch and info["reverse_attention"] == (recipe is RA)
+    assert not model.training and model(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_what_a_run_writes(tmp_path, capsys):
+    run = train(tmp_path, "--save-freq", 2)
+    said = capsys.readouterr().out
+    assert run.name == "run-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-digits-width-4"
+    assert {f.name for f in run.iterdir()} == {
+        "model-wrn-last.pt", "model-2.pt", "best_adv_model.pt", "last_state.pt", "train.log", "metrics.csv",
+        "run.json", "training_curves.png",
+    }  # fmt: skip
+    assert (run / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
+    record = json.loads((run / "run.json").read_text())
+    assert record["settings"]["epsilon"] == 0.1 and record["seed"] == 1 and record["versions"]["torch"]
+    rows = metrics(run)
+    best = max(rows, key=lambda row: float(row["pgd40_heads_accuracy"]))
+    assert load_model(run)[1]["epoch"] == int(best["epoch"])
+    assert "trades, reverse attention" in said and "test_white_attack.py --ckpt_url" in said
+    assert said.splitlines()[-4:] == (run / "train.log").read_text().splitlines()[-4:]
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path):
+    one, two = train(tmp_path / "1"), train(tmp_path / "2")
+    assert_same_run(one, two)
+    other = train(tmp_path / "3", "--seed", 2)
+    assert metrics(other) != metrics(one)
+
+
+def test_stop_between_epochs_and_resume(tmp_path, capsys):
+    straight = train(tmp_path / "1", "--epochs", 4, "--milestones", 3)
+    train(tmp_path / "2", "--epochs", 2, "--milestones", 3)
+    resumed = train(tmp_path / "2", "--epochs", 4, "--resume")
+    assert_same_run(straight, resumed)
+    assert "--epochs: the run has 2, the command 4; the command's wins" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("signum", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("where", ["attack_batch", "verdicts"])
+def test_signals_inside_an_epoch_or_an_evaluation(tmp_path, monkeypatch, signum, word, where):
+    straight = train(tmp_path / "1")
+    real, calls = getattr(training, where), []
+
+    def interrupting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signum)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, where, interrupting)
+    with pytest.raises(Stopped, match=f"{word}; continue by: python .* --resume ") as stopped:
+        train(tmp_path / "2")
+    assert stopped.value.args[0] == signum
+    monkeypatch.setattr(training, where, real)
+    assert_same_run(straight, train(tmp_path / "2", "--resume", folder(tmp_path / "2")))
+
+
+def test_resume_says_which_settings_win(tmp_path, capsys):
+    run = train(tmp_path)
+    before = {f.name: f.read_bytes() for f in run.glob("*.pt")}
+    train(tmp_path, "--lr", 5, "--resume", run)
+    assert "--lr: the run has 0.03, the command 5.0; the run's wins" in capsys.readouterr().out
+    assert {f.name: f.read_bytes() for f in run.glob("*.pt")} == before
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path):
+    run = train(tmp_path)
+    before = {f.name: f.read_bytes() for f in run.iterdir()}
+    with pytest.raises(UsageError, match=r"holds a run already; continue it by --resume, or name another --model-dir"):
+        train(tmp_path)
+    assert {f.name: f.read_bytes() for f in run.iterdir()} == before
+
+
+def test_restart_from_weights_with_a_fresh_optimiser(tmp_path):
+    first = train(tmp_path / "1", "--epochs", 1)
+    again = train(tmp_path / "2", "--restart_epoch", 1, "--ckpt_url", first / "model-wrn-last.pt")
+    assert [row["epoch"] for row in metrics(again)] == ["2"]
+    bare = tmp_path / "bare.pt"
+    torch.save(load_model(first / "model-wrn-last.pt")[0].state_dict(), bare)
+    assert_same_run(again, train(tmp_path / "3", "--restart_epoch", 1, "--ckpt_url", bare))
+
+
+def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+    real = training.training_loss
+
+    def failing(model, x, *args):
+        loss, *rest = real(model, x, *args)
+        return (loss * float("nan") if len(x) == 4 and failing.armed else loss, *rest)
+
+    failing.armed = False
+    monkeypatch.setattr(training, "training_loss", failing)
+    run = train(tmp_path, "--epochs", 1)
+    before = (run / "last_state.pt").read_bytes()
+    failing.armed = True
+    with pytest.raises(RunError, match=r"nan in epoch 2, batch 3; the last good checkpoint is .*last_state.pt"):
+        train(tmp_path, "--epochs", 2, "--resume")
+    assert (run / "last_state.pt").read_bytes() == before
+
+
+def test_held_out_images_select_and_the_test_set_is_reported(tmp_path, capsys):
+    train(tmp_path, "--val-size", 20)
+    said = capsys.readouterr().out
+    assert "on 20 held-out training images" in said and "best epoch on the test set" in said
+
+
+def test_evaluation_every_few_epochs_and_after_the_last(tmp_path):
+    rows = metrics(train(tmp_path, "--epochs", 3, "--eval-interval", 2))
+    assert [bool(row["natural_accuracy"]) for row in rows] == [False, True, True]
+
+
+def test_learning_rate_falls_at_absolute_milestones():
+    options = parse_training("", RA, ["--epochs", "80"])
+    rates = {epoch: training.learning_rate(options, epoch) for epoch in (1, 74, 75, 90, 100)}
+    assert rates == pytest.approx({1: 0.01, 74: 0.01, 75: 1e-3, 90: 1e-4, 100: 1e-5})
+
+
+def test_defaults_are_the_published_recipe():
+    options = parse_training("", RA, [])
+    expected = {
+        "batch_size": 128, "test_batch_size": 100, "epochs": 120, "lr": 0.01, "weight_decay": 2e-4, "momentum": 0.9,
+        "epsilon": 8 / 255, "num_steps": 10, "step_size": 0.007, "strategy": "random_adv", "beta": 6, "alpha": 1,
+        "zeta": 3, "cr_beta": 2, "seed": 1, "width": None, "augmentation": "crop-flip", "val_size": 0,
+    }  # fmt: skip
+    assert {key: getattr(options, key) for key in expected} == expected
+    assert parse_training("", RA, ["--dataset", "cifar100"]).width is None
+    assert parse_evaluation("", ["--ckpt_url", "x"]).num_steps == 40
+
+
+def test_accuracies_of_training_forwards_do_not_see_the_label():
+    torch.manual_seed(0)
+    model = build_model("ResNet18", 10, width=8, image_size=16).train()
+    x, labels = torch.rand(64, 3, 16, 16), torch.randint(0, 10, (64,))
+    heads, others = model(x, labels, heads=True), model(x, labels.roll(1), heads=True)
+    assert training.first_head_right(heads, labels) == training.first_head_right(others, labels)
+    assert not torch.equal(heads.final, others.final)
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("train_*.py")))
+def test_scripts_take_their_recipe(script):
+    said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
+    arch = "PreActResNet18" if "PreAct" in script else "WRN-34-10" if "Wide" in script else "ResNet18"
+    assert f"network (default: {arch})" in " ".join(said.split())
+    rate = "0.1" if "PreAct" in script else "0.01"
+    assert f"learning rate of SGD (default: {rate};" in " ".join(said.split())
+
+
+def test_settings_are_all_declared():
+    assert set(TRAINING) <= set(vars(parse_training("", RA, [])))
