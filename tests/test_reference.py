@@ -177,6 +177,17 @@ def test_loss_over_heads_and_its_gradients(method, alpha, per_anchor, auxiliary)
     assert max(map(deviation, actual, expected)) < TIGHT
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_of_sharp_predictions(method):
+    """Probabilities far below the 1e-12 inside the logarithm of MART's KL."""
+    logits, labels = random_logits(2, 1)
+    logits = {side: [10 * head for head in heads] for side, heads in logits.items()}
+    o = options(method=method)
+    expected = loss_and_gradients(logits, reference_loss(labels, o))
+    actual = loss_and_gradients(logits, repository_loss(labels, o, 1))
+    assert max(map(deviation, actual, expected)) < TIGHT
+
+
 @pytest.mark.parametrize(
     ("wrong", "per_anchor"),
     [("auxiliary weight 1", 1), ("natural side not detached", 1), ("negatives ordered by turn", 2)],
@@ -436,8 +447,8 @@ def test_training_steps(method, arch, no_ra, no_anc):
     [
         ({"inner": "kl"}, {}),
         ({"strategy": "random", "alpha": 0.5}, {}),
-        ({"strategy": "hard_adv"}, {"epoch": 10}),
-        ({"strategy": "hard_adv", "alpha": 0.0}, {"epoch": 11}),
+        ({"strategy": "hard_adv"}, {"arch": "PreActResNet18", "epoch": 10}),
+        ({"strategy": "hard_adv", "alpha": 0.0}, {"arch": "PreActResNet18", "epoch": 11}),
         ({"strategy": "soft"}, {"epoch": 11}),
         ({"sample_class_number": 2, "method": "mart"}, {}),
         ({"num_steps": 3, "method": "pgd"}, {"arch": "WRN-28-10", "width": 1}),
@@ -473,5 +484,6 @@ def test_training_steps_of_a_batch_of_one_class(method):
     ],
 )
 def test_a_wrong_training_step_is_told_apart(wrong, where):
-    found, _ = compare_steps(options(num_steps=5, strategy="hard_adv"), epoch=10, steps=1, wrong=wrong)
+    o = options(num_steps=5, strategy="hard_adv")
+    found, _ = compare_steps(o, arch="PreActResNet18", epoch=10, steps=1, wrong=wrong)
     assert found[where] > CLEAR
