@@ -393,7 +393,7 @@ def test_a_folder_that_is_not_there_is_named(refused, tmp_path):
     refused(ANCRA, *folder_flags(tmp_path / "no"), "--model-dir", tmp_path / "run", mentions=(tmp_path / "no",))
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm", "tif"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm"])
 def test_a_truncated_image_is_named(refused, tmp_path, ending):
     root = image_folder(tmp_path / "pictures")
     file = root / "train" / "dog" / f"broken.{ending}"
@@ -406,7 +406,7 @@ def test_a_truncated_image_is_named(refused, tmp_path, ending):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm", "tif"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm"])
 def test_damaged_images_are_read_or_named(tmp_path, ending):
     """Bytes changed at random: whatever the decoder raises becomes a line that names the file."""
     from utils.data import _decode
@@ -555,6 +555,12 @@ def test_a_flag_that_contradicts_the_checkpoint_is_named(refused, tmp_path, flag
     refused(ATTACK, "--ckpt_url", file, *EVALUATE, flag, value, mentions=(file, known, value))
 
 
+def test_a_checkpoint_with_reverse_attention_is_not_evaluated_without(refused, tmp_path):
+    """No tensor tells one from the other, so that the wrong network would be evaluated silently."""
+    file = checkpoint(tmp_path / "weights.pt")
+    refused(ATTACK, "--ckpt_url", file, *EVALUATE, "--no-ra", mentions=(file, "reverse"))
+
+
 def test_a_checkpoint_of_another_kind_of_network_is_named(refused, tmp_path):
     file = checkpoint(tmp_path / "weights.pt", arch="PreActResNet18")
     flags = (*DIGITS, "--epochs", "2", "--restart_epoch", "1", "--ckpt_url", file, "--model-dir", tmp_path / "run")
@@ -606,8 +612,14 @@ def test_a_new_run_never_overwrites_another(refused, trained, tmp_path):
     assert {"last_state.pt", "metrics.csv", "run.json", "train.log"} <= {f.name for f in trained.iterdir()}
     line = refused(ANCRA, *DIGITS, "--model-dir", tmp_path / "run", mentions=(trained, "--resume", "--model-dir"))
     assert "holds a run already" in line
-    for file in trained.glob("*.pt"):
-        file.unlink()
+
+
+@pytest.mark.parametrize("kept", [".pt", ".csv .json .log"])
+def test_part_of_a_run_is_not_overwritten_either(refused, trained, tmp_path, kept):
+    """Only its checkpoints are left, as a published run has them, or all but these, removed to save space."""
+    for file in trained.iterdir():
+        if file.suffix not in kept.split():
+            file.unlink()
     refused(ANCRA, *DIGITS, "--model-dir", tmp_path / "run", mentions=(trained, "--model-dir"))
 
 

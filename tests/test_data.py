@@ -163,8 +163,10 @@ def test_a_truncated_cifar_archive_is_named_and_kept(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("dataset, size", [("cifar10", 16), ("cifar100", 64), ("tiny-imagenet", 32)])
 def test_a_data_set_with_a_size_of_its_own_takes_no_other(tmp_path, dataset, size):
-    with pytest.raises(UsageError, match=f"--image-size {size}"):
+    with pytest.raises(UsageError) as caught:
         load_split(dataset, "train", str(tmp_path), size)
+    for word in (dataset, str(size), "--image-size"):
+        assert word in str(caught.value)
 
 
 # Tiny-ImageNet

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def read(path: Path) -> dict:
     Errors: UsageError where it is missing, no checkpoint, or holds anything that would have to be executed.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of a plain pickle, which is refused below anyway
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder") from None
     except pickle.UnpicklingError as error:
@@ -85,8 +88,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
     state = _published(state)
     for key, value in overrides.items():
         known = info.get(key)
-        if key in ("arch", "width", "image_size") and known is not None and value != known:
-            raise UsageError(f"{path} is a checkpoint of {key} {known}, not {value}; leave the flag out")
+        if key in ("arch", "width", "image_size", "reverse_attention") and known is not None and value != known:
+            raise UsageError(f"{path} is a checkpoint with {key} {known}, not {value}; leave the flag out")
         info[key] = value
     if info["image_size"] is None:
         info["image_size"] = BY_DATASET.get(info["dataset"], {}).get("image_size", 32)
@@ -121,6 +124,8 @@ _DESCRIPTION = (
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Copy a state dict into a network; UsageError naming the first tensor that does not fit or is not finite."""
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} is no checkpoint: its model is a {type(state).__name__}, not a state dict")
     state, own = _published(state), model.state_dict()
     for key in own.keys() ^ state.keys():
         where = "lacks" if key in own else "has an unexpected"

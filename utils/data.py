@@ -1,7 +1,12 @@
 """Data sets as uint8 tensors: decoded once, held on the device, augmented there by tensor code."""
 
 import hashlib
+import http.client
 import pickle
+import shutil
+import tarfile
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +22,8 @@ from utils.checkpoints import write_atomically
 from utils.options import UsageError
 
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, http.client.HTTPException)
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 
 
 class Split(NamedTuple):
@@ -41,7 +47,10 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split
     """
     sizes = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
     if image_size != sizes.get(dataset, image_size):
-        raise UsageError(f"--image-size {image_size}: {dataset} has images of {sizes[dataset]}; leave the flag out")
+        raise UsageError(
+            f"{dataset} has images of side {sizes[dataset]}, not {image_size}; leave --image-size out, or name the "
+            "data set that the checkpoint was trained on"
+        )
     loaders = {"digits": _digits, "folder": _folder, "tiny-imagenet": _tiny_imagenet}
     return loaders.get(dataset, _cifar)(dataset, part, Path(data_dir), image_size)
 
@@ -100,7 +109,7 @@ def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     try:
         data = source(str(data_dir), train=part == "train", download=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (*DOWNLOAD_ERRORS, tarfile.TarError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UsageError(
             f"{dataset}: no intact copy in {data_dir} and none could be downloaded ({_first_line(error)}); put "
             f"{source.filename} (MD5 {source.tgz_md5}) from {source.url} into {data_dir}"
@@ -131,9 +140,6 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 
 def _unpack_tiny_imagenet(data_dir: Path) -> None:
     """Download the zip where it is missing, check it, unpack it beside its place and move it there whole."""
-    import shutil
-    import tempfile
-
     from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
     url, md5 = TINY_IMAGENET
@@ -145,7 +151,7 @@ def _unpack_tiny_imagenet(data_dir: Path) -> None:
         with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
             extract_archive(str(archive), scratch)
             shutil.move(Path(scratch) / "tiny-imagenet-200", data_dir / "tiny-imagenet-200")
-    except (OSError, RuntimeError, ValueError) as error:
+    except (*DOWNLOAD_ERRORS, zipfile.BadZipFile) as error:
         raise UsageError(
             f"tiny-imagenet: no intact copy in {data_dir} and none could be downloaded ({_first_line(error)}); put "
             f"{archive.name} (248,100,043 bytes, MD5 {md5}) from {url} into {data_dir}"
@@ -162,7 +168,9 @@ def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
                 f"{data_dir} has no folder {' or '.join(names[p])}; --data-dir needs train/<class>/ and "
                 "test/<class>/ (or val/<class>/) inside"
             )
-    classes = {p: sorted(d.name for d in root.iterdir() if d.is_dir()) for p, root in parts.items()}
+    classes = {
+        p: sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".") for p, root in parts.items()
+    }
     if len(classes["train"]) < 2:
         raise UsageError(f"{parts['train']} holds {len(classes['train'])} class folder; at least 2 are needed")
     if classes["train"] != classes["test"]:
@@ -182,7 +190,10 @@ def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
     """Decode image files into (N, 3, size, size) uint8, or read an earlier run's cache of the same files."""
     try:
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        stats = [
+            (f.relative_to(cache.parent).as_posix(), (stat := f.stat()).st_size, stat.st_mtime_ns, stat.st_ino)
+            for f in files
+        ]
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}; it is listed as an image of this data set") from error
     key = hashlib.sha256(repr((size, stats)).encode()).hexdigest()
@@ -209,6 +220,8 @@ def _decode(file: Path, size: int) -> Tensor:
 
     try:
         with Image.open(file) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BILINEAR)

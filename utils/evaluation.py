@@ -125,6 +125,11 @@ def white_attack(options: argparse.Namespace) -> None:
         getattr(options, key) if key in options.given else own.get(key, getattr(options, key))
         for key in ("epsilon", "step_size")
     )
+    log = Path(options.log_path) if options.log_path else file.parent / "test.log"
+    try:
+        log.open("a").close()  # a log that cannot be written is said before the attacks, not after
+    except OSError as error:
+        raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
     settings = dict(eps=eps, random=options.random, seed=options.seed)
     attacks = {
         "natural": None,
@@ -149,9 +154,5 @@ def white_attack(options: argparse.Namespace) -> None:
             natural = right if attack is None else natural
             lines.append(f"{name:<10} {percent(right):>10.2f}")
     print("\n".join(lines[1:]))
-    log = Path(options.log_path) if options.log_path else file.parent / "test.log"
-    try:
-        with open(log, "a") as out:
-            out.write("\n".join(lines) + "\n\n")
-    except OSError as error:
-        raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
+    with open(log, "a") as out:
+        out.write("\n".join(lines) + "\n\n")

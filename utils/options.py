@@ -322,11 +322,14 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
         parser.error("--restart_epoch starts a run from weights, --resume continues one; give one of them")
     if options.restart_epoch >= options.epochs:
         parser.error(f"--restart_epoch {options.restart_epoch} leaves nothing to train; --epochs is {options.epochs}")
-    if options.no_anc:
-        without_effect = ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs")
-        _say_without_effect(parser, given, without_effect, "without ANC")
-    if options.method == "pgd":
-        _say_without_effect(parser, given, ("beta",), "for --method pgd")
+    idle = (
+        ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs") if options.no_anc else ()
+    )
+    idle += ("beta",) if options.method == "pgd" else ()
+    idle += ("cr_beta",) if options.no_ra else ()
+    named = ", ".join(f"--{name}" for name in idle if name in given)
+    if named:
+        print(f"{parser.prog}: {named} has no effect here and is left out", file=sys.stderr)
     options.given = sorted(given)
     options.recipe = vars(_merge(TRAINING | recipe, {"dataset": options.dataset, "arch": options.arch}))
     options.own = {key: (TRAINING | recipe)[key] for key in ("method", "dataset", "arch", "no_ra", "no_anc")}
@@ -364,12 +367,6 @@ def _merge(defaults: dict, given: dict) -> argparse.Namespace:
     return argparse.Namespace(**settings)
 
 
-def _say_without_effect(parser: Parser, given: dict, names: tuple[str, ...], where: str) -> None:
-    named = ", ".join(f"--{name}" for name in names if name in given)
-    if named:
-        print(f"{parser.prog}: {named} has no effect {where}; accepted and left out", file=sys.stderr)
-
-
 def train(doc: str, **recipe: object) -> NoReturn:
     """The whole of a training script: parse the command line, train, exit. recipe: the script's own defaults."""
     options = parse_training(doc, recipe, sys.argv[1:])
@@ -392,6 +389,9 @@ def guarded(job: Callable[[], None]) -> NoReturn:
         sys.exit(2)
     except RunError as error:
         print(f"{prog}: failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that vanished
+        print(f"{prog}: failed: {error}; what was saved before is intact", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
         signum, line = stop.args

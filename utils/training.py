@@ -113,16 +113,23 @@ def training_loss(
     return loss, contrast, natural, adversarial
 
 
-def first_head_right(heads: Heads | None, labels: Tensor) -> float:
-    """How many predictions of the first head are right; nan without heads.
+def first_head_right(heads: Heads, labels: Tensor) -> int:
+    """How many predictions of the first head are right.
 
     The first head is `auxiliary[0]`, the only one a training forward computes without the labels, or a plain network's
     `final`.
     """
-    if heads is None:
-        return math.nan
     logits = heads.auxiliary[0] if heads.auxiliary else heads.final
     return (logits.detach().argmax(1) == labels).sum().item()
+
+
+def natural_share(sums: dict[str, float]) -> float | None:
+    """Training accuracy on natural images in percent; None where no batch needed a natural forward (plain pgd)."""
+    return 100 * sums["natural"] / sums["natural_images"] if sums["natural_images"] else None
+
+
+def shown(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.2f} %"
 
 
 def learning_rate(options: argparse.Namespace, epoch: int) -> float:
@@ -194,7 +201,10 @@ class Run:
     def restore(self, state: dict, path: Path) -> None:
         """Continue from what `save_state` wrote; generator states carry over on the same kind of device only."""
         load_state(self.model, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} cannot be resumed, it has no usable optimizer; name a run's {STATE}") from error
         self.progress = state["progress"]
         try:
             self.generator.set_state(state["generator"])
@@ -221,13 +231,16 @@ def run_folder(options: argparse.Namespace) -> Path:
 def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
     """Read the state to continue from and put the run's own settings into `options`; says which flags lose or win."""
     path = run_folder(options) if options.resume is True else Path(options.resume)
-    path = path / STATE if path.is_dir() or not path.suffix else path
+    path = path if path.is_file() else path / STATE
     if not path.is_file():
         raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
     state = read(path)
-    missing = {"model", "recipe", "progress", "optimizer", "generator"} - state.keys()
-    if missing:
-        raise UsageError(f"{path} cannot be resumed, it lacks {', '.join(sorted(missing))}; name a {STATE}")
+    needed = {"model": dict, "recipe": dict, "progress": dict, "optimizer": dict, "generator": Tensor, "classes": list}
+    wrong = sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind))
+    if not wrong and not {"epoch", "order", "done", "sums", "rows"} <= state["progress"].keys():
+        wrong = ["progress"]
+    if wrong:
+        raise UsageError(f"{path} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
     own = set(recipe(options))
     if state["recipe"].keys() != own:
         raise UsageError(f"{path} was written by another version of this code; its settings do not match")
@@ -248,7 +261,7 @@ def prepare_folder(options: argparse.Namespace) -> None:
     options.folder = str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.glob("*.pt")) or (folder / "run.json").exists():
+        if any(folder.glob("*.pt")) or (folder / "metrics.csv").exists():
             raise UsageError(f"{folder} holds a run already; continue it by --resume, or name another --model-dir")
         write_atomically(folder / "run.json", lambda file: file.write_text("{}"))
     except OSError as error:
@@ -367,7 +380,7 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
     options, progress = run.options, run.progress
     if progress["order"] is None:
         order = torch.randperm(len(train.labels), generator=run.generator, device=run.device)
-        sums = dict.fromkeys(("loss", "contrast", "natural", "robust", "seconds"), 0.0)
+        sums = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)
         progress.update(order=order.cpu(), done=0, sums=sums)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(options, progress["epoch"])
@@ -402,7 +415,8 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
             for key, value in (
                 ("loss", loss.item() * count),
                 ("contrast", contrast.item() * count),
-                ("natural", first_head_right(natural, labels)),
+                ("natural", first_head_right(natural, labels) if natural else 0),
+                ("natural_images", count if natural else 0),
                 ("robust", first_head_right(adversarial, labels)),
                 ("seconds", time.perf_counter() - began),
             ):
@@ -411,7 +425,7 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
             bar.update(count)
             bar.set_postfix(
                 loss=f"{sums['loss'] / done:.3f}",
-                nat=f"{100 * sums['natural'] / done:.1f}%",
+                nat=shown(natural_share(sums)),
                 rob=f"{100 * sums['robust'] / done:.1f}%",
             )
             if number % options.log_interval == 0:
@@ -448,7 +462,7 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
         "lr": learning_rate(options, epoch),
         "loss": sums["loss"] / total,
         "contrast": sums["contrast"] / total,
-        "train_natural_accuracy_first_head": 100 * sums["natural"] / total,
+        "train_natural_accuracy_first_head": natural_share(sums),
         "train_robust_accuracy_first_head": 100 * sums["robust"] / total,
         "natural_accuracy": None,
         "pgd40_heads_accuracy": None,
@@ -466,7 +480,7 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
         accuracies = f"natural {row['natural_accuracy']:.2f} %, pgd40_heads {row['pgd40_heads_accuracy']:.2f} %"
     log(
         f"epoch {epoch}/{options.epochs}  loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  train, first head: "
-        f"natural {row['train_natural_accuracy_first_head']:.2f} %, robust "
+        f"natural {shown(row['train_natural_accuracy_first_head'])}, robust "
         f"{row['train_robust_accuracy_first_head']:.2f} %  evaluation: {accuracies}  "
         f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
         f"{(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
