@@ -1,14 +1,19 @@
 """Attacks of the evaluation, its verdicts and its script."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from models import build_model
 from utils.attacks import cross_entropy, frozen, image_noise, linf_pgd, margin
 from utils.data import as_input, load_split
 from utils.evaluation import percent, pgd40_heads, verdicts, white_attack, white_box
-from utils.options import parse_evaluation
+from utils.options import UsageError, parse_evaluation, parse_training
+from utils.training import run
 
 EPS, STEP = 0.1, 0.02
 
@@ -114,6 +119,26 @@ def test_a_data_set_brings_its_own_eps_and_the_command_wins(trained, capsys):
     for flags, said in (([], "eps 0.1, step 0.02"), (["--epsilon", "8/255"], "eps 0.031373, step 0.02")):
         white_attack(parse_evaluation("", ["--ckpt_url", str(file), "--limit-test", "4", "--num-steps", "1", *flags]))
         assert said in capsys.readouterr().out
+
+
+def test_a_checkpoint_knows_its_data_and_refuses_others(tmp_path, capsys):
+    for part, name in itertools.product(("train", "test"), ("cat", "dog")):
+        (tmp_path / "pets" / part / name).mkdir(parents=True)
+        for i in range(3):
+            noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / "pets" / part / name / f"{i}.png")
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "pets"), "--model-dir", str(tmp_path / "run")]
+    flags += ["--image-size", "16", "--width", "4", "--epochs", "1", "--num-steps", "1"]
+    recipe = {"arch": "ResNet18", "dataset": "cifar10"}
+    run(parse_training("", recipe, flags))
+    (folder,) = tmp_path.glob("run*")
+    short = ["--ckpt_url", str(folder), "--num-steps", "1"]
+    white_attack(parse_evaluation("", short))
+    assert "folder, 6 test images" in capsys.readouterr().out
+    for part in ("train", "test"):
+        (tmp_path / "pets" / part / "dog").rename(tmp_path / "pets" / part / "eel")
+    with pytest.raises(UsageError, match="other classes"):
+        white_attack(parse_evaluation("", short))
 
 
 def test_a_published_bare_state_dict_evaluates(trained, tmp_path, capsys):

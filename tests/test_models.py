@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from models import ARCHS, build_model
 from tests.golden_numbers import GoldenNetwork, published_shapes
+from utils import options
 from utils.attacks import cross_entropy, cross_entropy_over_heads, frozen, linf_pgd
 from utils.losses import over_heads
 
@@ -149,6 +150,10 @@ def test_frozen_leaves_the_model_as_it_was_whatever_happens():
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_command_line_knows_the_same_networks():
+    assert tuple(ARCHS) == options.ARCHS
 
 
 def test_unknown_names_list_the_known_ones():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.golden_numbers import FOLDER
-from utils.negatives import STRATEGIES, choose_negatives
+from utils.negatives import choose_negatives
+from utils.options import STRATEGIES
 
 GOLDEN = np.load(FOLDER / "negatives.npz")
 

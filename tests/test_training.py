@@ -30,10 +30,6 @@ def short_evaluation(monkeypatch):
     """PGD-40 with 2 steps: these tests look at the loop, test_evaluation.py at the attack."""
     real = training.pgd40_heads
     monkeypatch.setattr(training, "pgd40_heads", lambda *args, **kwargs: real(*args, **kwargs, steps=2))
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 def train(tmp_path, *flags, recipe=RA):
@@ -100,7 +96,9 @@ def test_other_networks_and_objectives(tmp_path, arch, recipe):
 def test_what_a_run_writes(tmp_path, capsys):
     run = train(tmp_path, "--save-freq", 2)
     said = capsys.readouterr().out
-    assert run.name == "run-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-digits-width-4"
+    published, special = run.name.split("-digits-")
+    assert published == "run-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1"
+    assert special == "batch_size-10-num_steps-2-warmup_epochs-0-width-4-limit_train-24-limit_test-12"
     assert {f.name for f in run.iterdir()} == {
         "model-wrn-last.pt", "model-2.pt", "best_adv_model.pt", "last_state.pt", "train.log", "metrics.csv",
         "run.json", "training_curves.png",
@@ -125,7 +123,7 @@ def test_same_seed_same_run_and_another_seed_another(tmp_path):
 def test_stop_between_epochs_and_resume(tmp_path, capsys):
     straight = train(tmp_path / "1", "--epochs", 4, "--milestones", 3)
     train(tmp_path / "2", "--epochs", 2, "--milestones", 3)
-    resumed = train(tmp_path / "2", "--epochs", 4, "--resume")
+    resumed = train(tmp_path / "2", "--epochs", 4, "--milestones", 3, "--resume")
     assert_same_run(straight, resumed)
     assert "--epochs: the run has 2, the command 4; the command's wins" in capsys.readouterr().out
 
@@ -190,6 +188,35 @@ def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(
     with pytest.raises(RunError, match=r"nan in epoch 2, batch 3; the last good checkpoint is .*last_state.pt"):
         train(tmp_path, "--epochs", 2, "--resume")
     assert (run / "last_state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("rate", ["1e20", "1e38"])
+def test_weights_ruined_by_the_last_step_of_an_epoch_do_not_replace_the_last_good_state(tmp_path, rate):
+    with pytest.raises(RunError, match="not finite"):
+        train(tmp_path, "--lr", rate, "--limit-train", 10, "--epochs", 1)
+    model, info = load_model(folder(tmp_path) / "last_state.pt")
+    assert info["epoch"] == 0 and model(torch.rand(2, 3, 16, 16)).isfinite().all()
+
+
+def test_settings_that_change_the_result_have_folders_of_their_own():
+    flags = [[], *(f.split() for f in ("--batch-size 64", "--milestones 5,6", "--wd 0.1", "--val-size 9", "--no-ra"))]
+    names = {training.run_folder(parse_training("", RA, flag)) for flag in flags}
+    assert len(names) == len(flags)
+    assert Path("model/ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1") in names
+    same = [["--model-dir", "./model/ANCRA/"], ["--epochs", "5"], ["--no-cuda"]]
+    assert {training.run_folder(parse_training("", RA, flag)) for flag in same} <= names
+
+
+def test_a_resume_with_other_data_is_refused_and_records_itself_otherwise(tmp_path, monkeypatch):
+    run = train(tmp_path, "--epochs", 1)
+    train(tmp_path, "--epochs", 2, "--no-cuda", "--resume", run)
+    train(tmp_path, "--epochs", 3, "--device", "cpu", "--resume", run)
+    record = json.loads((run / "run.json").read_text())
+    assert [r["settings"]["epochs"] for r in (*record["earlier"], record)] == [1, 2, 3]
+    real = training.load_training_data
+    monkeypatch.setattr(training, "load_training_data", lambda o: (real(o)[0].take(torch.arange(20)), *real(o)[1:]))
+    with pytest.raises(UsageError, match="was trained on 24 images of 10 classes"):
+        train(tmp_path, "--epochs", 4, "--resume", run)
 
 
 def test_held_out_images_select_and_the_test_set_is_reported(tmp_path, capsys):

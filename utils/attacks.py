@@ -114,7 +114,7 @@ def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
 def image_noise(x: Tensor, indices: Tensor, seed: int, kind: str) -> Tensor:
     """Noise like x (N, 3, H, W) for evaluation: `normal` N(0, 1) or `uniform` in [-1, 1).
 
-    Each image's noise depends on the seed and on its index in the data set alone, not on the batch or the device.
+    Each image's noise depends on the seed and on its index in the evaluated set alone, not on the batch or the device.
     """
     noise = np.empty(x.shape, np.float32)
     for row, index in zip(noise, indices.tolist(), strict=True):

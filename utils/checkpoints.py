@@ -127,7 +127,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     if not isinstance(state, dict):
         raise UsageError(f"{path} is no checkpoint: its model is a {type(state).__name__}, not a state dict")
     state, own = _published(state), model.state_dict()
-    for key in own.keys() ^ state.keys():
+    for key in [k for k in (*own, *state) if (k in own) != (k in state)]:
         where = "lacks" if key in own else "has an unexpected"
         raise UsageError(f"{path} does not fit this network: it {where} {key}; is it of another architecture?")
     for key, value in state.items():

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from utils.attacks import cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd, margin
 from utils.checkpoints import checkpoint_file, load_model
 from utils.data import Split, as_input, batches, load_split, shuffled
-from utils.options import BY_DATASET, UsageError
+from utils.options import BY_DATASET, DATASETS, RunError, UsageError
 
 # An attack: (network, images (N, 3, H, W) in [0, 1], labels (N,), indices (N,) in the data set) -> adversarial images
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -39,7 +39,10 @@ def verdicts(
         if attack is not None:
             x = attack(net, x, batch.labels, indices)
         with torch.no_grad():
-            right[indices] = (net(x).argmax(1) == batch.labels).cpu()
+            logits = net(x)
+        if not logits.isfinite().all():
+            raise RunError("the network answers with logits that are not finite; its training has diverged")
+        right[indices] = (logits.argmax(1) == batch.labels).cpu()
         progress(len(indices))
     return right
 
@@ -113,12 +116,23 @@ def white_attack(options: argparse.Namespace) -> None:
         reverse_attention=False if options.no_ra else None,
     )
     dataset = info["dataset"] or "cifar10"
-    split = load_split(dataset, "test", options.data_dir, info["image_size"])
+    if info["dataset"] is None:
+        print(f"a bare state dict, taken as {info['arch']} on cifar10; --dataset and --no-ra say otherwise")
+    if dataset not in DATASETS:
+        raise UsageError(
+            f"{file} was trained on {dataset!r}, unknown here; name one of {', '.join(DATASETS)} by --dataset"
+        )
+    data_dir = options.data_dir
+    if "data_dir" not in options.given and isinstance(info["recipe"], dict):
+        data_dir = info["recipe"].get("data_dir", data_dir)  # where the training found its data
+    split = load_split(dataset, "test", data_dir, info["image_size"])
     if len(split.classes) != info["num_classes"]:
         raise UsageError(
             f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "
             "name the data set it was trained on by --dataset"
         )
+    if info["classes"] is not None and list(split.classes) != info["classes"]:
+        raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
     split = subset(split, options.limit_test).to(device)
     own = BY_DATASET[dataset]  # a data set's eps and step, unless given
     eps, step_size = (
@@ -140,19 +154,24 @@ def white_attack(options: argparse.Namespace) -> None:
         ),
     }
     ra = "with" if info["reverse_attention"] else "without"
-    lines = [
-        f"{datetime.now():%Y-%m-%d %H:%M:%S} {file}",
-        f"{info['arch']} {ra} reverse attention, {dataset}, {len(split.labels)} test images, "
-        f"eps {eps:.5g}, step {step_size:.5g}, {'random' if options.random else 'natural'} start, seed {options.seed}",
-        f"{'attack':<10} {'accuracy %':>10}",
-    ]
+
+    def say(line: str) -> None:
+        tqdm.write(line)
+        with open(log, "a") as out:
+            out.write(line + "\n")
+
+    with open(log, "a") as out:
+        out.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {file}\n")
+    say(
+        f"{info['arch']} {ra} reverse attention, {dataset}, {len(split.labels)} test images, eps {eps:.5g}, "
+        f"step {step_size:.5g}, {'random' if options.random else 'natural'} start, seed {options.seed}"
+    )
+    say(f"{'attack':<10} {'accuracy %':>10}")
     natural = None
     with frozen(model) as net:
         for name, attack in attacks.items():
-            with tqdm(total=len(split.labels), desc=name, unit="img", leave=False, disable=None) as bar:
+            images = len(split.labels) if natural is None else int(natural.sum())
+            with tqdm(total=images, desc=name, unit="img", leave=False, disable=None) as bar:
                 right = verdicts(net, split, options.test_batch_size, attack, natural, progress=bar.update)
             natural = right if attack is None else natural
-            lines.append(f"{name:<10} {percent(right):>10.2f}")
-    print("\n".join(lines[1:]))
-    with open(log, "a") as out:
-        out.write("\n".join(lines) + "\n\n")
+            say(f"{name:<10} {percent(right):>10.2f}")

@@ -4,13 +4,17 @@ They know nothing of this repository's networks, so each can be carried into oth
 any of them to a network with auxiliary heads.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models import Heads
+if TYPE_CHECKING:
+    from models import Heads
 
 
 def over_heads(criterion: Callable[..., Tensor], *heads: Heads, auxiliary_weight: float) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-STRATEGIES = ("random", "soft", "hard", "easy")
+from utils.options import STRATEGIES
 
 
 def _draw(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -51,7 +51,7 @@ def choose_negatives(
     filled up at random where there are fewer. generator: on the labels' device.
     Random draws `classes` other classes with at least `per_class` images each and `per_class` images of each; where the
     batch has too few such classes every other class will do, and where it still has too few classes or images, some are
-    drawn again.
+    drawn again. What fills up may repeat an image that was already taken.
     Returns (N, K) indices into the batch, or None where it holds one class only. Errors: ValueError for an unknown
     strategy. Source: arXiv 2310.03358; the rules for too few candidates are ours.
     """

@@ -258,7 +258,7 @@ def _device_flags(parser: Parser) -> None:
 def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespace:
     """Parse a training script's command line. recipe: the script's own defaults.
 
-    Returns every setting of `TRAINING`, and `given`: the names of those that the command gave; `recipe`: the script's
+    Returns every setting of `TRAINING`, and `given`: the names of those that the command gave; `defaults`: the script's
     defaults for the data set, from which the run's folder tells what is special.
     """
     parser = Parser(doc, TRAINING | recipe)
@@ -329,9 +329,9 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     idle += ("cr_beta",) if options.no_ra else ()
     named = ", ".join(f"--{name}" for name in idle if name in given)
     if named:
-        print(f"{parser.prog}: {named} has no effect here and is left out", file=sys.stderr)
+        print(f"{parser.prog}: {named} accepted, no effect here", file=sys.stderr)
     options.given = sorted(given)
-    options.recipe = vars(_merge(TRAINING | recipe, {"dataset": options.dataset, "arch": options.arch}))
+    options.defaults = vars(_merge(TRAINING | recipe, {"dataset": options.dataset, "arch": options.arch}))
     options.own = {key: (TRAINING | recipe)[key] for key in ("method", "dataset", "arch", "no_ra", "no_anc")}
     return options
 
@@ -392,6 +392,11 @@ def guarded(job: Callable[[], None]) -> NoReturn:
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that vanished
         print(f"{prog}: failed: {error}; what was saved before is intact", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        print(f"{prog}: failed: out of memory; lower --batch-size, --test-batch-size or --width", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
         signum, line = stop.args

@@ -25,7 +25,7 @@ from utils.evaluation import percent, pgd40_heads, pick_device, subset, verdicts
 from utils.figures import draw_curves
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
-from utils.options import FREE_ON_RESUME, RunError, Stopped, UsageError
+from utils.options import FREE_ON_RESUME, TRAINING, RunError, Stopped, UsageError
 
 COLUMNS = (
     "epoch",
@@ -58,7 +58,7 @@ def attack_batch(
         chosen = None
         if contrast:
             chosen = choose_negatives(
-                natural and natural.final,
+                None if natural is None else natural.final,
                 labels,
                 strategy,
                 generator,
@@ -113,14 +113,16 @@ def training_loss(
     return loss, contrast, natural, adversarial
 
 
-def first_head_right(heads: Heads, labels: Tensor) -> int:
-    """How many predictions of the first head are right.
+def first_head_right(heads: Heads | None, labels: Tensor) -> Tensor:
+    """How many predictions of the first head are right, a scalar; 0 without heads.
 
     The first head is `auxiliary[0]`, the only one a training forward computes without the labels, or a plain network's
     `final`.
     """
+    if heads is None:
+        return labels.new_zeros(())
     logits = heads.auxiliary[0] if heads.auxiliary else heads.final
-    return (logits.detach().argmax(1) == labels).sum().item()
+    return (logits.argmax(1) == labels).sum()
 
 
 def natural_share(sums: dict[str, float]) -> float | None:
@@ -138,16 +140,21 @@ def learning_rate(options: argparse.Namespace, epoch: int) -> float:
 
 
 class StopRequest:
-    """The signal that asked the run to stop, if any. The first one waits for the next step, a second one does not."""
+    """A context that notes which signal asked the run to stop; the first waits for the next step, a second does not."""
 
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._note)
+    signum: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: object) -> None:
         self.signum = signum
-        signal.signal(signum, signal.default_int_handler)
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
 
 class Run:
@@ -160,6 +167,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, device: torch.device, data: Split) -> None:
         self.options, self.device, self.classes = options, device, data.classes
         self.folder = Path(options.folder)
+        self.training_images = len(data.labels)
         torch.manual_seed(options.seed)
         self.model = build_model(
             options.arch,
@@ -175,8 +183,11 @@ class Run:
         self.progress = {"epoch": options.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
 
     def checkpoint(self) -> dict:
-        """The network and what it is, as `load_model` reads it."""
+        """The network and what it is, as `load_model` reads it; RunError where its weights are not finite."""
         options = self.options
+        for key, value in self.model.state_dict().items():
+            if not value.isfinite().all():
+                raise RunError(f"{key} is not finite in epoch {self.progress['epoch']}; {last_good(self)}; lower --lr")
         return {
             "model": self.model.state_dict(),
             "arch": options.arch,
@@ -186,7 +197,7 @@ class Run:
             "width": options.width,
             "image_size": options.image_size,
             "dataset": options.dataset,
-            "recipe": recipe(options),
+            "recipe": settings(options),
             "epoch": self.progress["epoch"],
         }
 
@@ -195,6 +206,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "progress": self.progress,
+            "training_images": self.training_images,
+            "epoch": self.progress["epoch"] - 1,  # the last one completed
         }
         save(self.folder / STATE, self.checkpoint() | state)
 
@@ -212,20 +225,22 @@ class Run:
             print("the run was saved on another kind of device: its random draws do not carry over")
 
 
-def recipe(options: argparse.Namespace) -> dict:
+def settings(options: argparse.Namespace) -> dict:
     """The settings that define a run, as plain values."""
-    private = ("given", "recipe", "own", "folder", "resume")
-    return {key: value for key, value in vars(options).items() if key not in private}
+    return {key: getattr(options, key) for key in TRAINING if key != "resume"}
 
 
 def run_folder(options: argparse.Namespace) -> Path:
     """{model_dir}-strategy-..-seed-.., followed by whatever else differs from the script's own defaults."""
     o = options
-    name = f"{o.model_dir}-strategy-{o.strategy}-alpha-{o.alpha}-beta-{o.beta}-zeta-{o.zeta}-seed-{o.seed}"
+    name = f"{o.model_dir.rstrip('/')}-strategy-{o.strategy}-alpha-{o.alpha}-beta-{o.beta}-zeta-{o.zeta}-seed-{o.seed}"
     name += "".join(f"-{getattr(o, key)}" for key in ("method", "dataset", "arch") if getattr(o, key) != o.own[key])
     name += "".join(f"-{key.replace('_', '-')}" for key in ("no_ra", "no_anc") if getattr(o, key) != o.own[key])
-    special = ("width", "inner", "cr_beta", "sample_class_number", "sample_number", "epsilon", "lr", "val_size")
-    return Path(name + "".join(f"-{key}-{getattr(o, key)}" for key in special if getattr(o, key) != o.recipe[key]))
+    elsewhere = {"model_dir", "strategy", "alpha", "beta", "zeta", "seed", "ckpt_url", *o.own, *FREE_ON_RESUME}
+    for key, value in settings(o).items():
+        if key not in elsewhere and value != o.defaults[key]:
+            name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
+    return Path(name)
 
 
 def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
@@ -241,12 +256,14 @@ def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
         wrong = ["progress"]
     if wrong:
         raise UsageError(f"{path} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
-    own = set(recipe(options))
+    own = set(settings(options))
     if state["recipe"].keys() != own:
         raise UsageError(f"{path} was written by another version of this code; its settings do not match")
+    devices = {"device", "no_cuda"}
+    given = {*options.given, *(devices if devices & set(options.given) else ())}  # a device is said by both together
     for key, value in state["recipe"].items():
         asked = getattr(options, key)
-        if key not in FREE_ON_RESUME or key not in options.given:
+        if key not in FREE_ON_RESUME or key not in given:
             setattr(options, key, value)
         if key in options.given and asked != value:
             wins = "the command's wins" if key in FREE_ON_RESUME else "the run's wins"
@@ -255,17 +272,12 @@ def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
     return state, path
 
 
-def prepare_folder(options: argparse.Namespace) -> None:
-    """Make the folder of a new run; UsageError where it holds one already or cannot be written."""
-    folder = run_folder(options)
-    options.folder = str(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.glob("*.pt")) or (folder / "metrics.csv").exists():
-            raise UsageError(f"{folder} holds a run already; continue it by --resume, or name another --model-dir")
-        write_atomically(folder / "run.json", lambda file: file.write_text("{}"))
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}); name another --model-dir") from error
+def refuse_existing(folder: Path) -> None:
+    """UsageError where a folder holds a run already."""
+    if (folder / STATE).exists():
+        raise UsageError(f"{folder} holds a run already; continue it by --resume, or name another --model-dir")
+    if any(folder.glob("*.pt")) or (folder / "metrics.csv").exists():
+        raise UsageError(f"{folder} holds a run that cannot be resumed; remove it, or name another --model-dir")
 
 
 def open_log(file: Path) -> Callable[[str], None]:
@@ -332,13 +344,14 @@ def describe(run: Run, train: Split, selection: Split) -> str:
     )
 
 
-def write_run_json(run: Run, train: Split, selection: Split) -> None:
+def write_run_json(run: Run, train: Split, selection: Split, resumed: bool) -> None:
+    """run.json: what runs, where and by which command; a resumed run keeps its earlier records under `earlier`."""
     import numpy
     import torchvision
 
     record = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "settings": recipe(run.options),
+        "settings": settings(run.options),
         "seed": run.options.seed,
         "versions": {
             "python": sys.version.split()[0],
@@ -355,6 +368,12 @@ def write_run_json(run: Run, train: Split, selection: Split) -> None:
         "evaluation_images": len(selection.labels),
         "started": datetime.now().isoformat(timespec="seconds"),
     }
+    if resumed:
+        try:
+            before = json.loads((run.folder / "run.json").read_text())
+            record["earlier"] = [*before.pop("earlier", []), before]
+        except (OSError, ValueError, AttributeError):
+            record["earlier"] = []  # lost; the run itself is in last_state.pt
     write_atomically(run.folder / "run.json", lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
 
 
@@ -372,7 +391,7 @@ def write_metrics(run: Run) -> None:
 
 
 def resume_command(folder: Path) -> str:
-    return f"python {sys.argv[0]} --resume {shlex.quote(str(folder))}"
+    return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
 
 
 def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
@@ -401,23 +420,25 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
             x, labels = as_input(augment(batch.images, options.augmentation, run.generator)), batch.labels
             attacked = attack_batch(run.model, x, labels, options, run.generator, progress["epoch"])
             loss, contrast, natural, adversarial = training_loss(run.model, x, labels, attacked, options)
-            number = progress["done"] // options.batch_size + 1
-            if not math.isfinite(loss.item()):
-                raise RunError(
-                    f"the loss is {loss.item()} in epoch {progress['epoch']}, batch {number}; "
-                    f"{last_good(run)}; lower --lr, or look at the data"
-                )
             run.optimizer.zero_grad()
             loss.backward()
+            right = [first_head_right(heads, labels) for heads in (natural, adversarial)]
+            figures = torch.stack([loss.detach(), contrast.detach(), *right]).tolist()  # the step's one host sync
+            number = progress["done"] // options.batch_size + 1
+            if not math.isfinite(figures[0]):
+                raise RunError(
+                    f"the loss is {figures[0]} in epoch {progress['epoch']}, batch {number}; {last_good(run)}; "
+                    "lower --lr, or look at the data"
+                )
             run.optimizer.step()
             count = len(indices)
             progress["done"] += count
             for key, value in (
-                ("loss", loss.item() * count),
-                ("contrast", contrast.item() * count),
-                ("natural", first_head_right(natural, labels) if natural else 0),
-                ("natural_images", count if natural else 0),
-                ("robust", first_head_right(adversarial, labels)),
+                ("loss", figures[0] * count),
+                ("contrast", figures[1] * count),
+                ("natural", figures[2]),
+                ("natural_images", 0 if natural is None else count),
+                ("robust", figures[3]),
                 ("seconds", time.perf_counter() - began),
             ):
                 sums[key] += value
@@ -429,7 +450,7 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
                 rob=f"{100 * sums['robust'] / done:.1f}%",
             )
             if number % options.log_interval == 0:
-                log(f"epoch {progress['epoch']} [{done}/{total}] loss {loss.item():.4f} contrast {contrast.item():.4f}")
+                log(f"epoch {progress['epoch']} [{done}/{total}] loss {figures[0]:.4f} contrast {figures[1]:.4f}")
             check_stop()
 
 
@@ -438,7 +459,7 @@ def last_good(run: Run) -> str:
     return f"the last good checkpoint is {state}" if state.exists() else "there is no checkpoint yet"
 
 
-def evaluate(run: Run, split: Split, check_stop: Callable[[], None] = lambda: None) -> tuple[float, float]:
+def evaluate(run: Run, split: Split, check_stop: Callable[[], None]) -> tuple[float, float]:
     """Natural and PGD-40-over-heads accuracy of the network, in percent."""
     options = run.options
     attack = pgd40_heads(options.epsilon, options.step_size, options.cr_beta, options.seed)
@@ -455,7 +476,7 @@ def evaluate(run: Run, split: Split, check_stop: Callable[[], None] = lambda: No
 
 def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
     """Evaluate, log and write everything of an epoch; last_state.pt last, so that it is never ahead of the others."""
-    options, progress = run.options, run.progress
+    options, progress, checkpoint = run.options, run.progress, run.checkpoint()
     epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
     row = {
         "epoch": epoch,
@@ -486,7 +507,6 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
         f"{(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
     )
     write_metrics(run)
-    checkpoint = run.checkpoint()
     save(run.folder / LAST, checkpoint)
     if epoch % options.save_freq == 0:
         save(run.folder / f"model-{epoch}.pt", checkpoint)
@@ -507,30 +527,34 @@ def run(options: argparse.Namespace) -> None:
     state = path = None
     if options.resume is not None:
         state, path = prepare_resume(options)
+    else:
+        options.folder = str(run_folder(options))
+        refuse_existing(Path(options.folder))
     device = pick_device(options.device, options.no_cuda)
     train, selection, test = load_training_data(options)
-    if state is None:
-        weights = read(Path(options.ckpt_url)) if options.restart_epoch else None
-        job = Run(argparse.Namespace(**vars(options), folder=str(run_folder(options))), device, train)
-        if weights is not None:
-            load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
-        prepare_folder(options)
-    else:
-        job = Run(options, device, train)
-        if state["classes"] != list(train.classes):
+    weights = read(Path(options.ckpt_url)) if state is None and options.restart_epoch else None
+    job = Run(options, device, train)
+    if state is not None:
+        if state["classes"] != list(train.classes) or state["training_images"] != len(train.labels):
             raise UsageError(
-                f"{path} was trained on other classes than those of {options.dataset} in "
-                f"{options.data_dir}; name the run's own --data-dir"
+                f"{path} was trained on {state['training_images']} images of {len(state['classes'])} classes, and "
+                f"{options.dataset} in {options.data_dir} differs; name the run's own --data-dir"
             )
         job.restore(state, path)
+    else:
+        if weights is not None:
+            load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            job.save_state()
+        except OSError as error:
+            raise UsageError(f"{job.folder} cannot be written ({error.strerror}); name another --model-dir") from error
     log = open_log(job.folder / "train.log")
     log(describe(job, train, selection))
-    if state is None:
-        write_run_json(job, train, selection)
-    else:
-        log(f"resumed   in epoch {job.progress['epoch']}, {job.progress['done']} images done")
+    write_run_json(job, train, selection, resumed=state is not None)
+    if state is not None:
+        log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done")
     train, selection = train.to(device), selection.to(device)
-    stop = StopRequest()
 
     def check_stop() -> None:
         if stop.signum is not None:
@@ -541,13 +565,14 @@ def run(options: argparse.Namespace) -> None:
                 out.write(line + "\n")
             raise Stopped(stop.signum, line)
 
-    while job.progress["epoch"] <= job.options.epochs:
-        train_epoch(job, train, log, check_stop)
-        finish_epoch(job, selection, log, check_stop)
-    report(job, test, log)
+    with StopRequest() as stop:
+        while job.progress["epoch"] <= job.options.epochs:
+            train_epoch(job, train, log, check_stop)
+            finish_epoch(job, selection, log, check_stop)
+        report(job, test, log, check_stop)
 
 
-def report(job: Run, test: Split, log: Callable[[str], None]) -> None:
+def report(job: Run, test: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
     """The last and the best epoch's figures, and where everything is."""
     rows, folder = job.progress["rows"], job.folder
     if not rows:
@@ -562,7 +587,7 @@ def report(job: Run, test: Split, log: Callable[[str], None]) -> None:
             )
     if job.options.val_size:
         load_state(job.model, read(folder / BEST)["model"], folder / BEST)
-        natural, robust = evaluate(job, test.to(job.device))
+        natural, robust = evaluate(job, test.to(job.device), check_stop)
         log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
     log(
         f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
