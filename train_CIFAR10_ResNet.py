@@ -1,7 +1,7 @@
 """ANCRA on ResNet-18, CIFAR-10.
 
 python train_CIFAR10_ResNet.py                       the published recipe
-python train_CIFAR10_ResNet.py --dataset digits      minutes on a laptop, nothing to download
+python train_CIFAR10_ResNet.py --dataset digits      small real data, nothing to download
 python train_CIFAR10_ResNet.py --method mart         another objective: pgd, trades, mart
 python train_CIFAR10_ResNet.py --resume              continue where the run stopped
 """

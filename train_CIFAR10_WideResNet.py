@@ -1,7 +1,7 @@
 """ANCRA on WideResNet-34-10 (--arch WRN-28-10 for the other one), CIFAR-10.
 
 python train_CIFAR10_WideResNet.py                       the published recipe
-python train_CIFAR10_WideResNet.py --dataset digits      minutes on a laptop, nothing to download
+python train_CIFAR10_WideResNet.py --dataset digits      small real data, nothing to download
 python train_CIFAR10_WideResNet.py --method mart         another objective: pgd, trades, mart
 python train_CIFAR10_WideResNet.py --resume              continue where the run stopped
 """

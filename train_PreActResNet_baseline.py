@@ -1,7 +1,7 @@
 """Baseline: TRADES (or --method pgd, mart) on a plain PreActResNet-18, Tiny-ImageNet.
 
 python train_PreActResNet_baseline.py                       the published recipe
-python train_PreActResNet_baseline.py --dataset digits      minutes on a laptop, nothing to download
+python train_PreActResNet_baseline.py --dataset digits      small real data, nothing to download
 python train_PreActResNet_baseline.py --method mart         another objective: pgd, trades, mart
 python train_PreActResNet_baseline.py --resume              continue where the run stopped
 """

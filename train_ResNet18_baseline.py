@@ -1,7 +1,7 @@
 """Baseline: TRADES (or --method pgd, mart) on a plain ResNet-18, CIFAR-10.
 
 python train_ResNet18_baseline.py                       the published recipe
-python train_ResNet18_baseline.py --dataset digits      minutes on a laptop, nothing to download
+python train_ResNet18_baseline.py --dataset digits      small real data, nothing to download
 python train_ResNet18_baseline.py --method mart         another objective: pgd, trades, mart
 python train_ResNet18_baseline.py --resume              continue where the run stopped
 """

@@ -1,7 +1,7 @@
 """ANCRA on PreActResNet-18, Tiny-ImageNet.
 
 python train_Tiny_ImageNet_PreActResNet.py                       the published recipe
-python train_Tiny_ImageNet_PreActResNet.py --dataset digits      minutes on a laptop, nothing to download
+python train_Tiny_ImageNet_PreActResNet.py --dataset digits      small real data, nothing to download
 python train_Tiny_ImageNet_PreActResNet.py --method mart         another objective: pgd, trades, mart
 python train_Tiny_ImageNet_PreActResNet.py --resume              continue where the run stopped
 """
