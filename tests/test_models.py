@@ -161,3 +161,5 @@ def test_unknown_names_list_the_known_ones():
         build_model("ResNet50", 10)
     with pytest.raises(ValueError, match="multiple of 8"):
         build_model("ResNet18", 10, image_size=20)
+    with pytest.raises(ValueError, match="16, 24, 32, 64"):
+        build_model("PreActResNet18", 10, image_size=48)

@@ -219,6 +219,24 @@ def test_a_resume_with_other_data_is_refused_and_records_itself_otherwise(tmp_pa
         train(tmp_path, "--epochs", 4, "--resume", run)
 
 
+def test_a_stop_in_the_final_report_leaves_the_last_state_as_it_is(tmp_path, monkeypatch):
+    flags = ("--val-size", 20, "--epochs", 3)
+    straight = train(tmp_path / "1", *flags)
+    assert load_model(straight)[1]["epoch"] != 3  # the best epoch is another than the last
+    real, calls = training.verdicts, []
+
+    def interrupting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:  # two in each of three epochs, then the report's
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "verdicts", interrupting)
+    with pytest.raises(Stopped):
+        train(tmp_path / "2", *flags)
+    assert_same_run(straight, folder(tmp_path / "2"))
+
+
 def test_held_out_images_select_and_the_test_set_is_reported(tmp_path, capsys):
     train(tmp_path, "--val-size", 20)
     said = capsys.readouterr().out

@@ -84,6 +84,7 @@ def subset(split: Split, limit: int | None) -> Split:
 
 def pick_device(device: str, no_cuda: bool) -> torch.device:
     """The device of --device and --no-cuda; UsageError where it is unknown or not there."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a CUDA device too
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
     try:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from models import Heads, build_model
 from utils.attacks import cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
-from utils.checkpoints import BEST, LAST, STATE, load_state, read, save, write_atomically
+from utils.checkpoints import BEST, LAST, STATE, load_model, load_state, read, save, write_atomically
 from utils.data import Split, as_input, augment, batches, load_split, shuffled
 from utils.evaluation import percent, pgd40_heads, pick_device, subset, verdicts
 from utils.figures import draw_curves
@@ -250,7 +250,15 @@ def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
     if not path.is_file():
         raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
     state = read(path)
-    needed = {"model": dict, "recipe": dict, "progress": dict, "optimizer": dict, "generator": Tensor, "classes": list}
+    needed = {
+        "model": dict,
+        "recipe": dict,
+        "progress": dict,
+        "optimizer": dict,
+        "generator": Tensor,
+        "classes": list,
+        "training_images": int,
+    }
     wrong = sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind))
     if not wrong and not {"epoch", "order", "done", "sums", "rows"} <= state["progress"].keys():
         wrong = ["progress"]
@@ -459,11 +467,12 @@ def last_good(run: Run) -> str:
     return f"the last good checkpoint is {state}" if state.exists() else "there is no checkpoint yet"
 
 
-def evaluate(run: Run, split: Split, check_stop: Callable[[], None]) -> tuple[float, float]:
-    """Natural and PGD-40-over-heads accuracy of the network, in percent."""
-    options = run.options
+def evaluate(
+    model: nn.Module, split: Split, options: argparse.Namespace, check_stop: Callable[[], None]
+) -> tuple[float, float]:
+    """Natural and PGD-40-over-heads accuracy of a network, in percent."""
     attack = pgd40_heads(options.epsilon, options.step_size, options.cr_beta, options.seed)
-    with frozen(run.model) as net, tqdm(total=None, desc="evaluation", unit="img", leave=False, disable=None) as bar:
+    with frozen(model) as net, tqdm(total=None, desc="evaluation", unit="img", leave=False, disable=None) as bar:
 
         def progress(images: int) -> None:
             bar.update(images)
@@ -492,7 +501,7 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
     began = time.perf_counter()
     evaluated = epoch % options.eval_interval == 0 or epoch == options.epochs
     if evaluated:
-        row["natural_accuracy"], row["pgd40_heads_accuracy"] = evaluate(run, selection, check_stop)
+        row["natural_accuracy"], row["pgd40_heads_accuracy"] = evaluate(run.model, selection, options, check_stop)
     row["seconds"] = sums["seconds"] + time.perf_counter() - began
     best = best_row(progress["rows"])
     progress["rows"].append(row)
@@ -586,8 +595,8 @@ def report(job: Run, test: Split, log: Callable[[str], None], check_stop: Callab
                 f"{row['pgd40_heads_accuracy']:.2f} % on {where} at eps {job.options.epsilon:.4g}"
             )
     if job.options.val_size:
-        load_state(job.model, read(folder / BEST)["model"], folder / BEST)
-        natural, robust = evaluate(job, test.to(job.device), check_stop)
+        best, _ = load_model(folder / BEST, job.device)  # not into job.model, which a stop would save
+        natural, robust = evaluate(best, test.to(job.device), job.options, check_stop)
         log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
     log(
         f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
