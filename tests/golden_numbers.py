@@ -1,4 +1,4 @@
-"""Weights and inputs of the golden numbers, rebuilt from their rules (tests/golden/README.md)."""
+"""Weights, inputs and tolerance of the golden numbers, rebuilt from their rules (tests/golden/README.md)."""
 
 import json
 import zlib
@@ -11,6 +11,11 @@ from models import build_model
 
 FOLDER = Path(__file__).parent / "golden"
 ARCHS = {"ResNet18": "ResNet18", "PreActResNet18": "PreActResNet18", "WRN34_10": "WRN-34-10", "WRN28_10": "WRN-28-10"}
+
+
+def assert_near(value, expected, tolerance=1e-4):
+    assert value.shape == expected.shape
+    assert (value - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def published_shapes(name):

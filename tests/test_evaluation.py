@@ -106,7 +106,7 @@ def test_the_script_reports_the_attacks_in_a_table_and_a_log(trained, capsys):
     flags = ["--ckpt_url", str(file), "--limit-test", "60", "--epsilon", "0.05", "--num-steps", "10"]
     white_attack(parse_evaluation("", flags))
     table = capsys.readouterr().out
-    figures = dict(line.split() for line in table.splitlines()[2:])
+    figures = dict(line.split() for line in table.splitlines()[3:])
     assert list(figures) == ["natural", "FGSM", "PGD-10", "CW-5"]
     assert float(figures["natural"]) >= float(figures["FGSM"]) >= float(figures["PGD-10"])
     assert table in (file.parent / "test.log").read_text()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from models import Heads
-from tests.golden_numbers import FOLDER
+from tests.golden_numbers import FOLDER, assert_near
 from utils.losses import (
     asymmetric_negative_contrast,
     kl_divergence,
@@ -22,11 +22,6 @@ ANCRA = ["trades_ancra_c10", "trades_ancra_alpha05_c10", "trades_ancra_c200"]
 
 def array(tag, name):
     return torch.from_numpy(LOSSES[f"{tag}/{name}"])
-
-
-def assert_near(value, expected, tolerance=1e-4):
-    assert value.shape == expected.shape
-    assert (value - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def leaves(tag, side):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models import ARCHS, build_model
-from tests.golden_numbers import GoldenNetwork, published_shapes
+from tests.golden_numbers import GoldenNetwork, assert_near, published_shapes
 from utils import options
 from utils.attacks import cross_entropy, cross_entropy_over_heads, frozen, linf_pgd
 from utils.losses import over_heads
@@ -23,11 +23,6 @@ def slow_if_wide(names):
 def golden():
     networks = {}
     return lambda name: networks.setdefault(name, GoldenNetwork(name))
-
-
-def assert_near(value, expected, tolerance):
-    assert value.shape == expected.shape
-    assert (value - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def assert_same_gradient(value, expected):

@@ -14,7 +14,7 @@ import torch
 import utils.training as training
 from models import build_model
 from utils.checkpoints import load_model
-from utils.options import TRAINING, RunError, Stopped, UsageError, parse_evaluation, parse_training
+from utils.options import RunError, Stopped, UsageError, parse_evaluation, parse_training
 
 ROOT = Path(__file__).parent.parent
 RA = {"arch": "ResNet18", "dataset": "cifar10", "model_dir": "./model/ANCRA"}
@@ -282,7 +282,3 @@ def test_scripts_take_their_recipe(script):
     assert f"network (default: {arch})" in " ".join(said.split())
     rate = "0.1" if "PreAct" in script else "0.01"
     assert f"learning rate of SGD (default: {rate};" in " ".join(said.split())
-
-
-def test_settings_are_all_declared():
-    assert set(TRAINING) <= set(vars(parse_training("", RA, [])))

@@ -103,6 +103,17 @@ def pick_device(device: str, no_cuda: bool) -> torch.device:
     return picked
 
 
+def open_log(file: Path) -> Callable[[str], None]:
+    """A function that prints a line above any progress bar and appends it to the log."""
+
+    def log(line: str) -> None:
+        tqdm.write(line)
+        with open(file, "a") as out:
+            out.write(line + "\n")
+
+    return log
+
+
 def white_attack(options: argparse.Namespace) -> None:
     """Evaluate a checkpoint under natural images, FGSM, PGD and CW; print a table and append it to test.log."""
     device = pick_device(options.device, options.no_cuda)
@@ -156,13 +167,8 @@ def white_attack(options: argparse.Namespace) -> None:
     }
     ra = "with" if info["reverse_attention"] else "without"
 
-    def say(line: str) -> None:
-        tqdm.write(line)
-        with open(log, "a") as out:
-            out.write(line + "\n")
-
-    with open(log, "a") as out:
-        out.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {file}\n")
+    say = open_log(log)
+    say(f"{datetime.now():%Y-%m-%d %H:%M:%S} {file}")
     say(
         f"{info['arch']} {ra} reverse attention, {dataset}, {len(split.labels)} test images, eps {eps:.5g}, "
         f"step {step_size:.5g}, {'random' if options.random else 'natural'} start, seed {options.seed}"

@@ -314,10 +314,6 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
 
     given = vars(parser.parse_args(argv))
     options = _merge(TRAINING | recipe, given)
-    if options.arch == "PreActResNet18" and options.image_size > 32 and options.image_size % 32:
-        parser.error(
-            f"--image-size {options.image_size}: PreActResNet18 takes 16, 24, 32, 64, 96, ... (multiples of 32)"
-        )
     if options.restart_epoch and not options.ckpt_url:
         parser.error("--restart_epoch needs --ckpt_url FILE, the weights to start from")
     if options.ckpt_url and not options.restart_epoch:

@@ -21,7 +21,7 @@ from models import Heads, build_model
 from utils.attacks import cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
 from utils.checkpoints import BEST, LAST, STATE, load_model, load_state, read, save, write_atomically
 from utils.data import Split, as_input, augment, batches, load_split, shuffled
-from utils.evaluation import percent, pgd40_heads, pick_device, subset, verdicts
+from utils.evaluation import open_log, percent, pgd40_heads, pick_device, subset, verdicts
 from utils.figures import draw_curves
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
@@ -169,13 +169,17 @@ class Run:
         self.folder = Path(options.folder)
         self.training_images = len(data.labels)
         torch.manual_seed(options.seed)
-        self.model = build_model(
-            options.arch,
-            len(data.classes),
-            reverse_attention=not options.no_ra,
-            width=options.width,
-            image_size=options.image_size,
-        ).to(device)
+        try:
+            model = build_model(
+                options.arch,
+                len(data.classes),
+                reverse_attention=not options.no_ra,
+                width=options.width,
+                image_size=options.image_size,
+            )
+        except ValueError as error:  # an image size that this network does not take
+            raise UsageError(str(error)) from error
+        self.model = model.to(device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
@@ -286,17 +290,6 @@ def refuse_existing(folder: Path) -> None:
         raise UsageError(f"{folder} holds a run already; continue it by --resume, or name another --model-dir")
     if any(folder.glob("*.pt")) or (folder / "metrics.csv").exists():
         raise UsageError(f"{folder} holds a run that cannot be resumed; remove it, or name another --model-dir")
-
-
-def open_log(file: Path) -> Callable[[str], None]:
-    """A function that prints a line above any progress bar and appends it to the log."""
-
-    def log(line: str) -> None:
-        tqdm.write(line)
-        with open(file, "a") as out:
-            out.write(line + "\n")
-
-    return log
 
 
 def load_training_data(options: argparse.Namespace) -> tuple[Split, Split, Split]:
@@ -431,7 +424,7 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
             run.optimizer.zero_grad()
             loss.backward()
             right = [first_head_right(heads, labels) for heads in (natural, adversarial)]
-            figures = torch.stack([loss.detach(), contrast.detach(), *right]).tolist()  # the step's one host sync
+            figures = torch.stack([loss.detach(), contrast.detach(), *right]).tolist()  # one host sync for all four
             number = progress["done"] // options.batch_size + 1
             if not math.isfinite(figures[0]):
                 raise RunError(
