@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +115,30 @@ def open_log(file: Path) -> Callable[[str], None]:
     return log
 
 
-def white_attack(options: argparse.Namespace) -> None:
-    """Evaluate a checkpoint under natural images, FGSM, PGD and CW; print a table and append it to test.log."""
+class Subject(NamedTuple):
+    """A checkpoint and the test images it is looked at with, on the device, and the attack settings of its data set."""
+
+    file: Path
+    model: nn.Module
+    info: dict  # what `load_model` says it is
+    dataset: str
+    split: Split
+    eps: float
+    step_size: float
+
+    def described(self) -> str:
+        ra = "with" if self.info["reverse_attention"] else "without"
+        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {len(self.split.labels)} test images"
+
+
+def load_subject(options: argparse.Namespace, path: str) -> Subject:
+    """Load the checkpoint file or run folder `path` and its test images (`--n-examples` of them).
+
+    Data set, data folder, eps and step are the checkpoint's own unless the command gave them.
+    Errors: UsageError where checkpoint and data set do not match.
+    """
     device = pick_device(options.device, options.no_cuda)
-    file = checkpoint_file(options.ckpt_url)
+    file = checkpoint_file(path)
     model, info = load_model(
         file,
         device,
@@ -145,12 +166,19 @@ def white_attack(options: argparse.Namespace) -> None:
         )
     if info["classes"] is not None and list(split.classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
-    split = subset(split, options.limit_test).to(device)
+    split = subset(split, options.n_examples).to(device)
     own = BY_DATASET[dataset]  # a data set's eps and step, unless given
     eps, step_size = (
         getattr(options, key) if key in options.given else own.get(key, getattr(options, key))
         for key in ("epsilon", "step_size")
     )
+    return Subject(file, model, info, dataset, split, eps, step_size)
+
+
+def white_attack(options: argparse.Namespace) -> None:
+    """Evaluate a checkpoint under natural images, FGSM, PGD and CW; print a table and append it to test.log."""
+    subject = load_subject(options, options.ckpt_url)
+    file, model, split, eps, step_size = (subject.file, subject.model, subject.split, subject.eps, subject.step_size)
     log = Path(options.log_path) if options.log_path else file.parent / "test.log"
     try:
         log.open("a").close()  # a log that cannot be written is said before the attacks, not after
@@ -165,12 +193,11 @@ def white_attack(options: argparse.Namespace) -> None:
             margin, step_size=step_size, steps=max(1, options.num_steps // 2), **settings
         ),
     }
-    ra = "with" if info["reverse_attention"] else "without"
 
     say = open_log(log)
     say(f"{datetime.now():%Y-%m-%d %H:%M:%S} {file}")
     say(
-        f"{info['arch']} {ra} reverse attention, {dataset}, {len(split.labels)} test images, eps {eps:.5g}, "
+        f"{subject.described()}, eps {eps:.5g}, "
         f"step {step_size:.5g}, {'random' if options.random else 'natural'} start, seed {options.seed}"
     )
     say(f"{'attack':<10} {'accuracy %':>10}")

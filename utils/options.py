@@ -60,8 +60,7 @@ TRAINING = {
     "no_cuda": False,
 }
 
-EVALUATION = {
-    "ckpt_url": None,
+CHECKPOINT = {
     "dataset": None,
     "arch": None,
     "no_ra": False,
@@ -69,16 +68,15 @@ EVALUATION = {
     "image_size": None,
     "test_batch_size": 200,
     "epsilon": 8 / 255,
-    "num_steps": 40,
     "step_size": 0.007,
-    "random": True,
-    "limit_test": None,
+    "n_examples": None,
     "seed": 1,
     "data_dir": "./data",
-    "log_path": None,
     "device": "auto",
     "no_cuda": False,
 }
+
+EVALUATION = CHECKPOINT | {"ckpt_url": None, "num_steps": 40, "random": True, "log_path": None}
 
 # What a data set changes: digits are small and few, so the recipe is their own; the paper's three keep the published
 # one, in which Tiny-ImageNet has larger images and no augmentation. A digit has a hand and is never flipped.
@@ -235,7 +233,6 @@ def _data_flags(parser: Parser) -> None:
         "the one with train/<class>/ and test/<class>/ or val/<class>/",
     )
     parser.flag("--image-size", type=image_size, metavar="N", help="side of the images of digits and folder")
-    parser.flag("--limit-test", type=whole(1), metavar="N", help="evaluate on N images only, for trials")
 
 
 def _network_flags(parser: Parser) -> None:
@@ -275,6 +272,7 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
         help="hold out N training images and select the best epoch on them, not on the test set",
     )
     flag("--limit-train", type=whole(2), metavar="N", help="train on N images only, for trials")
+    flag("--limit-test", type=whole(1), metavar="N", help="evaluate on N images only, for trials")
     flag("--batch-size", type=whole(2), metavar="N", help="images a training step")
     flag("--test-batch-size", type=whole(1), metavar="N", help="images a batch of evaluation")
     flag("--epochs", type=whole(1), metavar="N", help="epochs to train")
@@ -336,20 +334,32 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     return options
 
 
+def _checkpoint_flags(parser: Parser) -> None:
+    """Those of `CHECKPOINT`: what every script that looks at a trained network takes."""
+    _data_flags(parser)
+    _network_flags(parser)
+    parser.flag(
+        "--n-examples",
+        "--limit-test",
+        type=whole(1),
+        metavar="N",
+        help="take N test images only, the first after a fixed shuffle",
+    )
+    parser.flag("--test-batch-size", type=whole(1), metavar="N", help="images a batch")
+    parser.flag("--epsilon", type=number(0, 1), metavar="X", help="L-infinity radius, images in [0, 1]; 8/255 works")
+    parser.flag("--step-size", type=number(0, 1, open_low=True), metavar="X", help="size of an attack step")
+    _device_flags(parser)
+
+
 def parse_evaluation(doc: str, argv: list[str]) -> argparse.Namespace:
     """Parse test_white_attack.py's command line; returns every setting of `EVALUATION`, and `given`."""
     parser = Parser(doc, EVALUATION)
     flag = parser.flag
     flag("--ckpt_url", "--model-dir", type=path, metavar="PATH", help="checkpoint file or run folder; required")
-    _data_flags(parser)
-    _network_flags(parser)
-    flag("--test-batch-size", type=whole(1), metavar="N", help="images a batch")
-    flag("--epsilon", type=number(0, 1), metavar="X", help="L-infinity radius, images in [0, 1]; 8/255 works")
+    _checkpoint_flags(parser)
     flag("--num-steps", type=whole(1), metavar="N", help="steps of PGD; CW takes half as many")
-    flag("--step-size", type=number(0, 1, open_low=True), metavar="X", help="step of PGD and CW")
     flag("--random", type=truth, nargs="?", const=True, metavar="BOOL", help="start attacks at random in the ball")
     flag("--log_path", type=path, metavar="FILE", help="log to append to (default: test.log beside the checkpoint)")
-    _device_flags(parser)
     given = vars(parser.parse_args(argv))
     if "ckpt_url" not in given:
         parser.error("--ckpt_url PATH is required: a checkpoint file or a run folder")
