@@ -1,10 +1,11 @@
-"""Evaluate a checkpoint: natural accuracy, and robust accuracy under FGSM, PGD and CW on the final logits.
+"""How robust is a network? The standard attacks, and those of somebody who knows the defence, in one table.
 
-    python test_white_attack.py --ckpt_url PATH             a checkpoint file or a run folder
+    python test_white_attack.py --ckpt_url PATH                    a checkpoint file or a run folder
+    python test_white_attack.py --ckpt_url PATH --attacks all --diagnostics      before a figure is believed
     python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra     a published bare state dict, plain network
+    python test_white_attack.py --model package.module:function --dataset cifar10      any classifier of [0, 1] images
 
-The table is printed and appended to test.log beside the checkpoint. Attacks on the final logits alone can overestimate
-the robustness of a network with reverse attention; see the README.
+Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
 """
 
 import sys
@@ -15,7 +16,7 @@ if __name__ == "__main__":
     options = parse_evaluation(__doc__, sys.argv[1:])
 
     def job() -> None:
-        from utils.evaluation import white_attack
+        from utils.robustness import white_attack
 
         white_attack(options)
 

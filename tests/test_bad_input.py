@@ -27,7 +27,7 @@ SCRIPTS = sorted(file.name for file in ROOT.glob("*.py"))
 ANCRA, BASELINE, ATTACK = "train_CIFAR10_ResNet.py", "train_ResNet18_baseline.py", "test_white_attack.py"
 TINY = ("--width", "4", "--epochs", "1", "--num-steps", "1", "--limit-test", "4", "--device", "cpu")
 DIGITS = ("--dataset", "digits", *TINY, "--limit-train", "5", "--batch-size", "4")
-EVALUATE = ("--dataset", "digits", "--limit-test", "4", "--num-steps", "1", "--device", "cpu")
+EVALUATE = ("--dataset", "digits", "--limit-test", "4", "--num-steps", "1", "--device", "cpu", "--attacks", "pgd")
 
 
 @pytest.fixture

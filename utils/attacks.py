@@ -111,14 +111,15 @@ def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
 
 
-def image_noise(x: Tensor, indices: Tensor, seed: int, kind: str) -> Tensor:
+def image_noise(x: Tensor, indices: Tensor, seed: int, kind: str, draw: int = 0) -> Tensor:
     """Noise like x (N, 3, H, W) for evaluation: `normal` N(0, 1) or `uniform` in [-1, 1).
 
-    Each image's noise depends on the seed and on its index in the evaluated set alone, not on the batch or the device.
+    Each image's noise depends on the seed, on its index in the evaluated set and on the draw alone, not on the batch or
+    the device.
     """
     noise = np.empty(x.shape, np.float32)
     for row, index in zip(noise, indices.tolist(), strict=True):
-        rng = np.random.default_rng((seed, index))
+        rng = np.random.default_rng((seed, index, draw) if draw else (seed, index))
         row[:] = rng.standard_normal(row.shape, np.float32) if kind == "normal" else rng.random(row.shape, np.float32)
     noise = torch.from_numpy(noise).to(x.device)
     return noise if kind == "normal" else 2 * noise - 1

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.attacks import cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd, margin
+from utils.attacks import cross_entropy_over_heads, image_noise, linf_pgd
 from utils.checkpoints import checkpoint_file, load_model
 from utils.data import Split, as_input, batches, load_split, shuffled
 from utils.options import BY_DATASET, DATASETS, RunError, UsageError
+
+NOISE_DRAWS = 100
 
 # An attack: (network, images (N, 3, H, W) in [0, 1], labels (N,), indices (N,) in the data set) -> adversarial images
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -26,26 +27,40 @@ def verdicts(
     attack: Attack | None = None,
     candidates: Tensor | None = None,
     progress: Callable[[int], None] = lambda images: None,
+    see: Callable[[Tensor, Tensor, Tensor, Tensor], None] = lambda indices, x, labels, logits: None,
 ) -> Tensor:
     """Which images of a split the network classifies right, attacked or not -> (N,) bool on the CPU.
 
     net: what `frozen` yields. candidates: (N,) bool, the images worth attacking, those right without the attack; the
-    others count as wrong, so that the figure stays one of the whole split. progress(images) is called after each batch.
+    others count as wrong, so that the figure stays one of the whole split. After each batch progress(images) is called,
+    and see(indices, images, labels, logits) on what the network was given and answered.
     """
     right = torch.zeros(len(split.labels), dtype=torch.bool)
     chosen = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
     for indices in batches(chosen, batch_size):
-        batch = split.take(indices.to(split.labels.device))
-        x = as_input(batch.images)
-        if attack is not None:
-            x = attack(net, x, batch.labels, indices)
-        with torch.no_grad():
-            logits = net(x)
-        if not logits.isfinite().all():
-            raise RunError("the network answers with logits that are not finite; its training has diverged")
-        right[indices] = (logits.argmax(1) == batch.labels).cpu()
+        right[indices] = judged(net, split, indices, attack, see)
         progress(len(indices))
     return right
+
+
+def judged(
+    net: nn.Module,
+    split: Split,
+    indices: Tensor,
+    attack: Attack | None = None,
+    see: Callable[[Tensor, Tensor, Tensor, Tensor], None] = lambda indices, x, labels, logits: None,
+) -> Tensor:
+    """Attack the images `indices` (n,) of a split as one batch -> (n,) bool on the CPU, right or not."""
+    batch = split.take(indices.to(split.labels.device))
+    x = as_input(batch.images)
+    if attack is not None:
+        x = attack(net, x, batch.labels, indices)
+    with torch.no_grad():
+        logits = net(x)
+    if not logits.isfinite().all():
+        raise RunError("the network answers with logits that are not finite; its training has diverged")
+    see(indices, x, batch.labels, logits)
+    return (logits.argmax(1) == batch.labels).cpu()
 
 
 def percent(right: Tensor) -> float:
@@ -72,6 +87,21 @@ def white_box(objective: Callable, eps: float, step_size: float, steps: int, ran
     def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         start = x + eps * image_noise(x, indices, seed, "uniform") if random else x
         return linf_pgd(x, objective(net, labels), eps, step_size, steps, start)
+
+    return attack
+
+
+def noise(eps: float, seed: int, draws: int = NOISE_DRAWS) -> Attack:
+    """Uniform noise in the ball, clipped to [0, 1]: of each image the last draw that fools the network, if any does."""
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        found = x
+        for draw in range(draws):
+            noisy = (x + eps * image_noise(x, indices, seed, "uniform", draw)).clamp(0, 1)
+            with torch.no_grad():
+                wrong = net(noisy).argmax(1) != labels
+            found = torch.where(wrong[:, None, None, None], noisy, found)
+        return found
 
     return attack
 
@@ -167,45 +197,14 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
     if info["classes"] is not None and list(split.classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
     split = subset(split, options.n_examples).to(device)
-    own = BY_DATASET[dataset]  # a data set's eps and step, unless given
+    return Subject(file, model, info, dataset, split, *attack_settings(options, dataset))
+
+
+def attack_settings(options: argparse.Namespace, dataset: str) -> tuple[float, float]:
+    """eps and step size: the data set's own, unless the command gave them."""
+    own = BY_DATASET[dataset]
     eps, step_size = (
         getattr(options, key) if key in options.given else own.get(key, getattr(options, key))
         for key in ("epsilon", "step_size")
     )
-    return Subject(file, model, info, dataset, split, eps, step_size)
-
-
-def white_attack(options: argparse.Namespace) -> None:
-    """Evaluate a checkpoint under natural images, FGSM, PGD and CW; print a table and append it to test.log."""
-    subject = load_subject(options, options.ckpt_url)
-    file, model, split, eps, step_size = (subject.file, subject.model, subject.split, subject.eps, subject.step_size)
-    log = Path(options.log_path) if options.log_path else file.parent / "test.log"
-    try:
-        log.open("a").close()  # a log that cannot be written is said before the attacks, not after
-    except OSError as error:
-        raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
-    settings = dict(eps=eps, random=options.random, seed=options.seed)
-    attacks = {
-        "natural": None,
-        "FGSM": white_box(cross_entropy, step_size=eps, steps=1, **settings),
-        f"PGD-{options.num_steps}": white_box(cross_entropy, step_size=step_size, steps=options.num_steps, **settings),
-        f"CW-{max(1, options.num_steps // 2)}": white_box(
-            margin, step_size=step_size, steps=max(1, options.num_steps // 2), **settings
-        ),
-    }
-
-    say = open_log(log)
-    say(f"{datetime.now():%Y-%m-%d %H:%M:%S} {file}")
-    say(
-        f"{subject.described()}, eps {eps:.5g}, "
-        f"step {step_size:.5g}, {'random' if options.random else 'natural'} start, seed {options.seed}"
-    )
-    say(f"{'attack':<10} {'accuracy %':>10}")
-    natural = None
-    with frozen(model) as net:
-        for name, attack in attacks.items():
-            images = len(split.labels) if natural is None else int(natural.sum())
-            with tqdm(total=images, desc=name, unit="img", leave=False, disable=None) as bar:
-                right = verdicts(net, split, options.test_batch_size, attack, natural, progress=bar.update)
-            natural = right if attack is None else natural
-            say(f"{name:<10} {percent(right):>10.2f}")
+    return eps, step_size

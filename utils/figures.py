@@ -1,8 +1,10 @@
 """Figures, drawn without a display."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 
 def draw_curves(rows: list[dict], file: Path) -> None:
@@ -24,4 +26,54 @@ def draw_curves(rows: list[dict], file: Path) -> None:
     accuracy.legend(fontsize=8, loc="lower right")
     for axes in (loss, accuracy):
         axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130, format="png")
+
+
+def draw_examples(
+    natural: Tensor,
+    adversarial: Tensor,
+    natural_probabilities: Tensor,
+    adversarial_probabilities: Tensor,
+    labels: Tensor,
+    eps: float,
+    classes: Sequence[str],
+    file: Path,
+) -> None:
+    """Natural image, perturbation (scaled to use the whole range) and adversarial image, a column each.
+
+    natural, adversarial: (n, 3, S, S) in [0, 1]. *_probabilities: (n, C). labels: (n,), indices into classes.
+    """
+    count = len(labels)
+    figure = Figure(figsize=(1.25 * count + 0.4, 5), layout="constrained")
+    grid = figure.subplots(3, count, squeeze=False)
+    scale = 0.5 / max(eps, 1e-12)
+    rows = (
+        ("natural", natural, natural_probabilities),
+        (f"perturbation x{scale:.3g}", ((adversarial - natural) * scale + 0.5).clamp(0, 1), None),
+        ("adversarial", adversarial, adversarial_probabilities),
+    )
+    for axes, (name, images, probabilities) in zip(grid, rows, strict=True):
+        axes[0].set_ylabel(name, fontsize=9)
+        for i, (ax, image) in enumerate(zip(axes, images, strict=True)):
+            ax.imshow(image.permute(1, 2, 0).numpy())
+            ax.set(xticks=[], yticks=[])
+            if probabilities is not None:
+                confidence, predicted = probabilities[i].max(0)
+                colour = "#009e73" if predicted == labels[i] else "#d55e00"
+                ax.set_title(f"{classes[predicted][:14]}\n{100 * confidence:.1f} %", fontsize=8, color=colour)
+    figure.savefig(file, dpi=130, format="png")
+
+
+def draw_robustness(curve: list[tuple[float, float, float]], label: str, file: Path) -> None:
+    """Robust accuracy against eps or steps. curve: (eps or steps, PGD on the final logits, adaptive PGD), in %."""
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    x, final, adaptive = zip(*curve, strict=True)
+    axes.plot(x, final, color="#0072b2", marker=".", label="PGD on the final logits")
+    axes.plot(x, adaptive, color="#d55e00", marker="s", ms=4, ls="--", label="adaptive: PGD on every view, worst case")
+    axes.set(
+        xlabel=label, ylabel="robust accuracy in %", ylim=(-2, 102), xscale="log" if label == "steps" else "linear"
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130, format="png")

@@ -14,6 +14,7 @@ from typing import NoReturn
 ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
 STRATEGIES = ("random", "soft", "hard", "easy")
+ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
 AUGMENTATIONS = ("crop-flip", "crop", "none")
 
 TRAINING = {
@@ -76,7 +77,18 @@ CHECKPOINT = {
     "no_cuda": False,
 }
 
-EVALUATION = CHECKPOINT | {"ckpt_url": None, "num_steps": 40, "random": True, "log_path": None}
+EVALUATION = CHECKPOINT | {
+    "ckpt_url": None,
+    "model": None,
+    "attacks": ["natural", "fgsm", "pgd", "cw", "autoattack"],
+    "num_steps": 40,
+    "random": True,
+    "restarts": 5,
+    "surrogate": None,
+    "diagnostics": False,
+    "save_adversarial": None,
+    "log_path": None,
+}
 
 # What a data set changes: digits are small and few, so the recipe is their own; the paper's three keep the published
 # one, in which Tiny-ImageNet has larger images and no augmentation. A digit has a hand and is never flipped.
@@ -199,6 +211,17 @@ def milestones(text: str) -> list[int]:
     if epochs != sorted(set(epochs)):
         raise argparse.ArgumentTypeError(f"{text!r} does not rise; write epochs such as 75,90,100")
     return epochs
+
+
+def attacks(text: str) -> list[str]:
+    """Names of `ATTACKS`, separated by commas; `all` for all."""
+    if text == "all":
+        return list(ATTACKS)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in ATTACKS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ATTACKS)}, all")
+    return list(dict.fromkeys(names))
 
 
 def image_size(text: str) -> int:
@@ -356,13 +379,19 @@ def parse_evaluation(doc: str, argv: list[str]) -> argparse.Namespace:
     parser = Parser(doc, EVALUATION)
     flag = parser.flag
     flag("--ckpt_url", "--model-dir", type=path, metavar="PATH", help="checkpoint file or run folder; required")
-    _checkpoint_flags(parser)
+    flag("--model", type=path, metavar="M:F", help="any classifier instead: package.module:function that builds it")
+    flag("--attacks", type=attacks, metavar="A,A", help=f"which of {', '.join(ATTACKS)}; or all")
     flag("--num-steps", type=whole(1), metavar="N", help="steps of PGD; CW takes half as many")
-    flag("--random", type=truth, nargs="?", const=True, metavar="BOOL", help="start attacks at random in the ball")
+    flag("--random", type=truth, nargs="?", const=True, metavar="BOOL", help="start FGSM, PGD and CW at random")
+    flag("--restarts", type=whole(1), metavar="N", help="starts of the adaptive attack's PGD on each view")
+    flag("--surrogate", type=path, metavar="PATH", help="a checkpoint whose gradients the adaptive attack tries too")
+    flag("--diagnostics", action="store_true", help="look for signs of gradient masking; two pictures")
+    flag("--save-adversarial", type=path, metavar="FILE", help="npz for the worst image found of each one")
     flag("--log_path", type=path, metavar="FILE", help="log to append to (default: test.log beside the checkpoint)")
+    _checkpoint_flags(parser)
     given = vars(parser.parse_args(argv))
-    if "ckpt_url" not in given:
-        parser.error("--ckpt_url PATH is required: a checkpoint file or a run folder")
+    if ("ckpt_url" in given) == ("model" in given):
+        parser.error("one of --ckpt_url PATH, a checkpoint file or a run folder, and --model M:F is required")
     options = argparse.Namespace(**EVALUATION | given)
     options.given = sorted(given)
     return options

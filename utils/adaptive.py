@@ -1,0 +1,201 @@
+"""Attacks that know reverse attention: where the decision is made, and what to ascend there.
+
+The final logits of a network with reverse attention repeat the auxiliary prediction with an inflated margin, and their
+gradient at a fixed gate is not the gradient of the decision. So the attacks here ascend a *view* of the network, a
+function of its heads, while every candidate image is judged by the network's real prediction.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from torch import Tensor, nn
+
+from models import Heads
+from utils.attacks import image_noise, linf_pgd
+from utils.autoattack import Listener
+
+# What a view returns: the real final logits (N, C), and what to attack, logits (N, C) each with its weight in the loss.
+Seen = tuple[Tensor, list[tuple[float, Tensor]]]
+View = Callable[[nn.Module, Tensor], Seen]
+
+
+def plain(net: nn.Module, x: Tensor) -> Seen:
+    """The one view of a network without reverse attention, or of any classifier."""
+    logits = net(x)
+    return logits, [(1, logits)]
+
+
+def of_heads(attacked: Callable[[Heads], list[tuple[float, Tensor]]]) -> View:
+    """A view from a function of the heads of one forward."""
+
+    def view(net: nn.Module, x: Tensor) -> Seen:
+        heads = net(x, heads=True)
+        return heads.final, attacked(heads)
+
+    return view
+
+
+def smooth_gates(net: nn.Module, x: Tensor) -> Seen:
+    """The final logits under gates that mix the rows of W by softmax of the auxiliary logits, for gradients only."""
+    heads = net(x, heads=True)
+    gates = tuple(logits.softmax(1) for logits in heads.auxiliary)
+    return heads.final, [(1, net(x, gates))]
+
+
+def transfer(surrogate: nn.Module) -> View:
+    """The logits of another network: gradients come from it alone."""
+
+    def view(net: nn.Module, x: Tensor) -> Seen:
+        with torch.no_grad():
+            final = net(x)
+        return final, [(1, surrogate(x))]
+
+    return view
+
+
+def views(reverse_attention: bool, auxiliary_weight: float, surrogate: nn.Module | None = None) -> dict[str, View]:
+    """Every view of a network by name. auxiliary_weight: lambda of the loss over heads that it was trained with."""
+    if not reverse_attention:
+        known: dict[str, View] = {"final": plain}
+    else:
+        known = {
+            "final": plain,
+            "auxiliary 1": of_heads(lambda heads: [(1, heads.auxiliary[0])]),
+            "auxiliary 2": of_heads(lambda heads: [(1, heads.auxiliary[1])]),
+            "mean auxiliary": of_heads(lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))]),
+            "over heads": of_heads(
+                lambda heads: (
+                    [(1, heads.final)]
+                    + [(auxiliary_weight / len(heads.auxiliary), logits) for logits in heads.auxiliary]
+                )
+            ),
+        }
+    if surrogate is not None:
+        known["surrogate"] = transfer(surrogate)
+    return known
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit less the label's, (N,)."""
+    own = labels[:, None]
+    return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own).squeeze(1)
+
+
+class Watched:
+    """A view as the library's attacks take a network: calling it gives the real logits, `loss` is the view's."""
+
+    def __init__(self, net: nn.Module, view: View) -> None:
+        self.net, self.view = net, view
+        self.attacked: list[tuple[float, Tensor]] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        final, self.attacked = self.view(self.net, x)
+        return final
+
+    def loss(self, criterion: Callable[[Tensor], Tensor]) -> Tensor:
+        """The view's loss of the images last seen, (N,). criterion: logits -> (N,)."""
+        return sum(weight * criterion(logits) for weight, logits in self.attacked)
+
+
+class ViewAPGD(APGDAttack):
+    """APGD on cross-entropy of a view; what the library calls its DLR loss is replaced."""
+
+    def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model.loss(lambda logits: cross_entropies(logits, y))
+
+
+class ViewAPGDTargeted(APGDAttack_targeted):
+    """Targeted APGD on the margin of a view, target's logit less the label's, which any number of classes has."""
+
+    def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = torch.arange(len(y), device=y.device)
+        return self.model.loss(lambda logits: logits[rows, self.y_target] - logits[rows, y])
+
+
+def pgd(
+    net: nn.Module,
+    view: View,
+    x: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    seed: int,
+    draw: int,
+) -> Tensor:
+    """PGD on a view from a uniform start; of each image the last iterate that fools the network, else the last one."""
+    watched = Watched(net, view)
+    found, fooled = x.clone(), torch.zeros_like(labels, dtype=torch.bool)
+    first = True
+
+    def objective(iterate: Tensor) -> Tensor:
+        nonlocal found, fooled, first
+        wrong = watched(iterate).argmax(1) != labels
+        if not first:  # the start itself may lie outside [0, 1]
+            found = torch.where(wrong[:, None, None, None], iterate.detach(), found)
+            fooled |= wrong
+        first = False
+        return watched.loss(lambda logits: criterion(logits, labels)).sum()
+
+    start = x + eps * image_noise(x, indices, seed, "uniform", draw)
+    last = linf_pgd(x, objective, eps, step_size, steps, start)
+    return torch.where(fooled[:, None, None, None], found, last)
+
+
+def adaptive(
+    view: View,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    restarts: int,
+    seed: int,
+    warned: Callable[[str], None] = lambda line: None,
+) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+    """The attack on one view, for `evaluation.verdicts`: PGD with restarts, APGD-CE, targeted APGD on the margin.
+
+    Each goes on with the images that still stand; the returned image fools the network wherever one was found.
+    restarts: of PGD, by turns on cross-entropy and on the margin; the first is the PGD of the README's table moved to
+    this view. warned: is told of the library's warnings.
+    """
+    logger = logging.Logger("adaptive")
+    logger.addHandler(Listener(warned))
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        watched = Watched(net, view)
+        with torch.no_grad():
+            classes = net(x[:1]).shape[1]
+        library = dict(eps=eps, norm="Linf", n_iter=100, seed=seed, device=x.device, logger=logger)
+
+        def restart(criterion: Callable[[Tensor, Tensor], Tensor], draw: int) -> Callable[..., Tensor]:
+            settings = dict(eps=eps, step_size=step_size, steps=steps, seed=seed, draw=draw)
+            return lambda x, labels, indices: pgd(net, view, x, labels, indices, criterion, **settings)
+
+        stages = [restart(cross_entropies if draw % 2 == 0 else margins, draw) for draw in range(restarts)]
+        stages.append(lambda x, labels, indices: ViewAPGD(watched, loss="dlr", **library).perturb(x, labels))
+        targets = min(9, classes - 1)
+        stages.append(
+            lambda x, labels, indices: ViewAPGDTargeted(watched, n_target_classes=targets, **library).perturb(x, labels)
+        )
+        found, standing = x.clone(), torch.ones_like(labels, dtype=torch.bool)
+        for stage in stages:
+            rows = standing.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            candidates = stage(x[rows], labels[rows], indices[rows.cpu()])
+            with torch.no_grad():
+                standing[rows] = net(candidates).argmax(1) == labels[rows]
+            found[rows] = candidates
+        return found
+
+    return attack

@@ -1,0 +1,59 @@
+"""AutoAttack as the literature runs it: the standard version of the official code, packaged as pyautoattack."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 250  # images a call, whatever --test-batch-size: the start noise of a block is drawn for all of it at once
+
+
+class Listener(logging.Handler):
+    """Hands the library's warnings to one function and its other lines to another."""
+
+    def __init__(self, warned: Callable[[str], None], says: Callable[[str], None] = lambda line: None) -> None:
+        super().__init__()
+        self.warned, self.says = warned, says
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage().removesuffix(" See flags_doc.md for details.")
+        (self.warned if record.levelno >= logging.WARNING else self.says)(line)
+
+
+def autoattack(
+    eps: float, seed: int, warned: Callable[[str], None], says: Callable[[str], None] = lambda line: None
+) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+    """AutoAttack, standard version, L-infinity (Croce & Hein, arXiv 2003.01690): an attack for `evaluation.verdicts`.
+
+    Standard is APGD-CE, targeted APGD-DLR, targeted FAB and Square with 5,000 queries. It targets 9 classes; with fewer
+    than 10 classes it targets all others, and below 4 its targeted DLR loss does not exist and is left out: `warned`
+    is told, as it is of each warning of the library. says: sees the library's progress lines.
+    """
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        from pyautoattack import AutoAttack
+
+        with torch.no_grad():
+            classes = net(x[:1]).shape[1]
+        library = AutoAttack(net, norm="Linf", eps=eps, seed=seed, version="standard", device=x.device)
+        if classes < 10:
+            library.apgd_targeted.n_target_classes = library.fab.n_target_classes = classes - 1
+            warned(f"{classes} classes: APGD-T and FAB-T target {classes - 1} of them, not 9")
+        if classes < 4:
+            library.attacks_to_run = [name for name in library.attacks_to_run if name != "apgd-t"]
+            warned(f"{classes} classes: no targeted DLR loss, APGD-T left out")
+        logger, listener = logging.getLogger("auto-attack"), Listener(warned, says)
+        before = logger.level, logger.propagate
+        logger.addHandler(listener)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+        try:
+            adversarial, _ = library.run_standard_evaluation(x, labels, batch_size=BLOCK)
+        finally:
+            logger.removeHandler(listener)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+        return adversarial
+
+    return attack

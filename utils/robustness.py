@@ -1,0 +1,537 @@
+"""What test_white_attack.py does: run the attacks, keep what is finished, and say what was found."""
+
+import argparse
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.adaptive import adaptive, views
+from utils.attacks import cross_entropy, frozen, linf_pgd, margin
+from utils.autoattack import BLOCK, autoattack
+from utils.checkpoints import load_model, read, save, write_atomically
+from utils.data import Split, as_input, load_split
+from utils.diagnostics import Diagnosis, diagnose
+from utils.evaluation import (
+    NOISE_DRAWS,
+    Attack,
+    Subject,
+    attack_settings,
+    judged,
+    load_subject,
+    noise,
+    open_log,
+    percent,
+    pick_device,
+    subset,
+    verdicts,
+    white_box,
+)
+from utils.figures import draw_examples, draw_robustness
+from utils.options import BY_DATASET, RunError, Stopped, UsageError
+from utils.provenance import in_one_line, provenance
+
+ADAPTIVE = "adaptive: "
+
+
+class Row(NamedTuple):
+    """A line of the table. right: (N,) bool, the verdicts image by image. notes: what a reader must know of it."""
+
+    right: Tensor
+    seconds: float
+    notes: list[str]
+
+
+class Worst:
+    """For each image the one found with the smallest margin of its label in the real logits, wrong ones below 0.
+
+    images: (N, 3, S, S) float32 on the CPU, the natural ones to begin with. margins: (N,).
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.images = as_input(split.images.cpu())
+        self.margins = torch.full((len(split.labels),), torch.inf)
+
+    def see(self, indices: Tensor, x: Tensor, labels: Tensor, logits: Tensor) -> None:
+        """Take over what is worse than what was seen before, of the images `indices`."""
+        own = labels[:, None]
+        others = logits.scatter(1, own, -torch.inf).amax(1)
+        margins = (logits.gather(1, own).squeeze(1) - others).cpu()
+        # an exact tie counts as the prediction does: argmax takes the first
+        margins = torch.where((logits.argmax(1) != labels).cpu(), margins.clamp(max=-1e-30), margins)
+        self.take(indices, x.cpu(), margins)
+
+    def take(self, indices: Tensor, images: Tensor, margins: Tensor) -> None:
+        worse = margins < self.margins[indices]
+        self.images[indices[worse]] = images[worse]
+        self.margins[indices[worse]] = margins[worse]
+
+
+def wilson(right: Tensor) -> tuple[float, float]:
+    """95 % interval of a share of true verdicts, in percent (Wilson, 1927)."""
+    n, share, z = len(right), right.double().mean().item(), 1.959963984540054
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return 100 * max(0.0, low), 100 * min(1.0, high)
+
+
+def foreign_subject(options: argparse.Namespace) -> Subject:
+    """The classifier that --model package.module:function builds, with the test images of --dataset."""
+    name, _, function = options.model.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        built = getattr(importlib.import_module(name), function)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UsageError(f"--model {options.model}: {error}; name package.module:function, without arguments") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(built):
+        raise UsageError(f"--model {options.model} returns a {type(built).__name__}, not a network")
+    model = built if isinstance(built, nn.Module) else _Callable(built)
+    dataset = options.dataset or "cifar10"
+    size = options.image_size or BY_DATASET[dataset].get("image_size", 32)
+    device = pick_device(options.device, options.no_cuda)
+    split = subset(load_split(dataset, "test", options.data_dir, size), options.n_examples).to(device)
+    with torch.no_grad():
+        answer = model.to(device).eval()(as_input(split.images[:2]))
+    if not isinstance(answer, Tensor) or answer.shape != (len(split.labels[:2]), len(split.classes)):
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise UsageError(f"--model {options.model} answers with {got}; logits (N, {len(split.classes)}) are needed")
+    info = {"arch": options.model, "reverse_attention": getattr(model, "reverse_attention", False), "recipe": None}
+    return Subject(Path("foreign"), model, info, dataset, split, *attack_settings(options, dataset))
+
+
+class _Callable(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Blocks:
+    """What is finished of the long attacks, a file for each block of images, so that a stopped evaluation goes on.
+
+    A file counts only for the same network, images, settings and library versions (`fingerprint`).
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+
+    def load(self, start: int) -> dict:
+        file = self._file(start)
+        if file.exists():
+            try:
+                part = read(file)
+            except UsageError:  # cut off or foreign: attacked anew
+                part = {}
+            if part.get("fingerprint") == self.fingerprint:
+                return part
+        return {"fingerprint": self.fingerprint, "verdicts": {}, "seconds": {}, "notes": {}}
+
+    def save(self, start: int, part: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save(self._file(start), part)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, start: int) -> Path:
+        return self.folder / f"images-{start:06d}.pt"
+
+
+def fingerprint(model: nn.Module, split: Split, settings: dict) -> str:
+    """What the verdicts depend on: weights, images, labels, settings and versions."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in (*model.state_dict().values(), split.images, split.labels):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def stoppable(line: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the job at once, by Stopped with this line; finished blocks are on disk already."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise Stopped(signum, line)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def quick_attacks(options: argparse.Namespace, subject: Subject) -> dict[str, tuple[str, Attack]]:
+    """The table's shorter attacks, and noise: by flag, the name in the table and the attack."""
+    settings = dict(eps=subject.eps, random=options.random, seed=options.seed)
+    half = max(1, options.num_steps // 2)
+    step = subject.step_size
+    return {
+        "fgsm": ("FGSM", white_box(cross_entropy, step_size=subject.eps, steps=1, **settings)),
+        "pgd": (
+            f"PGD-{options.num_steps}",
+            white_box(cross_entropy, step_size=step, steps=options.num_steps, **settings),
+        ),
+        "cw": (f"CW-{half}", white_box(margin, step_size=step, steps=half, **settings)),
+        "noise": (f"noise, {NOISE_DRAWS} draws", noise(subject.eps, options.seed)),
+    }
+
+
+class Long(NamedTuple):
+    """An attack that goes block by block. gradients, forwards: passes an image at most, for an estimate of its time."""
+
+    attack: Attack
+    gradients: int
+    forwards: int
+    notes: list[str]
+
+
+def long_attacks(options: argparse.Namespace, subject: Subject, surrogate: nn.Module | None) -> dict[str, Long]:
+    """AutoAttack, and the adaptive attack on each view, by their names in the table."""
+    targets = min(9, len(subject.split.classes) - 1)
+    found: dict[str, Long] = {}
+    if "autoattack" in options.attacks:
+        notes: list[str] = []
+        attack = autoattack(subject.eps, options.seed, noting(notes))
+        found["AutoAttack"] = Long(attack, 101 + 240 * targets, 5000, notes)
+    if "adaptive" in options.attacks:
+        for name, view in views(subject.info["reverse_attention"], recipe_weight(subject), surrogate).items():
+            settings = dict(eps=subject.eps, step_size=subject.step_size, steps=options.num_steps, seed=options.seed)
+            notes = []
+            attack = adaptive(view, restarts=options.restarts, warned=noting(notes), **settings)
+            passes = options.restarts * options.num_steps + 101 * (1 + targets)
+            found[f"{ADAPTIVE}{name}"] = Long(attack, passes, 0, notes)
+    return found
+
+
+def recipe_weight(subject: Subject) -> float:
+    """lambda, the weight of the auxiliary heads in the loss that a checkpoint was trained with."""
+    recipe = subject.info["recipe"]
+    return recipe.get("cr_beta", 2.0) if isinstance(recipe, dict) else 2.0
+
+
+def noting(notes: list[str]) -> Callable[[str], None]:
+    """A function that notes a line unless one like it, but for its numbers, is noted already."""
+
+    def note(line: str) -> None:
+        if re.sub(r"\d+", "N", line) not in {re.sub(r"\d+", "N", known) for known in notes}:
+            notes.append(line)
+
+    return note
+
+
+def expected_seconds(net: nn.Module, split: Split, jobs: dict[str, Long], images: int) -> float:
+    """How long the jobs take at most on so many images, from one gradient and one forward pass of a block, timed."""
+    x, labels = as_input(split.images[:BLOCK]), split.labels[:BLOCK]
+    objective = cross_entropy(net, labels)
+    took = []
+    for steps in (1, 1, 2, 0):  # the first is a warm-up
+        began = time.perf_counter()
+        if steps:
+            linf_pgd(x, objective, 0.01, 0.01, steps, x)
+        else:
+            with torch.no_grad():
+                net(x)
+        float(x.flatten()[0])  # waits for the device
+        took.append(time.perf_counter() - began)
+    passes = sum(job.gradients * (took[2] - took[1]) + job.forwards * took[3] for job in jobs.values())
+    return passes * images / len(x)
+
+
+def run_long(
+    net: nn.Module, split: Split, natural: Tensor, jobs: dict[str, Long], blocks: Blocks, worst: Worst
+) -> dict[str, Row]:
+    """The long attacks, block by block; what an earlier, stopped evaluation finished is taken from its files."""
+    parts = []
+    with tqdm(total=len(jobs) * int(natural.sum()), unit="img", leave=False, disable=None) as bar:
+        for here in torch.arange(len(natural)).split(BLOCK):
+            part = blocks.load(int(here[0]))
+            if "images" in part:
+                worst.take(here, part["images"], part["margins"])
+            candidates = here[natural[here]]
+            for name, job in jobs.items():
+                bar.set_description(name)
+                if name not in part["verdicts"]:
+                    job.notes.clear()
+                    began = time.perf_counter()
+                    right = torch.zeros_like(natural)
+                    if len(candidates):
+                        right[candidates] = judged(net, split, candidates, job.attack, worst.see)
+                    part["verdicts"][name], part["notes"][name] = right[here], list(job.notes)
+                    part["seconds"][name] = time.perf_counter() - began
+                    part |= {"images": worst.images[here].clone(), "margins": worst.margins[here].clone()}
+                    blocks.save(int(here[0]), part)
+                bar.update(len(candidates))
+            parts.append(part)
+    rows = {}
+    for name in jobs:
+        notes: list[str] = []
+        for line in (line for part in parts for line in part["notes"][name]):
+            noting(notes)(line)
+        right = torch.cat([part["verdicts"][name] for part in parts])
+        rows[name] = Row(right, sum(part["seconds"][name] for part in parts), notes)
+    return rows
+
+
+def white_attack(options: argparse.Namespace) -> None:
+    """Evaluate a network under the attacks of --attacks: table, white_attack.json, test.log and a picture."""
+    subject = foreign_subject(options) if options.model else load_subject(options, options.ckpt_url)
+    model, split = subject.model, subject.split
+    folder = Path(options.log_path or subject.file).parent
+    log = Path(options.log_path) if options.log_path else folder / "test.log"
+    try:
+        log.open("a").close()  # a log that cannot be written is said before the attacks, not after
+    except OSError as error:
+        raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
+    say = open_log(log)
+    device = split.labels.device
+    record = {"provenance": provenance(device, options.seed, ["pyautoattack"]), "checkpoint": str(subject.file)}
+    settings = {
+        "eps": subject.eps,
+        "step_size": subject.step_size,
+        "num_steps": options.num_steps,
+        "random": options.random,
+        "restarts": options.restarts,
+        "seed": options.seed,
+        "surrogate": options.surrogate,
+    }
+    say(in_one_line(record["provenance"]))
+    say(f"{subject.file}: {subject.described()}")
+    say(
+        f"eps {subject.eps:.5g}, step {subject.step_size:.5g}, {'random' if options.random else 'natural'} start, "
+        f"seed {options.seed}"
+    )
+    worst = Worst(split)
+    again = f"what is finished is kept; continue by: {shlex.join(['python', *sys.argv])}"
+    with ExitStack() as stack:
+        stack.enter_context(stoppable(again))
+        net = stack.enter_context(frozen(model))
+        surrogate = None
+        if options.surrogate:
+            surrogate = stack.enter_context(frozen(load_surrogate(options.surrogate, subject)))
+        rows: dict[str, Row] = {}
+
+        def run_quick(name: str, attack: Attack | None, candidates: Tensor | None) -> Tensor:
+            began = time.perf_counter()
+            images = len(split.labels) if candidates is None else int(candidates.sum())
+            with tqdm(total=images, desc=name, unit="img", leave=False, disable=None) as bar:
+                right = verdicts(net, split, options.test_batch_size, attack, candidates, bar.update, worst.see)
+            rows[name] = Row(right, time.perf_counter() - began, [])
+            return right
+
+        natural = run_quick("natural", None, None)
+        for flag, (name, attack) in quick_attacks(options, subject).items():
+            if flag in options.attacks:
+                run_quick(name, attack, natural)
+        jobs = long_attacks(options, subject, surrogate)
+        if jobs:
+            print_ = fingerprint(model, split, settings | record["provenance"]["versions"])
+            blocks = Blocks(folder / "white_attack.partial", print_)
+            minutes = expected_seconds(net, split, jobs, int(natural.sum())) / 60
+            say(
+                f"{' and '.join(dict.fromkeys(name.split(':')[0] for name in jobs))}: up to {minutes:.0f} min here for "
+                f"{int(natural.sum())} images; --n-examples N takes fewer, a stopped evaluation goes on where it was"
+            )
+            rows |= run_long(net, split, natural, jobs, blocks, worst)
+        diagnosis = None
+        if options.diagnostics:
+            diagnosis = run_diagnostics(net, subject, natural, options, surrogate, folder, say)
+        add_worst_cases(rows)
+        write_json(folder / "white_attack.json", record | describe(subject, settings), rows, diagnosis)
+        for line in table(rows, subject):
+            say(line)
+        if len(rows) > 1:
+            picture = folder / "adversarial_examples.png"
+            shown = examples(net, split, worst, natural)
+            write_atomically(picture, lambda file: draw_examples(*shown, subject.eps, split.classes, file))
+            say(f"picture    {picture}")
+        if options.save_adversarial:
+            say(
+                save_adversarial(
+                    Path(options.save_adversarial), net, split, worst, subject.eps, options.test_batch_size
+                )
+            )
+        if jobs:
+            blocks.clear()
+
+
+def load_surrogate(path: str, subject: Subject) -> nn.Module:
+    """The network of --surrogate, on the device of the subject; UsageError where it does not take its images."""
+    surrogate, info = load_model(path, subject.split.labels.device)
+    if info["num_classes"] != len(subject.split.classes):
+        raise UsageError(
+            f"--surrogate {path} has {info['num_classes']} classes and {subject.dataset} {len(subject.split.classes)}; "
+            "name a network of the same data set"
+        )
+    if info["image_size"] != subject.split.images.shape[-1] and info["arch"].startswith("PreAct"):
+        raise UsageError(f"--surrogate {path} takes images of side {info['image_size']}; name one of the same data set")
+    return surrogate
+
+
+def add_worst_cases(rows: dict[str, Row]) -> None:
+    """Add the worst case, image by image, over the views of the adaptive attack and over all attacks of the run."""
+    adapted = [row for name, row in rows.items() if name.startswith(ADAPTIVE)]
+    if len(adapted) > 1:
+        rows["adaptive, worst case"] = _together(adapted)
+    if len(rows) > 2:
+        rows["worst case"] = _together(list(rows.values()))
+
+
+def _together(rows: list[Row]) -> Row:
+    return Row(torch.stack([row.right for row in rows]).all(0), sum(row.seconds for row in rows), [])
+
+
+def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
+    """The lines of the table, notes below it, and the row in Markdown."""
+    width = max(map(len, rows))
+    yield f"{'attack':<{width}}  {'robust %':>8}  {'95 % interval':>14}  {'images':>6}  {'seconds':>8}"
+    for name, row in rows.items():
+        low, high = wilson(row.right)
+        interval = f"{low:.2f} - {high:.2f}"
+        yield (
+            f"{name:<{width}}  {percent(row.right):>8.2f}  {interval:>14}  {len(row.right):>6}  "
+            f"{'' if 'worst case' in name else f'{row.seconds:.1f}':>8}"
+        )
+    for name, row in rows.items():
+        for note in row.notes:
+            yield f"note, {name}: {note}"
+    if subject.info["reverse_attention"] and "adaptive, worst case" not in rows:
+        yield "note: attacks on the final logits overestimate networks with reverse attention; add --attacks all"
+    yield "| network | " + " | ".join(rows) + " |"
+    yield "|" + "---|" * (len(rows) + 1)
+    yield (
+        f"| {subject.info['arch']}, {subject.dataset} | "
+        + " | ".join(f"{percent(r.right):.2f}" for r in rows.values())
+        + " |"
+    )
+
+
+def describe(subject: Subject, settings: dict) -> dict:
+    """What white_attack.json says of the network, the images and the settings."""
+    info = {key: subject.info.get(key) for key in ("arch", "width", "reverse_attention", "epoch", "image_size")}
+    return {"network": info, "dataset": subject.dataset, "images": len(subject.split.labels), "settings": settings}
+
+
+def write_json(file: Path, record: dict, rows: dict[str, Row], diagnosis: Diagnosis | None) -> None:
+    """white_attack.json: this evaluation, and those before it under `earlier`.
+
+    verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
+    """
+    record["attacks"] = {
+        name: {
+            "robust_accuracy": percent(row.right),
+            "interval_95": wilson(row.right),
+            "images": len(row.right),
+            "seconds": round(row.seconds, 2),
+            "notes": row.notes,
+            "verdicts": "".join("01"[right] for right in row.right.tolist()),
+        }
+        for name, row in rows.items()
+    }
+    if diagnosis is not None:
+        record["diagnostics"] = {
+            "signs": [sign._asdict() for sign in diagnosis.signs],
+            "by_eps": diagnosis.by_eps,
+            "by_steps": diagnosis.by_steps,
+        }
+    try:
+        before = json.loads(file.read_text())
+        record["earlier"] = [*before.pop("earlier", []), before]
+    except (OSError, ValueError, AttributeError):
+        record["earlier"] = []
+    write_atomically(file, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def examples(net: nn.Module, split: Split, worst: Worst, natural: Tensor, count: int = 8) -> tuple[Tensor, ...]:
+    """Images for the picture, fooled ones first -> natural, adversarial (n, 3, S, S), probabilities of both, labels."""
+    fooled = natural & (worst.margins < 0)
+    chosen = torch.cat([fooled.nonzero().squeeze(1), (~fooled).nonzero().squeeze(1)])[:count]
+    batch = split.take(chosen.to(split.labels.device))
+    pair = as_input(batch.images), worst.images[chosen].to(batch.images.device)
+    with torch.no_grad():
+        probabilities = [net(x).softmax(1).cpu() for x in pair]
+    return (*(x.cpu() for x in pair), *probabilities, batch.labels.cpu())
+
+
+def save_adversarial(file: Path, net: nn.Module, split: Split, worst: Worst, eps: float, batch_size: int) -> str:
+    """Write the worst image found for each one to an npz, after what is written was read and tried again.
+
+    images: (N, 3, S, S) float32 in [0, 1] and in the ball. labels: (N,). right: (N,) the verdicts on just these images.
+    """
+    images, labels = worst.images, split.labels.cpu()
+    off = (images - as_input(split.images.cpu())).abs().amax().item()
+    if off > eps + 1e-6 or images.min() < 0 or images.max() > 1:
+        raise RunError(f"an attack left the ball of {eps:.5g} (by {off - eps:.2g}) or [0, 1]; nothing is saved")
+
+    def still_right(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            answers = [net(x.to(split.labels.device)).argmax(1).cpu() for x in images.split(batch_size)]
+        return torch.cat(answers) == labels
+
+    right = still_right(images)
+
+    def write(part: Path) -> None:
+        content = {"images": images.numpy(), "labels": labels.numpy(), "right": right.numpy(), "eps": np.float32(eps)}
+        with open(part, "wb") as out:
+            np.savez_compressed(out, **content)
+        with np.load(part) as stored:
+            if not torch.equal(still_right(torch.from_numpy(stored["images"])), right):
+                raise RunError(f"{file}: the network answers otherwise to images read again; nothing is saved")
+
+    write_atomically(file, write)
+    return f"saved      {file}: {len(labels)} images, {int((~right).sum())} of which the network gets wrong, read again"
+
+
+def run_diagnostics(
+    net: nn.Module,
+    subject: Subject,
+    natural: Tensor,
+    options: argparse.Namespace,
+    surrogate: nn.Module | None,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Diagnosis:
+    """--diagnostics: the signs of masking, a line each, and two pictures."""
+    with tqdm(desc="diagnostics", bar_format="{desc}: {postfix} {elapsed}", leave=False, disable=None) as bar:
+        diagnosis = diagnose(
+            net,
+            subject.split,
+            natural,
+            views(subject.info["reverse_attention"], recipe_weight(subject), surrogate),
+            eps=subject.eps,
+            step_size=subject.step_size,
+            seed=options.seed,
+            batch_size=options.test_batch_size,
+            progress=bar.set_postfix_str,
+        )
+    for sign in diagnosis.signs:
+        say(f"{'SIGN' if sign.raised else 'ok':<5} {sign.name}: {sign.figure}")
+    for curve, label, name in (
+        (diagnosis.by_eps, "eps", "robust_vs_eps.png"),
+        (diagnosis.by_steps, "steps", "robust_vs_steps.png"),
+    ):
+        if curve:
+            write_atomically(folder / name, partial(draw_robustness, curve, label))
+            say(f"picture    {folder / name}")
+    return diagnosis
