@@ -89,7 +89,12 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Watched:
-    """A view as the library's attacks take a network: calling it gives the real logits, `loss` is the view's."""
+    """A view as the library's attacks take a network, with `loss` for what they ascend.
+
+    A call with gradients is a step of an attack: it answers with the real logits, by which the library judges. One
+    without asks for the prediction and for classes worth a try: those come in the order of the view's logits, behind
+    the real prediction.
+    """
 
     def __init__(self, net: nn.Module, view: View) -> None:
         self.net, self.view = net, view
@@ -97,10 +102,13 @@ class Watched:
 
     def __call__(self, x: Tensor) -> Tensor:
         final, self.attacked = self.view(self.net, x)
-        return final
+        if x.requires_grad:
+            return final
+        ranked = self.loss(lambda logits: logits)
+        return ranked.scatter(1, final.argmax(1, keepdim=True), ranked.amax(1, keepdim=True) + 1)
 
     def loss(self, criterion: Callable[[Tensor], Tensor]) -> Tensor:
-        """The view's loss of the images last seen, (N,). criterion: logits -> (N,)."""
+        """The view's loss of the images last seen. criterion: logits (N, C) -> (N,)."""
         return sum(weight * criterion(logits) for weight, logits in self.attacked)
 
 

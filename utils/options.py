@@ -387,7 +387,12 @@ def parse_evaluation(doc: str, argv: list[str]) -> argparse.Namespace:
     flag("--surrogate", type=path, metavar="PATH", help="a checkpoint whose gradients the adaptive attack tries too")
     flag("--diagnostics", action="store_true", help="look for signs of gradient masking; two pictures")
     flag("--save-adversarial", type=path, metavar="FILE", help="npz for the worst image found of each one")
-    flag("--log_path", type=path, metavar="FILE", help="log to append to (default: test.log beside the checkpoint)")
+    flag(
+        "--log_path",
+        type=path,
+        metavar="FILE",
+        help="log to append to, beside which the other files go (default: test.log beside the checkpoint)",
+    )
     _checkpoint_flags(parser)
     given = vars(parser.parse_args(argv))
     if ("ckpt_url" in given) == ("model" in given):

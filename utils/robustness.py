@@ -45,7 +45,7 @@ from utils.evaluation import (
     white_box,
 )
 from utils.figures import draw_examples, draw_robustness
-from utils.options import BY_DATASET, RunError, Stopped, UsageError
+from utils.options import BY_DATASET, TRAINING, RunError, Stopped, UsageError
 from utils.provenance import in_one_line, provenance
 
 ADAPTIVE = "adaptive: "
@@ -135,7 +135,7 @@ class Blocks:
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
+        self.folder, self.fingerprint = folder / f"white_attack-{fingerprint[:12]}.partial", fingerprint
 
     def load(self, start: int) -> dict:
         file = self._file(start)
@@ -159,10 +159,13 @@ class Blocks:
         return self.folder / f"images-{start:06d}.pt"
 
 
-def fingerprint(model: nn.Module, split: Split, settings: dict) -> str:
-    """What the verdicts depend on: weights, images, labels, settings and versions."""
+def fingerprint(networks: list[nn.Module], split: Split, settings: dict) -> str:
+    """What the verdicts depend on: weights, what the first network answers, images, labels, settings and versions."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in (*model.state_dict().values(), split.images, split.labels):
+    with torch.no_grad():
+        answers = networks[0](as_input(split.images[:BLOCK]))  # a foreign network may keep its weights anywhere
+    weights = [tensor for network in networks for tensor in network.state_dict().values()]
+    for tensor in (*weights, answers, split.images, split.labels):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -228,7 +231,8 @@ def long_attacks(options: argparse.Namespace, subject: Subject, surrogate: nn.Mo
 def recipe_weight(subject: Subject) -> float:
     """lambda, the weight of the auxiliary heads in the loss that a checkpoint was trained with."""
     recipe = subject.info["recipe"]
-    return recipe.get("cr_beta", 2.0) if isinstance(recipe, dict) else 2.0
+    weight = recipe.get("cr_beta") if isinstance(recipe, dict) else None
+    return weight if isinstance(weight, float) and 0 <= weight < math.inf else TRAINING["cr_beta"]
 
 
 def noting(notes: list[str]) -> Callable[[str], None]:
@@ -317,7 +321,8 @@ def white_attack(options: argparse.Namespace) -> None:
         "surrogate": options.surrogate,
     }
     say(in_one_line(record["provenance"]))
-    say(f"{subject.file}: {subject.described()}")
+    chosen = "" if options.n_examples is None else ", the first after a fixed shuffle (--n-examples)"
+    say(f"{subject.file}: {subject.described()}{chosen}")
     say(
         f"eps {subject.eps:.5g}, step {subject.step_size:.5g}, {'random' if options.random else 'natural'} start, "
         f"seed {options.seed}"
@@ -346,8 +351,8 @@ def white_attack(options: argparse.Namespace) -> None:
                 run_quick(name, attack, natural)
         jobs = long_attacks(options, subject, surrogate)
         if jobs:
-            print_ = fingerprint(model, split, settings | record["provenance"]["versions"])
-            blocks = Blocks(folder / "white_attack.partial", print_)
+            networks = [net] if surrogate is None else [net, surrogate]
+            blocks = Blocks(folder, fingerprint(networks, split, settings | record["provenance"]["versions"]))
             minutes = expected_seconds(net, split, jobs, int(natural.sum())) / 60
             say(
                 f"{' and '.join(dict.fromkeys(name.split(':')[0] for name in jobs))}: up to {minutes:.0f} min here for "
