@@ -2,6 +2,7 @@
 
 Features are the pooled last map: weighted, behind reverse attention, which is what the classifier sees, and unweighted,
 before it. Weighting by the predicted class builds part of the clustering in, so everything here is measured on both.
+(Unweighted means before the last gate: the block before it was gated by its own prediction, which stays.)
 """
 
 import argparse
@@ -390,10 +391,10 @@ def print_distances(title: str, values: dict[str, np.ndarray], info: dict, chose
             print(f"{pair} {metric:<7}" + "".join(cells))
     pp, negative = (values[f"{chosen}_{pair}_cosine"] for pair in PAIRS)
     print(
-        f"{chosen if len(layers) > 1 else 'plain'} features: an image and its adversarial example have cosine "
-        f"{pp.mean():.3f} in the mean (alignment: the nearer to 1 the better), an image and its negative "
-        f"{negative.mean():.3f} (exclusion: the lower the better); {100 * (pp > negative).mean():.1f} % of the images "
-        "are nearer to their adversarial example than to their negative"
+        f"by {f'{chosen} ' if len(layers) > 1 else ''}features\n"
+        f"  alignment: an image and its adversarial example have cosine {pp.mean():.3f} in the mean (best: 1)\n"
+        f"  exclusion: an image and its negative have cosine {negative.mean():.3f} in the mean (the lower the better)\n"
+        f"  {100 * (pp > negative).mean():.1f} % of them are nearer to their adversarial example than to their negative"
     )
 
 
@@ -521,7 +522,9 @@ def draw_umap(options: argparse.Namespace) -> None:
             raise RunError(f"UMAP cannot place every image of {name}; take more images by --n-examples")
         arrays[f"embedding_{i}"] = embedding
         panels.append((name, embedding, lines))
-    figure = draw_embedding(panels, labels.numpy(), class_names(split), list(attacks), options.features, options.show)
+    weighed = any(subject.info["reverse_attention"] for subject in subjects)
+    embedded = f"{options.features} features" if weighed else "features"
+    figure = draw_embedding(panels, labels.numpy(), class_names(split), list(attacks), embedded, options.show)
     settings = {
         "names": names,
         "checkpoints": checkpoints,

@@ -97,7 +97,12 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     for file, metadata in zip(files, ({"Software": None}, {"CreationDate": None}), strict=True):
         drawn = io.BytesIO()
         with matplotlib.rc_context(STYLE):
-            figure.savefig(drawn, format=file.suffix[1:], dpi=200, metadata=metadata)
+            try:
+                figure.savefig(drawn, format=file.suffix[1:], dpi=200, metadata=metadata)
+            except ValueError as error:
+                if "Parse" not in str(error):
+                    raise
+                raise UsageError(f"a name between $ signs is no formula: {str(error).splitlines()[-1]}") from error
         write_atomically(file, lambda temporary, drawn=drawn: temporary.write_bytes(drawn.getvalue()))
     return files
 
@@ -132,15 +137,15 @@ def draw_embedding(
     labels: np.ndarray,
     classes: Sequence[str],
     kinds: Sequence[str],
-    layer: str,
+    features: str,
     show: bool = False,
 ) -> Figure:
     """Scatter plots of embeddings, one panel a run, coloured by class.
 
     panels: name; points (len(kinds) * N, 2), the N images of one kind after the other; measured (layer, kind,
     silhouette, neighbours' agreement), for the title. labels: (N,). kinds: `natural` and perhaps a second one, drawn as
-    crosses. Up to 20 classes have a colour and a legend entry, beyond 10 with a second marker; of more, 10 evenly
-    chosen ones have, and the others are grey.
+    crosses. features: what was embedded, for the legend's title. Up to 20 classes have a colour and a legend entry,
+    beyond 10 with a second marker; of more classes, 10 evenly chosen ones have, and the others are grey.
     """
     present = np.unique(labels)
     named = present if len(present) <= 20 else present[np.linspace(0, len(present) - 1, 10).round().astype(int)]
@@ -148,10 +153,10 @@ def draw_embedding(
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     entries = len(named) + (len(kinds) if len(kinds) > 1 else 0)
-    widest = max(len(classes[label]) for label in named)
-    legend_columns = max(1, min(entries, int(COLUMN * 72 / (4.2 * widest + 18))))
+    fitting = int(COLUMN * 72 / (4.2 * max(len(classes[label]) for label in named) + 18))
+    legend_rows = -(-entries // max(1, min(fitting, entries if len(kinds) == 1 else 6)))
     lines = 1 + max(len({layer for layer, *_ in measured}) for _, _, measured in panels)
-    height = rows * (COLUMN / columns + 0.11 * lines) + 0.13 * -(-entries // legend_columns) + 0.35
+    height = rows * (COLUMN / columns + 0.12 * lines) + 0.14 * legend_rows + 0.4
     with matplotlib.rc_context(STYLE):
         figure = new_figure(height, show)
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -165,14 +170,16 @@ def draw_embedding(
                     own = labels == label
                     edge = {"linewidths": 0.6} if kind else {"linewidths": 0, "alpha": 0.8}
                     axes.scatter(x[own], y[own], size, colour, marker=markers[kind], **edge)
-            for label in named if len(named) <= 10 else ():  # beside the cluster, not on it
-                at = np.median(points[: len(labels)][labels == label], 0)
+            short = len(named) <= 10 and max(len(classes[label]) for label in named) <= 10
+            for label in named if short else ():  # beside the cluster, not on it
+                own = points[: len(labels)][labels == label]
+                at = own[np.linalg.norm(own - np.median(own, 0), axis=1).argmin()]
                 halo = [withStroke(linewidth=1.5, foreground="white")]
                 axes.annotate(classes[label], at, (0, 4), textcoords="offset points", ha="center", va="bottom",
                               fontsize=7, path_effects=halo)  # fmt: skip
             axes.set_title("\n".join([name, *_measured(measured)]), fontsize=6)
-            axes.set(xticks=[], yticks=[], box_aspect=1)
-            axes.margins(0.08)
+            axes.set(xticks=[], yticks=[])
+            axes.margins(0.12)
             for spine in axes.spines.values():
                 spine.set_visible(True)
         for axes in grid[len(panels) :]:
@@ -180,11 +187,11 @@ def draw_embedding(
         handles = [_marker(classes[label], style[0], style[1]) for label, style in styles.items()]
         if len(kinds) > 1:
             handles += [_marker(kind, "black", marker) for kind, marker in zip(kinds, "ox", strict=True)]
-        title = f"UMAP of {layer} features. s: silhouette, a: 12-NN label agreement in %"
+        title = f"UMAP of {features}\ns: silhouette, a: 12-NN label agreement in %"
         title += f"; {' / '.join(kinds)}" if len(kinds) > 1 else ""
         title += f"\n{len(named)} of {len(present)} classes, the others grey" if len(named) < len(present) else ""
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False, title=title,
+            handles=handles, loc="outside lower center", ncols=-(-entries // legend_rows), frameon=False, title=title,
             title_fontsize=6, alignment="center", handlelength=1, handletextpad=0.2, columnspacing=0.8,
         )  # fmt: skip
     return figure
