@@ -165,7 +165,22 @@ def broken(here):
 
 @pytest.mark.parametrize(
     "name",
-    "truncated text empty foreign list json code array short layer target nan none words".split(),
+    [
+        "truncated",
+        "text",
+        "empty",
+        "foreign",
+        "list",
+        "json",
+        "code",
+        "array",
+        "short",
+        "layer",
+        "target",
+        "nan",
+        "none",
+        "words",
+    ],
 )
 def test_a_file_that_holds_no_distances_is_named(here, refused, name):  # noqa: F811
     broken(here)
