@@ -255,7 +255,7 @@ def test_runs_are_named_by_method_and_ablation():
     ):
         assert method_name(subject(ra, recipe)) == name
     assert distinct(["a", "a"], ["b", "c"]) == ["b", "c"]
-    assert distinct(["a", "a"], ["b", "b"]) == ["b 1", "b 2"]
+    assert distinct(["a", "a"], ["b", "b"]) == ["a 1", "a 2"]
     assert file_stem("a b/c", "", "../x") == "a_b_c-.._x"
 
 

@@ -141,8 +141,12 @@ def test_show_opens_the_figures_that_were_saved(here, monkeypatch):
     plt.close("all")
 
 
+BROKEN = ["truncated", "text", "empty", "foreign", "list", "json", "code", "array", "short", "layer", "target"]
+BROKEN += ["nan", "none", "words"]
+
+
 def broken(here):
-    """Files that are no distances, by name."""
+    """Write a file of distances and those that are none, by the names above."""
     whole = distances(here / "whole.npz").read_bytes()
     (here / "truncated.npz").write_bytes(whole[: len(whole) // 2])
     (here / "text.npz").write_text("no numbers here")
@@ -163,25 +167,7 @@ def broken(here):
     write_arrays(here / "words.npz", settings, **arrays | {"weighted_PP_L2": np.array(["a"])})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "truncated",
-        "text",
-        "empty",
-        "foreign",
-        "list",
-        "json",
-        "code",
-        "array",
-        "short",
-        "layer",
-        "target",
-        "nan",
-        "none",
-        "words",
-    ],
-)
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_file_that_holds_no_distances_is_named(here, refused, name):  # noqa: F811
     broken(here)
     refused(HIST, "--distances", here / "whole.npz", here / f"{name}.npz", mentions=[f"{name}.npz"])

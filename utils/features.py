@@ -205,11 +205,11 @@ def target_classes(wanted: str, split: Split) -> list[int]:
 
 
 def distinct(*candidates: Sequence[str]) -> list[str]:
-    """The first of several lists of names in which no name comes twice; the last one numbered where all have some."""
+    """The first of several lists of names in which no name comes twice; where there is none, the first one numbered."""
     for names in candidates:
         if len(set(names)) == len(names):
             return list(names)
-    return [f"{name} {i}" for i, name in enumerate(candidates[-1], 1)]
+    return [f"{name} {i}" for i, name in enumerate(candidates[0], 1)]
 
 
 def file_stem(*parts: str) -> str:
@@ -484,8 +484,9 @@ def draw_umap(options: argparse.Namespace) -> None:
             )
     split, labels = subjects[0].split, subjects[0].split.labels.cpu()
     refuse_few(labels)
+    methods = [method_name(subject) for subject in subjects]
     names = options.labels or distinct(
-        [method_name(subject) for subject in subjects], [subject.file.parent.name for subject in subjects]
+        methods, [f"{method} {subject.file.stem}" for method, subject in zip(methods, subjects, strict=True)]
     )
     stem = options.name or file_stem(
         "umap", "_".join(names), subjects[0].dataset, "adversarial" if options.adversarial else "",

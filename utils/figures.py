@@ -110,7 +110,8 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
 def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show: bool = False) -> Figure:
     """Densities of several methods over the same 20 bins, each mean as a dashed line. values: (M,) by method."""
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), BINS)
-    rows = -(-len(values) // 2)
+    columns = 2 if max(map(len, values)) <= 24 else 1
+    rows = -(-len(values) // columns)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(2.0 + 0.14 * rows, show)
         axes = figure.subplots()
@@ -128,7 +129,7 @@ def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show:
             handles.append(Line2D([], [], label=label, **line))
         axes.set(xlabel=f"{xlabel} (dashed: mean)", ylabel="density", xlim=(edges[0], edges[-1]))
         axes.set_title(title)
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(values)), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(values)), frameon=False)
     return figure
 
 
