@@ -15,11 +15,13 @@ class Heads(NamedTuple):
     final: (N, C) logits the network answers with.
     auxiliary: one (N, C) of logits per reverse-attention block, in order; empty for a plain network.
     features: (N, F) pooled input of the classifier behind `final`.
+    unweighted: (N, F) the last map pooled before reverse attention weights it; a plain network's are its `features`.
     """
 
     final: Tensor
     auxiliary: tuple[Tensor, ...]
     features: Tensor
+    unweighted: Tensor | None = None
 
 
 def pool(z: Tensor, window: int | None = None) -> Tensor:
@@ -87,10 +89,14 @@ class ReverseAttentionNetwork(nn.Module):
         auxiliary = []
         if self.reverse_attention:
             for block, block_gate in zip((first, last), gate if isinstance(gate, tuple) else (gate, gate), strict=True):
-                z, logits = reverse_attention(self.activate(block(z)), self.classifier, block_gate, self.pool_window)
+                before = self.activate(block(z))
+                z, logits = reverse_attention(before, self.classifier, block_gate, self.pool_window)
                 auxiliary.append(logits)
         else:
-            z = self.activate(last(first(z)))
+            before = z = self.activate(last(first(z)))
         features = pool(z, self.pool_window)
         final = self.classifier(features)
-        return Heads(final, tuple(auxiliary), features) if heads else final
+        if not heads:
+            return final
+        unweighted = features if before is z else pool(before, self.pool_window)
+        return Heads(final, tuple(auxiliary), features, unweighted)

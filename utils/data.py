@@ -27,17 +27,21 @@ IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 
 
 class Split(NamedTuple):
-    """images: (N, 3, S, S) uint8. labels: (N,) int64, indices into classes, the names of the classes."""
+    """images: (N, 3, S, S) uint8. labels: (N,) int64, indices into classes, the names of the classes.
+
+    words: what people call the classes, synonyms between commas, where the names are codes (wnids); otherwise empty.
+    """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    words: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device), self.classes)
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, indices: Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices], self.classes)
+        return self._replace(images=self.images[indices], labels=self.labels[indices])
 
 
 def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split:
@@ -131,11 +135,15 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
             lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
             pairs = [(root / "val" / "images" / name, wnid) for name, wnid, *_ in map(str.split, filter(None, lines))]
         labels = torch.tensor([wnids.index(wnid) for _, wnid in pairs])
+        words = root / "words.txt"  # of names for people alone, so it may be missing
+        lines = words.read_text().splitlines() if words.is_file() else []
+        named = dict(line.split("\t", 1) for line in lines if "\t" in line)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{root} is incomplete ({_first_line(error)}); remove it, and it is unpacked anew from the zip"
         ) from error
-    return Split(_decoded([f for f, _ in pairs], 64, root / f"decoded-{part}.pt"), labels, tuple(wnids))
+    images = _decoded([f for f, _ in pairs], 64, root / f"decoded-{part}.pt")
+    return Split(images, labels, tuple(wnids), tuple(named.get(wnid, "").strip() or wnid for wnid in wnids))
 
 
 def _unpack_tiny_imagenet(data_dir: Path) -> None:

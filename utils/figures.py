@@ -1,10 +1,44 @@
-"""Figures, drawn without a display."""
+"""Figures, drawn without a display. Those for a paper share one style: a column's width, colours that the colour-blind
+tell apart, PNG of 200 dpi and PDF with embedded fonts.
+"""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from torch import Tensor
+
+from utils.checkpoints import write_atomically
+from utils.options import UsageError
+
+COLUMN = 3.3  # inches
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # TrueType, embedded: what submission systems ask for
+}
+# Methods: Okabe and Ito, "Color Universal Design" (2008), the dark ones first.
+METHOD_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Classes: Petroff, "Accessible color sequences for data visualization", arXiv 2107.02270, ten colours.
+CLASS_COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+)  # fmt: skip
+GREY = "#d9d9d9"
+BINS = 20
 
 
 def draw_curves(rows: list[dict], file: Path) -> None:
@@ -77,3 +111,154 @@ def draw_robustness(curve: list[tuple[float, float, float]], label: str, file: P
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130, format="png")
+
+
+def new_figure(height: float, show: bool) -> Figure:
+    """An empty figure as wide as a column; height in inches. show: one that `show_figures` opens a window for."""
+    size = {"figsize": (COLUMN, height), "layout": "constrained"}
+    if not show:
+        return Figure(**size)
+    import matplotlib.pyplot as plt
+
+    return plt.figure(**size)
+
+
+def require_display() -> None:
+    """UsageError where --show could not open a window."""
+    import matplotlib.pyplot as plt
+
+    try:
+        backend = plt.get_backend().lower()
+        plt.switch_backend(backend)
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"--show: no window can be opened here ({error}); leave it out") from error
+    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
+        raise UsageError("--show: no window can be opened here, there is no display; leave it out")
+
+
+def show_figures() -> None:
+    import matplotlib.pyplot as plt
+
+    plt.show()
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write stem.png (200 dpi) and stem.pdf (vector, fonts embedded), the same bytes for the same figure."""
+    files = [stem.with_name(stem.name + ending) for ending in (".png", ".pdf")]
+    for file, metadata in zip(files, ({"Software": None}, {"CreationDate": None}), strict=True):
+        drawn = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            try:
+                figure.savefig(drawn, format=file.suffix[1:], dpi=200, metadata=metadata)
+            except ValueError as error:
+                if "Parse" not in str(error):
+                    raise
+                raise UsageError(f"a name between $ signs is no formula: {str(error).splitlines()[-1]}") from error
+        write_atomically(file, lambda temporary, drawn=drawn: temporary.write_bytes(drawn.getvalue()))
+    return files
+
+
+def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show: bool = False) -> Figure:
+    """Densities of several methods over the same 20 bins, each mean as a dashed line. values: (M,) by method."""
+    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), BINS)
+    columns = 2 if max(map(len, values)) <= 24 else 1
+    rows = -(-len(values) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(2.0 + 0.14 * rows, show)
+        axes = figure.subplots()
+        handles = []
+        for i, (label, found) in enumerate(values.items()):
+            line = {
+                "color": METHOD_COLOURS[i % len(METHOD_COLOURS)],
+                "linestyle": ("-", ":", "-.")[i // len(METHOD_COLOURS) % 3],
+                "linewidth": 1.2,
+            }
+            density, _ = np.histogram(found, edges, density=True)
+            axes.stairs(density, edges, fill=True, color=line["color"], alpha=0.2)
+            axes.stairs(density, edges, **line)
+            axes.axvline(found.mean(), color=line["color"], linewidth=1, linestyle="--", zorder=3)
+            handles.append(Line2D([], [], label=label, **line))
+        axes.set(xlabel=f"{xlabel} (dashed: mean)", ylabel="density", xlim=(edges[0], edges[-1]))
+        axes.set_title(title)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(values)), frameon=False)
+    return figure
+
+
+def draw_embedding(
+    panels: Sequence[tuple[str, np.ndarray, list[tuple[str, str, float, float]]]],
+    labels: np.ndarray,
+    classes: Sequence[str],
+    kinds: Sequence[str],
+    features: str,
+    show: bool = False,
+) -> Figure:
+    """Scatter plots of embeddings, one panel a run, coloured by class.
+
+    panels: name; points (len(kinds) * N, 2), the N images of one kind after the other; measured (layer, kind,
+    silhouette, neighbours' agreement), for the title. labels: (N,). kinds: `natural` and perhaps a second one, drawn as
+    crosses. features: what was embedded, for the legend's title. Up to 20 classes have a colour and a legend entry,
+    beyond 10 with a second marker; of more classes, 10 evenly chosen ones have, and the others are grey.
+    """
+    present = np.unique(labels)
+    named = present if len(present) <= 20 else present[np.linspace(0, len(present) - 1, 10).round().astype(int)]
+    styles = {label: (CLASS_COLOURS[i % 10], ("o", "^")[i // 10], ("x", "+")[i // 10]) for i, label in enumerate(named)}
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    entries = len(named) + (len(kinds) if len(kinds) > 1 else 0)
+    fitting = int(COLUMN * 72 / (4.2 * max(len(classes[label]) for label in named) + 18))
+    legend_rows = -(-entries // max(1, min(fitting, entries if len(kinds) == 1 else 6)))
+    lines = 1 + max(len({layer for layer, *_ in measured}) for _, _, measured in panels)
+    height = rows * (COLUMN / columns + 0.12 * lines) + 0.14 * legend_rows + 0.4
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(height, show)
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        size = float(np.clip(4000 / columns / len(panels[0][1]), 1.5, 8))
+        for axes, (name, points, measured) in zip(grid, panels, strict=False):
+            for kind, (x, y) in enumerate(points.reshape(len(kinds), len(labels), 2).transpose(0, 2, 1)):
+                other = ~np.isin(labels, named)
+                if other.any():
+                    axes.scatter(x[other], y[other], size, GREY, marker=".x"[kind], linewidths=0.4)
+                for label, (colour, *markers) in styles.items():
+                    own = labels == label
+                    edge = {"linewidths": 0.6} if kind else {"linewidths": 0, "alpha": 0.8}
+                    axes.scatter(x[own], y[own], size, colour, marker=markers[kind], **edge)
+            short = len(named) <= 10 and max(len(classes[label]) for label in named) <= 10
+            for label in named if short else ():  # beside the cluster, not on it
+                own = points[: len(labels)][labels == label]
+                at = own[np.linalg.norm(own - np.median(own, 0), axis=1).argmin()]
+                halo = [withStroke(linewidth=1.5, foreground="white")]
+                axes.annotate(classes[label], at, (0, 4), textcoords="offset points", ha="center", va="bottom",
+                              fontsize=7, path_effects=halo)  # fmt: skip
+            axes.set_title("\n".join([name, *_measured(measured)]), fontsize=6)
+            axes.set(xticks=[], yticks=[])
+            axes.margins(0.12)
+            for spine in axes.spines.values():
+                spine.set_visible(True)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        handles = [_marker(classes[label], style[0], style[1]) for label, style in styles.items()]
+        if len(kinds) > 1:
+            handles += [_marker(kind, "black", marker) for kind, marker in zip(kinds, "ox", strict=True)]
+        title = f"UMAP of {features}\ns: silhouette, a: 12-NN label agreement in %"
+        title += f"; {' / '.join(kinds)}" if len(kinds) > 1 else ""
+        title += f"\n{len(named)} of {len(present)} classes, the others grey" if len(named) < len(present) else ""
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=-(-entries // legend_rows), frameon=False, title=title,
+            title_fontsize=6, alignment="center", handlelength=1, handletextpad=0.2, columnspacing=0.8,
+        )  # fmt: skip
+    return figure
+
+
+def _measured(measured: list[tuple[str, str, float, float]]) -> list[str]:
+    """A line for each layer, the kinds' numbers between slashes."""
+    lines = []
+    for layer in dict.fromkeys(row[0] for row in measured):
+        rows = [row for row in measured if row[0] == layer]
+        silhouettes = " / ".join(f"{row[2]:.2f}" for row in rows)
+        agreements = " / ".join(f"{100 * row[3]:.{1 if len(rows) == 1 else 0}f}" for row in rows)
+        lines.append(f"{layer}: s {silhouettes}, a {agreements}")
+    return lines
+
+
+def _marker(label: str, colour: str, marker: str) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=3.5, label=label)

@@ -15,7 +15,9 @@ ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
 STRATEGIES = ("random", "soft", "hard", "easy")
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
+CHOICES_OF_NEGATIVES = [strategy + adversarial for strategy in STRATEGIES for adversarial in ("", "_adv")]
 AUGMENTATIONS = ("crop-flip", "crop", "none")
+FEATURES = ("weighted", "unweighted")
 
 TRAINING = {
     "method": "trades",
@@ -89,6 +91,18 @@ EVALUATION = CHECKPOINT | {
     "save_adversarial": None,
     "log_path": None,
 }
+
+_FEATURES = {"model_dir": None, "num_steps": 10, "features": "weighted", "name": None}
+DISTANCE = CHECKPOINT | _FEATURES | {"target_label": None, "strategy": "random", "out": "./distances"}
+HISTOGRAM = {
+    "distances": ["./distances"],
+    "labels": None,
+    "dataset": None,
+    "features": None,
+    "out": "./figure",
+    "show": False,
+}
+UMAP = CHECKPOINT | _FEATURES | {"labels": None, "adversarial": False, "seed": 42, "out": "./figure", "show": False}
 
 # What a data set changes: digits are small and few, so the recipe is their own; the paper's three keep the published
 # one, in which Tiny-ImageNet has larger images and no augmentation. A digit has a hand and is never flipped.
@@ -246,6 +260,13 @@ def path(text: str) -> str:
     return text
 
 
+def file_name(text: str) -> str:
+    """The beginning of a file's name, without folders."""
+    if not text.strip() or "/" in text or os.sep in text or text.startswith(".") or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file name; folders go into --out")
+    return text
+
+
 def _data_flags(parser: Parser) -> None:
     parser.flag("--dataset", choices=DATASETS, help="data set")
     parser.flag(
@@ -313,7 +334,7 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     flag("--alpha", type=number(0, 1), metavar="X", help="asymmetry of ANC; 1 freezes the natural side")
     flag("--zeta", type=number(0), metavar="X", help="weight of ANC")
     flag("--cr_beta", type=number(0), metavar="X", help="weight of the auxiliary heads")
-    flag("--strategy", choices=[s + a for s in STRATEGIES for a in ("", "_adv")], help="choice of negatives")
+    flag("--strategy", choices=CHOICES_OF_NEGATIVES, help="choice of negatives")
     flag("--warmup-epochs", type=whole(0), metavar="N", help="epochs in which every strategy chooses at random")
     flag("--sample_class_number", type=whole(1, 1000), metavar="N", help="classes of negatives an anchor")
     flag("--sample_number", type=whole(1, 1000), metavar="N", help="negatives of each class")
@@ -398,6 +419,74 @@ def parse_evaluation(doc: str, argv: list[str]) -> argparse.Namespace:
     if ("ckpt_url" in given) == ("model" in given):
         parser.error("one of --ckpt_url PATH, a checkpoint file or a run folder, and --model M:F is required")
     options = argparse.Namespace(**EVALUATION | given)
+    options.given = sorted(given)
+    return options
+
+
+def _feature_flags(parser: Parser) -> None:
+    """What feature_distance.py and draw_umap.py share besides `_checkpoint_flags`."""
+    _checkpoint_flags(parser)
+    parser.flag("--num-steps", type=whole(1), metavar="N", help="steps of PGD")
+    parser.flag(
+        "--features",
+        choices=FEATURES,
+        help="weighted: behind reverse attention, as published; unweighted: the last map before it",
+    )
+
+
+def parse_distance(doc: str, argv: list[str]) -> argparse.Namespace:
+    """Parse feature_distance.py's command line; returns every setting of `DISTANCE`, and `given`."""
+    parser = Parser(doc, DISTANCE)
+    flag = parser.flag
+    flag("--model_dir", "--ckpt_url", type=path, metavar="PATH", help="run folder or checkpoint file; required")
+    flag("--target_label", metavar="K", help="a class by name or number, or `all`; required")
+    _feature_flags(parser)
+    flag("--strategy", choices=CHOICES_OF_NEGATIVES, help="choice of negatives; _adv pushes them to look like class K")
+    flag("--name", type=file_name, help="first part of the files' names (default: method, network, data set)")
+    flag("--out", type=path, metavar="DIR", help="folder of the files")
+    return _required(parser, argv, {"model_dir": "a run folder or checkpoint file", "target_label": "a class or `all`"})
+
+
+def parse_histogram(doc: str, argv: list[str]) -> argparse.Namespace:
+    """Parse draw_hist.py's command line; returns every setting of `HISTOGRAM`, and `given`."""
+    parser = Parser(doc, HISTOGRAM)
+    flag = parser.flag
+    flag("--distances", type=path, nargs="+", metavar="FILE", help="files of feature_distance.py, or folders of them")
+    flag("--labels", nargs="+", metavar="NAME", help="legend, one for each FILE (default: method)")
+    flag("--dataset", choices=DATASETS, help="take the files of one data set only")
+    flag("--features", choices=FEATURES, help="which of the two that each file holds (default: the files' own choice)")
+    _figure_flags(parser)
+    return _required(parser, argv, {})
+
+
+def parse_umap(doc: str, argv: list[str]) -> argparse.Namespace:
+    """Parse draw_umap.py's command line; returns every setting of `UMAP`, and `given`."""
+    parser = Parser(doc, UMAP)
+    flag = parser.flag
+    flag("--model_dir", "--ckpt_url", type=path, nargs="+", metavar="PATH", help="runs, a panel for each; required")
+    flag("--labels", nargs="+", metavar="NAME", help="titles of the panels (default: method)")
+    flag("--adversarial", action="store_true", help="embed the images' PGD examples together with them")
+    _feature_flags(parser)
+    flag("--name", type=file_name, help="first part of the files' names (default: what is drawn)")
+    _figure_flags(parser)
+    options = _required(parser, argv, {"model_dir": "run folders or checkpoint files"})
+    if options.labels and len(options.labels) != len(options.model_dir):
+        parser.error(f"--labels names {len(options.labels)} panels and --model_dir {len(options.model_dir)}")
+    return options
+
+
+def _figure_flags(parser: Parser) -> None:
+    parser.flag("--out", type=path, metavar="DIR", help="folder of the figures")
+    parser.flag("--show", action="store_true", help="also open a window")
+
+
+def _required(parser: Parser, argv: list[str], needed: dict[str, str]) -> argparse.Namespace:
+    """The parser's defaults and what the command gave, `given` among it. needed: flags it must give, what they are."""
+    given = vars(parser.parse_args(argv))
+    for name, what in needed.items():
+        if name not in given:
+            parser.error(f"--{name} is required: {what}")
+    options = argparse.Namespace(**parser.defaults | given)
     options.given = sorted(given)
     return options
 

@@ -1,0 +1,23 @@
+"""Distances of features: an image to its adversarial example (PP) and to a negative (NP), for one class or all.
+
+    python feature_distance.py --model_dir RUN --target_label 0          a run folder or a checkpoint file
+    python feature_distance.py --model_dir RUN --target_label all        every class in one pass
+    python feature_distance.py --model_dir F --dataset cifar10 --no-ra --target_label cat      a bare state dict
+
+Prints max, min, mean and variance of cosine similarity and L2 distance, of the features that reverse attention weights
+and of those before it, and saves them to distances/{name}-{K}.npz, from which draw_hist.py draws.
+"""
+
+import sys
+
+from utils.options import guarded, parse_distance
+
+if __name__ == "__main__":
+    options = parse_distance(__doc__, sys.argv[1:])
+
+    def job() -> None:
+        from utils.features import feature_distance
+
+        feature_distance(options)
+
+    guarded(job)
