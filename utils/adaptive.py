@@ -39,9 +39,12 @@ def of_heads(attacked: Callable[[Heads], list[tuple[float, Tensor]]]) -> View:
 
 
 def smooth_gates(net: nn.Module, x: Tensor) -> Seen:
-    """The final logits under gates that mix the rows of W by softmax of the auxiliary logits, for gradients only."""
+    """The final logits under gates that mix the rows of W by softmax of the auxiliary logits, for gradients only.
+
+    The gates' own gradients come along, so that this view attacks both decisions at once. Two forwards a step.
+    """
     heads = net(x, heads=True)
-    gates = tuple(logits.softmax(1) for logits in heads.auxiliary)
+    gates = tuple((logits / 0.3).softmax(1) for logits in heads.auxiliary)
     return heads.final, [(1, net(x, gates))]
 
 
@@ -67,11 +70,9 @@ def views(reverse_attention: bool, auxiliary_weight: float, surrogate: nn.Module
             "auxiliary 2": of_heads(lambda heads: [(1, heads.auxiliary[1])]),
             "mean auxiliary": of_heads(lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))]),
             "over heads": of_heads(
-                lambda heads: (
-                    [(1, heads.final)]
-                    + [(auxiliary_weight / len(heads.auxiliary), logits) for logits in heads.auxiliary]
-                )
+                lambda heads: [(1, heads.final), *((auxiliary_weight / 2, z) for z in heads.auxiliary)]
             ),
+            "smooth gates": smooth_gates,
         }
     if surrogate is not None:
         known["surrogate"] = transfer(surrogate)
