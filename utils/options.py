@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
 STRATEGIES = ("random", "soft", "hard", "easy")
 AUGMENTATIONS = ("crop-flip", "crop", "none")
+GRACE = 5  # seconds that a rank waits for the launcher to end it after another rank has said why the job ends
 
 TRAINING = {
     "method": "trades",
@@ -58,6 +60,7 @@ TRAINING = {
     "resume": None,
     "device": "auto",
     "no_cuda": False,
+    "sync_bn": False,
 }
 
 CHECKPOINT = {
@@ -150,7 +153,15 @@ class Parser(argparse.ArgumentParser):
         return "".join(f"; {d}: {_shown(value)}" for d, value in others.items())
 
     def error(self, message: str) -> NoReturn:
+        if not first_process():
+            time.sleep(GRACE)
+            sys.exit(2)
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def first_process() -> bool:
+    """Whether this process speaks: the first rank under torchrun, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _shown(value: object) -> str:
@@ -309,6 +320,7 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     flag("--restart_epoch", type=whole(0), metavar="N", help="start behind epoch N from the weights of --ckpt_url")
     flag("--ckpt_url", type=path, metavar="FILE", help="weights for --restart_epoch")
     _device_flags(parser)
+    flag("--sync-bn", action="store_true", help="under torchrun: BatchNorm over the batches of all ranks; CUDA only")
 
     given = vars(parser.parse_args(argv))
     options = _merge(TRAINING | recipe, given)
@@ -326,7 +338,7 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     idle += ("beta",) if options.method == "pgd" else ()
     idle += ("cr_beta",) if options.no_ra else ()
     named = ", ".join(f"--{name}" for name in idle if name in given)
-    if named:
+    if named and first_process():
         print(f"{parser.prog}: {named} accepted, no effect here", file=sys.stderr)
     options.given = sorted(given)
     options.defaults = vars(_merge(TRAINING | recipe, {"dataset": options.dataset, "arch": options.arch}))
@@ -382,9 +394,11 @@ def train(doc: str, **recipe: object) -> NoReturn:
     options = parse_training(doc, recipe, sys.argv[1:])
 
     def job() -> None:
+        from utils.distributed import started
         from utils.training import run
 
-        run(options)
+        with started():
+            run(options)
 
     guarded(job)
 
