@@ -291,6 +291,7 @@ def test_torchrun_writes_one_run_and_resumes_with_another_number_of_ranks(tmp_pa
     assert [log.count(f"epoch {n}/") for n in (1, 2, 3)] == [1, 1, 1] and log.startswith(one.split("\nepoch")[0])
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_stopped_between_epochs_is_the_straight_one(tmp_path):
     for name, parts in (("straight", [()]), ("stopped", [("--epochs=1",), ("--resume",)])):
         (tmp_path / name).mkdir()
@@ -330,7 +331,8 @@ def test_a_killed_rank_ends_the_others_with_one_line(tmp_path, killed):
     ranks[killed].kill()
     statuses, said = finish(ranks, 20)
     assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] == 1
-    (line,) = said[1 - killed][1].splitlines()
+    *before, line = said[1 - killed][1].splitlines()
+    assert not before or killed == 0  # PyTorch's own words on the store, which the first rank holds without torchrun
     assert f"failed: rank {1 - killed} lost another rank" in line and "--resume" in line
     epoch = state(folder(tmp_path))["epoch"]
     run_alone(tmp_path, f"--epochs={epoch + 1}", "--resume")
@@ -342,17 +344,17 @@ def test_torchrun_restarts_continue_the_run(tmp_path):
     log = log_of(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     job = subprocess.Popen(
-        [*command, str(SCRIPT), *TINY, "--model-dir", str(tmp_path / "run"), "--epochs=60"],
+        [*command, str(SCRIPT), *TINY, "--model-dir", str(tmp_path / "run"), "--epochs=30"],
         env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for("epoch 2/60", log, [job])
+    wait_for("epoch 2/30", log, [job])
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     ranks = [pid for pid in children if b"train_CIFAR10" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(ranks[-1]), signal.SIGKILL)
     (status,), (said,) = finish([job], 120)
     assert status == 0, said
     assert "started anew by torchrun" in said[0] and "lost another rank" in said[1]
-    assert [row["epoch"] for row in metrics(folder(tmp_path))] == [str(n + 1) for n in range(60)]
+    assert [row["epoch"] for row in metrics(folder(tmp_path))] == [str(n + 1) for n in range(30)]
 
 
 def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, capsys):
@@ -369,16 +371,16 @@ def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("flags", "mentions"),
     [
-        (("--sync-bn",), "--sync-bn needs CUDA devices"),
+        pytest.param(("--sync-bn",), "--sync-bn needs CUDA devices", marks=pytest.mark.slow),
         (("--lr=-1",), "--lr"),
-        pytest.param(("--dataset=folder", "--data-dir=nowhere"), "nowhere has no folder", marks=pytest.mark.slow),
+        (("--dataset=folder", "--data-dir=nowhere"), "nowhere has no folder"),
     ],
 )
 def test_wrong_use_is_said_once_and_ends_all_ranks(tmp_path, flags, mentions):
     statuses, said = train(2, tmp_path, *flags)
     lines = [line for _, errors in said for line in errors.splitlines()]
     assert len(lines) == 1 and mentions in lines[0] and lines[0].startswith("train_CIFAR10_ResNet.py: error: "), said
-    assert statuses[0] == 2 and statuses[1] in (1, 2)  # 1: it waited for the first, which ended
+    assert statuses == [2, 2]
     assert not list(tmp_path.iterdir())
 
 

@@ -38,14 +38,16 @@ def started() -> Iterator[None]:
         yield
         return
     store = None
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    together = False  # whether the ranks end at the same place: NCCL's group ends by all of them, or waits
     try:
         store, rank, count = next(dist.rendezvous("env://"))
-        both = torch.cuda.is_available() and dist.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if both else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
         yield
+        together = True
     except Stopped as stop:
-        dist.destroy_process_group()
+        together = True
         if rank:
             raise SystemExit(128 + stop.args[0]) from None
         raise
@@ -62,8 +64,9 @@ def started() -> Iterator[None]:
                 "intact; continue by the same command with --resume"
             ) from error
         raise
-    else:
-        dist.destroy_process_group()
+    finally:
+        if dist.is_initialized() and (together or not nccl):
+            dist.destroy_process_group()
 
 
 def _said_already(store: dist.Store | None) -> bool:
@@ -177,13 +180,27 @@ def from_first(work: Callable[[], T]) -> T:
 
 @contextmanager
 def first_of_the_node_first() -> Iterator[None]:
-    """The body runs on the first rank of each node, then on its others: to download, unpack and decode data once."""
+    """The body runs on the first rank of each node, then on its others: to download, unpack and decode data once.
+
+    Where it fails on a first rank, that one raises, and those for which it has not failed end in silence.
+    """
+
+    def wait(failed: int) -> None:
+        if agreed(failed) and not failed:
+            time.sleep(GRACE)
+            raise SystemExit(2)
+
     others = world() > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
     if others:
-        agreed(0)
-    yield
+        wait(0)
+    try:
+        yield
+    except (UsageError, OSError):
+        if not others:
+            wait(1)
+        raise
     if not others:
-        agreed(0)
+        wait(0)
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -229,6 +229,14 @@ class Run:
             "epoch": self.progress["epoch"],
         }
 
+    def begin(self) -> None:
+        """Make the folder and save the state that a run starts with."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.save_state()
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written ({error.strerror}); name another --model-dir") from error
+
     def save_state(self) -> None:
         if not distributed.first():
             return
@@ -605,12 +613,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         if weights is not None:
             load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
-        try:
-            if distributed.first():
-                job.folder.mkdir(parents=True, exist_ok=True)
-            job.save_state()
-        except OSError as error:
-            raise UsageError(f"{job.folder} cannot be written ({error.strerror}); name another --model-dir") from error
+        distributed.from_first(job.begin)
     log = open_log(job.folder / "train.log")
     log(describe(job, train, selection))
     if distributed.first():
