@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.options import GRACE, RunError, Stopped, UsageError
+from utils.options import GRACE, RunError, Stopped, UsageError, several_processes
 
 T = TypeVar("T")
-LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun tells a process
+# How PyTorch's errors of communication read where they have no type of their own, as gloo's
 LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|c10d|TCPStore", re.IGNORECASE)
 
 
@@ -34,7 +34,7 @@ def started() -> Iterator[None]:
     first; a stop, which all have agreed on, by the first rank. The others end in silence, with the same status.
     Errors: RunError where another rank ended or cannot be reached.
     """
-    if not os.environ.keys() >= LAUNCHED or os.environ["WORLD_SIZE"] == "1":
+    if not several_processes():
         yield
         return
     store = None
@@ -51,7 +51,11 @@ def started() -> Iterator[None]:
         if rank:
             raise SystemExit(128 + stop.args[0]) from None
         raise
+    except SystemExit:
+        together = True
+        raise
     except (UsageError, RunError, OSError, RuntimeError) as error:
+        together = isinstance(error, UsageError)
         lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error)))
         if isinstance(error, RuntimeError) and not lost:
             raise

@@ -159,9 +159,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def several_processes() -> bool:
+    """Whether torchrun has started this process as one of several ranks."""
+    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return os.environ.keys() >= told and os.environ["WORLD_SIZE"] != "1"
+
+
 def first_process() -> bool:
     """Whether this process speaks: the first rank under torchrun, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
+    return not several_processes() or os.environ["RANK"] == "0"
 
 
 def _shown(value: object) -> str:

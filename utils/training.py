@@ -104,7 +104,7 @@ def training_loss(
     """
     x_adversarial, x_negative, negative_labels = attacked
     needs_natural = options.method != "pgd" or x_negative is not None
-    if not len(x):
+    if not len(labels):
         unused = [p.sum() for p in model.parameters()]  # no forward: statistics of BatchNorm stay as they are
         if options.sync_bn:  # it communicates in forward and backward, as often as the other ranks do
             forwards = [(x, labels)] * needs_natural + [(x_adversarial, labels)]
@@ -558,14 +558,10 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
     if distributed.first():
         write_metrics(run)
         save(run.folder / LAST, checkpoint)
-    if distributed.first() and epoch % options.save_freq == 0:
-        save(run.folder / f"model-{epoch}.pt", checkpoint)
-    if (
-        distributed.first()
-        and evaluated
-        and (best is None or row["pgd40_heads_accuracy"] > best["pgd40_heads_accuracy"])
-    ):
-        save(run.folder / BEST, checkpoint)
+        if epoch % options.save_freq == 0:
+            save(run.folder / f"model-{epoch}.pt", checkpoint)
+        if evaluated and (best is None or row["pgd40_heads_accuracy"] > best["pgd40_heads_accuracy"]):
+            save(run.folder / BEST, checkpoint)
     progress.update(epoch=epoch + 1, order=None, done=0, sums={})
     run.save_state()
 
@@ -596,7 +592,8 @@ def run(options: argparse.Namespace) -> None:
     vars(options).update(decided)
     device = pick_device(options.device, options.no_cuda)
     if options.sync_bn and device.type != "cuda":
-        raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; leave it out")
+        mend = "leave it out" if state is None else "this run was started with it, continue it where there are some"
+        raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; {mend}")
     with distributed.first_of_the_node_first():
         train, selection, test = load_training_data(options)
     weights = None
