@@ -400,12 +400,12 @@ def write_run_json(run: Run, train: Split, selection: Split, resumed: bool) -> N
         },
         "commit": commit(),
         "device": str(run.device),
-        "ranks": distributed.world(),
         "precision": "float32",
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "classes": list(run.classes),
         "training_images": len(train.labels),
         "evaluation_images": len(selection.labels),
+        "ranks": distributed.world(),
         "started": datetime.now().isoformat(timespec="seconds"),
     }
     if resumed:
