@@ -46,9 +46,8 @@ def reverse_attention(
     if gate is None:
         gate = auxiliary.argmax(1)
     rows = gate @ classifier.weight if gate.is_floating_point() else classifier.weight[gate]
-    weights = rows.view(*z.shape[:2], -1)  # (N, D, cells of the pooled map)
-    side = int(weights.shape[-1] ** 0.5)
-    weights = weights.view(*z.shape[:2], side, side)
+    side = int((rows.shape[1] // z.shape[1]) ** 0.5)  # of the pooled map
+    weights = rows.view(*z.shape[:2], side, side)
     if side > 1:
         weights = F.interpolate(weights, size=z.shape[2:])
     return z * weights, auxiliary

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils import distributed
 from utils.attacks import cross_entropy_over_heads, image_noise, linf_pgd
 from utils.checkpoints import checkpoint_file, load_model
 from utils.data import Split, as_input, batches, load_split, shuffled
@@ -34,13 +35,16 @@ def verdicts(
     net: what `frozen` yields. candidates: (N,) bool, the images worth attacking, those right without the attack; the
     others count as wrong, so that the figure stays one of the whole split. After each batch progress(images) is called,
     and see(indices, images, labels, logits) on what the network was given and answered.
+    Ranks share each batch, of batch_size images for each of them, and all return the verdicts of all; they must agree
+    on the network, its buffers included.
     """
     right = torch.zeros(len(split.labels), dtype=torch.bool)
     chosen = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
-    for indices in batches(chosen, batch_size):
+    for together in batches(chosen, batch_size * distributed.world()):
+        indices = together[distributed.own_slice(len(together))]
         right[indices] = judged(net, split, indices, attack, see)
-        progress(len(indices))
-    return right
+        progress(len(together))
+    return distributed.total(right.byte()).bool()
 
 
 def judged(
@@ -117,7 +121,7 @@ def pick_device(device: str, no_cuda: bool) -> torch.device:
     """The device of --device and --no-cuda; UsageError where it is unknown or not there."""
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a CUDA device too
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
+        return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu"))
     try:
         picked = torch.device(device)
     except RuntimeError:
@@ -131,11 +135,13 @@ def pick_device(device: str, no_cuda: bool) -> torch.device:
             raise UsageError(
                 f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu"
             )
-    return picked
+    return distributed.own_device(picked)
 
 
 def open_log(file: Path) -> Callable[[str], None]:
-    """A function that prints a line above any progress bar and appends it to the log."""
+    """A function that prints a line above any progress bar and appends it to the log, on the first rank only."""
+    if not distributed.first():
+        return lambda line: None
 
     def log(line: str) -> None:
         tqdm.write(line)

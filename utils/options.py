@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
 CHOICES_OF_NEGATIVES = [strategy + adversarial for strategy in STRATEGIES for adversarial in ("", "_adv")]
 AUGMENTATIONS = ("crop-flip", "crop", "none")
 FEATURES = ("weighted", "unweighted")
+GRACE = 5  # seconds that a rank waits for the launcher to end it after another rank has said why the job ends
 
 TRAINING = {
     "method": "trades",
@@ -61,6 +63,7 @@ TRAINING = {
     "resume": None,
     "device": "auto",
     "no_cuda": False,
+    "sync_bn": False,
 }
 
 CHECKPOINT = {
@@ -176,7 +179,21 @@ class Parser(argparse.ArgumentParser):
         return "".join(f"; {d}: {_shown(value)}" for d, value in others.items())
 
     def error(self, message: str) -> NoReturn:
+        if not first_process():
+            time.sleep(GRACE)
+            sys.exit(2)
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def several_processes() -> bool:
+    """Whether torchrun has started this process as one of several ranks."""
+    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return os.environ.keys() >= told and os.environ["WORLD_SIZE"] != "1"
+
+
+def first_process() -> bool:
+    """Whether this process speaks: the first rank under torchrun, or the only process."""
+    return not several_processes() or os.environ["RANK"] == "0"
 
 
 def _shown(value: object) -> str:
@@ -353,6 +370,7 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     flag("--restart_epoch", type=whole(0), metavar="N", help="start behind epoch N from the weights of --ckpt_url")
     flag("--ckpt_url", type=path, metavar="FILE", help="weights for --restart_epoch")
     _device_flags(parser)
+    flag("--sync-bn", action="store_true", help="under torchrun: BatchNorm over the batches of all ranks; CUDA only")
 
     given = vars(parser.parse_args(argv))
     options = _merge(TRAINING | recipe, given)
@@ -370,7 +388,7 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     idle += ("beta",) if options.method == "pgd" else ()
     idle += ("cr_beta",) if options.no_ra else ()
     named = ", ".join(f"--{name}" for name in idle if name in given)
-    if named:
+    if named and first_process():
         print(f"{parser.prog}: {named} accepted, no effect here", file=sys.stderr)
     options.given = sorted(given)
     options.defaults = vars(_merge(TRAINING | recipe, {"dataset": options.dataset, "arch": options.arch}))
@@ -505,9 +523,11 @@ def train(doc: str, **recipe: object) -> NoReturn:
     options = parse_training(doc, recipe, sys.argv[1:])
 
     def job() -> None:
+        from utils.distributed import started
         from utils.training import run
 
-        run(options)
+        with started():
+            run(options)
 
     guarded(job)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import Heads, build_model
+from utils import distributed
 from utils.attacks import cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
 from utils.checkpoints import BEST, LAST, STATE, load_model, load_state, read, save, write_atomically
 from utils.data import Split, as_input, augment, batches, load_split, shuffled
@@ -43,21 +44,25 @@ COLUMNS = (
 def attack_batch(
     model: nn.Module, x: Tensor, labels: Tensor, options: argparse.Namespace, generator: torch.Generator, epoch: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Adversarial examples of a batch, its negatives and their labels (both None without ANC or other classes)."""
+    """Adversarial examples of a batch, its negatives and their labels (both None without ANC or other classes).
+
+    Of this rank's slice of the batch: random draws are those of the whole batch, on every rank the same.
+    """
     strategy, _, adversarial_negatives = options.strategy.partition("_")
     if epoch <= options.warmup_epochs:
         strategy = "random"
     contrast = not options.no_anc
     attack = (options.epsilon, options.step_size, options.num_steps)
+    own = distributed.own_slice(len(x))
     with frozen(model) as net:
         natural = None
         if options.inner == "kl" or (contrast and strategy != "random"):
             with torch.no_grad():
-                natural = net(x, heads=True)
+                natural = net(x[own], heads=True)
         chosen = None
         if contrast:
             chosen = choose_negatives(
-                None if natural is None else natural.final,
+                None if strategy == "random" else distributed.joined(natural.final, len(x)),
                 labels,
                 strategy,
                 generator,
@@ -67,16 +72,20 @@ def attack_batch(
         if options.inner == "kl":
             objective = kl_over_heads(net, natural, options.cr_beta)
         else:
-            objective = cross_entropy_over_heads(net, labels, options.cr_beta)
-        adversarial = linf_pgd(x, objective, *attack, gaussian_start(x, generator))
+            objective = cross_entropy_over_heads(net, labels[own], options.cr_beta)
+        adversarial = linf_pgd(x[own], objective, *attack, gaussian_start(x, generator)[own])
         if chosen is None:
             return adversarial, None, None
+        pairs = slice(own.start * chosen.shape[1], own.stop * chosen.shape[1])  # all those of this rank's anchors
         negatives, negative_labels = x[chosen.flatten()], labels[chosen.flatten()]
         if adversarial_negatives:  # pushed to look like the anchor's class
-            anchors = labels.repeat_interleave(chosen.shape[1])
+            anchors = labels.repeat_interleave(chosen.shape[1])[pairs]
             away = cross_entropy_over_heads(net, anchors, options.cr_beta)
-            negatives = linf_pgd(negatives, lambda x: -away(x), *attack, gaussian_start(negatives, generator))
-    return adversarial, negatives, negative_labels
+            start = gaussian_start(negatives, generator)[pairs]
+            negatives = linf_pgd(negatives[pairs], lambda x: -away(x), *attack, start)
+        else:
+            negatives = negatives[pairs]
+    return adversarial, negatives, negative_labels[pairs]
 
 
 def training_loss(
@@ -85,14 +94,24 @@ def training_loss(
     labels: Tensor,
     attacked: tuple[Tensor, Tensor | None, Tensor | None],
     options: argparse.Namespace,
-) -> tuple[Tensor, Tensor, Heads | None, Heads]:
+) -> tuple[Tensor, Tensor, Heads | None, Heads | None]:
     """Loss of a batch by separate training forwards, in the order natural, adversarial, negative.
 
     attacked: what `attack_batch` returns. Returns the loss, its contrast part before zeta (0 without negatives), the
-    heads of the natural batch (None where the method does not need it) and those of the adversarial one.
+    heads of the natural batch (None where the method does not need it) and those of the adversarial one. A batch may be
+    empty, the slice of a rank where there are more ranks than images: 0, 0, None, None then, and gradients of 0.
     """
     x_adversarial, x_negative, negative_labels = attacked
     needs_natural = options.method != "pgd" or x_negative is not None
+    if not len(labels):
+        unused = [p.sum() for p in model.parameters()]  # no forward: statistics of BatchNorm stay as they are
+        if options.sync_bn:  # it communicates in forward and backward, as often as the other ranks do
+            forwards = [(x, labels)] * needs_natural + [(x_adversarial, labels)]
+            forwards += [] if x_negative is None else [(x_negative, negative_labels)]
+            heads = [model(*batch, heads=True) for batch in forwards]
+            unused += [logits.sum() for h in heads for logits in (h.final, *h.auxiliary)]
+        zero = 0 * sum(unused)
+        return zero, zero, None, None
     natural = model(x, labels, heads=True) if needs_natural else None
     adversarial = model(x_adversarial, labels, heads=True)
 
@@ -153,6 +172,8 @@ class StopRequest:
 
     def _note(self, signum: int, frame: object) -> None:
         self.signum = signum
+        if distributed.world() > 1:
+            return  # torchrun may say it again, and ends the process itself after 30 seconds
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
 
@@ -179,7 +200,10 @@ class Run:
             )
         except ValueError as error:  # an image size that this network does not take
             raise UsageError(str(error)) from error
+        if options.sync_bn and distributed.world() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device)
+        self.loss = distributed.parallel(self.model, training_loss)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
         )
@@ -206,13 +230,25 @@ class Run:
             "provenance": self.provenance,
         }
 
+    def begin(self) -> None:
+        """Make the folder and save the state that a run starts with."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.save_state()
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written ({error.strerror}); name another --model-dir") from error
+
     def save_state(self) -> None:
+        if not distributed.first():
+            return
         state = {
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "progress": self.progress,
             "training_images": self.training_images,
             "epoch": self.progress["epoch"] - 1,  # the last one completed
+            "ranks": distributed.world(),
+            "launch": distributed.launch(),
         }
         save(self.folder / STATE, self.checkpoint() | state)
 
@@ -227,7 +263,8 @@ class Run:
         try:
             self.generator.set_state(state["generator"])
         except (RuntimeError, TypeError):
-            print("the run was saved on another kind of device: its random draws do not carry over")
+            if distributed.first():
+                print("the run was saved on another kind of device: its random draws do not carry over")
 
 
 def settings(options: argparse.Namespace) -> dict:
@@ -316,6 +353,7 @@ def describe(run: Run, train: Split, selection: Split) -> str:
     parameters = sum(p.numel() for p in run.model.parameters())
     parts = [] if o.no_ra else ["reverse attention"]
     parts += [] if o.no_anc else [f"asymmetric negative contrast ({o.strategy}, alpha {o.alpha}, zeta {o.zeta})"]
+    ranks = f", {distributed.world()} ranks" if distributed.world() > 1 else ""
     selected = f"{o.val_size} held-out training images" if o.val_size else "the test set"
     return "\n".join(
         (
@@ -327,7 +365,7 @@ def describe(run: Run, train: Split, selection: Split) -> str:
             f"attack     L-infinity eps {o.epsilon:.5g}, {o.num_steps} steps of {o.step_size:.5g}",
             f"optimiser  SGD lr {o.lr}, x0.1 at {o.milestones}, momentum {o.momentum}, weight decay {o.weight_decay}; "
             f"{o.epochs} epochs, batch {o.batch_size}, seed {o.seed}",
-            f"device     {run.device}, float32",
+            f"device     {run.device}, float32{ranks}",
             f"output     {run.folder}/",
         )
     )
@@ -342,6 +380,7 @@ def write_run_json(run: Run, train: Split, selection: Split, resumed: bool) -> N
         "classes": list(run.classes),
         "training_images": len(train.labels),
         "evaluation_images": len(selection.labels),
+        "ranks": distributed.world(),
     }
     if resumed:
         try:
@@ -366,7 +405,7 @@ def write_metrics(run: Run) -> None:
 
 
 def resume_command(folder: Path) -> str:
-    return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
+    return f"{distributed.launcher()} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
 
 
 def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
@@ -385,7 +424,7 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
         initial=progress["done"],
         unit="img",
         leave=False,
-        disable=None,
+        disable=distributed.quiet(),
         desc=f"epoch {progress['epoch']}/{options.epochs}",
     )
     with bar:
@@ -394,11 +433,15 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
             batch = train.take(indices.to(run.device))
             x, labels = as_input(augment(batch.images, options.augmentation, run.generator)), batch.labels
             attacked = attack_batch(run.model, x, labels, options, run.generator, progress["epoch"])
-            loss, contrast, natural, adversarial = training_loss(run.model, x, labels, attacked, options)
+            own = distributed.own_slice(len(x))
+            x, labels = x[own], labels[own]
+            loss, contrast, natural, adversarial = run.loss(x, labels, attacked, options)
+            share = len(labels) / len(indices)  # every term is a mean over images, or over as many pairs for each
             run.optimizer.zero_grad()
-            loss.backward()
+            (loss * (share * distributed.world())).backward()  # gradients are averaged over ranks
             right = [first_head_right(heads, labels) for heads in (natural, adversarial)]
-            figures = torch.stack([loss.detach(), contrast.detach(), *right]).tolist()  # one host sync for all four
+            figures = torch.stack([loss.detach() * share, contrast.detach() * share, *right])
+            figures = distributed.total(figures).tolist()  # one host sync for all four
             number = progress["done"] // options.batch_size + 1
             if not math.isfinite(figures[0]):
                 raise RunError(
@@ -439,7 +482,10 @@ def evaluate(
 ) -> tuple[float, float]:
     """Natural and PGD-40-over-heads accuracy of a network, in percent."""
     attack = pgd40_heads(options.epsilon, options.step_size, options.cr_beta, options.seed)
-    with frozen(model) as net, tqdm(total=None, desc="evaluation", unit="img", leave=False, disable=None) as bar:
+    with (
+        frozen(model) as net,
+        tqdm(total=None, desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar,
+    ):
 
         def progress(images: int) -> None:
             bar.update(images)
@@ -452,6 +498,7 @@ def evaluate(
 
 def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
     """Evaluate, log and write everything of an epoch; last_state.pt last, so that it is never ahead of the others."""
+    distributed.share_buffers(run.model)
     options, progress, checkpoint = run.options, run.progress, run.checkpoint()
     epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
     row = {
@@ -482,12 +529,13 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
         f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
         f"{(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
     )
-    write_metrics(run)
-    save(run.folder / LAST, checkpoint)
-    if epoch % options.save_freq == 0:
-        save(run.folder / f"model-{epoch}.pt", checkpoint)
-    if evaluated and (best is None or row["pgd40_heads_accuracy"] > best["pgd40_heads_accuracy"]):
-        save(run.folder / BEST, checkpoint)
+    if distributed.first():
+        write_metrics(run)
+        save(run.folder / LAST, checkpoint)
+        if epoch % options.save_freq == 0:
+            save(run.folder / f"model-{epoch}.pt", checkpoint)
+        if evaluated and (best is None or row["pgd40_heads_accuracy"] > best["pgd40_heads_accuracy"]):
+            save(run.folder / BEST, checkpoint)
     progress.update(epoch=epoch + 1, order=None, done=0, sums={})
     run.save_state()
 
@@ -498,17 +546,33 @@ def best_row(rows: list[dict]) -> dict | None:
     return max(evaluated, key=lambda row: row["pgd40_heads_accuracy"], default=None)
 
 
+def prepare(options: argparse.Namespace) -> tuple[dict | None, Path | None, dict]:
+    """The state to continue from and its path, None for a new run, and the options as the run has them."""
+    own = run_folder(options) / STATE
+    again = options.resume is None and distributed.restarted() and own.is_file()
+    if again and read(own).get("launch") == distributed.launch():  # not a run that this job was refused to overwrite
+        print("started anew by torchrun, as if --resume had been given")
+        options.resume = True
+    if options.resume is not None:
+        return *prepare_resume(options), vars(options)
+    options.folder = str(run_folder(options))
+    refuse_existing(Path(options.folder))
+    return None, None, vars(options)
+
+
 def run(options: argparse.Namespace) -> None:
     """Train as the options say. Errors: UsageError, RunError, Stopped; whatever was saved stays loadable."""
-    state = path = None
-    if options.resume is not None:
-        state, path = prepare_resume(options)
-    else:
-        options.folder = str(run_folder(options))
-        refuse_existing(Path(options.folder))
+    state, path, decided = distributed.from_first(lambda: prepare(options))
+    vars(options).update(decided)
     device = pick_device(options.device, options.no_cuda)
-    train, selection, test = load_training_data(options)
-    weights = read(Path(options.ckpt_url)) if state is None and options.restart_epoch else None
+    if options.sync_bn and device.type != "cuda":
+        mend = "leave it out" if state is None else "this run was started with it, continue it where there are some"
+        raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; {mend}")
+    with distributed.first_of_the_node_first():
+        train, selection, test = load_training_data(options)
+    weights = None
+    if state is None and options.restart_epoch:
+        weights = distributed.from_first(lambda: read(Path(options.ckpt_url)))
     job = Run(options, device, train)
     if state is not None:
         if state["classes"] != list(train.classes) or state["training_images"] != len(train.labels):
@@ -520,27 +584,34 @@ def run(options: argparse.Namespace) -> None:
     else:
         if weights is not None:
             load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
-        try:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            job.save_state()
-        except OSError as error:
-            raise UsageError(f"{job.folder} cannot be written ({error.strerror}); name another --model-dir") from error
+        distributed.from_first(job.begin)
     log = open_log(job.folder / "train.log")
     log(in_one_line(job.provenance))
     log(describe(job, train, selection))
-    write_run_json(job, train, selection, resumed=state is not None)
+    if distributed.first():
+        write_run_json(job, train, selection, resumed=state is not None)
     if state is not None:
         log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done")
+        ranks = (state.get("ranks", 1), distributed.world())
+        if ranks[0] != ranks[1]:
+            log(
+                f"ranks      {ranks[0]} before, {ranks[1]} now: weights, optimiser, random draws and position carry "
+                "over; BatchNorm sees other slices"
+            )
     train, selection = train.to(device), selection.to(device)
 
     def check_stop() -> None:
-        if stop.signum is not None:
-            job.save_state()
-            word = "interrupted" if stop.signum == signal.SIGINT else "terminated"
+        signum = distributed.agreed(stop.signum or 0)
+        if signum:
+            word = "interrupted" if signum == signal.SIGINT else "terminated"
             line = f"{word}; continue by: {resume_command(job.folder)}"
-            with open(job.folder / "train.log", "a") as out:
-                out.write(line + "\n")
-            raise Stopped(stop.signum, line)
+            distributed.from_first(lambda: save_stop(line))  # the others end after it only
+            raise Stopped(signum, line)
+
+    def save_stop(line: str) -> None:
+        job.save_state()
+        with open(job.folder / "train.log", "a") as out:
+            out.write(line + "\n")
 
     with StopRequest() as stop:
         while job.progress["epoch"] <= job.options.epochs:
@@ -563,8 +634,8 @@ def report(job: Run, test: Split, log: Callable[[str], None], check_stop: Callab
                 f"{row['pgd40_heads_accuracy']:.2f} % on {where} at eps {job.options.epsilon:.4g}"
             )
     if job.options.val_size:
-        best, _ = load_model(folder / BEST, job.device)  # not into job.model, which a stop would save
-        natural, robust = evaluate(best, test.to(job.device), job.options, check_stop)
+        best, _ = distributed.from_first(lambda: load_model(folder / BEST))  # not into job.model, which a stop saves
+        natural, robust = evaluate(best.to(job.device), test.to(job.device), job.options, check_stop)
         log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
     log(
         f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "

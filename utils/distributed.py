@@ -1,0 +1,240 @@
+"""Many processes, one run: what ranks started by torchrun share, agree on and leave to the first of them.
+
+Every rank draws the same batch, noise and negatives and works on its slice of them. Without torchrun, or with one
+process, there is no process group: each function here then answers for a world of one and communicates nothing.
+"""
+
+import inspect
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.options import GRACE, RunError, Stopped, UsageError, several_processes
+
+T = TypeVar("T")
+# How PyTorch's errors of communication read where they have no type of their own, as gloo's
+LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|c10d|TCPStore", re.IGNORECASE)
+
+
+@contextmanager
+def started() -> Iterator[None]:
+    """Join the other ranks for the body of a script; nothing to do where torchrun has not started several.
+
+    CPU tensors go by gloo, CUDA tensors by NCCL, with PyTorch's own timeouts (30 minutes and 10) and its own handling
+    of NCCL's errors, which ends the process. An error that several ranks meet is said by one of them, whichever comes
+    first; a stop, which all have agreed on, by the first rank. The others end in silence, with the same status.
+    Errors: RunError where another rank ended or cannot be reached.
+    """
+    if not several_processes():
+        yield
+        return
+    store = None
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    together = False  # whether the ranks end at the same place: NCCL's group ends by all of them, or waits
+    try:
+        store, rank, count = next(dist.rendezvous("env://"))
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+        yield
+        together = True
+    except Stopped as stop:
+        together = True
+        if rank:
+            raise SystemExit(128 + stop.args[0]) from None
+        raise
+    except SystemExit:
+        together = True
+        raise
+    except (UsageError, RunError, OSError, RuntimeError) as error:
+        together = isinstance(error, UsageError)
+        lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error)))
+        if isinstance(error, RuntimeError) and not lost:
+            raise
+        if _said_already(store):
+            time.sleep(GRACE)  # the launcher ends this process as soon as the one that speaks has ended
+            raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        if lost:
+            raise RunError(
+                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached; what was saved is "
+                "intact; continue by the same command with --resume"
+            ) from error
+        raise
+    finally:
+        if dist.is_initialized() and (together or not nccl):
+            dist.destroy_process_group()
+
+
+def _said_already(store: dist.Store | None) -> bool:
+    """Whether another rank has taken it upon itself to say why the job ends; False where there is none to ask."""
+    try:
+        return store is not None and store.add("said", 1) > 1
+    except RuntimeError:  # the store ended with the rank that held it
+        return False
+
+
+def world() -> int:
+    """The number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world() > 1 else 0
+
+
+def first() -> bool:
+    """Whether this is the rank that writes, logs and speaks."""
+    return rank() == 0
+
+
+def quiet() -> bool | None:
+    """tqdm's `disable`: a bar on the first rank's terminal only."""
+    return None if first() else True
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew after a failure (`--max-restarts`)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def launch() -> str | None:
+    """torchrun's name for this job (`--rdzv-id`), the same after a restart; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def launcher() -> str:
+    """The beginning of a command that starts a script as this one was."""
+    if world() == 1:
+        return "python"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    return f"torchrun {f'--nnodes={world() // local} ' if local < world() else ''}--nproc-per-node={local}"
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This rank's device: of CUDA devices the one of its number on its node. Errors: UsageError where there is none."""
+    if world() == 1 or device.type != "cuda":
+        return device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.index is not None:
+        raise UsageError(f"--device {device}: each rank takes a CUDA device of its own; give --device cuda")
+    if local >= torch.cuda.device_count():
+        raise UsageError(
+            f"{torch.cuda.device_count()} CUDA devices are visible to more ranks; lower --nproc-per-node, or give "
+            "--device cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def own_slice(count: int) -> slice:
+    """This rank's slice of `count` things: sizes differ by one at most, the first ranks have the larger ones."""
+    return slice(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, the same on each of them, exact for whole numbers. values: of the same shape on each rank."""
+    if world() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def joined(part: Tensor, count: int) -> Tensor:
+    """The whole (count, ...) of which each rank has computed the part of its `own_slice`, on every rank, exactly."""
+    if world() == 1:
+        return part
+    whole = part.new_zeros(count, *part.shape[1:])
+    whole[own_slice(count)] = part
+    return total(whole)  # each row is one rank's, plus zeros
+
+
+def agreed(wish: int) -> int:
+    """The largest wish of all ranks, which waits for all of them. Not for signal handlers: they only note a wish."""
+    if world() == 1:
+        return wish
+    wishes = torch.tensor(wish)
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    return int(wishes)
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` returns on the first rank, which alone does it; an error of use or of the run is raised on all."""
+    if world() == 1:
+        return work()
+    answer = [None, None]
+    if first():
+        try:
+            answer[0] = work()
+        except (UsageError, RunError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+@contextmanager
+def first_of_the_node_first() -> Iterator[None]:
+    """The body runs on the first rank of each node, then on its others: to download, unpack and decode data once.
+
+    Where it fails on a first rank, that one raises, and those for which it has not failed end in silence.
+    """
+
+    def wait(failed: int) -> None:
+        if agreed(failed) and not failed:
+            time.sleep(GRACE)
+            raise SystemExit(2)
+
+    others = world() > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
+    if others:
+        wait(0)
+    try:
+        yield
+    except (UsageError, OSError):
+        if not others:
+            wait(1)
+        raise
+    if not others:
+        wait(0)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the first one's buffers, BatchNorm's statistics: the network that is evaluated and saved."""
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class _Step(nn.Module):
+    """A network and a loss of it as one module: its forward is the loss, whatever forwards of the network it takes."""
+
+    def __init__(self, model: nn.Module, loss: Callable) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *args: object) -> object:
+        return self.loss(self.model, *args)
+
+
+def parallel(model: nn.Module, loss: Callable[..., T]) -> Callable[..., T]:
+    """`loss(model, ...)` as a function of its further arguments, whose backward averages gradients over ranks.
+
+    DistributedDataParallel wraps the whole loss, not the network: it expects one forward before each backward, and a
+    step has three. So it also reduces gradients while the backward is still under way, and attacks, which see the bare
+    network, communicate nothing. Buffers are not broadcast: BatchNorm's statistics are each rank's own. Each rank has
+    to use every parameter in each backward.
+    """
+    if world() == 1:
+        return partial(loss, model)
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
+    return DistributedDataParallel(_Step(model, loss), **{buffers: False})
