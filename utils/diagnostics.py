@@ -8,6 +8,7 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from utils import distributed
 from utils.adaptive import View, Watched, cross_entropies, plain
 from utils.attacks import image_noise, linf_pgd
 from utils.data import Split, as_input, batches
@@ -106,11 +107,13 @@ def diagnose(
     def each(what: str, chosen: Tensor, attack: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """What attack(images, labels, indices) answers, batch by batch, for the chosen images."""
         progress(what)
+        shared = len(chosen) >= distributed.world()  # each rank takes its slice; of fewer images, each takes all
         answers = []
-        for indices in batches(chosen, batch_size):
+        for indices in batches(chosen[distributed.own_slice(len(chosen))] if shared else chosen, batch_size):
             batch = split.take(indices.to(split.labels.device))
             answers.append(attack(as_input(batch.images), batch.labels, indices).cpu())
-        return torch.cat(answers)
+        whole = torch.cat(answers)
+        return distributed.joined(whole.byte(), len(chosen)).bool() if shared else whole
 
     def pgd(what: str, view: View, radius: float, steps: int, draw: int = 0, chosen: Tensor = right) -> Tensor:
         settings = dict(eps=radius, step_size=step_size * radius / eps, steps=steps, seed=seed, draw=draw)

@@ -166,6 +166,15 @@ def agreed(wish: int) -> int:
     return int(wishes)
 
 
+def collected(value: T) -> list[T]:
+    """Every rank's value, in their order, on the first rank; nothing on the others."""
+    if world() == 1:
+        return [value]
+    values = [None] * world() if first() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def from_first(work: Callable[[], T]) -> T:
     """What `work` returns on the first rank, which alone does it; an error of use or of the run is raised on all."""
     if world() == 1:

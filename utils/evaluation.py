@@ -185,7 +185,7 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
         reverse_attention=False if options.no_ra else None,
     )
     dataset = info["dataset"] or "cifar10"
-    if info["dataset"] is None:
+    if info["dataset"] is None and distributed.first():
         print(f"a bare state dict, taken as {info['arch']} on cifar10; --dataset and --no-ra say otherwise")
     if dataset not in DATASETS:
         raise UsageError(
@@ -194,7 +194,8 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
     data_dir = options.data_dir
     if "data_dir" not in options.given and isinstance(info["recipe"], dict):
         data_dir = info["recipe"].get("data_dir", data_dir)  # where the training found its data
-    split = load_split(dataset, "test", data_dir, info["image_size"])
+    with distributed.first_of_the_node_first():
+        split = load_split(dataset, "test", data_dir, info["image_size"])
     if len(split.classes) != info["num_classes"]:
         raise UsageError(
             f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "

@@ -11,7 +11,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils import distributed
 from utils.attacks import Objective, cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd
 from utils.checkpoints import write_atomically
 from utils.data import Split, as_input, batches, shuffled
@@ -52,9 +53,11 @@ def extract(
     sees the split's labels, be they the images' own or those to be pushed to. task: named by the progress bar.
     Errors: RunError where features are not finite.
     """
-    parts = []
-    with tqdm(total=len(split.labels), desc=task, unit="img", leave=False, disable=None) as bar:
-        for rows in batches(torch.arange(len(split.labels)), batch_size):
+    parts, count = [], len(split.labels)
+    shared = count >= distributed.world()  # each rank takes its slice of the images; of fewer, each takes all
+    own = torch.arange(count)[distributed.own_slice(count)] if shared else torch.arange(count)
+    with tqdm(total=len(own), desc=task, unit="img", leave=False, disable=distributed.quiet()) as bar:
+        for rows in batches(own, batch_size):
             batch = split.take(rows.to(split.labels.device))
             x = as_input(batch.images)
             if attack is not None:
@@ -63,7 +66,8 @@ def extract(
                 heads = net(x, heads=True)
             parts.append([part.cpu() for part in (heads.features, heads.unweighted, heads.final)])
             bar.update(len(rows))
-    features = Features(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    whole = [torch.cat(part) for part in zip(*parts, strict=True)]
+    features = Features(*(distributed.joined(part, count) if shared else part for part in whole))
     if not all(part.isfinite().all() for part in features):
         raise RunError("the network answers with features that are not finite; its training has diverged")
     return features
@@ -278,6 +282,13 @@ def output_folder(path: str) -> Path:
     return folder
 
 
+def prepare_files(files: Iterable[Path], checkpoints: list[str]) -> None:
+    """Make the folder of files that will hold figures of these checkpoints; UsageError where they cannot."""
+    for file in files:
+        output_folder(str(file.parent))
+        refuse_other_runs(file, checkpoints)
+
+
 def refuse_other_runs(file: Path, checkpoints: list[str]) -> None:
     """UsageError where a file holds figures of other checkpoints than these, which writing it would lose."""
     if not file.exists():
@@ -313,10 +324,8 @@ def feature_distance(options: argparse.Namespace) -> None:
     name = options.name or file_stem(
         method, subject.info["arch"], subject.dataset, "" if options.strategy == "random" else options.strategy
     )
-    folder = output_folder(options.out)
-    files = {target: folder / f"{name}-{target}.npz" for target in targets}
-    for file in files.values():
-        refuse_other_runs(file, [str(subject.file)])
+    files = {target: Path(options.out) / f"{name}-{target}.npz" for target in targets}
+    distributed.from_first(lambda: prepare_files(files.values(), [str(subject.file)]))
     attack = (subject.eps, subject.step_size, options.num_steps, options.seed)
     rows = torch.isin(labels, torch.tensor(targets)).nonzero().squeeze(1)
     with frozen(subject.model) as net:
@@ -337,6 +346,8 @@ def feature_distance(options: argparse.Namespace) -> None:
         push = figure_pgd(towards, *attack) if pushed else None
         negative = features(negatives, rows, rows, push, "negatives")
 
+    if not distributed.first():
+        return
     values = {}
     for layer in FEATURES:
         for pair, other in (("PP", adversarial), ("NP", negative)):
@@ -494,21 +505,28 @@ def draw_umap(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if options.show:
         require_display()
-    folder = output_folder(options.out)
     checkpoints = [str(subject.file) for subject in subjects]
-    refuse_other_runs(folder / f"{stem}.npz", checkpoints)
+    saved = Path(options.out) / f"{stem}.npz"
+    distributed.from_first(lambda: prepare_files([saved], checkpoints))
 
-    panels, arrays, measured = [], {}, {}
-    for i, (subject, name) in enumerate(zip(subjects, names, strict=True)):
+    found = []
+    for subject, name in zip(subjects, names, strict=True):
         settings = (subject.eps, subject.step_size, options.num_steps, options.seed)
         attacks = {"natural": None}
         if options.adversarial:
             attacks[f"PGD-{options.num_steps}"] = figure_pgd(cross_entropy, *settings)
-        print(f"{name}: {subject.file}, {subject.described()}")
-        kinds, lines = {}, []
+        kinds = {}
         with frozen(subject.model) as net:
             for kind, attack in attacks.items():
                 kinds[kind] = extract(net, subject.split, numbers, options.test_batch_size, attack, f"{name} {kind}")
+        found.append(kinds)
+    if not distributed.first():
+        return
+
+    panels, arrays, measured = [], {}, {}
+    for i, (subject, name, kinds) in enumerate(zip(subjects, names, found, strict=True)):
+        print(f"{name}: {subject.file}, {subject.described()}")
+        lines = []
         for layer in FEATURES if subject.info["reverse_attention"] else FEATURES[:1]:
             for kind, features in kinds.items():
                 silhouette, agreement = clusters(getattr(features, layer), labels)
@@ -538,9 +556,8 @@ def draw_umap(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "measured": measured,
     }
-    saved = folder / f"{stem}.npz"
     write_arrays(saved, settings, indices=numbers.numpy(), labels=labels.numpy(), **arrays)
-    print(f"saved {' and '.join(map(str, save_figure(figure, folder / stem)))}, embedding {saved}")
+    print(f"saved {' and '.join(map(str, save_figure(figure, saved.parent / stem)))}, embedding {saved}")
     if options.show:
         show_figures()
 

@@ -523,11 +523,9 @@ def train(doc: str, **recipe: object) -> NoReturn:
     options = parse_training(doc, recipe, sys.argv[1:])
 
     def job() -> None:
-        from utils.distributed import started
         from utils.training import run
 
-        with started():
-            run(options)
+        run(options)
 
     guarded(job)
 
@@ -536,7 +534,10 @@ def guarded(job: Callable[[], None]) -> NoReturn:
     """Run `job` and exit: 0 done, 1 the run failed, 2 wrong use or input, 130 and 143 interrupted and terminated."""
     prog = os.path.basename(sys.argv[0])
     try:
-        job()
+        from utils.distributed import started
+
+        with started():
+            job()
     except UsageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)

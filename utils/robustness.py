@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils import distributed
 from utils.adaptive import adaptive, views
 from utils.attacks import cross_entropy, frozen, linf_pgd, margin
 from utils.autoattack import BLOCK, autoattack
@@ -78,6 +80,12 @@ class Worst:
         margins = torch.where((logits.argmax(1) != labels).cpu(), margins.clamp(max=-1e-30), margins)
         self.take(indices, x.cpu(), margins)
 
+    def join(self) -> None:
+        """Take over, on the first rank, what the others found."""
+        everything = torch.arange(len(self.margins))
+        for images, margins in distributed.collected((self.images, self.margins)):
+            self.take(everything, images, margins)
+
     def take(self, indices: Tensor, images: Tensor, margins: Tensor) -> None:
         worse = margins < self.margins[indices]
         self.images[indices[worse]] = images[worse]
@@ -109,7 +117,8 @@ def foreign_subject(options: argparse.Namespace) -> Subject:
     dataset = options.dataset or "cifar10"
     size = options.image_size or BY_DATASET[dataset].get("image_size", 32)
     device = pick_device(options.device, options.no_cuda)
-    split = subset(load_split(dataset, "test", options.data_dir, size), options.n_examples).to(device)
+    with distributed.first_of_the_node_first():
+        split = subset(load_split(dataset, "test", options.data_dir, size), options.n_examples).to(device)
     with torch.no_grad():
         answer = model.to(device).eval()(as_input(split.images[:2]))
     if not isinstance(answer, Tensor) or answer.shape != (len(split.labels[:2]), len(split.classes)):
@@ -268,8 +277,9 @@ def run_long(
 ) -> dict[str, Row]:
     """The long attacks, block by block; what an earlier, stopped evaluation finished is taken from its files."""
     parts = []
-    with tqdm(total=len(jobs) * int(natural.sum()), unit="img", leave=False, disable=None) as bar:
-        for here in torch.arange(len(natural)).split(BLOCK):
+    with tqdm(total=len(jobs) * int(natural.sum()), unit="img", leave=False, disable=distributed.quiet()) as bar:
+        everything = torch.arange(len(natural)).split(BLOCK)
+        for here in everything[distributed.rank() :: distributed.world()]:  # a block is one rank's
             part = blocks.load(int(here[0]))
             if "images" in part:
                 worst.take(here, part["images"], part["margins"])
@@ -286,8 +296,12 @@ def run_long(
                     part["seconds"][name] = time.perf_counter() - began
                     part |= {"images": worst.images[here].clone(), "margins": worst.margins[here].clone()}
                     blocks.save(int(here[0]), part)
-                bar.update(len(candidates))
-            parts.append(part)
+                bar.update(len(candidates) * distributed.world())
+            parts.append((int(here[0]), part))
+    together = distributed.collected(parts)
+    if not distributed.first():
+        return {}
+    parts = [part for _, part in sorted((entry for parts in together for entry in parts), key=itemgetter(0))]
     rows = {}
     for name in jobs:
         notes: list[str] = []
@@ -304,10 +318,7 @@ def white_attack(options: argparse.Namespace) -> None:
     model, split = subject.model, subject.split
     folder = Path(options.log_path or subject.file).parent
     log = Path(options.log_path) if options.log_path else folder / "test.log"
-    try:
-        log.open("a").close()  # a log that cannot be written is said before the attacks, not after
-    except OSError as error:
-        raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
+    distributed.from_first(lambda: refuse_unwritable(log))  # said before the attacks, not after
     say = open_log(log)
     device = split.labels.device
     record = {"provenance": provenance(device, options.seed, ["pyautoattack"]), "checkpoint": str(subject.file)}
@@ -328,7 +339,7 @@ def white_attack(options: argparse.Namespace) -> None:
         f"seed {options.seed}"
     )
     worst = Worst(split)
-    again = f"what is finished is kept; continue by: {shlex.join(['python', *sys.argv])}"
+    again = f"what is finished is kept; continue by: {distributed.launcher()} {shlex.join(sys.argv)}"
     with ExitStack() as stack:
         stack.enter_context(stoppable(again))
         net = stack.enter_context(frozen(model))
@@ -340,7 +351,7 @@ def white_attack(options: argparse.Namespace) -> None:
         def run_quick(name: str, attack: Attack | None, candidates: Tensor | None) -> Tensor:
             began = time.perf_counter()
             images = len(split.labels) if candidates is None else int(candidates.sum())
-            with tqdm(total=images, desc=name, unit="img", leave=False, disable=None) as bar:
+            with tqdm(total=images, desc=name, unit="img", leave=False, disable=distributed.quiet()) as bar:
                 right = verdicts(net, split, options.test_batch_size, attack, candidates, bar.update, worst.see)
             rows[name] = Row(right, time.perf_counter() - began, [])
             return right
@@ -353,7 +364,7 @@ def white_attack(options: argparse.Namespace) -> None:
         if jobs:
             networks = [net] if surrogate is None else [net, surrogate]
             blocks = Blocks(folder, fingerprint(networks, split, settings | record["provenance"]["versions"]))
-            minutes = expected_seconds(net, split, jobs, int(natural.sum())) / 60
+            minutes = expected_seconds(net, split, jobs, int(natural.sum())) / 60 / distributed.world()
             say(
                 f"{' and '.join(dict.fromkeys(name.split(':')[0] for name in jobs))}: up to {minutes:.0f} min here for "
                 f"{int(natural.sum())} images; --n-examples N takes fewer, a stopped evaluation goes on where it was"
@@ -362,6 +373,9 @@ def white_attack(options: argparse.Namespace) -> None:
         diagnosis = None
         if options.diagnostics:
             diagnosis = run_diagnostics(net, subject, natural, options, surrogate, folder, say)
+        worst.join()
+        if not distributed.first():
+            return
         add_worst_cases(rows)
         write_json(folder / "white_attack.json", record | describe(subject, settings), rows, diagnosis)
         for line in table(rows, subject):
@@ -379,6 +393,13 @@ def white_attack(options: argparse.Namespace) -> None:
             )
         if jobs:
             blocks.clear()
+
+
+def refuse_unwritable(log: Path) -> None:
+    try:
+        log.open("a").close()
+    except OSError as error:
+        raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
 
 
 def load_surrogate(path: str, subject: Subject) -> nn.Module:
@@ -518,7 +539,8 @@ def run_diagnostics(
     say: Callable[[str], None],
 ) -> Diagnosis:
     """--diagnostics: the signs of masking, a line each, and two pictures."""
-    with tqdm(desc="diagnostics", bar_format="{desc}: {postfix} {elapsed}", leave=False, disable=None) as bar:
+    style = dict(desc="diagnostics", bar_format="{desc}: {postfix} {elapsed}", leave=False, disable=distributed.quiet())
+    with tqdm(**style) as bar:
         diagnosis = diagnose(
             net,
             subject.split,
@@ -530,6 +552,8 @@ def run_diagnostics(
             batch_size=options.test_batch_size,
             progress=bar.set_postfix_str,
         )
+    if not distributed.first():
+        return diagnosis
     for sign in diagnosis.signs:
         say(f"{'SIGN' if sign.raised else 'ok':<5} {sign.name}: {sign.figure}")
     for curve, label, name in (
