@@ -309,7 +309,7 @@ def test_names_of_cifar_are_torchvision_s(monkeypatch):
         ((), "--model_dir is required"),
         (("--model_dir", "run.pt"), "--target_label is required"),
         (("--model_dir", "run.pt", "--target_label", "cat"), "no class 'cat'"),
-        (("--model_dir", "run.pt", "--target_label", "10"), "from 0 to 9"),
+        (("--model_dir", "run.pt", "--target_label", "10"), "from 0 to 9, a name, or all; the first are 0, 1"),
         (("--model_dir", "run.pt", "--target_label", "3", "--n-examples", "1"), "no image among the 1"),
         (("--model_dir", "run.pt", "--target_label", "all", "--n-examples", "1"), "single class"),
         (("--model_dir", "run.pt", "--target_label", "3", "--dataset", "cifar10"), "16"),

@@ -108,6 +108,12 @@ def test_equal_values_can_be_drawn(tmp_path):
     assert_printable(tmp_path / "one")
 
 
+def test_letters_that_the_font_lacks_are_one_line_a_file(tmp_path, capsys, recwarn):
+    save_figure(draw_histogram({"模型": np.ones(9)}, "cosine similarity", "PP"), tmp_path / "one")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1] for line in said] == [" one.png", " one.pdf"] and not recwarn.list
+
+
 def test_nothing_opens_a_window_or_imports_what_could(here):
     distances(here / "distances" / "a-3.npz")
     code = f"import runpy, sys; sys.argv = ['{HIST}']\ntry: runpy.run_path(r'{ROOT / HIST}', run_name='__main__')\n"

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import re
+import shlex
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -197,7 +198,8 @@ def target_classes(wanted: str, split: Split) -> list[int]:
     if len(found) > 1:
         raise UsageError(f"--target_label {wanted!r} names the classes {', '.join(map(str, found))}; give one number")
     if not found:
-        near = difflib.get_close_matches(wanted.casefold(), sorted(set().union(*spoken)), 3, 0.5)
+        known = () if wanted.isdecimal() else sorted(set().union(*spoken))
+        near = difflib.get_close_matches(wanted.casefold(), known, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"the first are {', '.join(class_names(split)[:5])}"
         raise UsageError(f"no class {wanted!r}: give a number from 0 to {len(spoken) - 1}, a name, or all; {hint}")
     if found[0] not in present:
@@ -385,7 +387,10 @@ def feature_distance(options: argparse.Namespace) -> None:
         found = {key: value[(labels[rows] == target).numpy()] for key, value in values.items()}
         print_distances(f"class {target} ({class_names(split)[target]})", found, subject.info, options.features)
         print(f"saved {file}")
-    print("draw by: python draw_hist.py" + ("" if options.out == "./distances" else f" --distances {options.out}"))
+    print(
+        "draw by: python draw_hist.py"
+        + ("" if options.out == "./distances" else f" --distances {shlex.quote(options.out)}")
+    )
 
 
 def print_distances(title: str, values: dict[str, np.ndarray], info: dict, chosen: str) -> None:

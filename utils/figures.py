@@ -3,6 +3,7 @@ tell apart, PNG of 200 dpi and PDF with embedded fonts.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,13 +148,19 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     files = [stem.with_name(stem.name + ending) for ending in (".png", ".pdf")]
     for file, metadata in zip(files, ({"Software": None}, {"CreationDate": None}), strict=True):
         drawn = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             try:
                 figure.savefig(drawn, format=file.suffix[1:], dpi=200, metadata=metadata)
             except ValueError as error:
                 if "Parse" not in str(error):
                     raise
                 raise UsageError(f"a name between $ signs is no formula: {str(error).splitlines()[-1]}") from error
+        for warning in said:
+            if not str(warning.message).startswith("Glyph"):
+                warnings.warn(warning.message, stacklevel=2)
+        if any(str(warning.message).startswith("Glyph") for warning in said):  # one line instead of one a letter
+            print(f"note: {file.name}: the font lacks letters of a name and shows boxes; --labels names runs otherwise")
         write_atomically(file, lambda temporary, drawn=drawn: temporary.write_bytes(drawn.getvalue()))
     return files
 
