@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from utils.attacks import cross_entropy, frozen, image_noise, linf_pgd, margin
-from utils.data import as_input, load_split
+from utils.data import as_input
 from utils.evaluation import percent, pgd40_heads, verdicts, white_box
 from utils.options import UsageError, parse_evaluation, parse_training
 from utils.robustness import white_attack

@@ -20,6 +20,7 @@ from PIL import Image
 from pyautoattack import AutoAttack
 from torch import nn
 
+import utils.adaptive
 import utils.autoattack
 import utils.diagnostics
 import utils.robustness
@@ -34,7 +35,8 @@ from utils.evaluation import noise, percent, subset, verdicts, white_box
 from utils.options import Stopped, UsageError, parse_evaluation
 from utils.robustness import white_attack, wilson
 
-EPS, STEP, SEED = 0.1, 0.02, 1  # those of digits, and the default seed
+EPS, SEED = 0.1, 1  # those of digits, and the default
+FULL_EPS, FULL_STEP = 0.03, 0.006  # of `full`, whose network is not trained to be robust
 
 
 class Tiny(ReverseAttentionNetwork):
@@ -137,7 +139,7 @@ def always_wrong():
 
 
 class Decoy(nn.Module):
-    """Fraud: an undefended network decides, and the final logits repeat its decision with gradients of something else."""
+    """Fraud: an undefended network decides; final logits repeat that with gradients of something else."""
 
     reverse_attention = True
 
@@ -207,9 +209,8 @@ def small_blocks(monkeypatch):
     return 25
 
 
-@pytest.fixture
-def brief_library(monkeypatch):
-    """The standard version with fewer steps, for the script and for whoever else calls the library."""
+def shorten(patch):
+    """Fewer steps in the library's attacks, for the script and for whoever else calls the library."""
     standard = AutoAttack._set_version
 
     def brief(self, version):
@@ -218,7 +219,17 @@ def brief_library(monkeypatch):
         for apgd in (self.apgd, self.apgd_targeted):
             apgd.n_iter = apgd.n_iter_orig = 10
 
-    monkeypatch.setattr(AutoAttack, "_set_version", brief)
+    patch.setattr(AutoAttack, "_set_version", brief)
+    for name in ("ViewAPGD", "ViewAPGDTargeted"):
+        of_view = getattr(utils.adaptive, name)
+        patch.setattr(
+            utils.adaptive, name, lambda *args, of_view=of_view, **kwargs: of_view(*args, **kwargs | {"n_iter": 10})
+        )
+
+
+@pytest.fixture
+def brief_library(monkeypatch):
+    shorten(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +238,9 @@ def full(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils.diagnostics, "QUERIES", 100)
+        shorten(patch)
         flags = ["--attacks", "fgsm,pgd,cw,adaptive,noise", "--n-examples", "50", "--restarts", "2", "--diagnostics"]
+        flags += ["--epsilon", str(FULL_EPS), "--step-size", str(FULL_STEP)]
         evaluate(folder, "with_ra", "--attacks", "natural", "--n-examples", "50")
         record = evaluate(folder, "with_ra", *flags, "--save-adversarial", str(folder / "worst.npz"))
     return record, folder
@@ -388,18 +401,18 @@ def test_blocks_with_reverse_attention_do_not_serve_the_network_without(
     counted.stop = None
     (tmp_path / "white_attack.partial" / "images-000000.pt").rename(tmp_path / "kept")
     part = torch.load(tmp_path / "kept", weights_only=True)
-    with_ra_ = part["fingerprint"]
+    before = part["fingerprint"]
     counted.stop = (2, KeyboardInterrupt())
     counted.clear()
     with pytest.raises(KeyboardInterrupt):
         white_attack(parse_evaluation("", [*argv, "--no-ra"]))
     part = torch.load(tmp_path / "white_attack.partial" / "images-000000.pt", weights_only=True)
-    assert part["fingerprint"] != with_ra_
+    assert part["fingerprint"] != before
 
 
-def test_blocks_found_with_one_surrogate_do_not_serve_another(trained, tmp_path, counted, small_blocks):
+def test_blocks_found_with_one_surrogate_do_not_serve_another(trained, tmp_path, counted, brief_library, small_blocks):
     """The same file name, other weights."""
-    model, _, file = trained
+    _, _, file = trained
     content = torch.load(file, weights_only=True)
     torch.save(content, tmp_path / "surrogate.pt")
     flags = ("--attacks", "adaptive", "--surrogate", str(tmp_path / "surrogate.pt"), "--epsilon", "0.03")
@@ -417,8 +430,7 @@ def test_blocks_found_with_one_surrogate_do_not_serve_another(trained, tmp_path,
 def test_images_of_attacks_that_are_not_in_the_table_are_not_saved(tmp_path, counted, brief_library, small_blocks):
     """An evaluation with more attacks was stopped; the one that follows saves what its own attacks found."""
     stopped(tmp_path, counted, "--attacks", "pgd,autoattack", "--epsilon", "0.2", error=KeyboardInterrupt())
-    flags = ("--attacks", "adaptive", "--epsilon", "0.02", "--save-adversarial", str(tmp_path / "found.npz"))
-    flags = (*flags[:2], "--epsilon", "0.2", *flags[4:], "--num-steps", "1")
+    flags = ("--attacks", "adaptive", "--epsilon", "0.2", "--save-adversarial", str(tmp_path / "found.npz"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils.robustness, "adaptive", lambda *args, **kwargs: lambda net, x, labels, indices: x)
         record = evaluate(tmp_path, "robust", *LONG, *flags)
@@ -481,11 +493,11 @@ def test_the_worst_case_is_no_better_than_any_attack_image_by_image(full):
 def test_adaptive_finds_what_pgd_on_each_head_finds(full):
     record, _ = full
     split, x = digits(50)
-    worst, missed_by_the_final_head = right(record, "adaptive, worst case"), 0
+    worst = right(record, "adaptive, worst case")
     with frozen(with_ra()) as net:
         rows = right(record, "natural").nonzero().squeeze(1)
         x, y = x[rows], split.labels[rows]
-        start = x + EPS * image_noise(x, rows, SEED, "uniform")
+        start = x + FULL_EPS * image_noise(x, rows, SEED, "uniform")
         found = []
         for head in (
             lambda heads: heads.final,
@@ -495,14 +507,13 @@ def test_adaptive_finds_what_pgd_on_each_head_finds(full):
             objective = functools.partial(
                 lambda head, z: F.cross_entropy(head(net(z, heads=True)), y, reduction="sum"), head
             )
-            wrong = net(linf_pgd(x, objective, EPS, STEP, 40, start)).argmax(1) != y
+            wrong = net(linf_pgd(x, objective, FULL_EPS, FULL_STEP, 40, start)).argmax(1) != y
             assert not (worst[rows] & wrong).any()
             found.append(wrong)
-    missed_by_the_final_head = ((found[1] | found[2]) & ~found[0]).sum()
-    assert missed_by_the_final_head > 0
+    assert ((found[1] | found[2]) & ~found[0]).any()  # or the final head alone would do
 
 
-def test_a_surrogate_is_one_more_view(trained, tmp_path):
+def test_a_surrogate_is_one_more_view(trained, tmp_path, brief_library):
     flags = ("--attacks", "adaptive", "--restarts", "1", "--n-examples", "40", "--epsilon", "0.2")
     record = evaluate(tmp_path, "robust", *flags, "--surrogate", str(trained[2]))
     assert {"adaptive: final", "adaptive: surrogate", "adaptive, worst case"} <= set(record["attacks"])
@@ -532,9 +543,7 @@ def signs(model, count, monkeypatch, eps=EPS):
     split, _ = digits(count)
     with frozen(model) as net:
         natural = verdicts(net, split, count)
-        found = diagnose(
-            net, split, natural, views(False, 2), eps=eps, step_size=eps / 5, seed=SEED, batch_size=count
-        )
+        found = diagnose(net, split, natural, views(False, 2), eps=eps, step_size=eps / 5, seed=SEED, batch_size=count)
     return {sign.name for sign in found.signs if sign.raised}, found
 
 
@@ -601,7 +610,7 @@ def test_saved_adversarial_images_are_what_the_table_says(full):
         images, labels = torch.from_numpy(content["images"]), torch.from_numpy(content["labels"])
         said, eps = torch.from_numpy(content["right"]), float(content["eps"])
     assert images.dtype == torch.float32 and images.shape == x.shape
-    assert eps == pytest.approx(EPS) and (images - x).abs().max() <= EPS + 1e-6
+    assert eps == pytest.approx(FULL_EPS) and (images - x).abs().max() <= FULL_EPS + 1e-6
     assert images.min() >= 0 and images.max() <= 1
     assert torch.equal(labels, split.labels)
     model = with_ra()
@@ -666,10 +675,9 @@ def test_json_says_what_the_verdicts_say(full):
         assert attack["interval_95"] == pytest.approx(wilson(right(record, name)))
         assert attack["seconds"] >= 0 and attack["notes"] == []
     assert record["dataset"] == "digits" and record["network"]["reverse_attention"] is True
-    expected = {"eps": EPS, "step_size": STEP, "num_steps": 40, "random": True, "restarts": 2, "seed": SEED}
+    expected = {"eps": FULL_EPS, "step_size": FULL_STEP, "num_steps": 40, "random": True, "restarts": 2, "seed": SEED}
     assert expected.items() <= record["settings"].items()
     assert {"torch", "pyautoattack", "python"} <= set(record["provenance"]["versions"])
-    assert "nan" not in json.dumps(record).lower()
 
 
 def test_json_keeps_the_evaluations_before(tmp_path):
@@ -786,7 +794,7 @@ def test_a_network_that_uses_view(tmp_path):
     evaluate(tmp_path, "viewing", "--attacks", "fgsm", "--n-examples", "10")
 
 
-FOREIGN = '''
+FOREIGN = """
 import torch
 from torch import nn
 
@@ -801,7 +809,7 @@ def maps(): return nn.Conv2d(3, 10, 3)
 def pair(): return lambda x: (x, x)
 def larger(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 def flat(): return lambda x: torch.zeros(len(x), 10)
-'''
+"""
 
 
 @pytest.fixture
