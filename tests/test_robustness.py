@@ -36,7 +36,7 @@ from utils.options import Stopped, UsageError, parse_evaluation
 from utils.robustness import white_attack, wilson
 
 EPS, SEED = 0.1, 1  # those of digits, and the default
-FULL_EPS, FULL_STEP = 0.03, 0.006  # of `full`, whose network is not trained to be robust
+FULL_EPS, FULL_STEP = 0.015, 0.003  # of `full`, whose network is not trained to be robust
 
 
 class Tiny(ReverseAttentionNetwork):
