@@ -201,8 +201,8 @@ def adaptive(
             rows = standing.nonzero().squeeze(1)
             if not len(rows):
                 break
-            candidates = stage(x[rows], labels[rows], indices[rows.cpu()])
-            with torch.no_grad():
+            with torch.no_grad():  # the library's attacks expect it and switch gradients on where they need them
+                candidates = stage(x[rows], labels[rows], indices[rows.cpu()])
                 standing[rows] = net(candidates).argmax(1) == labels[rows]
             found[rows] = candidates
         return found

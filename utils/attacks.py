@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from models import Heads
+from models import Heads, ReverseAttentionNetwork
 from utils.losses import kl_divergence, over_heads
 
 Objective = Callable[[Tensor], Tensor]
@@ -21,14 +21,16 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the network that attacks call: `model` in eval mode, its parameters without gradients.
 
     It is a copy, so that `model` itself, its mode, its statistics and its gradients stay untouched whatever happens.
-    In the copy each BatchNorm that follows a convolution is folded into it and the memory format is channels-last;
-    logits agree with the unfolded network's up to rounding. Weights are those at entry: enter anew after each update.
+    In the copy of a network of `models` each BatchNorm that follows a convolution is folded into it and the memory
+    format is channels-last; logits agree with the unfolded network's up to rounding. Weights are those at entry: enter
+    anew after each update.
     """
     net = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(net.modules()):
         for conv_name, bn_name in getattr(module, "conv_bn", ()):
             _fold(module, conv_name, bn_name)
-    yield net.to(memory_format=torch.channels_last)
+    # a foreign network may use `view` on its maps, which needs the default memory format
+    yield net.to(memory_format=torch.channels_last) if isinstance(model, ReverseAttentionNetwork) else net
 
 
 def _fold(block: nn.Module, conv_name: str, bn_name: str) -> None:

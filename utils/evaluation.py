@@ -161,10 +161,13 @@ class Subject(NamedTuple):
     split: Split
     eps: float
     step_size: float
+    of: int = 0  # how many test images the data set has, where `split` may be a part of them
 
     def described(self) -> str:
         ra = "with" if self.info["reverse_attention"] else "without"
-        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {len(self.split.labels)} test images"
+        count = len(self.split.labels)
+        part = f", the first of {self.of} after a fixed shuffle" if self.of > count else ""
+        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}"
 
 
 def load_subject(options: argparse.Namespace, path: str) -> Subject:
@@ -203,8 +206,8 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
         )
     if info["classes"] is not None and list(split.classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
-    split = subset(split, options.n_examples).to(device)
-    return Subject(file, model, info, dataset, split, *attack_settings(options, dataset))
+    part = subset(split, options.n_examples).to(device)
+    return Subject(file, model, info, dataset, part, *attack_settings(options, dataset), len(split.labels))
 
 
 def attack_settings(options: argparse.Namespace, dataset: str) -> tuple[float, float]:

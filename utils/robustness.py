@@ -107,8 +107,9 @@ def foreign_subject(options: argparse.Namespace) -> Subject:
     sys.path.insert(0, os.getcwd())
     try:
         built = getattr(importlib.import_module(name), function)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UsageError(f"--model {options.model}: {error}; name package.module:function, without arguments") from None
+    except Exception as error:  # whatever the user's own code raises
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise UsageError(f"--model {options.model}: {said}; name package.module:function, without arguments") from error
     finally:
         sys.path.pop(0)
     if not callable(built):
@@ -118,14 +119,27 @@ def foreign_subject(options: argparse.Namespace) -> Subject:
     size = options.image_size or BY_DATASET[dataset].get("image_size", 32)
     device = pick_device(options.device, options.no_cuda)
     with distributed.first_of_the_node_first():
-        split = subset(load_split(dataset, "test", options.data_dir, size), options.n_examples).to(device)
-    with torch.no_grad():
-        answer = model.to(device).eval()(as_input(split.images[:2]))
+        whole = load_split(dataset, "test", options.data_dir, size)
+    split = subset(whole, options.n_examples).to(device)
+    try:
+        answer = model.to(device).eval()(as_input(split.images[:2]).requires_grad_())
+    except Exception as error:
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise UsageError(f"--model {options.model} fails on images {tuple(split.images[:2].shape)}: {said}") from error
     if not isinstance(answer, Tensor) or answer.shape != (len(split.labels[:2]), len(split.classes)):
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise UsageError(f"--model {options.model} answers with {got}; logits (N, {len(split.classes)}) are needed")
+    if not answer.requires_grad and not {"natural", "noise"}.issuperset(options.attacks):
+        raise UsageError(
+            f"--model {options.model} answers without a gradient with respect to the images; only --attacks "
+            "natural,noise does without"
+        )
     info = {"arch": options.model, "reverse_attention": getattr(model, "reverse_attention", False), "recipe": None}
-    return Subject(Path("foreign"), model, info, dataset, split, *attack_settings(options, dataset))
+    return Subject(Path("foreign"), model, info, dataset, split, *attack_settings(options, dataset), len(whole.labels))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 class _Callable(nn.Module):
@@ -168,13 +182,16 @@ class Blocks:
         return self.folder / f"images-{start:06d}.pt"
 
 
-def fingerprint(networks: list[nn.Module], split: Split, settings: dict) -> str:
-    """What the verdicts depend on: weights, what the first network answers, images, labels, settings and versions."""
+def fingerprint(nets: list[nn.Module], split: Split, settings: dict) -> str:
+    """What the verdicts depend on: weights, images, labels, settings and versions, and what networks answer.
+
+    Their answers to a block of images tell apart what no weight does: reverse attention or not, and foreign callables.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with torch.no_grad():
-        answers = networks[0](as_input(split.images[:BLOCK]))  # a foreign network may keep its weights anywhere
-    weights = [tensor for network in networks for tensor in network.state_dict().values()]
-    for tensor in (*weights, answers, split.images, split.labels):
+        answers = [net(as_input(split.images[:BLOCK])) for net in nets]
+    weights = [tensor for net in nets for tensor in net.state_dict().values()]
+    for tensor in (*weights, *answers, split.images, split.labels):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -259,7 +276,7 @@ def expected_seconds(net: nn.Module, split: Split, jobs: dict[str, Long], images
     x, labels = as_input(split.images[:BLOCK]), split.labels[:BLOCK]
     objective = cross_entropy(net, labels)
     took = []
-    for steps in (1, 1, 2, 0):  # the first is a warm-up
+    for steps in (1, 2, 2, 0):  # the first two are a warm-up
         began = time.perf_counter()
         if steps:
             linf_pgd(x, objective, 0.01, 0.01, steps, x)
@@ -268,7 +285,7 @@ def expected_seconds(net: nn.Module, split: Split, jobs: dict[str, Long], images
                 net(x)
         float(x.flatten()[0])  # waits for the device
         took.append(time.perf_counter() - began)
-    passes = sum(job.gradients * (took[2] - took[1]) + job.forwards * took[3] for job in jobs.values())
+    passes = sum(job.gradients * took[2] / 2 + job.forwards * took[3] for job in jobs.values())
     return passes * images / len(x)
 
 
@@ -316,6 +333,10 @@ def white_attack(options: argparse.Namespace) -> None:
     """Evaluate a network under the attacks of --attacks: table, white_attack.json, test.log and a picture."""
     subject = foreign_subject(options) if options.model else load_subject(options, options.ckpt_url)
     model, split = subject.model, subject.split
+    if options.save_adversarial and not Path(options.save_adversarial).resolve().parent.is_dir():
+        raise UsageError(f"--save-adversarial {options.save_adversarial}: no such folder; make it first")
+    if options.diagnostics and subject.eps == 0:
+        raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
     folder = Path(options.log_path or subject.file).parent
     log = Path(options.log_path) if options.log_path else folder / "test.log"
     distributed.from_first(lambda: refuse_unwritable(log))  # said before the attacks, not after
@@ -330,10 +351,10 @@ def white_attack(options: argparse.Namespace) -> None:
         "restarts": options.restarts,
         "seed": options.seed,
         "surrogate": options.surrogate,
+        "attacks": options.attacks,
     }
     say(in_one_line(record["provenance"]))
-    chosen = "" if options.n_examples is None else ", the first after a fixed shuffle (--n-examples)"
-    say(f"{subject.file}: {subject.described()}{chosen}")
+    say(f"{subject.file}: {subject.described()}")
     say(
         f"eps {subject.eps:.5g}, step {subject.step_size:.5g}, {'random' if options.random else 'natural'} start, "
         f"seed {options.seed}"
@@ -362,8 +383,8 @@ def white_attack(options: argparse.Namespace) -> None:
                 run_quick(name, attack, natural)
         jobs = long_attacks(options, subject, surrogate)
         if jobs:
-            networks = [net] if surrogate is None else [net, surrogate]
-            blocks = Blocks(folder, fingerprint(networks, split, settings | record["provenance"]["versions"]))
+            nets = [net] if surrogate is None else [net, surrogate]
+            blocks = Blocks(folder, fingerprint(nets, split, settings | record["provenance"]["versions"]))
             minutes = expected_seconds(net, split, jobs, int(natural.sum())) / 60 / distributed.world()
             say(
                 f"{' and '.join(dict.fromkeys(name.split(':')[0] for name in jobs))}: up to {minutes:.0f} min here for "
@@ -439,6 +460,8 @@ def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
             f"{name:<{width}}  {percent(row.right):>8.2f}  {interval:>14}  {len(row.right):>6}  "
             f"{'' if 'worst case' in name else f'{row.seconds:.1f}':>8}"
         )
+    if subject.of > len(subject.split.labels):
+        yield f"note: {len(subject.split.labels)} of {subject.of} test images, the first after a fixed shuffle"
     for name, row in rows.items():
         for note in row.notes:
             yield f"note, {name}: {note}"
@@ -484,7 +507,7 @@ def write_json(file: Path, record: dict, rows: dict[str, Row], diagnosis: Diagno
     try:
         before = json.loads(file.read_text())
         record["earlier"] = [*before.pop("earlier", []), before]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):  # none yet, or none of ours
         record["earlier"] = []
     write_atomically(file, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
 
