@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import utils.training as training
 from models import ARCHS, build_model
 from tests.golden_numbers import assert_near
-from utils.attacks import Bfloat16, cross_entropy_over_heads, frozen
+from utils.attacks import Bfloat16, cross_entropy, frozen
 from utils.data import as_input, load_split
 from utils.evaluation import pgd40_heads, verdicts, white_box
 from utils.negatives import choose_negatives
@@ -76,12 +76,18 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def digits():
-    """A network of the digits job's size that knows digits, in eval mode, and the test images."""
+    """A small network after three epochs of adversarial training on digits, in eval mode, and the test images."""
     torch.manual_seed(0)
-    split = load_split("digits", "train", "", 16)
-    model = build_model("ResNet18", 10, width=8, image_size=16)
-    for images, labels in zip(split.images.split(64), split.labels.split(64), strict=True):
-        a_few_steps(model, as_input(images), labels, steps=2)
+    split, o = load_split("digits", "train", "", 16), options("--num-steps", 3, "--step-size", 0.04, "--no-anc")
+    model = build_model("ResNet18", 10, width=8, image_size=16).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
+    for epoch in range(1, 4):
+        for images, labels in zip(split.images.split(64), split.labels.split(64), strict=True):
+            attacked = training.attack_batch(model, as_input(images), labels, o, torch.Generator(), epoch)
+            loss, *_ = training.training_loss(model, as_input(images), labels, attacked, o)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return model.eval(), load_split("digits", "test", "", 16)
 
 
@@ -109,12 +115,13 @@ def test_folded_logits_are_the_trained_network_s(arch, reverse_attention):
 def test_verdicts_of_pgd40_are_those_of_the_plain_network(digits, kind):
     model, split = digits
     plain = copy.deepcopy(model).requires_grad_(False)
-    attack = pgd40_heads(0.1, 0.02, 2, 1)
-    if kind == "final":
-        attack = white_box(lambda n, y: cross_entropy_over_heads(n, y, 0), 0.1, 0.02, 40, True, 1)
+    attack = {
+        "heads": pgd40_heads(0.1, 0.02, 2, 1),
+        "final": white_box(cross_entropy, 0.1, 0.02, 40, True, 1),
+    }[kind]
     with frozen(model) as net:
         folded, unfolded = (verdicts(n, split, 360, attack) for n in (net, plain))
-    assert 0.05 < folded.float().mean() < 0.95
+    assert 0.2 < folded.float().mean() < 0.95
     assert (folded != unfolded).float().mean() <= 0.005
 
 
@@ -268,7 +275,7 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_evaluates_in_float32(tmp_pa
 
 
 def test_what_is_not_finite_is_caught_in_bfloat16_too(tmp_path):
-    with pytest.raises(RunError, match="not finite|the loss is"):
+    with pytest.raises(RunError, match=r"not finite|the loss is"):
         train(tmp_path, "--amp", "bf16", "--lr", "1e20")
 
 

@@ -234,7 +234,7 @@ class Run:
 
 
 def compile_for_training(model: nn.Module, device: torch.device) -> None:
-    """Run a network's forwards through torch.compile, in place: its state-dict keys stay. UsageError without a compiler.
+    """Run a network's forwards through torch.compile, in place: state-dict keys stay. UsageError without a compiler.
 
     Not in inductor's own choice of channels-last: PyTorch 2.14's weight gradient of a channels-last 1x1 convolution of
     stride 2 with 8 to 12 channels and an odd batch writes outside its memory on a CPU.
