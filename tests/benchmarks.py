@@ -1,7 +1,8 @@
 """How fast it is, measured on your machine.
 
 python -m tests.benchmarks                      everything, about 25 minutes on 2 CPU cores
-python -m tests.benchmarks step pgd             some of it: step share memory negatives pgd growth processes data
+python -m tests.benchmarks step pgd             some: step share memory negatives pgd growth processes data
+python -m tests.benchmarks compiled             what --compile brings, 5 minutes more; by its name only
 python -m tests.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark
 python -m tests.benchmarks --quick              tiny settings: shows that everything runs, measures nothing
 
@@ -38,7 +39,7 @@ from utils.evaluation import pick_device
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
 from utils.options import TRAINING
-from utils.training import attack_batch, lacks_bfloat16, training_loss
+from utils.training import attack_batch, compile_for_training, lacks_bfloat16, training_loss
 
 ROOT = Path(__file__).parent.parent
 BUDGET = 120  # seconds that a variant may take before it stops with 3 runs
@@ -289,12 +290,9 @@ def share(device: torch.device, quick: bool) -> list[dict]:
 def memory(device: torch.device, quick: bool) -> list[dict]:
     """Peak memory of a process (of its tensors on CUDA) after its first training step and after its fourth."""
     rows = []
-    for arch, batch, size, classes in (
-        ("ResNet18", 64, 32, 10),
-        ("PreActResNet18", 16, 64, 200),
-        ("WRN-34-10", 16, 32, 10),
-    ):
-        batch, width = (4, 1 if arch.startswith("WRN") else 4) if quick else (batch, None)
+    networks = (("ResNet18", 64, 32, 10), ("PreActResNet18", 16, 64, 200), ("WRN-34-10", 16, 32, 10))
+    for arch, batch, size, classes in networks[:1] if quick else networks:
+        batch, width = (4, 4) if quick else (batch, None)
         code = (
             "import torch; from tests.benchmarks import Step; from utils.training import peak_memory\n"
             f"device = torch.device('{device}'); job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
@@ -328,10 +326,9 @@ def trained_on_digits(width: int | None, steps: int, device: torch.device) -> tu
     torch.manual_seed(0)
     data, test = (load_split("digits", part, "", 32).to(device) for part in ("train", "test"))
     model = build_model("ResNet18", 10, width=width).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    for i, indices in zip(range(steps), torch.arange(len(data.labels)).split(64) * 9, strict=False):
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
+    for indices in batches(torch.arange(64 * steps) % len(data.labels), 64):
         x, labels = as_input(data.images[indices]), data.labels[indices]
-        x = (x + 0.15 * torch.randn_like(x).sign() * (i % 2)).clamp(0, 1)
         heads = model(x, labels, heads=True)
         loss = over_heads(lambda logits, y=labels: F.cross_entropy(logits, y), heads, auxiliary_weight=2.0)
         optimizer.zero_grad()
@@ -363,7 +360,7 @@ def pgd(device: torch.device, quick: bool) -> list[dict]:
     import torchattacks
 
     batch, count, steps = (4, 8, 2) if quick else (32, 256, 40)
-    model, test = trained_on_digits(4 if quick else None, 2 if quick else 22, device)
+    model, test = trained_on_digits(4 if quick else None, 2 if quick else 44, device)
     x, labels = as_input(test.images[:count]), test.labels[:count]
     parts = [slice(i, i + batch) for i in range(0, count, batch)]
     peer = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
@@ -509,7 +506,28 @@ def data(device: torch.device, quick: bool) -> list[dict]:
     ]
 
 
-BENCHMARKS = {f.__name__: f for f in (step, share, memory, negatives, pgd, growth, processes, data)}
+def compiled(device: torch.device, quick: bool) -> list[dict]:
+    """A training step with --compile against one without, and what the first such step takes."""
+    rows = []
+    for network, batch, size, width in (("ResNet-18", 64, 32, None), ("the digits network", 128, 16, 12)):
+        batch, width = (4, 4) if quick else (batch, width)
+        steps = 1 if quick else 10
+        jobs = {name: Step("ResNet18", batch, size, 10, width, device) for name in ("eager", "compiled")}
+        compile_for_training(jobs["compiled"].model, device)
+        variants = {
+            "eager": lambda i, job=jobs["eager"], steps=steps: job.ours(num_steps=steps),
+            "compiled": lambda i, job=jobs["compiled"], steps=steps: job.ours(num_steps=steps, compile=True),
+        }
+        first = take_turns(variants, 1, device)
+        more = {"first step, seconds": lambda name, first=first: first[name][0]}
+        rows += [
+            {"network": network, "batch": batch, **row}
+            for row in compared(take_turns(variants, 1 if quick else 5, device), "eager", **more)
+        ]
+    return rows
+
+
+BENCHMARKS = {f.__name__: f for f in (step, share, memory, negatives, pgd, growth, processes, data, compiled)}
 
 
 def show(rows: list[dict]) -> None:
@@ -547,7 +565,7 @@ def main(argv: list[str] | None = None) -> None:
         "benchmarks": {},
     }
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
-    for name in given.names or BENCHMARKS:
+    for name in given.names or [name for name in BENCHMARKS if name != "compiled"]:
         rates = machine_rates(device, given.quick)
         began = time.perf_counter()
         print(f"\n{name}: {BENCHMARKS[name].__doc__.splitlines()[0]}")
