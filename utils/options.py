@@ -61,6 +61,9 @@ TRAINING = {
     "restart_epoch": 0,
     "ckpt_url": None,
     "resume": None,
+    "amp": "none",
+    "tf32": False,
+    "compile": False,
     "device": "auto",
     "no_cuda": False,
     "sync_bn": False,
@@ -134,6 +137,7 @@ FREE_ON_RESUME = (
     "save_freq",
     "test_batch_size",
     "data_dir",
+    "compile",
     "device",
     "no_cuda",
 )
@@ -369,6 +373,9 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     )
     flag("--restart_epoch", type=whole(0), metavar="N", help="start behind epoch N from the weights of --ckpt_url")
     flag("--ckpt_url", type=path, metavar="FILE", help="weights for --restart_epoch")
+    flag("--amp", choices=("none", "bf16"), help="precision of training's attacks and forwards; evaluation is float32")
+    flag("--tf32", action="store_true", help="train with TF32 on CUDA; evaluation is float32")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="train through torch.compile; needs a C++ compiler")
     _device_flags(parser)
     flag("--sync-bn", action="store_true", help="under torchrun: BatchNorm over the batches of all ranks; CUDA only")
 
@@ -548,6 +555,10 @@ def guarded(job: Callable[[], None]) -> NoReturn:
         print(f"{prog}: failed: {error}; what was saved before is intact", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"{prog}: failed: torch.compile: {line}; --resume --no-compile continues", file=sys.stderr)
+            sys.exit(1)
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         print(f"{prog}: failed: out of memory; lower --batch-size, --test-batch-size or --width", file=sys.stderr)

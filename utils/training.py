@@ -8,7 +8,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from models import Heads, build_model
 from utils import distributed
-from utils.attacks import cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
+from utils.attacks import Bfloat16, cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
 from utils.checkpoints import BEST, LAST, STATE, load_model, load_state, read, save, write_atomically
 from utils.data import Split, as_input, augment, batches, load_split, shuffled
 from utils.evaluation import open_log, percent, pgd40_heads, pick_device, subset, verdicts
@@ -54,7 +55,7 @@ def attack_batch(
     contrast = not options.no_anc
     attack = (options.epsilon, options.step_size, options.num_steps)
     own = distributed.own_slice(len(x))
-    with frozen(model) as net:
+    with frozen(model, options.amp, options.compile) as net:
         natural = None
         if options.inner == "kl" or (contrast and strategy != "random"):
             with torch.no_grad():
@@ -101,6 +102,7 @@ def training_loss(
     heads of the natural batch (None where the method does not need it) and those of the adversarial one. A batch may be
     empty, the slice of a rank where there are more ranks than images: 0, 0, None, None then, and gradients of 0.
     """
+    model = Bfloat16(model) if options.amp == "bf16" else model
     x_adversarial, x_negative, negative_labels = attacked
     needs_natural = options.method != "pgd" or x_negative is not None
     if not len(labels):
@@ -203,6 +205,8 @@ class Run:
         if options.sync_bn and distributed.world() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(device)
+        if options.compile:
+            compile_for_training(self.model, device)
         self.loss = distributed.parallel(self.model, training_loss)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), options.lr, momentum=options.momentum, weight_decay=options.weight_decay
@@ -265,6 +269,60 @@ class Run:
         except (RuntimeError, TypeError):
             if distributed.first():
                 print("the run was saved on another kind of device: its random draws do not carry over")
+
+
+def compile_for_training(model: nn.Module, device: torch.device) -> None:
+    """Run a network's forwards through torch.compile, in place: state-dict keys stay. UsageError without a compiler.
+
+    Not in inductor's own choice of channels-last: PyTorch 2.14's weight gradient of a channels-last 1x1 convolution of
+    stride 2 with 8 to 12 channels and an odd batch writes outside its memory on a CPU.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, or leave --compile out"
+        ) from error
+    model.compile(options={"layout_optimization": False})
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """TF32 in the matrix products and convolutions of a CUDA device, and float32 again afterwards."""
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    for switch in switches:
+        switch.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.allow_tf32 = False
+
+
+def precision(run: Run) -> str:
+    """What training computes in; evaluation is float32 whatever it says."""
+    if run.options.amp == "bf16":
+        return "bfloat16 autocast over float32 weights"
+    return "TF32" if run.options.tf32 and run.device.type == "cuda" else "float32"
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether this is an x86 CPU that is known to compute bfloat16 by way of float32."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    native = known.get("amx_bf16") or known.get("avx512_bf16")
+    return device.type == "cpu" and known.get("architecture") == "x86_64" and not native
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory so far: that of tensors on a CUDA device, or the process's resident one; `-` where unknown."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return "-"
+    return f"{getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.2f} GB"
 
 
 def settings(options: argparse.Namespace) -> dict:
@@ -365,7 +423,7 @@ def describe(run: Run, train: Split, selection: Split) -> str:
             f"attack     L-infinity eps {o.epsilon:.5g}, {o.num_steps} steps of {o.step_size:.5g}",
             f"optimiser  SGD lr {o.lr}, x0.1 at {o.milestones}, momentum {o.momentum}, weight decay {o.weight_decay}; "
             f"{o.epochs} epochs, batch {o.batch_size}, seed {o.seed}",
-            f"device     {run.device}, float32{ranks}",
+            f"device     {run.device}, {precision(run)}{', compiled' if o.compile else ''}{ranks}",
             f"output     {run.folder}/",
         )
     )
@@ -375,7 +433,7 @@ def write_run_json(run: Run, train: Split, selection: Split, resumed: bool) -> N
     """run.json: what runs, where and by which command; a resumed run keeps its earlier records under `earlier`."""
     record = run.provenance | {
         "settings": settings(run.options),
-        "precision": "float32",
+        "precision": precision(run),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "classes": list(run.classes),
         "training_images": len(train.labels),
@@ -527,7 +585,7 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
         f"natural {shown(row['train_natural_accuracy_first_head'])}, robust "
         f"{row['train_robust_accuracy_first_head']:.2f} %  evaluation: {accuracies}  "
         f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
-        f"{(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
+        f"peak memory {peak_memory(run.device)}, {(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
     )
     if distributed.first():
         write_metrics(run)
@@ -585,6 +643,10 @@ def run(options: argparse.Namespace) -> None:
         if weights is not None:
             load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
         distributed.from_first(job.begin)
+    if options.tf32 and device.type != "cuda" and distributed.first():
+        print(f"{Path(sys.argv[0]).name}: --tf32 accepted, no effect here", file=sys.stderr)
+    if options.amp == "bf16" and lacks_bfloat16(device) and distributed.first():
+        print("this CPU has no bfloat16 instructions: --amp bf16 is slower here than float32", file=sys.stderr)
     log = open_log(job.folder / "train.log")
     log(in_one_line(job.provenance))
     log(describe(job, train, selection))
@@ -615,7 +677,8 @@ def run(options: argparse.Namespace) -> None:
 
     with StopRequest() as stop:
         while job.progress["epoch"] <= job.options.epochs:
-            train_epoch(job, train, log, check_stop)
+            with tf32(job.options.tf32):
+                train_epoch(job, train, log, check_stop)
             finish_epoch(job, selection, log, check_stop)
         report(job, test, log, check_stop)
 

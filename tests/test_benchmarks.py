@@ -1,0 +1,62 @@
+"""The benchmarks run and write their JSON; how fast anything is, no test says."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tests import benchmarks
+
+QUICK = ("step", "share", "memory", "negatives", "pgd", "growth", "data")  # not those that start torchrun or a compiler
+
+
+def run(tmp_path, name):
+    benchmarks.main([name, "--quick", "--device", "cpu", "--out", str(tmp_path / "figures.json")])
+    return json.loads((tmp_path / "figures.json").read_text())["benchmarks"][name]["rows"]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_benchmark_runs_and_writes_its_figures(tmp_path, capsys, name):
+    rows = run(tmp_path, name)
+    assert rows and not any("failed" in row for row in rows), rows
+    table = capsys.readouterr().out
+    assert all(column in table for column in rows[0])
+    for row in rows:
+        assert all(value > 0 for key, value in row.items() if key in ("seconds", "images/s", "GFLOP/s", "share %"))
+
+
+def test_every_attack_of_the_pgd_benchmark_leaves_the_same_accuracy(tmp_path):
+    exact = [row for row in run(tmp_path, "pgd") if row["variant"] != "ours bf16"]
+    assert len(exact) == 4
+    assert len({row["robust accuracy %"] for row in exact}) == 1
+
+
+def test_operations_are_counted_from_the_layers():
+    """A convolution of 3 to 8 channels over 16x16 and one linear layer, by hand."""
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 256, 10))
+    expected = 2 * 2 * (8 * 256 * 3 * 9 + 8 * 256 * 10)
+    assert benchmarks.forward_flops(net, torch.rand(2, 3, 16, 16)) == expected
+
+
+def test_the_plain_step_attacks_as_ours_does():
+    """Both start from the same draw here, so that a faster step could not be one that computes less."""
+
+    job = benchmarks.Step("ResNet18", 6, 16, 3, 4, torch.device("cpu"))
+    job.model.eval()
+    torch.manual_seed(0)
+    plain = benchmarks.plain_pgd(job.model, job.x, job.labels, 1, 3, True)
+    torch.manual_seed(0)
+    start = job.x + 0.001 * torch.randn_like(job.x)
+    with benchmarks.frozen(job.model) as net:
+        objective = benchmarks.cross_entropy_over_heads(net, job.labels, 2.0)
+        ours = benchmarks.linf_pgd(job.x, objective, benchmarks.EPS, benchmarks.STEP, 3, start)
+    assert ((plain - ours).abs() < 1e-5).float().mean() > 0.99
+
+
+def test_an_unknown_benchmark_is_named(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmarks.main(["stpe"])
+    assert stopped.value.code == 2
+    assert "unknown: stpe; known: step, share" in capsys.readouterr().err

@@ -1,0 +1,358 @@
+"""What makes training fast changes nothing: folded attacks, forwards of a step, precision, memory, compilation."""
+
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import utils.training as training
+from models import ARCHS, build_model
+from tests.golden_numbers import assert_near
+from utils.attacks import Bfloat16, cross_entropy, frozen
+from utils.data import as_input, load_split
+from utils.evaluation import pgd40_heads, verdicts, white_box
+from utils.negatives import choose_negatives
+from utils.options import RunError, parse_training
+
+ROOT = Path(__file__).parent.parent
+RA = {"arch": "ResNet18", "dataset": "cifar10", "model_dir": "./model/ANCRA"}
+TINY = [
+    "--dataset=digits", "--width=4", "--limit-train=24", "--limit-test=12", "--batch-size=10", "--num-steps=2",
+    "--epochs=1", "--warmup-epochs=0",
+]  # fmt: skip
+
+
+def options(*flags):
+    return parse_training("", RA, [*TINY, *map(str, flags)])
+
+
+def train(tmp_path, *flags):
+    training.run(options("--model-dir", tmp_path / "run", *flags))
+    (found,) = tmp_path.glob("run*")
+    return found
+
+
+def some_batch(count=12, size=16, classes=4):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, 3, size, size, generator=generator), torch.arange(count) % classes
+
+
+def a_few_steps(model, x, labels, steps=4):
+    """Train, so that BatchNorm's scales, shifts and statistics are no longer those of a new network."""
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
+    for _ in range(steps):
+        heads = model(x, labels, heads=True)
+        loss = sum(F.cross_entropy(logits, labels) for logits in (heads.final, *heads.auxiliary))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+class Calls(TorchDispatchMode):
+    """Notes (operator, arguments) of everything that is computed inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen.append((operator.overloadpacket.__name__, args))
+        return operator(*args, **(kwargs or {}))
+
+    def of(self, name):
+        return [args for operator, args in self.seen if operator == name]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A small network after three epochs of adversarial training on digits, in eval mode, and the test images."""
+    torch.manual_seed(0)
+    split, o = load_split("digits", "train", "", 16), options("--num-steps", 3, "--step-size", 0.04, "--no-anc")
+    model = build_model("ResNet18", 10, width=8, image_size=16).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
+    for epoch in range(1, 4):
+        for images, labels in zip(split.images.split(64), split.labels.split(64), strict=True):
+            attacked = training.attack_batch(model, as_input(images), labels, o, torch.Generator(), epoch)
+            loss, *_ = training.training_loss(model, as_input(images), labels, attacked, o)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval(), load_split("digits", "test", "", 16)
+
+
+# Attacks see the network that is trained
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("reverse_attention", [True, False], ids=["ra", "plain"])
+def test_folded_logits_are_the_trained_network_s(arch, reverse_attention):
+    torch.manual_seed(0)
+    width, size = (1, 32) if arch.startswith("WRN") else (8, 64 if arch == "PreActResNet18" else 32)
+    model = build_model(arch, 4, reverse_attention=reverse_attention, width=width, image_size=size)
+    x, labels = some_batch(size=size)
+    a_few_steps(model, x, labels).eval()
+    with frozen(model) as net, torch.no_grad():
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) < sum(
+            isinstance(m, nn.BatchNorm2d) for m in model.modules()
+        )
+        plain, folded = model(x, heads=True), net(x, heads=True)
+        for value, expected in zip((folded.final, *folded.auxiliary), (plain.final, *plain.auxiliary), strict=True):
+            assert_near(value, expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["heads", "final"])
+def test_verdicts_of_pgd40_are_those_of_the_plain_network(digits, kind):
+    model, split = digits
+    plain = copy.deepcopy(model).requires_grad_(False)
+    attack = {
+        "heads": pgd40_heads(0.1, 0.02, 2, 1),
+        "final": white_box(cross_entropy, 0.1, 0.02, 40, True, 1),
+    }[kind]
+    with frozen(model) as net:
+        folded, unfolded = (verdicts(n, split, 360, attack) for n in (net, plain))
+    assert 0.2 < folded.float().mean() < 0.95
+    assert (folded != unfolded).float().mean() <= 0.005
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_an_attack_leaves_the_training_network_as_it_was(amp):
+    x, labels = some_batch()
+    model = build_model("ResNet18", 4, width=8, image_size=16)
+    a_few_steps(model, x, labels)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    with Calls() as calls:
+        training.attack_batch(model, x, labels, options("--amp", amp, "--strategy", "hard_adv"), torch.Generator(), 1)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.requires_grad and torch.equal(parameter.grad, gradient)
+    backward = calls.of("convolution_backward")
+    assert backward and all(tuple(args[-1]) == (True, False, False) for args in backward)  # of images, not of weights
+
+
+# A step computes no more than the method says
+
+
+@pytest.mark.parametrize(
+    ("flags", "forwards", "attacked"),
+    [
+        ((), 3, 4),
+        (("--strategy", "hard_adv"), 3, 5),
+        (("--strategy", "random"), 3, 2),
+        (("--no-anc",), 2, 2),
+        (("--no-anc", "--inner", "kl"), 2, 3),
+        (("--no-anc", "--method", "pgd"), 1, 2),
+    ],
+)
+def test_forwards_of_a_step(tmp_path, monkeypatch, flags, forwards, attacked):
+    """Two steps an attack: natural logits are computed once and only where something needs them."""
+    seen, networks = [], []
+
+    def build(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        model.register_forward_hook(lambda module, inputs, out: seen.append(module))  # frozen copies carry it too
+        networks.append(model)
+        return model
+
+    monkeypatch.setattr(training, "build_model", build)
+    monkeypatch.setattr(training, "evaluate", lambda *args: (0, 0))
+    train(tmp_path, *flags)
+    trained = sum(module is networks[0] for module in seen)
+    assert (trained, len(seen) - trained) == (3 * forwards, 3 * attacked)  # three batches
+
+
+def test_choosing_negatives_waits_for_the_device_a_fixed_number_of_times():
+    counts = []
+    for count in (16, 128):
+        _, labels = some_batch(count)
+        with Calls() as calls:
+            choose_negatives(torch.randn(count, 4), labels, "hard", torch.Generator())
+        waits = ("_local_scalar_dense", "_unique2", "unique_dim", "nonzero", "item")
+        counts.append(sum(len(calls.of(name)) for name in waits))
+    assert counts[0] == counts[1] <= 2
+
+
+def test_a_frozen_copy_is_gone_when_its_attack_is_over():
+    """By reference counts alone: waiting for the garbage collector would hold several copies."""
+    model = build_model("ResNet18", 4, width=4, image_size=16)
+    gc.disable()
+    try:
+        for amp in ("none", "bf16"):
+            with frozen(model, amp) as net:
+                copies = weakref.ref(net)
+                net(some_batch()[0])
+            del net
+            assert copies() is None
+    finally:
+        gc.enable()
+
+
+def test_peak_memory_does_not_grow_over_an_epoch():
+    """A process of its own, whose peak is that of its steps: 3 of them, then 40 more; a copy kept a step adds 40 MB."""
+    code = """
+import resource, torch
+from tests.test_speed import RA, some_batch
+from models import build_model
+from utils.options import parse_training
+from utils.training import attack_batch, training_loss
+o = parse_training("", RA, ["--num-steps", "1"])
+model = build_model("ResNet18", 4, width=10, image_size=16).train()
+optimizer, generator = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), torch.Generator()
+x, labels = some_batch()
+for step in range(43):
+    loss, *_ = training_loss(model, x, labels, attack_batch(model, x, labels, o, generator, 1), o)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if step in (2, 42):
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    early, late = map(int, said.split())
+    assert late - early < 20
+
+
+def test_an_epoch_reports_its_peak_memory(tmp_path):
+    log = (train(tmp_path) / "train.log").read_text()
+    assert 0.1 < float(log.split("peak memory ")[1].split(" GB")[0]) < 1000
+
+
+# --amp bf16
+
+
+def test_bfloat16_is_the_network_s_business_alone():
+    x, labels = some_batch()
+    model = build_model("ResNet18", 4, width=8, image_size=16)
+    a_few_steps(model, x, labels)
+    exact = options()
+    rounded = options("--amp", "bf16")
+    with frozen(model, "bf16") as net:
+        assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Conv2d)} == {torch.bfloat16}
+        assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Linear)} == {torch.float32}
+        heads = net(x, heads=True)
+        assert {t.dtype for t in (heads.final, *heads.auxiliary, heads.features, net(x))} == {torch.float32}
+    with frozen(model) as net:
+        assert_near(heads.final, net(x), 0.05)
+        assert not torch.equal(heads.final, net(x))
+    attacked = training.attack_batch(model, x, labels, rounded, torch.Generator().manual_seed(0), 1)
+    for images in attacked[:2]:
+        assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
+    assert (attacked[0] - x).abs().max() <= rounded.epsilon + 1e-6
+    losses = [training.training_loss(copy.deepcopy(model), x, labels, attacked, o)[0] for o in (exact, rounded)]
+    assert losses[1].dtype == torch.float32
+    assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=0.05)
+    losses[1].backward()
+
+
+def test_a_run_in_bfloat16_keeps_float32_weights_and_evaluates_in_float32(tmp_path, monkeypatch, capsys):
+    real = training.verdicts
+
+    def in_float32(net, *args, **kwargs):
+        assert not isinstance(net, Bfloat16)
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+        return real(net, *args, **kwargs)
+
+    monkeypatch.setattr(training, "verdicts", in_float32)
+    run = train(tmp_path, "--amp", "bf16")
+    assert run.name.endswith("-amp-bf16")
+    assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16 autocast over float32 weights"
+    assert "bfloat16 autocast" in capsys.readouterr().out
+    state = torch.load(run / "last_state.pt", weights_only=True)
+    assert {v.dtype for v in state["model"].values()} == {torch.float32, torch.int64}
+    assert {s["momentum_buffer"].dtype for s in state["optimizer"]["state"].values()} == {torch.float32}
+
+
+def test_what_is_not_finite_is_caught_in_bfloat16_too(tmp_path):
+    with pytest.raises(RunError, match=r"not finite|the loss is"):
+        train(tmp_path, "--amp", "bf16", "--lr", "1e20")
+
+
+@pytest.mark.parametrize(("known", "said"), [({"avx512_bf16": True}, False), ({}, True)])
+def test_a_cpu_without_bfloat16_is_said_to_be_slow(tmp_path, monkeypatch, capsys, known, said):
+    capabilities = {"architecture": "x86_64", **known}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    train(tmp_path, "--amp", "bf16")
+    assert ("no bfloat16 instructions" in capsys.readouterr().err) == said
+
+
+# --tf32 and --compile
+
+
+def test_tf32_is_for_training_on_cuda_alone(tmp_path, monkeypatch, capsys):
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    seen = {}
+
+    def note(name):
+        real = getattr(training, name)
+
+        def noting(*args, **kwargs):
+            seen[name] = [switch.allow_tf32 for switch in switches]
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(training, name, noting)
+
+    note("train_epoch")
+    note("evaluate")
+    train(tmp_path, "--tf32")
+    assert seen == {"train_epoch": [True, True], "evaluate": [False, False]}
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--tf32 accepted, no effect here")
+    train(tmp_path / "without")
+    assert seen["train_epoch"] == [False, False]
+    assert "tf32" not in capsys.readouterr().err
+
+
+def test_a_missing_compiler_is_one_line(tmp_path):
+    environment = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_CIFAR10_ResNet.py", *TINY, "--compile", "--model-dir", tmp_path / "run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train_CIFAR10_ResNet.py: error: --compile: torch.compile does not work here")
+    assert line.endswith("install a C++ compiler, or leave --compile out")
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_compilation_leaves_keys_and_copies_alone(monkeypatch):
+    model = build_model("ResNet18", 4, width=4, image_size=16)
+    keys = list(model.state_dict())
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    training.compile_for_training(model, torch.device("cpu"))
+    assert model._compiled_call_impl is not None
+    assert list(model.state_dict()) == keys
+    with frozen(model) as net:  # that of the evaluation, not compiled
+        assert net._compiled_call_impl is None
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run_up_to_rounding(tmp_path):
+    """One step; from the second on the signs of attacks amplify it. Another step then shares the first one's graphs."""
+    from torch._dynamo.utils import counters
+
+    flags = ("--limit-train", 10, "--eval-interval", 9, "--epochs", 1)
+    eager = train(tmp_path / "1", *flags)
+    counters.clear()
+    compiled = train(tmp_path / "2", *flags, "--compile")
+    assert eager.name == compiled.name  # what is computed is the same
+    one, other = (torch.load(run / "last_state.pt", weights_only=True)["model"] for run in (eager, compiled))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert_near(other[key].double(), value.double(), 1e-4)
+    graphs = counters["stats"]["unique_graphs"]
+    train(tmp_path / "2", *flags, "--epochs", 2, "--resume")
+    assert counters["stats"]["unique_graphs"] == graphs > 0
