@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -42,6 +43,7 @@ def started() -> Iterator[None]:
     together = False  # whether the ranks end at the same place: NCCL's group ends by all of them, or waits
     try:
         store, rank, count = next(dist.rendezvous("env://"))
+        store = _unused_part(store, rank, count)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
         yield
@@ -55,7 +57,7 @@ def started() -> Iterator[None]:
         together = True
         raise
     except (UsageError, RunError, OSError, RuntimeError) as error:
-        together = isinstance(error, UsageError)
+        together = isinstance(error, UsageError | RunError)
         lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error)))
         if isinstance(error, RuntimeError) and not lost:
             raise
@@ -71,6 +73,31 @@ def started() -> Iterator[None]:
     finally:
         if dist.is_initialized() and (together or not nccl):
             dist.destroy_process_group()
+
+
+def _unused_part(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """A part of the store that no earlier attempt has written to.
+
+    torchrun keeps one store over its restarts, and with it the addresses of ranks that have ended; which attempt this
+    is, its nodes may count differently. So the first rank names the attempt and answers each other rank under a key
+    that only this very process can have asked for.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks {rank}", name)
+        attempt = store.get(f"answer to {name}").decode()
+        store.set(f"{attempt} heard by {rank}", "")
+        return dist.PrefixStore(attempt, store)
+    waiting, until = set(range(1, count)), time.monotonic() + 1800
+    while waiting:
+        waiting = {r for r in waiting if not store.check([f"{name} heard by {r}"])}
+        for r in waiting:
+            if store.check([f"asks {r}"]):  # by an earlier attempt perhaps: ask again until it is heard
+                store.set(f"answer to {store.get(f'asks {r}').decode()}", name)
+        if time.monotonic() > until:
+            raise RunError(f"{len(waiting)} of {count} ranks have not started within 30 minutes")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def _said_already(store: dist.Store | None) -> bool:
