@@ -6,11 +6,9 @@ import json
 import math
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from utils.figures import draw_curves
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
 from utils.options import FREE_ON_RESUME, TRAINING, RunError, Stopped, UsageError
+from utils.provenance import in_one_line, provenance
 
 COLUMNS = (
     "epoch",
@@ -168,6 +167,7 @@ class Run:
         self.options, self.device, self.classes = options, device, data.classes
         self.folder = Path(options.folder)
         self.training_images = len(data.labels)
+        self.provenance = provenance(device, options.seed)
         torch.manual_seed(options.seed)
         try:
             model = build_model(
@@ -203,6 +203,7 @@ class Run:
             "dataset": options.dataset,
             "recipe": settings(options),
             "epoch": self.progress["epoch"],
+            "provenance": self.provenance,
         }
 
     def save_state(self) -> None:
@@ -309,19 +310,6 @@ def load_training_data(options: argparse.Namespace) -> tuple[Split, Split, Split
     return train, selection, test
 
 
-def commit() -> str | None:
-    """This code's git commit, `+` behind it where files differ; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        answers = [
-            subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answers[0] + ("+" if answers[1] else "")
-
-
 def describe(run: Run, train: Split, selection: Split) -> str:
     """What will run, as one block."""
     o = run.options
@@ -347,27 +335,13 @@ def describe(run: Run, train: Split, selection: Split) -> str:
 
 def write_run_json(run: Run, train: Split, selection: Split, resumed: bool) -> None:
     """run.json: what runs, where and by which command; a resumed run keeps its earlier records under `earlier`."""
-    import numpy
-    import torchvision
-
-    record = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+    record = run.provenance | {
         "settings": settings(run.options),
-        "seed": run.options.seed,
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__,
-        },
-        "commit": commit(),
-        "device": str(run.device),
         "precision": "float32",
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "classes": list(run.classes),
         "training_images": len(train.labels),
         "evaluation_images": len(selection.labels),
-        "started": datetime.now().isoformat(timespec="seconds"),
     }
     if resumed:
         try:
@@ -552,6 +526,7 @@ def run(options: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(f"{job.folder} cannot be written ({error.strerror}); name another --model-dir") from error
     log = open_log(job.folder / "train.log")
+    log(in_one_line(job.provenance))
     log(describe(job, train, selection))
     write_run_json(job, train, selection, resumed=state is not None)
     if state is not None:

@@ -1,0 +1,63 @@
+"""Where an output file comes from: command, commit, versions, device, seed."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+ALWAYS = ("torch", "torchvision", "numpy")
+WHERE_IMPORTED = {"scikit-learn": "sklearn", "umap-learn": "umap", "pyautoattack": "pyautoattack", "pillow": "PIL"}
+
+
+def provenance(device: object, seed: int | None = None, packages: Sequence[str] = ()) -> dict:
+    """What an output file says about its making, as plain values: for json, or inside a checkpoint.
+
+    device: the torch device that computed. packages: names on PyPI whose versions matter besides those of Python,
+    torch, torchvision, numpy and of whatever of scikit-learn, umap-learn, pyautoattack and pillow is imported by now.
+    """
+    imported = [name for name, module in WHERE_IMPORTED.items() if module in sys.modules]
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "commit": commit(),
+        "versions": {"python": sys.version.split()[0]}
+        | {name: _version(name) for name in dict.fromkeys((*ALWAYS, *imported, *packages))},
+        "device": str(device),
+        "seed": seed,
+        "started": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def in_one_line(record: dict) -> str:
+    """A provenance as one line, for a log."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['started']}  {record['command']}  commit {record['commit']}, {versions}, {record['device']}"
+
+
+def commit() -> str | None:
+    """This code's git commit, `+` behind it where files differ; None where this code is in no repository."""
+    here = Path(__file__)
+    questions = (  # the first fails where the code lies, untracked, inside a repository of something else
+        ("ls-files", "--error-unmatch", here.name),
+        ("rev-parse", "HEAD"),
+        ("status", "--porcelain", "--untracked-files=no"),
+    )
+    try:
+        answers = [
+            subprocess.run(["git", *args], cwd=here.parent, capture_output=True, text=True, check=True, timeout=20)
+            for args in questions
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answers[1].stdout.strip() + ("+" if answers[2].stdout.strip() else "")
+
+
+def _version(name: str) -> str | None:
+    """The version of an installed package; an imported module's own says more, such as `+cpu`."""
+    try:
+        version = getattr(sys.modules.get(WHERE_IMPORTED.get(name, name)), "__version__", None)
+        return str(version or metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return None
