@@ -109,8 +109,11 @@ def open_log(file: Path) -> Callable[[str], None]:
 
     def log(line: str) -> None:
         tqdm.write(line)
-        with open(file, "a") as out:
-            out.write(line + "\n")
+        try:
+            with open(file, "a") as out:
+                out.write(line + "\n")
+        except OSError as error:  # a full disk, which Python reports without the file's name
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
     return log
 

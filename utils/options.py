@@ -133,6 +133,7 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
         )
         self.defaults = defaults
+        self.flags = {}  # setting -> what `add_argument` was told
 
     def flag(self, *names: str, help: str, **kwargs: object) -> None:
         """Add a flag given by its spellings with dashes, the first one naming the setting."""
@@ -140,7 +141,7 @@ class Parser(argparse.ArgumentParser):
         underscored = ["--" + n.removeprefix("--").replace("-", "_") for n in names if n.startswith("--")]
         dashed = [n.replace("_", "-") for n in underscored]
         spellings = dict.fromkeys([*names, *underscored, *dashed])
-        default = self.defaults[name]
+        default, self.flags[name] = self.defaults[name], kwargs
         if default is not None and kwargs.get("action") != "store_true":
             help += f" (default: {_shown(default)}{self._by_dataset(name)})"
         self.add_argument(*spellings, dest=name, help=help.replace("%", "%%"), **kwargs)
@@ -252,12 +253,8 @@ def _device_flags(parser: Parser) -> None:
     parser.flag("--no-cuda", action="store_true", help="use the CPU")
 
 
-def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespace:
-    """Parse a training script's command line. recipe: the script's own defaults.
-
-    Returns every setting of `TRAINING`, and `given`: the names of those that the command gave; `defaults`: the script's
-    defaults for the data set, from which the run's folder tells what is special.
-    """
+def _training_parser(doc: str, recipe: dict) -> Parser:
+    """Every flag of a training script. recipe: the script's own defaults."""
     parser = Parser(doc, TRAINING | recipe)
     flag = parser.flag
     flag("--method", choices=("pgd", "trades", "mart"), help="objective")
@@ -309,7 +306,38 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     flag("--restart_epoch", type=whole(0), metavar="N", help="start behind epoch N from the weights of --ckpt_url")
     flag("--ckpt_url", type=path, metavar="FILE", help="weights for --restart_epoch")
     _device_flags(parser)
+    return parser
 
+
+def impossible_setting(settings: dict) -> str | None:
+    """The name of the first of a run's stored settings that no command line can have given; None where all could."""
+    flags = _training_parser("", {}).flags
+    for name, value in settings.items():
+        kind, kwargs = type(value), flags[name]
+        if value is None and TRAINING[name] is None:
+            continue
+        try:
+            if kwargs.get("action") == "store_true":
+                fits = kind is bool
+            elif "choices" in kwargs:
+                fits = kind is str and value in kwargs["choices"]
+            else:
+                text = ",".join(map(str, value)) or "none" if kind is list else str(value)
+                fits = kwargs["type"](text) == value
+        except (argparse.ArgumentTypeError, ValueError):
+            fits = False
+        if not fits:
+            return name
+    return None
+
+
+def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespace:
+    """Parse a training script's command line. recipe: the script's own defaults.
+
+    Returns every setting of `TRAINING`, and `given`: the names of those that the command gave; `defaults`: the script's
+    defaults for the data set, from which the run's folder tells what is special.
+    """
+    parser = _training_parser(doc, recipe)
     given = vars(parser.parse_args(argv))
     options = _merge(TRAINING | recipe, given)
     if options.restart_epoch and not options.ckpt_url:
@@ -401,7 +429,8 @@ def guarded(job: Callable[[], None]) -> NoReturn:
         print(f"{prog}: failed: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that vanished
-        print(f"{prog}: failed: {error}; what was saved before is intact", file=sys.stderr)
+        cause = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"{prog}: failed: {cause}; what was saved before is intact", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
