@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from utils.options import BY_DATASET, UsageError
+from utils.options import BY_DATASET, LARGEST_SIDE, UsageError
 
 try:
     import fcntl
@@ -113,8 +113,8 @@ def read(path: Path) -> dict:
     """
     try:
         _check_archive(path)
-        with warnings.catch_warnings():  # of a plain pickle, which is refused below anyway
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
+        with warnings.catch_warnings():  # of plain pickles and odd tensors, which are refused below anyway
+            warnings.filterwarnings("ignore", "Detected pickle protocol|Loading sparse|.*weights_only")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder") from None
@@ -224,6 +224,8 @@ def described(content: dict, path: Path) -> dict:
 
 def outline(info: dict, path: Path) -> nn.Module:
     """The network that `info` describes, without memory for its tensors: a description can ask for any size."""
+    if type(info["image_size"]) is int and info["image_size"] > LARGEST_SIDE:
+        raise UsageError(f"{path} is of images of side {info['image_size']}, more than {LARGEST_SIDE}")
     try:
         with torch.device("meta"):
             return build_model(

@@ -14,6 +14,7 @@ from typing import NoReturn
 ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
 STRATEGIES = ("random", "soft", "hard", "easy")
+LARGEST_SIDE = 1024
 AUGMENTATIONS = ("crop-flip", "crop", "none")
 
 TRAINING = {
@@ -204,7 +205,7 @@ def milestones(text: str) -> list[int]:
 
 def image_size(text: str) -> int:
     """Side of an image: a multiple of 8 from 16 on, so that every stage's map has at least 2x2 cells."""
-    value = whole(16, 1024)(text)
+    value = whole(16, LARGEST_SIDE)(text)
     if value % 8:
         raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8")
     return value
