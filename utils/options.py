@@ -151,6 +151,13 @@ class Parser(argparse.ArgumentParser):
         others = {d: v[name] for d, v in BY_DATASET.items() if name in v and v[name] != self.defaults[name]}
         return "".join(f"; {d}: {_shown(value)}" for d, value in others.items())
 
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        for arg in args or ():
+            flag, _, value = arg.partition("=")
+            if value == "--" and flag.startswith("-"):  # argparse takes it for no value at all and says nothing
+                self.error(f"argument {flag}: expected a value, not '--'")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
