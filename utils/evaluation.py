@@ -160,7 +160,8 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
         )
     data_dir = options.data_dir
     if "data_dir" not in options.given and isinstance(info["recipe"], dict):
-        data_dir = info["recipe"].get("data_dir", data_dir)  # where the training found its data
+        own = info["recipe"].get("data_dir")  # where the training found its data, if that is a folder here too
+        data_dir = own if isinstance(own, str) and "\0" not in own and Path(own).is_dir() else data_dir
     split = load_split(dataset, "test", data_dir, info["image_size"])
     if len(split.classes) != info["num_classes"]:
         raise UsageError(
