@@ -256,7 +256,7 @@ def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise UsageError(f"{path} does not fit this network: it {where} {_shown(key)}; is it of another architecture?")
     for key, value in state.items():
         if not ordinary(value):
-            raise UsageError(f"{path} does not fit this network: {key} is a {type(value).__name__} but no ordinary tensor")
+            raise UsageError(f"{path} does not fit this network: {key} is no ordinary tensor")
         if value.shape != own[key].shape:
             hint = "; is it of another number of classes or width?"
             shapes = f"{tuple(value.shape)}, not {tuple(own[key].shape)}"
