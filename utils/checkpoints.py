@@ -2,44 +2,119 @@
 
 import os
 import pickle
+import time
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models import build_model
-from utils.options import BY_DATASET, UsageError
+from utils.options import BY_DATASET, LARGEST_SIDE, UsageError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: files stay whole, but nothing keeps two processes apart
+    fcntl = None
 
 BEST, LAST, STATE = "best_adv_model.pt", "model-wrn-last.pt", "last_state.pt"
+LARGEST_WEIGHT = 1e6  # of a trained network none comes near; a variance may be its square
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it: no reader sees half a file."""
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it: no reader sees half a file.
+
+    Errors: OSError naming `path` and the cause; what stood there before is intact then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
+        with suppress(OSError):  # not every platform and file system lets a folder be flushed
+            _flush(path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `write_atomically` that a killed run left; for the folder's only writer."""
+    for file in folder.glob(".*.part"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(file: Path, wait: bool) -> Iterator[None]:
+    """Hold an advisory lock, which the process's death releases too. The lock file is there only meanwhile.
+
+    wait: until no other process holds it, saying so. Errors: TimeoutError where one does and wait is False; OSError
+    where the file cannot be made.
+    """
+    said = False
+    while True:
+        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(opened), os.stat(file)):
+                break
+        except FileNotFoundError:
+            pass  # as above, where it is another file: the holder before removed it between our open and our lock
+        except BlockingIOError:
+            if not wait:
+                os.close(opened)
+                raise TimeoutError(f"{file} is held by another process") from None
+            if not said:
+                print(f"waiting for another process ({file})")
+            said = True
+            time.sleep(0.1)
+        os.close(opened)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(file)
+        os.close(opened)
 
 
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint. content: tensors and plain Python values only, so that it loads with weights_only."""
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # what torch makes of an exception of `file`
+                if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
+
+    write_atomically(path, write)
 
 
 def read(path: Path) -> dict:
     """Read a checkpoint file as plain tensors and values, on the CPU, never running code from it.
 
-    Errors: UsageError where it is missing, no checkpoint, or holds anything that would have to be executed.
+    Errors: UsageError where it is missing, damaged, no checkpoint, or holds anything that would have to be executed.
     """
     try:
-        with warnings.catch_warnings():  # of a plain pickle, which is refused below anyway
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
+        _check_archive(path)
+        with warnings.catch_warnings():  # of plain pickles and odd tensors, which are refused below anyway
+            warnings.filterwarnings("ignore", "Detected pickle protocol|Loading sparse|.*weights_only")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder") from None
@@ -49,11 +124,33 @@ def read(path: Path) -> dict:
         ) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # bytes of a stranger make torch and pickle raise nearly anything
         raise UsageError(f"{path} is no checkpoint, or a truncated one") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """UsageError where a checkpoint, a zip file since torch 1.6, is damaged or larger inside; torch itself is lax."""
+    if not path.is_file():
+        if path.exists():
+            raise UsageError(f"{path} is no file; name a checkpoint file or a run folder")
+        return
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return  # of older releases: `torch.load` compares every size with what it reads
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:  # torch never compresses: a bomb
+                raise UsageError(f"{path} is refused: it is compressed, as no checkpoint is; save a state dict instead")
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise UsageError(f"{path} is damaged: it claims more than it holds; get it anew")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UsageError(f"{path} is damaged: {_shown(damaged)} inside fails its checksum; get it anew")
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -79,13 +176,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
     content = read(path)
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if isinstance(content.get("model"), dict):
-        state = content["model"]
-        info = {key: content.get(key) for key in _DESCRIPTION}
-        if info["arch"] is None:
-            info.update(_shape(path, state))
+        state = _published(content["model"])
+        info = described(content, path)
     else:
-        state, info = content, dict.fromkeys(_DESCRIPTION) | _shape(path, _published(content))
-    state = _published(state)
+        state, info = _published(content), dict.fromkeys(_DESCRIPTION)
+    if info["arch"] is None:
+        info.update(_shape(path, state))
     for key, value in overrides.items():
         known = info.get(key)
         if key in ("arch", "width", "image_size", "reverse_attention") and known is not None and value != known:
@@ -95,49 +191,104 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
         info["image_size"] = BY_DATASET.get(info["dataset"], {}).get("image_size", 32)
     if info["reverse_attention"] is None:
         info["reverse_attention"] = True
-    try:
-        model = build_model(
-            info["arch"],
-            info["num_classes"],
-            reverse_attention=info["reverse_attention"],
-            width=info["width"],
-            image_size=info["image_size"],
-        )
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"{path} describes a network that cannot be built: {str(error).splitlines()[0]}") from error
-    load_state(model, state, path)
+    model = outline(info, path)
+    check_state(model, state, path)
+    model.to_empty(device="cpu").load_state_dict(state)
     return model.to(device).eval(), info
 
 
-_DESCRIPTION = (
-    "arch",
-    "classes",
-    "num_classes",
-    "reverse_attention",
-    "width",
-    "image_size",
-    "dataset",
-    "recipe",
-    "epoch",
-)
+_DESCRIPTION = {
+    "arch": str,
+    "classes": list,
+    "num_classes": int,
+    "reverse_attention": bool,
+    "width": int,
+    "image_size": int,
+    "dataset": str,
+    "recipe": dict,
+    "epoch": int,
+}
+
+
+def described(content: dict, path: Path) -> dict:
+    """What a checkpoint says it is, None where it says nothing; UsageError where an entry is of another kind."""
+    info = {key: content.get(key) for key in _DESCRIPTION}
+    for key, kind in _DESCRIPTION.items():
+        value = info[key]
+        if value is not None and (type(value) is not kind or (kind is int and abs(value) >= 2**31)):
+            raise UsageError(f"{path} is no checkpoint of this code: its {key} is no usable {kind.__name__}")
+    if info["classes"] is not None and not all(isinstance(name, str) for name in info["classes"]):
+        raise UsageError(f"{path} is no checkpoint of this code: its classes are no names")
+    return info
+
+
+def outline(info: dict, path: Path) -> nn.Module:
+    """The network that `info` describes, without memory for its tensors: a description can ask for any size."""
+    if type(info["image_size"]) is int and info["image_size"] > LARGEST_SIDE:
+        raise UsageError(f"{path} is of images of side {info['image_size']}, more than {LARGEST_SIDE}")
+    try:
+        with torch.device("meta"):
+            return build_model(
+                info["arch"],
+                info["num_classes"],
+                reverse_attention=info["reverse_attention"],
+                width=info["width"],
+                image_size=info["image_size"],
+            )
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"{path} describes a network that cannot be built: {_shown(str(error))}") from error
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Copy a state dict into a network; UsageError naming the first tensor that does not fit or is not finite."""
+    """Copy a state dict into a network; UsageError as `check_state`."""
     if not isinstance(state, dict):
         raise UsageError(f"{path} is no checkpoint: its model is a {type(state).__name__}, not a state dict")
-    state, own = _published(state), model.state_dict()
+    state = _published(state)
+    check_state(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """UsageError naming the first tensor of a state dict that does not fit a network or cannot be right."""
+    own = model.state_dict()
     for key in [k for k in (*own, *state) if (k in own) != (k in state)]:
         where = "lacks" if key in own else "has an unexpected"
-        raise UsageError(f"{path} does not fit this network: it {where} {key}; is it of another architecture?")
+        raise UsageError(f"{path} does not fit this network: it {where} {_shown(key)}; is it of another architecture?")
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != own[key].shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if not ordinary(value):
+            raise UsageError(f"{path} does not fit this network: {key} is no ordinary tensor")
+        if value.shape != own[key].shape:
             hint = "; is it of another number of classes or width?"
-            raise UsageError(f"{path} does not fit this network: {key} is {shape}, not {tuple(own[key].shape)}{hint}")
-        if not value.isfinite().all():
-            raise UsageError(f"{path}: {key} is not finite; the training that wrote it had failed")
-    model.load_state_dict(state)
+            shapes = f"{tuple(value.shape)}, not {tuple(own[key].shape)}"
+            raise UsageError(f"{path} does not fit this network: {key} is {shapes}{hint}")
+        wrong = flaw(key, value)
+        if wrong:
+            raise UsageError(f"{path}: {key} {wrong}; the training that wrote it had failed, or the file is damaged")
+
+
+def ordinary(value: object) -> bool:
+    """Whether a value out of a file is a dense tensor that holds as many numbers as its shape says."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_nested:
+        return False
+    if value.is_meta or value.is_quantized:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+
+
+def flaw(key: str, value: Tensor) -> str | None:
+    """Why a tensor cannot be one of a trained network, None where it can. key: its name in the state dict."""
+    counts = key.endswith("num_batches_tracked")
+    if value.dtype not in ((torch.int64,) if counts else (torch.float32, torch.float64, torch.float16, torch.bfloat16)):
+        return f"is of {value.dtype}"
+    if counts:
+        return "is negative" if value.min() < 0 else None
+    if not value.isfinite().all():
+        return "is not finite"
+    variance = key.endswith("running_var")
+    if variance and value.min() < 0:
+        return f"is a variance of {value.min():.3g}"
+    largest = value.abs().max()
+    return f"reaches {largest:.3g}" if largest > LARGEST_WEIGHT ** (2 if variance else 1) else None
 
 
 def _published(state: dict) -> dict:
@@ -146,19 +297,26 @@ def _published(state: dict) -> dict:
     return {key: value for key, value in named.items() if not key.startswith("sub_block1.")}
 
 
+def _shown(name: object) -> str:
+    """A name out of a file, printable and short: it may hold anything."""
+    text = repr(str(name))[1:-1]
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
 def _shape(path: Path, state: dict) -> dict:
-    """Arch, classes and sizes of a bare state dict, read off its tensors."""
+    """Arch, width, number of classes and, where they tell, side of the images of a state dict, read off its tensors."""
     try:
         if "linear.weight" in state:
             width, (classes, features) = len(state["conv1.weight"]), state["linear.weight"].shape
-            cells = {1: None, 4: 64}[features // (8 * width)]
-            return {"arch": "PreActResNet18", "width": width, "num_classes": classes, "image_size": cells}
+            side = round((features / (8 * width)) ** 0.5)  # cells of the pooled map, 1 up to images of 32
+            size = {"image_size": 32 * side} if side > 1 else {}
+            return {"arch": "PreActResNet18", "width": width, "num_classes": classes, **size}
         classes, features = state["fc.weight"].shape
         if "layer1.0.conv1.weight" in state:
             return {"arch": "ResNet18", "width": len(state["conv1.weight"]), "num_classes": classes}
         blocks = len({key.split(".")[2] for key in state if key.startswith("block1.layer.")})
         return {"arch": f"WRN-{ {5: 34, 4: 28}[blocks] }-10", "width": features // 64, "num_classes": classes}
-    except (KeyError, AttributeError, ValueError, TypeError) as error:
+    except (LookupError, AttributeError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise UsageError(
             f"{path} is no checkpoint of a network known here (ResNet18, WRN-34-10, WRN-28-10, PreActResNet18)"
         ) from error

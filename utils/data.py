@@ -2,28 +2,49 @@
 
 import hashlib
 import http.client
+import lzma
 import pickle
 import shutil
+import stat
+import struct
 import tarfile
-import tempfile
+import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack, suppress
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoints import write_atomically
+from utils.checkpoints import locked, ordinary, read, save
 from utils.options import UsageError
 
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+TINY_IMAGES = {"train": 100_000, "test": 10_000}
+MOST_UNPACKED = 2**30  # bytes; the published zip holds a quarter of it
+MOST_PIXELS = 2**26  # of an image file; larger than any camera's
 DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, http.client.HTTPException)
+DAMAGE = (  # what readers of a broken archive, pickle or image raise besides
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    IndexError,
+    OverflowError,
+)
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")  # Pillow would take others too, whatever a file's name says
 
 
 class Split(NamedTuple):
@@ -56,7 +77,28 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split
             "data set that the checkpoint was trained on"
         )
     loaders = {"digits": _digits, "folder": _folder, "tiny-imagenet": _tiny_imagenet}
-    return loaders.get(dataset, _cifar)(dataset, part, Path(data_dir), image_size)
+    split = loaders.get(dataset, _cifar)(dataset, part, Path(data_dir), image_size)
+    wrong = flaw(split)
+    if wrong:
+        raise UsageError(f"{dataset}, {part} part, in {data_dir}: {wrong}; get the data set anew")
+    return split
+
+
+def flaw(split: Split) -> str | None:
+    """What in a split is not as `Split` says, None where all is. Checked once here, so that no step needs to."""
+    images, labels, classes = split
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        return f"images are {images.dtype} of shape {tuple(images.shape)}, not uint8 of (N, 3, S, S)"
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        return (
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}, not int64, one for each of {len(images)} images"
+        )
+    if not len(images):
+        return "there is no image"
+    outside = ((labels < 0) | (labels >= len(classes))).nonzero()
+    if len(outside):
+        return f"image {int(outside[0])} has label {int(labels[outside[0]])}, of {len(classes)} classes"
+    return None
 
 
 def shuffled(count: int, seed: int) -> Tensor:
@@ -112,21 +154,26 @@ def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     try:
-        data = source(str(data_dir), train=part == "train", download=True)
-    except (*DOWNLOAD_ERRORS, tarfile.TarError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        try:
+            data = source(str(data_dir), train=part == "train")
+        except RuntimeError:  # not there, or not intact
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with locked(data_dir / f".{dataset}.lock", wait=True):
+                data = source(str(data_dir), train=part == "train", download=True)  # unless another process just did
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(data.targets), tuple(data.classes))
+    except (*DOWNLOAD_ERRORS, *DAMAGE, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{dataset}: no intact copy in {data_dir} and none could be downloaded ({_first_line(error)}); put "
             f"{source.filename} (MD5 {source.tgz_md5}) from {source.url} into {data_dir}"
         ) from error
-    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(data.targets), tuple(data.classes))
 
 
 def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """Tiny-ImageNet: 200 classes of 64x64, labels by sorted wnid; its published validation part is the test part."""
     root = data_dir / "tiny-imagenet-200"
     if not root.is_dir():
-        _unpack_tiny_imagenet(data_dir)
+        _get_tiny_imagenet(data_dir)
     try:
         wnids = sorted(set((root / "wnids.txt").read_text().split()))
         if part == "train":
@@ -135,6 +182,11 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
             lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
             pairs = [(root / "val" / "images" / name, wnid) for name, wnid, *_ in map(str.split, filter(None, lines))]
         labels = torch.tensor([wnids.index(wnid) for _, wnid in pairs])
+        if len(pairs) != TINY_IMAGES[part]:
+            raise ValueError(f"{len(pairs):,} images in its {part} part, not {TINY_IMAGES[part]:,}")
+        strange = [f.name for f, _ in pairs if f.parent.name != "images"]  # a name with slashes leads elsewhere
+        if strange:
+            raise ValueError(f"an image named {strange[0]!r}")
         words = root / "words.txt"  # of names for people alone, so it may be missing
         lines = words.read_text().splitlines() if words.is_file() else []
         named = dict(line.split("\t", 1) for line in lines if "\t" in line)
@@ -146,24 +198,43 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     return Split(images, labels, tuple(wnids), tuple(named.get(wnid, "").strip() or wnid for wnid in wnids))
 
 
-def _unpack_tiny_imagenet(data_dir: Path) -> None:
+def _get_tiny_imagenet(data_dir: Path) -> None:
     """Download the zip where it is missing, check it, unpack it beside its place and move it there whole."""
-    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    from torchvision.datasets.utils import check_integrity, download_url
 
     url, md5 = TINY_IMAGENET
-    archive = data_dir / "tiny-imagenet-200.zip"
+    archive, scratch = data_dir / "tiny-imagenet-200.zip", data_dir / ".tiny-imagenet-200.part"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        if not check_integrity(str(archive), md5):
-            download_url(url, str(data_dir), archive.name, md5)
-        with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
-            extract_archive(str(archive), scratch)
-            shutil.move(Path(scratch) / "tiny-imagenet-200", data_dir / "tiny-imagenet-200")
-    except (*DOWNLOAD_ERRORS, zipfile.BadZipFile) as error:
+        with locked(data_dir / ".tiny-imagenet.lock", wait=True):
+            if (data_dir / "tiny-imagenet-200").is_dir():
+                return  # another process was faster
+            if not check_integrity(str(archive), md5):
+                download_url(url, str(data_dir), archive.name, md5)
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            try:
+                _unpack(archive, scratch)
+                (scratch / "tiny-imagenet-200").rename(data_dir / "tiny-imagenet-200")
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except (*DOWNLOAD_ERRORS, *DAMAGE) as error:
         raise UsageError(
             f"tiny-imagenet: no intact copy in {data_dir} and none could be downloaded ({_first_line(error)}); put "
             f"{archive.name} (248,100,043 bytes, MD5 {md5}) from {url} into {data_dir}"
         ) from error
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip of plain files and folders; ValueError where it holds too much or anything that points elsewhere."""
+    with zipfile.ZipFile(archive) as content:
+        entries = content.infolist()
+        if sum(entry.file_size for entry in entries) > MOST_UNPACKED:
+            raise ValueError(f"{archive.name} holds more than {MOST_UNPACKED:,} bytes")
+        for entry in entries:
+            parts, link = PurePosixPath(entry.filename).parts, stat.S_ISLNK(entry.external_attr >> 16)
+            if link or ".." in parts or entry.filename.startswith("/"):
+                raise ValueError(f"{archive.name} holds a path that leads elsewhere, {entry.filename!r}")
+        content.extractall(folder)
 
 
 def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
@@ -198,43 +269,63 @@ def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
     """Decode image files into (N, 3, size, size) uint8, or read an earlier run's cache of the same files."""
     try:
-        stats = [
-            (f.relative_to(cache.parent).as_posix(), (stat := f.stat()).st_size, stat.st_mtime_ns, stat.st_ino)
-            for f in files
-        ]
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}; it is listed as an image of this data set") from error
+        found = [(f.relative_to(cache.parent).as_posix(), f.stat()) for f in files]
+    except (OSError, ValueError) as error:
+        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else _first_line(error)
+        raise UsageError(f"{named}; it is listed as an image of this data set") from error
+    for file, (_, status) in zip(files, found, strict=True):
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+            raise UsageError(f"{file}: not a file, though it has an image's name; remove it")
+    stats = [(name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in found]
     key = hashlib.sha256(repr((size, stats)).encode()).hexdigest()
-    try:
-        stored = torch.load(cache, weights_only=True)
-        if stored["key"] == key and stored["images"].shape == (len(files), 3, size, size):
-            return stored["images"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError):
-        pass  # no cache yet, or one that was cut off: decode anew
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda f: _decode(f, size), files)
-        for i, image in enumerate(tqdm(decoded, "decoding", len(files), unit="img", disable=None)):
-            images[i] = image
-    try:
-        write_atomically(cache, lambda f: torch.save({"key": key, "images": images}, f))
-    except OSError as error:
-        print(f"images are decoded anew next time: {cache} cannot be written ({error.strerror})")
+    shape = (len(files), 3, size, size)
+    images = _cached(cache, key, shape)
+    with ExitStack() as held:
+        if images is None:
+            with suppress(OSError):  # where the folder cannot be written there is nothing to wait for either
+                held.enter_context(locked(cache.with_name(f".{cache.name}.lock"), wait=True))
+                images = _cached(cache, key, shape)  # another process may have been faster
+        if images is None:
+            images = torch.empty(shape, dtype=torch.uint8)
+            with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images that `_decode` refuses
+                decoded = pool.map(lambda f: _decode(f, size), files)
+                for i, image in enumerate(tqdm(decoded, "decoding", len(files), unit="img", disable=None)):
+                    images[i] = image
+            try:
+                for left in cache.parent.glob(f".{cache.name}.*.part"):  # of a killed process
+                    left.unlink()
+                save(cache, {"key": key, "images": images})
+            except OSError as error:
+                print(f"images are decoded anew next time: {cache} cannot be written ({error.strerror})")
     return images
 
 
-def _decode(file: Path, size: int) -> Tensor:
-    from PIL import Image
-
+def _cached(cache: Path, key: str, shape: tuple[int, ...]) -> Tensor | None:
+    """What an earlier run decoded; None where there is nothing, or nothing that can be relied on."""
     try:
-        with Image.open(file) as image:
+        stored = read(cache)
+    except UsageError:
+        return None
+    images = stored.get("images")
+    usable = stored.get("key") == key and ordinary(images) and images.dtype == torch.uint8 and images.shape == shape
+    return images if usable else None
+
+
+def _decode(file: Path, size: int) -> Tensor:
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than any photograph has")
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers")
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *DAMAGE) as error:
         raise UsageError(f"{file}: not a readable image ({_first_line(error)}); replace or remove it") from error
 
 

@@ -145,8 +145,11 @@ def open_log(file: Path) -> Callable[[str], None]:
 
     def log(line: str) -> None:
         tqdm.write(line)
-        with open(file, "a") as out:
-            out.write(line + "\n")
+        try:
+            with open(file, "a") as out:
+                out.write(line + "\n")
+        except OSError as error:  # a full disk, which Python reports without the file's name
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
     return log
 
@@ -196,7 +199,8 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
         )
     data_dir = options.data_dir
     if "data_dir" not in options.given and isinstance(info["recipe"], dict):
-        data_dir = info["recipe"].get("data_dir", data_dir)  # where the training found its data
+        own = info["recipe"].get("data_dir")  # where the training found its data, if that is a folder here too
+        data_dir = own if isinstance(own, str) and "\0" not in own and Path(own).is_dir() else data_dir
     with distributed.first_of_the_node_first():
         split = load_split(dataset, "test", data_dir, info["image_size"])
     if len(split.classes) != info["num_classes"]:

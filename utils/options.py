@@ -17,6 +17,7 @@ DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
 STRATEGIES = ("random", "soft", "hard", "easy")
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
 CHOICES_OF_NEGATIVES = [strategy + adversarial for strategy in STRATEGIES for adversarial in ("", "_adv")]
+LARGEST_SIDE = 1024
 AUGMENTATIONS = ("crop-flip", "crop", "none")
 FEATURES = ("weighted", "unweighted")
 GRACE = 5  # seconds that a rank waits for the launcher to end it after another rank has said why the job ends
@@ -166,6 +167,7 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
         )
         self.defaults = defaults
+        self.flags = {}  # setting -> what `add_argument` was told
 
     def flag(self, *names: str, help: str, **kwargs: object) -> None:
         """Add a flag given by its spellings with dashes, the first one naming the setting."""
@@ -173,7 +175,7 @@ class Parser(argparse.ArgumentParser):
         underscored = ["--" + n.removeprefix("--").replace("-", "_") for n in names if n.startswith("--")]
         dashed = [n.replace("_", "-") for n in underscored]
         spellings = dict.fromkeys([*names, *underscored, *dashed])
-        default = self.defaults[name]
+        default, self.flags[name] = self.defaults[name], kwargs
         if default is not None and kwargs.get("action") != "store_true":
             help += f" (default: {_shown(default)}{self._by_dataset(name)})"
         self.add_argument(*spellings, dest=name, help=help.replace("%", "%%"), **kwargs)
@@ -181,6 +183,13 @@ class Parser(argparse.ArgumentParser):
     def _by_dataset(self, name: str) -> str:
         others = {d: v[name] for d, v in BY_DATASET.items() if name in v and v[name] != self.defaults[name]}
         return "".join(f"; {d}: {_shown(value)}" for d, value in others.items())
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        for arg in args or ():
+            flag, _, value = arg.partition("=")
+            if value == "--" and flag.startswith("-"):  # argparse takes it for no value at all and says nothing
+                self.error(f"argument {flag}: expected a value, not '--'")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         if not first_process():
@@ -261,7 +270,7 @@ def attacks(text: str) -> list[str]:
 
 def image_size(text: str) -> int:
     """Side of an image: a multiple of 8 from 16 on, so that every stage's map has at least 2x2 cells."""
-    value = whole(16, 1024)(text)
+    value = whole(16, LARGEST_SIDE)(text)
     if value % 8:
         raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8")
     return value
@@ -317,12 +326,8 @@ def _device_flags(parser: Parser) -> None:
     parser.flag("--no-cuda", action="store_true", help="use the CPU")
 
 
-def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespace:
-    """Parse a training script's command line. recipe: the script's own defaults.
-
-    Returns every setting of `TRAINING`, and `given`: the names of those that the command gave; `defaults`: the script's
-    defaults for the data set, from which the run's folder tells what is special.
-    """
+def _training_parser(doc: str, recipe: dict) -> Parser:
+    """Every flag of a training script. recipe: the script's own defaults."""
     parser = Parser(doc, TRAINING | recipe)
     flag = parser.flag
     flag("--method", choices=("pgd", "trades", "mart"), help="objective")
@@ -378,7 +383,38 @@ def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespac
     flag("--compile", action=argparse.BooleanOptionalAction, help="train through torch.compile; needs a C++ compiler")
     _device_flags(parser)
     flag("--sync-bn", action="store_true", help="under torchrun: BatchNorm over the batches of all ranks; CUDA only")
+    return parser
 
+
+def impossible_setting(settings: dict) -> str | None:
+    """The name of the first of a run's stored settings that no command line can have given; None where all could."""
+    flags = _training_parser("", {}).flags
+    for name, value in settings.items():
+        kind, kwargs = type(value), flags[name]
+        if value is None and TRAINING[name] is None:
+            continue
+        try:
+            if kwargs.get("action") == "store_true":
+                fits = kind is bool
+            elif "choices" in kwargs:
+                fits = kind is str and value in kwargs["choices"]
+            else:
+                text = ",".join(map(str, value)) or "none" if kind is list else str(value)
+                fits = kwargs["type"](text) == value
+        except (argparse.ArgumentTypeError, ValueError):
+            fits = False
+        if not fits:
+            return name
+    return None
+
+
+def parse_training(doc: str, recipe: dict, argv: list[str]) -> argparse.Namespace:
+    """Parse a training script's command line. recipe: the script's own defaults.
+
+    Returns every setting of `TRAINING`, and `given`: the names of those that the command gave; `defaults`: the script's
+    defaults for the data set, from which the run's folder tells what is special.
+    """
+    parser = _training_parser(doc, recipe)
     given = vars(parser.parse_args(argv))
     options = _merge(TRAINING | recipe, given)
     if options.restart_epoch and not options.ckpt_url:
@@ -552,7 +588,8 @@ def guarded(job: Callable[[], None]) -> NoReturn:
         print(f"{prog}: failed: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that vanished
-        print(f"{prog}: failed: {error}; what was saved before is intact", file=sys.stderr)
+        cause = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"{prog}: failed: {cause}; what was saved before is intact", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

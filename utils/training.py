@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,13 +19,29 @@ from tqdm import tqdm
 from models import Heads, build_model
 from utils import distributed
 from utils.attacks import Bfloat16, cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
-from utils.checkpoints import BEST, LAST, STATE, load_model, load_state, read, save, write_atomically
+from utils.checkpoints import (
+    BEST,
+    LAST,
+    STATE,
+    check_state,
+    described,
+    flaw,
+    load_model,
+    load_state,
+    locked,
+    ordinary,
+    outline,
+    read,
+    remove_leftovers,
+    save,
+    write_atomically,
+)
 from utils.data import Split, as_input, augment, batches, load_split, shuffled
 from utils.evaluation import open_log, percent, pgd40_heads, pick_device, subset, verdicts
 from utils.figures import draw_curves
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
-from utils.options import FREE_ON_RESUME, TRAINING, RunError, Stopped, UsageError
+from utils.options import FREE_ON_RESUME, TRAINING, RunError, Stopped, UsageError, impossible_setting
 from utils.provenance import in_one_line, provenance
 
 COLUMNS = (
@@ -40,6 +56,7 @@ COLUMNS = (
     "train_images_per_second",
     "seconds",
 )
+SUMS = ("loss", "contrast", "natural", "natural_images", "robust", "seconds")
 
 
 def attack_batch(
@@ -215,11 +232,12 @@ class Run:
         self.progress = {"epoch": options.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
 
     def checkpoint(self) -> dict:
-        """The network and what it is, as `load_model` reads it; RunError where its weights are not finite."""
+        """The network and what it is, as `load_model` reads it; RunError where its weights are absurd."""
         options = self.options
         for key, value in self.model.state_dict().items():
-            if not value.isfinite().all():
-                raise RunError(f"{key} is not finite in epoch {self.progress['epoch']}; {last_good(self)}; lower --lr")
+            wrong = flaw(key, value)
+            if wrong:
+                raise RunError(f"{key} {wrong} in epoch {self.progress['epoch']}; {last_good(self)}; lower --lr")
         return {
             "model": self.model.state_dict(),
             "arch": options.arch,
@@ -234,10 +252,11 @@ class Run:
             "provenance": self.provenance,
         }
 
-    def begin(self) -> None:
-        """Make the folder and save the state that a run starts with."""
+    def begin(self, held: ExitStack) -> None:
+        """Hold the folder and save the state that a run starts with."""
+        hold(self.folder, held)
+        refuse_existing(self.folder)  # another process may have been faster
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.save_state()
         except OSError as error:
             raise UsageError(f"{self.folder} cannot be written ({error.strerror}); name another --model-dir") from error
@@ -259,10 +278,12 @@ class Run:
     def restore(self, state: dict, path: Path) -> None:
         """Continue from what `save_state` wrote; generator states carry over on the same kind of device only."""
         load_state(self.model, state["model"], path)
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} cannot be resumed, it has no usable optimizer; name a run's {STATE}") from error
+        parameters, memory = list(self.model.parameters()), state["optimizer"].get("state")
+        wrong = [] if usable_memory(memory, parameters) else ["optimizer"]
+        wrong += [] if usable_progress(state["progress"], self.training_images) else ["progress"]
+        if wrong:
+            raise UsageError(f"{path} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
+        self.optimizer.load_state_dict({"state": memory, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.progress = state["progress"]
         try:
             self.generator.set_state(state["generator"])
@@ -325,6 +346,58 @@ def peak_memory(device: torch.device) -> str:
     return f"{getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.2f} GB"
 
 
+def usable_memory(memory: object, parameters: list[Tensor]) -> bool:
+    """Whether this is what SGD remembers of these parameters."""
+    if not isinstance(memory, dict):
+        return False
+    for index, entry in memory.items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
+            return False
+        if entry.keys() != {"momentum_buffer"}:
+            return False
+        value = entry["momentum_buffer"]
+        if value is None:
+            continue
+        if not ordinary(value) or value.shape != parameters[index].shape or value.dtype != parameters[index].dtype:
+            return False
+        if not value.isfinite().all():
+            return False
+    return True
+
+
+def usable_progress(progress: dict, images: int) -> bool:
+    """Whether this is how far a run over so many training images can be."""
+    order, done, sums, rows = (progress[key] for key in ("order", "done", "sums", "rows"))
+
+    def numbers(record: object, keys: tuple[str, ...]) -> bool:
+        if not isinstance(record, dict) or record.keys() != set(keys):
+            return False
+        return all(v is None or (type(v) in (int, float) and math.isfinite(v)) for v in record.values())
+
+    if type(progress["epoch"]) is not int or type(done) is not int or not isinstance(rows, list):
+        return False
+    if not all(numbers(row, COLUMNS) and type(row["epoch"]) is int for row in rows):
+        return False
+    epochs = [row["epoch"] for row in rows]
+    if (
+        epochs != sorted(set(epochs))
+        or not 1 <= progress["epoch"] < 2**31
+        or (epochs and epochs[-1] != progress["epoch"] - 1)
+    ):
+        return False
+    if order is None:
+        return done == 0 and sums == {}
+    if (
+        not ordinary(order)
+        or order.dtype is not torch.int64
+        or not torch.equal(order.sort().values, torch.arange(images))
+    ):
+        return False
+    return (
+        0 <= done <= images and numbers(sums, SUMS) and None not in sums.values() and (not done or sums["seconds"] > 0)
+    )
+
+
 def settings(options: argparse.Namespace) -> dict:
     """The settings that define a run, as plain values."""
     return {key: getattr(options, key) for key in TRAINING if key != "resume"}
@@ -350,6 +423,7 @@ def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
     if not path.is_file():
         raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
     state = read(path)
+    described(state, path)
     needed = {
         "model": dict,
         "recipe": dict,
@@ -367,6 +441,9 @@ def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
     own = set(settings(options))
     if state["recipe"].keys() != own:
         raise UsageError(f"{path} was written by another version of this code; its settings do not match")
+    odd = impossible_setting(state["recipe"])
+    if odd:
+        raise UsageError(f"{path} cannot be resumed, no command can have given its {odd}; name a run's {STATE}")
     devices = {"device", "no_cuda"}
     given = {*options.given, *(devices if devices & set(options.given) else ())}  # a device is said by both together
     for key, value in state["recipe"].items():
@@ -377,6 +454,9 @@ def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
             wins = "the command's wins" if key in FREE_ON_RESUME else "the run's wins"
             print(f"--{key.replace('_', '-')}: the run has {value}, the command {asked}; {wins}")
     options.folder = str(path.parent)
+    recipe = {key: getattr(options, key) for key in ("arch", "width", "image_size")}
+    network = recipe | {"num_classes": len(state["classes"]), "reverse_attention": not options.no_ra}
+    check_state(outline(network, path), state["model"], path)
     return state, path
 
 
@@ -444,7 +524,7 @@ def write_run_json(run: Run, train: Split, selection: Split, resumed: bool) -> N
         try:
             before = json.loads((run.folder / "run.json").read_text())
             record["earlier"] = [*before.pop("earlier", []), before]
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             record["earlier"] = []  # lost; the run itself is in last_state.pt
     write_atomically(run.folder / "run.json", lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
 
@@ -471,7 +551,7 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
     options, progress = run.options, run.progress
     if progress["order"] is None:
         order = torch.randperm(len(train.labels), generator=run.generator, device=run.device)
-        sums = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)
+        sums = dict.fromkeys(SUMS, 0.0)
         progress.update(order=order.cpu(), done=0, sums=sums)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(options, progress["epoch"])
@@ -618,8 +698,29 @@ def prepare(options: argparse.Namespace) -> tuple[dict | None, Path | None, dict
     return None, None, vars(options)
 
 
+def hold(folder: Path, held: ExitStack) -> None:
+    """Keep every other process out of a run folder until `held` closes; clear what a killed one left half-written.
+
+    Of a distributed run the first process alone writes, so it alone holds the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(folder / ".lock", wait=False))
+        remove_leftovers(folder)
+    except TimeoutError:
+        raise UsageError(f"another process writes to {folder}; wait for it, or name another --model-dir") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}); name another --model-dir") from error
+
+
 def run(options: argparse.Namespace) -> None:
     """Train as the options say. Errors: UsageError, RunError, Stopped; whatever was saved stays loadable."""
+    with ExitStack() as held:
+        train_in_folder(options, held)
+
+
+def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
+    """What `run` does. held: gets the run folder's lock."""
     state, path, decided = distributed.from_first(lambda: prepare(options))
     vars(options).update(decided)
     device = pick_device(options.device, options.no_cuda)
@@ -638,11 +739,12 @@ def run(options: argparse.Namespace) -> None:
                 f"{path} was trained on {state['training_images']} images of {len(state['classes'])} classes, and "
                 f"{options.dataset} in {options.data_dir} differs; name the run's own --data-dir"
             )
+        distributed.from_first(lambda: hold(job.folder, held))
         job.restore(state, path)
     else:
         if weights is not None:
             load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
-        distributed.from_first(job.begin)
+        distributed.from_first(lambda: job.begin(held))
     if options.tf32 and device.type != "cuda" and distributed.first():
         print(f"{Path(sys.argv[0]).name}: --tf32 accepted, no effect here", file=sys.stderr)
     if options.amp == "bf16" and lacks_bfloat16(device) and distributed.first():

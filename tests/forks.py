@@ -1,0 +1,240 @@
+"""A process that imports torch once and then runs training commands in forked children, each with faults to come.
+
+Started by `Nursery`; by hand: one job, a line of JSON, on standard input, one answer on standard output.
+Forking saves the seconds that importing torch takes. It is done from here, where nothing has computed yet, and not from
+the tests' own process, whose threads a fork would not carry over.
+"""
+
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RECIPE = {"arch": "ResNet18", "dataset": "cifar10", "model_dir": "./model/ANCRA"}
+
+
+class Nursery:
+    """Runs jobs in children of one process. A context; `run` answers when the child has ended."""
+
+    def __enter__(self):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("RANK", None)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *error):
+        self.process.stdin.close()
+        self.process.wait(20)
+
+    def run(self, argv, faults=(), out=None, kill=None, limits=(), user=None):
+        """-> (exit status, minus the signal that ended it; standard error's lines; calls by point).
+
+        faults: dictionaries, each waiting for those before it. {"at": a key of `points`, "call": n} says where, counted
+        from 1 on and for a later one from the fault before; "when": before or after that call; and one of: "signal" its
+        number, "errno" what to raise, "remove" or "lock" (against writing) a folder, "largest" size of a file.
+        kill: (signal, seconds), sent from outside. limits: (name, value) of `resource`. user: id to become.
+        """
+        job = {
+            "argv": list(map(str, argv)), "faults": list(faults), "out": str(out), "kill": kill, "limits": list(limits),
+            "user": user,
+        }  # fmt: skip
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        errors = Path(f"{out}.err").read_text().splitlines()
+        return answer["status"], errors, answer["calls"]
+
+
+def points():
+    """Where faults can strike: name -> (object, attribute)."""
+    import csv
+
+    import torch
+
+    from utils import evaluation, training
+
+    return {
+        "attack": (training, "attack_batch"),
+        "loss": (training, "training_loss"),
+        "update": (torch.optim.SGD, "step"),
+        "evaluation": (training, "verdicts"),
+        "evaluation attack": (evaluation, "linf_pgd"),
+        "table": (csv.DictWriter, "writerows"),
+        "curves": (training, "draw_curves"),
+        "save": (torch, "save"),
+        "flush": (os, "fsync"),
+        "rename": (os, "replace"),
+    }
+
+
+class Faults:
+    """Counts the calls of every point and strikes at the one that comes next."""
+
+    def __init__(self, faults):
+        self.pending, self.calls, self.since = list(faults), {}, {}
+
+    def passing(self, name, when):
+        if when == "before":
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.since[name] = self.since.get(name, 0) + 1
+        if not self.pending:
+            return
+        fault = self.pending[0]
+        if (fault["at"], fault["call"], fault.get("when", "before")) == (name, self.since.get(name), when):
+            self.pending.pop(0)
+            self.since = {}
+            self.strike(fault)
+
+    def strike(self, fault):
+        if "signal" in fault:
+            os.kill(os.getpid(), fault["signal"])
+        elif "errno" in fault:
+            raise OSError(fault["errno"], os.strerror(fault["errno"]))
+        elif "remove" in fault:
+            shutil.rmtree(fault["remove"])
+        elif "lock" in fault:
+            os.chmod(fault["lock"], 0o555)
+        elif "largest" in fault:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest"], resource.RLIM_INFINITY))
+
+    def patch(self, holder, attribute, name):
+        real = getattr(holder, attribute)
+
+        def patched(*args, **kwargs):
+            self.passing(name, "before")
+            result = real(*args, **kwargs)
+            self.passing(name, "after")
+            return result
+
+        setattr(holder, attribute, patched)
+
+    def open(self, path, mode="r", **kwargs):
+        """`open` for `utils.checkpoints`: a fault at a "write" finds half of its bytes on the disk."""
+        file = open(path, mode, **kwargs)  # noqa: SIM115
+        if "w" not in mode:
+            return file
+        real = file.write
+
+        def write(content):
+            half = len(content) // 2
+            real(memoryview(content)[:half])
+            file.flush()
+            self.passing("write", "before")
+            return half + real(memoryview(content)[half:])
+
+        return Writer(file, write)
+
+
+class Writer:
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def child(job):
+    """Run the job's command; never returns."""
+    status = 70
+    try:
+        for stream, name in ((1, os.devnull), (2, f"{job['out']}.err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+        sys.stdin.close()
+        from utils import checkpoints, training
+        from utils.options import guarded, parse_training
+
+        quick = training.pgd40_heads
+        training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
+        training.draw_curves = lambda rows, file: file.write_bytes(b"\x89PNG" + bytes(2000))
+        faults = Faults(job["faults"])
+        for name, (holder, attribute) in points().items():
+            faults.patch(holder, attribute, name)
+        checkpoints.open = faults.open
+        for name, value in job["limits"]:
+            resource.setrlimit(getattr(resource, name), (value, value))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if job["user"] is not None:
+            os.setuid(job["user"])
+        sys.argv = ["train_CIFAR10_ResNet.py", *job["argv"]]
+        try:
+            guarded(lambda: training.run(parse_training("", RECIPE, job["argv"])))
+        finally:
+            if job["user"] is None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            Path(f"{job['out']}.calls").write_text(json.dumps(faults.calls))
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    import sklearn.datasets
+    import torch
+
+    from utils import data, training  # noqa: F401
+
+    digits = sklearn.datasets.load_digits()
+    sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user
+    data.load_split("digits", "train", "", 16)  # what is imported only now is imported once, here
+    saved = io.BytesIO()
+    torch.save({}, saved)
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1).zero_grad()
+    for line in sys.stdin:
+        job = json.loads(line)
+        calls = Path(f"{job['out']}.calls")
+        calls.unlink(missing_ok=True)
+        pid = os.fork()
+        if pid == 0:
+            child(job)
+        if job["kill"]:
+            signum, seconds = job["kill"]
+            time.sleep(seconds)
+            os.kill(pid, signum)  # a child that has ended is a zombie still, so that this strikes nobody else
+        _, status = os.waitpid(pid, 0)
+        answer = {
+            "status": os.waitstatus_to_exitcode(status),
+            "calls": json.loads(calls.read_text()) if calls.exists() else {},
+        }
+        print(json.dumps(answer), flush=True)
+
+
+def draw_moments(calls, count, seed):
+    """`count` moments, (point, call, when), drawn evenly over the points, from the calls of an undisturbed run."""
+    rng = random.Random(seed)
+    names = sorted(calls)
+    drawn = []
+    for i in range(count):
+        name = names[i % len(names)]
+        drawn.append(
+            (name, rng.randint(1, calls[name]), rng.choice(("before", "after")) if name != "write" else "before")
+        )
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
