@@ -12,7 +12,7 @@ from utils.options import parse_training
 
 FLAGS = (
     "--dataset=digits", "--width=1", "--limit-train=500", "--limit-test=20", "--batch-size=2", "--num-steps=1",
-    "--epochs=8", "--warmup-epochs=0", "--strategy=soft_adv", "--augmentation=crop", "--device=cpu",
+    "--epochs=8", "--lr=0.001", "--warmup-epochs=0", "--strategy=soft_adv", "--augmentation=crop", "--device=cpu",
 )  # fmt: skip
 
 
