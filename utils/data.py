@@ -86,7 +86,7 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split
 
 def flaw(split: Split) -> str | None:
     """What in a split is not as `Split` says, None where all is. Checked once here, so that no step needs to."""
-    images, labels, classes = split
+    images, labels, classes, _ = split
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         return f"images are {images.dtype} of shape {tuple(images.shape)}, not uint8 of (N, 3, S, S)"
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
