@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from models import ARCHS, build_model
-from tests.test_bad_input import checkpoint, execute, image_folder, refused  # noqa: F401
+from tests.helpers import checkpoint, execute, image_folder
 from tests.test_data import write_tiny_imagenet
-from tests.test_evaluation import trained  # noqa: F401
 from utils.attacks import frozen, image_noise
 from utils.data import Split, as_input, load_split
 from utils.evaluation import Subject
@@ -78,7 +77,7 @@ def test_a_plain_network_has_one_kind_of_features(arch):
     assert torch.equal(heads.features, heads.unweighted)
 
 
-def test_features_do_not_depend_on_the_batch_size_and_must_be_finite(trained):  # noqa: F811
+def test_features_do_not_depend_on_the_batch_size_and_must_be_finite(trained):
     model, split, _ = trained
     with frozen(model) as net:
         one, other = (extract(net, split, torch.arange(360), size) for size in (360, 7))
@@ -129,7 +128,7 @@ def test_distances_against_numpy():
     assert summary(np.array([1.0, 2, 6])) == {"max": 6, "min": 1, "mean": 3, "variance": 7}
 
 
-def test_an_untouched_image_is_at_distance_0(trained, here):  # noqa: F811
+def test_an_untouched_image_is_at_distance_0(trained, here):
     run = here / "run.pt"
     run.write_bytes(trained[2].read_bytes())
     settings, values = measured(run, 4, "--epsilon", "0", "--test-batch-size", "11")
@@ -141,7 +140,7 @@ def test_an_untouched_image_is_at_distance_0(trained, here):  # noqa: F811
 
 
 @pytest.mark.parametrize("target", [0, 7])
-def test_distances_of_a_class_are_those_of_its_images(trained, here, target):  # noqa: F811
+def test_distances_of_a_class_are_those_of_its_images(trained, here, target):
     """Recomputed by the unfolded network and a loop of its own, whatever the class."""
     model, split, file = trained
     run = here / "run.pt"
@@ -169,7 +168,7 @@ def test_distances_of_a_class_are_those_of_its_images(trained, here, target):  #
                     assert close.all()
 
 
-def test_one_class_or_all_at_any_batch_size_is_the_same(trained, here, capsys):  # noqa: F811
+def test_one_class_or_all_at_any_batch_size_is_the_same(trained, here, capsys):
     _, _, file = trained
     run = here / "run.pt"
     run.write_bytes(file.read_bytes())
@@ -191,7 +190,7 @@ def test_one_class_or_all_at_any_batch_size_is_the_same(trained, here, capsys): 
     assert together["indices"].tolist() == expected  # numbers in the whole test set, not among the 120
 
 
-def test_adversarial_negatives_look_more_like_the_class(trained, here):  # noqa: F811
+def test_adversarial_negatives_look_more_like_the_class(trained, here):
     run = here / "run.pt"
     run.write_bytes(trained[2].read_bytes())
     natural, pushed = (measured(run, 5, "--strategy", s)[1] for s in ("random", "random_adv"))
@@ -320,13 +319,13 @@ def test_names_of_cifar_are_torchvision_s(monkeypatch):
         (("--model_dir", "run.pt", "--target_label", "3", "--out", "run.pt"), "run.pt cannot be written"),
     ],
 )
-def test_bad_input_of_feature_distance(here, refused, flags, said):  # noqa: F811
+def test_bad_input_of_feature_distance(here, refused, flags, said):
     checkpoint(here / "run.pt")
     checkpoint(here / "five.pt", num_classes=5)
     refused(SCRIPT, *flags, mentions=[said])
 
 
-def test_another_run_s_distances_are_not_overwritten(here, refused):  # noqa: F811
+def test_another_run_s_distances_are_not_overwritten(here, refused):
     quick = ("--target_label", "3", "--num-steps", "1", "--name", "same")
     for name in ("a.pt", "b.pt"):
         checkpoint(here / name)

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from models import build_model
-from tests.test_bad_input import ROOT, RunsCode, checkpoint, execute, refused  # noqa: F401
-from tests.test_evaluation import trained  # noqa: F401
+from tests.helpers import ROOT, RunsCode, checkpoint, execute
 from utils.features import FEATURES, METRICS, PAIRS, read_arrays, write_arrays
 from utils.figures import BINS, COLUMN, draw_embedding, draw_histogram, save_figure
 
@@ -123,7 +122,7 @@ def test_nothing_opens_a_window_or_imports_what_could(here):
 
 
 @pytest.mark.parametrize("script", [HIST, UMAP])
-def test_show_without_a_display_is_refused(here, refused, monkeypatch, script):  # noqa: F811
+def test_show_without_a_display_is_refused(here, refused, monkeypatch, script):
     import matplotlib.pyplot as plt
 
     monkeypatch.setattr(plt, "get_backend", lambda: "agg")
@@ -174,13 +173,13 @@ def broken(here):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_file_that_holds_no_distances_is_named(here, refused, name):  # noqa: F811
+def test_a_file_that_holds_no_distances_is_named(here, refused, name):
     broken(here)
     refused(HIST, "--distances", here / "whole.npz", here / f"{name}.npz", mentions=[f"{name}.npz"])
     assert not (here / "ran").exists() and not (here / "figure").exists()
 
 
-def test_distances_that_do_not_belong_together_are_refused(here, refused):  # noqa: F811
+def test_distances_that_do_not_belong_together_are_refused(here, refused):
     a = distances(here / "distances" / "a-3.npz")
     for name, changes, said in (
         ("b-3", {"dataset": "cifar10"}, "--dataset"),
@@ -209,7 +208,7 @@ def test_distances_that_do_not_belong_together_are_refused(here, refused):  # no
         (("--distances", "a.npz", "--labels", r"$\nothing$"), "formula"),
     ],
 )
-def test_bad_input_of_draw_hist(here, refused, flags, said):  # noqa: F811
+def test_bad_input_of_draw_hist(here, refused, flags, said):
     distances(here / "a.npz")
     if "formula" in said:
         (here / "figure").mkdir()
@@ -257,7 +256,7 @@ def test_natural_and_adversarial_points_have_their_own_marks():
     assert counts == [10, 10, 10, 10]
 
 
-def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(trained, here, capsys):  # noqa: F811
+def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(trained, here, capsys):
     run = here / "a.pt"
     run.write_bytes(trained[2].read_bytes())
     torch.manual_seed(1)
@@ -302,14 +301,14 @@ def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(trained
         (("--model_dir", "a.pt", "--n-examples", "20", "--out", "a.pt"), "--out"),
     ],
 )
-def test_bad_input_of_draw_umap(here, refused, flags, said):  # noqa: F811
+def test_bad_input_of_draw_umap(here, refused, flags, said):
     checkpoint(here / "a.pt")
     checkpoint(here / "five.pt", num_classes=5)
     refused(UMAP, *flags, mentions=[said])
 
 
-def test_panels_of_other_data_and_other_runs_figures_are_refused(here, refused, monkeypatch):  # noqa: F811
-    from tests.test_bad_input import image_folder
+def test_panels_of_other_data_and_other_runs_figures_are_refused(here, refused, monkeypatch):
+    from tests.helpers import image_folder
 
     for name in ("a.pt", "b.pt"):
         checkpoint(here / name)

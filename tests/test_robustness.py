@@ -25,7 +25,7 @@ import utils.autoattack
 import utils.diagnostics
 import utils.robustness
 from models import Heads, ReverseAttentionNetwork, build_model
-from tests.test_bad_input import ATTACK, ROOT, execute
+from tests.helpers import ATTACK, ROOT, execute
 from utils.adaptive import views
 from utils.attacks import cross_entropy, frozen, image_noise, linf_pgd
 from utils.checkpoints import load_model

@@ -3,6 +3,17 @@
 The final logits of a network with reverse attention repeat the auxiliary prediction with an inflated margin, and their
 gradient at a fixed gate is not the gradient of the decision. So the attacks here ascend a *view* of the network, a
 function of its heads, while every candidate image is judged by the network's real prediction.
+
+Tried on digits (ANCRA-TRADES of the README's first command, 360 images, 350 right without an attack), and found:
+* PGD-40 leaves 319 on the final logits, 285 on auxiliary 1, 287 over heads, 309 on the mean, 324 on auxiliary 2. The
+  decision falls in the first gate; attacks on the second head stop at the gate before it.
+* Targeted APGD on auxiliary 1 is the strongest single attack (277); with 3 targets in the order of the final logits,
+  which are inflated and rank badly, it left 300: targets come in the order of the view.
+* Smooth gates, softmax of the auxiliary logits over a temperature, fool images that all of these but the targeted one
+  leave: 5 of 282 at 0.3, 1 at 1 and 1 at 3, so 0.3 is kept. Smoothing the first gate alone found 1 and the second
+  alone none (at 1); auxiliary 2 under a smooth first gate found 4. These were dropped.
+* The margin over heads is weak (301): the inflated final logits outweigh the others; cross-entropy (284) is not.
+* Restarts found 1 to 7 more images a view. A surrogate (TRADES) is for whoever has one; it is not part of the default.
 """
 
 import logging

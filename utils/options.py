@@ -394,7 +394,7 @@ def impossible_setting(settings: dict) -> str | None:
         if value is None and TRAINING[name] is None:
             continue
         try:
-            if kwargs.get("action") == "store_true":
+            if "action" in kwargs:
                 fits = kind is bool
             elif "choices" in kwargs:
                 fits = kind is str and value in kwargs["choices"]
@@ -481,6 +481,11 @@ def parse_evaluation(doc: str, argv: list[str]) -> argparse.Namespace:
         parser.error("one of --ckpt_url PATH, a checkpoint file or a run folder, and --model M:F is required")
     options = argparse.Namespace(**EVALUATION | given)
     options.given = sorted(given)
+    idle = ("restarts", "surrogate") if "adaptive" not in options.attacks else ()
+    idle = tuple(name for name in idle if not (name == "surrogate" and options.diagnostics))
+    named = ", ".join(f"--{name}" for name in idle if name in given)
+    if named and first_process():
+        print(f"{parser.prog}: {named} accepted, no effect without --attacks adaptive", file=sys.stderr)
     return options
 
 

@@ -332,7 +332,8 @@ def run_long(
 def white_attack(options: argparse.Namespace) -> None:
     """Evaluate a network under the attacks of --attacks: table, white_attack.json, test.log and a picture."""
     subject = foreign_subject(options) if options.model else load_subject(options, options.ckpt_url)
-    model, split = subject.model, subject.split
+    split = subject.split
+    surrogate = load_surrogate(options.surrogate, subject) if options.surrogate else None
     if options.save_adversarial and not Path(options.save_adversarial).resolve().parent.is_dir():
         raise UsageError(f"--save-adversarial {options.save_adversarial}: no such folder; make it first")
     if options.diagnostics and subject.eps == 0:
@@ -341,19 +342,13 @@ def white_attack(options: argparse.Namespace) -> None:
     log = Path(options.log_path) if options.log_path else folder / "test.log"
     distributed.from_first(lambda: refuse_unwritable(log))  # said before the attacks, not after
     say = open_log(log)
-    device = split.labels.device
-    record = {"provenance": provenance(device, options.seed, ["pyautoattack"]), "checkpoint": str(subject.file)}
+    origin = provenance(split.labels.device, options.seed, ["pyautoattack"])
     settings = {
         "eps": subject.eps,
         "step_size": subject.step_size,
-        "num_steps": options.num_steps,
-        "random": options.random,
-        "restarts": options.restarts,
-        "seed": options.seed,
-        "surrogate": options.surrogate,
-        "attacks": options.attacks,
+        **{key: getattr(options, key) for key in ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")},
     }
-    say(in_one_line(record["provenance"]))
+    say(in_one_line(origin))
     say(f"{subject.file}: {subject.described()}")
     say(
         f"eps {subject.eps:.5g}, step {subject.step_size:.5g}, {'random' if options.random else 'natural'} start, "
@@ -363,10 +358,8 @@ def white_attack(options: argparse.Namespace) -> None:
     again = f"what is finished is kept; continue by: {distributed.launcher()} {shlex.join(sys.argv)}"
     with ExitStack() as stack:
         stack.enter_context(stoppable(again))
-        net = stack.enter_context(frozen(model))
-        surrogate = None
-        if options.surrogate:
-            surrogate = stack.enter_context(frozen(load_surrogate(options.surrogate, subject)))
+        net = stack.enter_context(frozen(subject.model))
+        surrogate = None if surrogate is None else stack.enter_context(frozen(surrogate))
         rows: dict[str, Row] = {}
 
         def run_quick(name: str, attack: Attack | None, candidates: Tensor | None) -> Tensor:
@@ -381,10 +374,10 @@ def white_attack(options: argparse.Namespace) -> None:
         for flag, (name, attack) in quick_attacks(options, subject).items():
             if flag in options.attacks:
                 run_quick(name, attack, natural)
-        jobs = long_attacks(options, subject, surrogate)
+        blocks, jobs = None, long_attacks(options, subject, surrogate)
         if jobs:
             nets = [net] if surrogate is None else [net, surrogate]
-            blocks = Blocks(folder, fingerprint(nets, split, settings | record["provenance"]["versions"]))
+            blocks = Blocks(folder, fingerprint(nets, split, settings | origin["versions"]))
             minutes = expected_seconds(net, split, jobs, int(natural.sum())) / 60 / distributed.world()
             say(
                 f"{' and '.join(dict.fromkeys(name.split(':')[0] for name in jobs))}: up to {minutes:.0f} min here for "
@@ -398,7 +391,9 @@ def white_attack(options: argparse.Namespace) -> None:
         if not distributed.first():
             return
         add_worst_cases(rows)
-        write_json(folder / "white_attack.json", record | describe(subject, settings), rows, diagnosis)
+        how = {key: getattr(options, key) for key in ("test_batch_size", "n_examples", "diagnostics")}
+        record = {"provenance": origin, "checkpoint": str(subject.file), **describe(subject, settings | how)}
+        write_json(folder / "white_attack.json", record, rows, diagnosis)
         for line in table(rows, subject):
             say(line)
         if len(rows) > 1:
@@ -407,12 +402,9 @@ def white_attack(options: argparse.Namespace) -> None:
             write_atomically(picture, lambda file: draw_examples(*shown, subject.eps, split.classes, file))
             say(f"picture    {picture}")
         if options.save_adversarial:
-            say(
-                save_adversarial(
-                    Path(options.save_adversarial), net, split, worst, subject.eps, options.test_batch_size
-                )
-            )
-        if jobs:
+            right = rows["worst case" if "worst case" in rows else list(rows)[-1]].right
+            say(save_adversarial(Path(options.save_adversarial), net, split, worst, right, subject.eps))
+        if blocks is not None:
             blocks.clear()
 
 
@@ -523,10 +515,11 @@ def examples(net: nn.Module, split: Split, worst: Worst, natural: Tensor, count:
     return (*(x.cpu() for x in pair), *probabilities, batch.labels.cpu())
 
 
-def save_adversarial(file: Path, net: nn.Module, split: Split, worst: Worst, eps: float, batch_size: int) -> str:
+def save_adversarial(file: Path, net: nn.Module, split: Split, worst: Worst, right: Tensor, eps: float) -> str:
     """Write the worst image found for each one to an npz, after what is written was read and tried again.
 
-    images: (N, 3, S, S) float32 in [0, 1] and in the ball. labels: (N,). right: (N,) the verdicts on just these images.
+    images: (N, 3, S, S) float32 in [0, 1] and in the ball. labels: (N,). right: (N,) the verdicts on just these images,
+    those of the table's worst case but for an image on the edge of two classes, judged in another batch by rounding.
     """
     images, labels = worst.images, split.labels.cpu()
     off = (images - as_input(split.images.cpu())).abs().amax().item()
@@ -535,21 +528,25 @@ def save_adversarial(file: Path, net: nn.Module, split: Split, worst: Worst, eps
 
     def still_right(images: Tensor) -> Tensor:
         with torch.no_grad():
-            answers = [net(x.to(split.labels.device)).argmax(1).cpu() for x in images.split(batch_size)]
+            answers = [net(x.to(split.labels.device)).argmax(1).cpu() for x in images.split(BLOCK)]
         return torch.cat(answers) == labels
 
-    right = still_right(images)
+    found = still_right(images)
 
     def write(part: Path) -> None:
-        content = {"images": images.numpy(), "labels": labels.numpy(), "right": right.numpy(), "eps": np.float32(eps)}
+        content = {"images": images.numpy(), "labels": labels.numpy(), "right": found.numpy(), "eps": np.float32(eps)}
         with open(part, "wb") as out:
             np.savez_compressed(out, **content)
         with np.load(part) as stored:
-            if not torch.equal(still_right(torch.from_numpy(stored["images"])), right):
+            if not torch.equal(still_right(torch.from_numpy(stored["images"])), found):
                 raise RunError(f"{file}: the network answers otherwise to images read again; nothing is saved")
 
     write_atomically(file, write)
-    return f"saved      {file}: {len(labels)} images, {int((~right).sum())} of which the network gets wrong, read again"
+    differ = int((found != right).sum())
+    return (
+        f"saved      {file}: {len(labels)} images, {int((~found).sum())} of which the network gets wrong, read again"
+        + (f"; {differ} of them judged otherwise than in the table, by rounding" if differ else "")
+    )
 
 
 def run_diagnostics(
