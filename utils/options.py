@@ -290,6 +290,12 @@ def path(text: str) -> str:
     return text
 
 
+def word(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name")
+    return text
+
+
 def file_name(text: str) -> str:
     """The beginning of a file's name, without folders."""
     if not text.strip() or "/" in text or os.sep in text or text.startswith(".") or "\0" in text:
@@ -380,7 +386,14 @@ def _training_parser(doc: str, recipe: dict) -> Parser:
     flag("--ckpt_url", type=path, metavar="FILE", help="weights for --restart_epoch")
     flag("--amp", choices=("none", "bf16"), help="precision of training's attacks and forwards; evaluation is float32")
     flag("--tf32", action="store_true", help="train with TF32 on CUDA; evaluation is float32")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="train through torch.compile; needs a C++ compiler")
+    flag(
+        "--compile",
+        type=truth,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="train through torch.compile; needs a C++ compiler",
+    )
     _device_flags(parser)
     flag("--sync-bn", action="store_true", help="under torchrun: BatchNorm over the batches of all ranks; CUDA only")
     return parser
@@ -505,7 +518,7 @@ def parse_distance(doc: str, argv: list[str]) -> argparse.Namespace:
     parser = Parser(doc, DISTANCE)
     flag = parser.flag
     flag("--model_dir", "--ckpt_url", type=path, metavar="PATH", help="run folder or checkpoint file; required")
-    flag("--target_label", metavar="K", help="a class by name or number, or `all`; required")
+    flag("--target_label", type=word, metavar="K", help="a class by name or number, or `all`; required")
     _feature_flags(parser)
     flag("--strategy", choices=CHOICES_OF_NEGATIVES, help="choice of negatives; _adv pushes them to look like class K")
     flag("--name", type=file_name, help="first part of the files' names (default: method, network, data set)")
@@ -518,7 +531,7 @@ def parse_histogram(doc: str, argv: list[str]) -> argparse.Namespace:
     parser = Parser(doc, HISTOGRAM)
     flag = parser.flag
     flag("--distances", type=path, nargs="+", metavar="FILE", help="files of feature_distance.py, or folders of them")
-    flag("--labels", nargs="+", metavar="NAME", help="legend, one for each FILE (default: method)")
+    flag("--labels", type=word, nargs="+", metavar="NAME", help="legend, one for each FILE (default: method)")
     flag("--dataset", choices=DATASETS, help="take the files of one data set only")
     flag("--features", choices=FEATURES, help="which of the two that each file holds (default: the files' own choice)")
     _figure_flags(parser)
@@ -530,7 +543,7 @@ def parse_umap(doc: str, argv: list[str]) -> argparse.Namespace:
     parser = Parser(doc, UMAP)
     flag = parser.flag
     flag("--model_dir", "--ckpt_url", type=path, nargs="+", metavar="PATH", help="runs, a panel for each; required")
-    flag("--labels", nargs="+", metavar="NAME", help="titles of the panels (default: method)")
+    flag("--labels", type=word, nargs="+", metavar="NAME", help="titles of the panels (default: method)")
     flag("--adversarial", action="store_true", help="embed the images' PGD examples together with them")
     _feature_flags(parser)
     flag("--name", type=file_name, help="first part of the files' names (default: what is drawn)")
@@ -599,7 +612,7 @@ def guarded(job: Callable[[], None]) -> NoReturn:
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             line = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"{prog}: failed: torch.compile: {line}; --resume --no-compile continues", file=sys.stderr)
+            print(f"{prog}: failed: torch.compile: {line}; --resume --compile False continues", file=sys.stderr)
             sys.exit(1)
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
