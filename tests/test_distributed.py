@@ -99,15 +99,15 @@ def judged():
     split = load_split("digits", "test", "", 16)
     split = split.take(torch.arange(33))
     model = build_model("ResNet18", 10, width=4, image_size=16).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    for _ in range(30):
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for _ in range(80):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(as_input(split.images)), split.labels).backward()
         optimizer.step()
     seen = []
     with frozen(model) as net:
         natural = verdicts(net, split, 5, progress=seen.append)
-        robust = verdicts(net, split, 5, pgd40_heads(0.05, 0.02, 2.0, 1, steps=4), natural)
+        robust = verdicts(net, split, 5, pgd40_heads(0.02, 0.01, 2.0, 1, steps=4), natural)
     return {"natural": natural, "robust": robust, "seen": sum(seen)}
 
 
