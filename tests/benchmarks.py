@@ -39,7 +39,8 @@ from utils.evaluation import pick_device
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
 from utils.options import TRAINING
-from utils.training import attack_batch, compile_for_training, lacks_bfloat16, training_loss
+from utils.precision import compile_for_training, lacks_bfloat16
+from utils.training import attack_batch, training_loss
 
 ROOT = Path(__file__).parent.parent
 BUDGET = 200  # seconds that a variant may take before it stops with 3 runs; half of it for bfloat16
@@ -294,7 +295,7 @@ def memory(device: torch.device, quick: bool) -> list[dict]:
     for arch, batch, size, classes in networks[:1] if quick else networks:
         batch, width = (4, 4) if quick else (batch, None)
         code = (
-            "import torch; from tests.benchmarks import Step; from utils.training import peak_memory\n"
+            "import torch; from tests.benchmarks import Step; from utils.precision import peak_memory\n"
             f"device = torch.device('{device}'); job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
             "for i in range(4): job.ours(num_steps=1); print(peak_memory(device))"
         )

@@ -503,7 +503,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(refused, tmp_path, whe
     (tmp_path / "run").write_text("a file")
     if where == "run":
         options = parse_training("", {"arch": "ResNet18"}, [*DIGITS, "--model-dir", str(tmp_path / "out")])
-        from utils.training import run_folder
+        from utils.runs import run_folder
 
         name = run_folder(options)
         name.write_text("a file")

@@ -34,7 +34,7 @@ from PIL import Image
 
 from models import build_model
 from tests.helpers import ANCRA, ATTACK, DIGITS, EVALUATE, RunsCode, checkpoint, execute, image_folder
-from utils import data, training
+from utils import data, runs, training
 from utils.checkpoints import load_model, locked, read
 from utils.data import load_split
 from utils.options import RunError, UsageError, parse_training
@@ -168,7 +168,7 @@ def test_mutated_checkpoints_load_or_are_refused(kinds, tmp_path, kind, inside):
     def use():
         if kind == "state":
             options = parse_training("", {"arch": "ResNet18"}, ["--resume", str(file)])
-            state, path = training.prepare_resume(options)
+            state, path = runs.prepare_resume(options)
             training.Run(options, torch.device("cpu"), split).restore(state, path)
         else:
             load_model(file)[0](torch.rand(1, 3, 16, 16))
@@ -323,7 +323,7 @@ def test_any_value_in_a_state_is_taken_or_refused(kinds, tmp_path_factory, where
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             options = parse_training("", {"arch": "ResNet18"}, ["--resume", str(file)])
-            state, path = training.prepare_resume(options)
+            state, path = runs.prepare_resume(options)
             training.Run(options, torch.device("cpu"), split).restore(state, path)
         except UsageError as error:
             assert str(error).isprintable() and len(str(error)) < 1000

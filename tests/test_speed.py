@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import utils.training as training
 from models import ARCHS, build_model
 from tests.golden_numbers import assert_near
+from utils import precision
 from utils.attacks import Bfloat16, cross_entropy, frozen
 from utils.data import as_input, load_split
 from utils.evaluation import pgd40_heads, verdicts, white_box
@@ -332,7 +333,7 @@ def test_compilation_leaves_keys_and_copies_alone(monkeypatch):
     model = build_model("ResNet18", 4, width=4, image_size=16)
     keys = list(model.state_dict())
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
-    training.compile_for_training(model, torch.device("cpu"))
+    precision.compile_for_training(model, torch.device("cpu"))
     assert model._compiled_call_impl is not None
     assert list(model.state_dict()) == keys
     with frozen(model) as net:  # that of the evaluation, not compiled

@@ -13,6 +13,7 @@ import torch
 
 import utils.training as training
 from models import build_model
+from utils import runs
 from utils.checkpoints import load_model
 from utils.options import RunError, Stopped, UsageError, parse_evaluation, parse_training
 
@@ -200,11 +201,11 @@ def test_weights_ruined_by_the_last_step_of_an_epoch_do_not_replace_the_last_goo
 
 def test_settings_that_change_the_result_have_folders_of_their_own():
     flags = [[], *(f.split() for f in ("--batch-size 64", "--milestones 5,6", "--wd 0.1", "--val-size 9", "--no-ra"))]
-    names = {training.run_folder(parse_training("", RA, flag)) for flag in flags}
+    names = {runs.run_folder(parse_training("", RA, flag)) for flag in flags}
     assert len(names) == len(flags)
     assert Path("model/ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1") in names
     same = [["--model-dir", "./model/ANCRA/"], ["--epochs", "5"], ["--no-cuda"]]
-    assert {training.run_folder(parse_training("", RA, flag)) for flag in same} <= names
+    assert {runs.run_folder(parse_training("", RA, flag)) for flag in same} <= names
 
 
 def test_a_resume_with_other_data_is_refused_and_records_itself_otherwise(tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,16 +23,10 @@ from utils.checkpoints import (
     BEST,
     LAST,
     STATE,
-    check_state,
-    described,
     flaw,
     load_model,
     load_state,
-    locked,
-    ordinary,
-    outline,
     read,
-    remove_leftovers,
     save,
     write_atomically,
 )
@@ -41,22 +35,20 @@ from utils.evaluation import open_log, percent, pgd40_heads, pick_device, subset
 from utils.figures import draw_curves
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
-from utils.options import FREE_ON_RESUME, TRAINING, RunError, Stopped, UsageError, impossible_setting
+from utils.options import RunError, Stopped, UsageError
+from utils.precision import compile_for_training, lacks_bfloat16, peak_memory, precision, tf32
 from utils.provenance import in_one_line, provenance
-
-COLUMNS = (
-    "epoch",
-    "lr",
-    "loss",
-    "contrast",
-    "train_natural_accuracy_first_head",
-    "train_robust_accuracy_first_head",
-    "natural_accuracy",
-    "pgd40_heads_accuracy",
-    "train_images_per_second",
-    "seconds",
+from utils.runs import (
+    COLUMNS,
+    SUMS,
+    hold,
+    prepare,
+    refuse_existing,
+    resume_command,
+    settings,
+    usable_memory,
+    usable_progress,
 )
-SUMS = ("loss", "contrast", "natural", "natural_images", "robust", "seconds")
 
 
 def attack_batch(
@@ -292,182 +284,6 @@ class Run:
                 print("the run was saved on another kind of device: its random draws do not carry over")
 
 
-def compile_for_training(model: nn.Module, device: torch.device) -> None:
-    """Run a network's forwards through torch.compile, in place: state-dict keys stay. UsageError without a compiler.
-
-    Not in inductor's own choice of channels-last: PyTorch 2.14's weight gradient of a channels-last 1x1 convolution of
-    stride 2 with 8 to 12 channels and an odd batch writes outside its memory on a CPU.
-    """
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, or leave --compile out"
-        ) from error
-    model.compile(options={"layout_optimization": False})
-
-
-@contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    """TF32 in the matrix products and convolutions of a CUDA device, and float32 again afterwards."""
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    for switch in switches:
-        switch.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        for switch in switches:
-            switch.allow_tf32 = False
-
-
-def precision(run: Run) -> str:
-    """What training computes in; evaluation is float32 whatever it says."""
-    if run.options.amp == "bf16":
-        return "bfloat16 autocast over float32 weights"
-    return "TF32" if run.options.tf32 and run.device.type == "cuda" else "float32"
-
-
-def lacks_bfloat16(device: torch.device) -> bool:
-    """Whether this is an x86 CPU that is known to compute bfloat16 by way of float32."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    native = known.get("amx_bf16") or known.get("avx512_bf16")
-    return device.type == "cpu" and known.get("architecture") == "x86_64" and not native
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory so far: that of tensors on a CUDA device, or the process's resident one; `-` where unknown."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
-    try:
-        from resource import RUSAGE_SELF, getrusage
-    except ImportError:  # Windows
-        return "-"
-    return f"{getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.2f} GB"
-
-
-def usable_memory(memory: object, parameters: list[Tensor]) -> bool:
-    """Whether this is what SGD remembers of these parameters."""
-    if not isinstance(memory, dict):
-        return False
-    for index, entry in memory.items():
-        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
-            return False
-        if entry.keys() != {"momentum_buffer"}:
-            return False
-        value = entry["momentum_buffer"]
-        if value is None:
-            continue
-        if not ordinary(value) or value.shape != parameters[index].shape or value.dtype != parameters[index].dtype:
-            return False
-        if not value.isfinite().all():
-            return False
-    return True
-
-
-def usable_progress(progress: dict, images: int) -> bool:
-    """Whether this is how far a run over so many training images can be."""
-    order, done, sums, rows = (progress[key] for key in ("order", "done", "sums", "rows"))
-
-    def numbers(record: object, keys: tuple[str, ...]) -> bool:
-        if not isinstance(record, dict) or record.keys() != set(keys):
-            return False
-        return all(v is None or (type(v) in (int, float) and math.isfinite(v)) for v in record.values())
-
-    if type(progress["epoch"]) is not int or type(done) is not int or not isinstance(rows, list):
-        return False
-    if not all(numbers(row, COLUMNS) and type(row["epoch"]) is int for row in rows):
-        return False
-    epochs = [row["epoch"] for row in rows]
-    if (
-        epochs != sorted(set(epochs))
-        or not 1 <= progress["epoch"] < 2**31
-        or (epochs and epochs[-1] != progress["epoch"] - 1)
-    ):
-        return False
-    if order is None:
-        return done == 0 and sums == {}
-    if (
-        not ordinary(order)
-        or order.dtype is not torch.int64
-        or not torch.equal(order.sort().values, torch.arange(images))
-    ):
-        return False
-    return (
-        0 <= done <= images and numbers(sums, SUMS) and None not in sums.values() and (not done or sums["seconds"] > 0)
-    )
-
-
-def settings(options: argparse.Namespace) -> dict:
-    """The settings that define a run, as plain values."""
-    return {key: getattr(options, key) for key in TRAINING if key != "resume"}
-
-
-def run_folder(options: argparse.Namespace) -> Path:
-    """{model_dir}-strategy-..-seed-.., followed by whatever else differs from the script's own defaults."""
-    o = options
-    name = f"{o.model_dir.rstrip('/')}-strategy-{o.strategy}-alpha-{o.alpha}-beta-{o.beta}-zeta-{o.zeta}-seed-{o.seed}"
-    name += "".join(f"-{getattr(o, key)}" for key in ("method", "dataset", "arch") if getattr(o, key) != o.own[key])
-    name += "".join(f"-{key.replace('_', '-')}" for key in ("no_ra", "no_anc") if getattr(o, key) != o.own[key])
-    elsewhere = {"model_dir", "strategy", "alpha", "beta", "zeta", "seed", "ckpt_url", *o.own, *FREE_ON_RESUME}
-    for key, value in settings(o).items():
-        if key not in elsewhere and value != o.defaults[key]:
-            name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
-    return Path(name)
-
-
-def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
-    """Read the state to continue from and put the run's own settings into `options`; says which flags lose or win."""
-    path = run_folder(options) if options.resume is True else Path(options.resume)
-    path = path if path.is_file() else path / STATE
-    if not path.is_file():
-        raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
-    state = read(path)
-    described(state, path)
-    needed = {
-        "model": dict,
-        "recipe": dict,
-        "progress": dict,
-        "optimizer": dict,
-        "generator": Tensor,
-        "classes": list,
-        "training_images": int,
-    }
-    wrong = sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind))
-    if not wrong and not {"epoch", "order", "done", "sums", "rows"} <= state["progress"].keys():
-        wrong = ["progress"]
-    if wrong:
-        raise UsageError(f"{path} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
-    own = set(settings(options))
-    if state["recipe"].keys() != own:
-        raise UsageError(f"{path} was written by another version of this code; its settings do not match")
-    odd = impossible_setting(state["recipe"])
-    if odd:
-        raise UsageError(f"{path} cannot be resumed, no command can have given its {odd}; name a run's {STATE}")
-    devices = {"device", "no_cuda"}
-    given = {*options.given, *(devices if devices & set(options.given) else ())}  # a device is said by both together
-    for key, value in state["recipe"].items():
-        asked = getattr(options, key)
-        if key not in FREE_ON_RESUME or key not in given:
-            setattr(options, key, value)
-        if key in options.given and asked != value:
-            wins = "the command's wins" if key in FREE_ON_RESUME else "the run's wins"
-            print(f"--{key.replace('_', '-')}: the run has {value}, the command {asked}; {wins}")
-    options.folder = str(path.parent)
-    recipe = {key: getattr(options, key) for key in ("arch", "width", "image_size")}
-    network = recipe | {"num_classes": len(state["classes"]), "reverse_attention": not options.no_ra}
-    check_state(outline(network, path), state["model"], path)
-    return state, path
-
-
-def refuse_existing(folder: Path) -> None:
-    """UsageError where a folder holds a run already."""
-    if (folder / STATE).exists():
-        raise UsageError(f"{folder} holds a run already; continue it by --resume, or name another --model-dir")
-    if any(folder.glob("*.pt")) or (folder / "metrics.csv").exists():
-        raise UsageError(f"{folder} holds a run that cannot be resumed; remove it, or name another --model-dir")
-
-
 def load_training_data(options: argparse.Namespace) -> tuple[Split, Split, Split]:
     """(train, the evaluation set that selects epochs, test), on the CPU; the latter two are one without --val-size."""
     train = load_split(options.dataset, "train", options.data_dir, options.image_size)
@@ -503,7 +319,7 @@ def describe(run: Run, train: Split, selection: Split) -> str:
             f"attack     L-infinity eps {o.epsilon:.5g}, {o.num_steps} steps of {o.step_size:.5g}",
             f"optimiser  SGD lr {o.lr}, x0.1 at {o.milestones}, momentum {o.momentum}, weight decay {o.weight_decay}; "
             f"{o.epochs} epochs, batch {o.batch_size}, seed {o.seed}",
-            f"device     {run.device}, {precision(run)}{', compiled' if o.compile else ''}{ranks}",
+            f"device     {run.device}, {precision(o, run.device)}{', compiled' if o.compile else ''}{ranks}",
             f"output     {run.folder}/",
         )
     )
@@ -513,7 +329,7 @@ def write_run_json(run: Run, train: Split, selection: Split, resumed: bool) -> N
     """run.json: what runs, where and by which command; a resumed run keeps its earlier records under `earlier`."""
     record = run.provenance | {
         "settings": settings(run.options),
-        "precision": precision(run),
+        "precision": precision(run.options, run.device),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "classes": list(run.classes),
         "training_images": len(train.labels),
@@ -540,10 +356,6 @@ def write_metrics(run: Run) -> None:
 
     write_atomically(run.folder / "metrics.csv", write)
     write_atomically(run.folder / "training_curves.png", lambda file: draw_curves(run.progress["rows"], file))
-
-
-def resume_command(folder: Path) -> str:
-    return f"{distributed.launcher()} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
 
 
 def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
@@ -682,35 +494,6 @@ def best_row(rows: list[dict]) -> dict | None:
     """The first row with the highest pgd40_heads_accuracy, the epoch of best_adv_model.pt."""
     evaluated = [row for row in rows if row["pgd40_heads_accuracy"] is not None]
     return max(evaluated, key=lambda row: row["pgd40_heads_accuracy"], default=None)
-
-
-def prepare(options: argparse.Namespace) -> tuple[dict | None, Path | None, dict]:
-    """The state to continue from and its path, None for a new run, and the options as the run has them."""
-    own = run_folder(options) / STATE
-    again = options.resume is None and distributed.restarted() and own.is_file()
-    if again and read(own).get("launch") == distributed.launch():  # not a run that this job was refused to overwrite
-        print("started anew by torchrun, as if --resume had been given")
-        options.resume = True
-    if options.resume is not None:
-        return *prepare_resume(options), vars(options)
-    options.folder = str(run_folder(options))
-    refuse_existing(Path(options.folder))
-    return None, None, vars(options)
-
-
-def hold(folder: Path, held: ExitStack) -> None:
-    """Keep every other process out of a run folder until `held` closes; clear what a killed one left half-written.
-
-    Of a distributed run the first process alone writes, so it alone holds the folder.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(folder / ".lock", wait=False))
-        remove_leftovers(folder)
-    except TimeoutError:
-        raise UsageError(f"another process writes to {folder}; wait for it, or name another --model-dir") from None
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}); name another --model-dir") from error
 
 
 def run(options: argparse.Namespace) -> None:
