@@ -168,8 +168,9 @@ def test_mutated_checkpoints_load_or_are_refused(kinds, tmp_path, kind, inside):
     def use():
         if kind == "state":
             options = parse_training("", {"arch": "ResNet18"}, ["--resume", str(file)])
-            state, path = runs.prepare_resume(options)
-            training.Run(options, torch.device("cpu"), split).restore(state, path)
+            with contextlib.ExitStack() as held:
+                state, path = runs.prepare_resume(options, held)
+                training.Run(options, torch.device("cpu"), split).restore(state, path)
         else:
             load_model(file)[0](torch.rand(1, 3, 16, 16))
 
@@ -323,8 +324,9 @@ def test_any_value_in_a_state_is_taken_or_refused(kinds, tmp_path_factory, where
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             options = parse_training("", {"arch": "ResNet18"}, ["--resume", str(file)])
-            state, path = runs.prepare_resume(options)
-            training.Run(options, torch.device("cpu"), split).restore(state, path)
+            with contextlib.ExitStack() as held:
+                state, path = runs.prepare_resume(options, held)
+                training.Run(options, torch.device("cpu"), split).restore(state, path)
         except UsageError as error:
             assert str(error).isprintable() and len(str(error)) < 1000
 

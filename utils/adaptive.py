@@ -181,12 +181,13 @@ def adaptive(
     restarts: int,
     seed: int,
     warned: Callable[[str], None] = lambda line: None,
+    says: Callable[[str], None] = lambda line: None,
 ) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
     """The attack on one view, for `evaluation.verdicts`: PGD with restarts, APGD-CE, targeted APGD on the margin.
 
     Each goes on with the images that still stand; the returned image fools the network wherever one was found.
     restarts: of PGD, by turns on cross-entropy and on the margin; the first is the PGD of the README's table moved to
-    this view. warned: is told of the library's warnings.
+    this view. warned: is told of the library's warnings. says: of each stage as it begins.
     """
     logger = logging.Logger("adaptive")
     logger.addHandler(Listener(warned))
@@ -201,18 +202,22 @@ def adaptive(
             settings = dict(eps=eps, step_size=step_size, steps=steps, seed=seed, draw=draw)
             return lambda x, labels, indices: pgd(net, view, x, labels, indices, criterion, **settings)
 
-        stages = [restart(cross_entropies if draw % 2 == 0 else margins, draw) for draw in range(restarts)]
-        stages.append(lambda x, labels, indices: ViewAPGD(watched, loss="dlr", **library).perturb(x, labels))
         targets = min(9, classes - 1)
-        stages.append(
-            lambda x, labels, indices: ViewAPGDTargeted(watched, n_target_classes=targets, **library).perturb(x, labels)
-        )
+        stages = {
+            f"PGD {draw + 1} of {restarts}": restart(cross_entropies if draw % 2 == 0 else margins, draw)
+            for draw in range(restarts)
+        }
+        stages["APGD-CE"] = lambda x, labels, _: ViewAPGD(watched, loss="dlr", **library).perturb(x, labels)
+        stages[f"APGD to {targets} targets"] = lambda x, labels, _: ViewAPGDTargeted(
+            watched, n_target_classes=targets, **library
+        ).perturb(x, labels)
         found, standing = x.clone(), torch.ones_like(labels, dtype=torch.bool)
-        for stage in stages:
+        for name, stage in stages.items():
             rows = standing.nonzero().squeeze(1)
             if not len(rows):
                 break
-            with torch.no_grad():  # the library's attacks expect it and switch gradients on where they need them
+            says(f"{name}, {len(rows)} standing")
+            with torch.no_grad():  # without it the library's images keep their graphs
                 candidates = stage(x[rows], labels[rows], indices[rows.cpu()])
                 standing[rows] = net(candidates).argmax(1) == labels[rows]
             found[rows] = candidates

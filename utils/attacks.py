@@ -29,7 +29,8 @@ class Bfloat16(nn.Module):
             out = self.network(x, gate, heads)
         if not heads:
             return out.float()
-        return Heads(out.final.float(), tuple(logits.float() for logits in out.auxiliary), out.features.float())
+        auxiliary = tuple(logits.float() for logits in out.auxiliary)
+        return Heads(out.final.float(), auxiliary, out.features.float(), out.unweighted.float())
 
 
 @contextmanager

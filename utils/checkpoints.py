@@ -1,5 +1,6 @@
 """Checkpoints that know what they are, and files that are either whole or absent."""
 
+import errno
 import os
 import pickle
 import time
@@ -74,7 +75,13 @@ def locked(file: Path, wait: bool) -> Iterator[None]:
                 break
         except FileNotFoundError:
             pass  # as above, where it is another file: the holder before removed it between our open and our lock
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                print(f"{file.parent}: this file system knows no locks; let one process at a time write there")
+                break
+            if not isinstance(error, BlockingIOError):
+                os.close(opened)
+                raise
             if not wait:
                 os.close(opened)
                 raise TimeoutError(f"{file} is held by another process") from None

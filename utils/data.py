@@ -51,18 +51,21 @@ class Split(NamedTuple):
     """images: (N, 3, S, S) uint8. labels: (N,) int64, indices into classes, the names of the classes.
 
     words: what people call the classes, synonyms between commas, where the names are codes (wnids); otherwise empty.
+    numbers: (N,) the images' places in the whole part, where this is a subset of it; otherwise None.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     words: tuple[str, ...] = ()
+    numbers: Tensor | None = None
 
     def to(self, device: torch.device) -> "Split":
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, indices: Tensor) -> "Split":
-        return self._replace(images=self.images[indices], labels=self.labels[indices])
+        numbers = None if self.numbers is None else self.numbers[indices.to(self.numbers.device)]
+        return self._replace(images=self.images[indices], labels=self.labels[indices], numbers=numbers)
 
 
 def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split:
@@ -86,7 +89,7 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split
 
 def flaw(split: Split) -> str | None:
     """What in a split is not as `Split` says, None where all is. Checked once here, so that no step needs to."""
-    images, labels, classes, _ = split
+    images, labels, classes = split[:3]
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         return f"images are {images.dtype} of shape {tuple(images.shape)}, not uint8 of (N, 3, S, S)"
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
@@ -287,7 +290,7 @@ def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
                 images = _cached(cache, key, shape)  # another process may have been faster
         if images is None:
             images = torch.empty(shape, dtype=torch.uint8)
-            with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+            with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images that `_decode` refuses
                 decoded = pool.map(lambda f: _decode(f, size), files)
                 for i, image in enumerate(tqdm(decoded, "decoding", len(files), unit="img", disable=None)):

@@ -7,10 +7,12 @@ process, there is no process group: each function here then answers for a world 
 import inspect
 import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -22,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.options import GRACE, RunError, Stopped, UsageError, several_processes
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)
 # How PyTorch's errors of communication read where they have no type of their own, as gloo's
 LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|c10d|TCPStore", re.IGNORECASE)
 
@@ -30,9 +33,10 @@ LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|c10d|TCPS
 def started() -> Iterator[None]:
     """Join the other ranks for the body of a script; nothing to do where torchrun has not started several.
 
-    CPU tensors go by gloo, CUDA tensors by NCCL, with PyTorch's own timeouts (30 minutes and 10) and its own handling
-    of NCCL's errors, which ends the process. An error that several ranks meet is said by one of them, whichever comes
-    first; a stop, which all have agreed on, by the first rank. The others end in silence, with the same status.
+    CPU tensors go by gloo, CUDA tensors by NCCL, with PyTorch's own handling of NCCL's errors, which ends the
+    process. Ranks wait for one another for days, since blocks of an evaluation take hours; a rank that ends is
+    noticed at once. An error that several ranks meet is said by one of them, whichever comes first; a stop, which
+    all have agreed on, by the first rank. The others end in silence, with the same status.
     Errors: RunError where another rank ended or cannot be reached.
     """
     if not several_processes():
@@ -45,7 +49,7 @@ def started() -> Iterator[None]:
         store, rank, count = next(dist.rendezvous("env://"))
         store = _unused_part(store, rank, count)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
         yield
         together = True
     except Stopped as stop:
@@ -57,7 +61,6 @@ def started() -> Iterator[None]:
         together = True
         raise
     except (UsageError, RunError, OSError, RuntimeError) as error:
-        together = isinstance(error, UsageError | RunError)
         lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error)))
         if isinstance(error, RuntimeError) and not lost:
             raise
@@ -67,7 +70,7 @@ def started() -> Iterator[None]:
         if lost:
             raise RunError(
                 f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached; what was saved is "
-                "intact; continue by the same command with --resume"
+                "intact; continue by the same command, a training with --resume"
             ) from error
         raise
     finally:
@@ -133,8 +136,9 @@ def restarted() -> bool:
 
 
 def launch() -> str | None:
-    """torchrun's name for this job (`--rdzv-id`), the same after a restart; None without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """This job's name, the same after a restart: torchrun's `--rdzv-id`, else its process; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
 def launcher() -> str:
@@ -142,7 +146,9 @@ def launcher() -> str:
     if world() == 1:
         return "python"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    return f"torchrun {f'--nnodes={world() // local} ' if local < world() else ''}--nproc-per-node={local}"
+    meeting = f"--rdzv-backend=c10d --rdzv-endpoint={os.environ['MASTER_ADDR']}:29500 "
+    several = f"--nnodes={world() // local} {meeting}" if local < world() else ""
+    return f"torchrun {several}--nproc-per-node={local}"
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -1,6 +1,7 @@
 """Evaluating a network: verdicts image by image, and the table of test_white_attack.py."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,11 @@ from utils import distributed
 from utils.attacks import cross_entropy_over_heads, image_noise, linf_pgd
 from utils.checkpoints import checkpoint_file, load_model
 from utils.data import Split, as_input, batches, load_split, shuffled
-from utils.options import BY_DATASET, DATASETS, RunError, UsageError
+from utils.options import BY_DATASET, DATASETS, TRAINING, RunError, UsageError
 
 NOISE_DRAWS = 100
 
-# An attack: (network, images (N, 3, H, W) in [0, 1], labels (N,), indices (N,) in the data set) -> adversarial images
+# An attack: (network, images (N, 3, H, W) in [0, 1], labels (N,), numbers (N,) in the test set) -> adversarial images
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -42,7 +43,8 @@ def verdicts(
     chosen = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
     for together in batches(chosen, batch_size * distributed.world()):
         indices = together[distributed.own_slice(len(together))]
-        right[indices] = judged(net, split, indices, attack, see)
+        if len(indices):
+            right[indices] = judged(net, split, indices, attack, see)
         progress(len(together))
     return distributed.total(right.byte()).bool()
 
@@ -58,7 +60,7 @@ def judged(
     batch = split.take(indices.to(split.labels.device))
     x = as_input(batch.images)
     if attack is not None:
-        x = attack(net, x, batch.labels, indices)
+        x = attack(net, x, batch.labels, indices if batch.numbers is None else batch.numbers.cpu())
     with torch.no_grad():
         logits = net(x)
     if not logits.isfinite().all():
@@ -114,7 +116,8 @@ def subset(split: Split, limit: int | None) -> Split:
     """The first `limit` images after a fixed shuffle, all of them where limit is None or larger."""
     if limit is None or limit >= len(split.labels):
         return split
-    return split.take(shuffled(len(split.labels), 0)[:limit])
+    numbers = shuffled(len(split.labels), 0)[:limit]
+    return split.take(numbers)._replace(numbers=numbers)
 
 
 def pick_device(device: str, no_cuda: bool) -> torch.device:
@@ -176,7 +179,7 @@ class Subject(NamedTuple):
 def load_subject(options: argparse.Namespace, path: str) -> Subject:
     """Load the checkpoint file or run folder `path` and its test images (`--n-examples` of them).
 
-    Data set, data folder, eps and step are the checkpoint's own unless the command gave them.
+    Data set and data folder are the checkpoint's own, eps and step its data set's, unless the command gave them.
     Errors: UsageError where checkpoint and data set do not match.
     """
     device = pick_device(options.device, options.no_cuda)
@@ -212,6 +215,25 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
     part = subset(split, options.n_examples).to(device)
     return Subject(file, model, info, dataset, part, *attack_settings(options, dataset), len(split.labels))
+
+
+def method_name(subject: Subject) -> str:
+    """What a run is called in tables and figures: ANCRA-TRADES, TRADES-RA, TRADES-ANC, TRADES; else its file's name."""
+    recipe = subject.info["recipe"] if isinstance(subject.info["recipe"], dict) else {}
+    method = {"pgd": "PGD-AT", "trades": "TRADES", "mart": "MART"}.get(str(recipe.get("method")))
+    if method is None:
+        return subject.file.stem
+    ra, anc = subject.info["reverse_attention"], not recipe.get("no_anc")
+    if ra and anc:
+        return "ANCRA-" + method.removesuffix("-AT")
+    return method + ("-RA" if ra else "-ANC" if anc else "")
+
+
+def recipe_weight(subject: Subject) -> float:
+    """lambda, the weight of the auxiliary heads in the loss that a checkpoint was trained with."""
+    recipe = subject.info["recipe"]
+    weight = recipe.get("cr_beta") if isinstance(recipe, dict) else None
+    return weight if isinstance(weight, float) and 0 <= weight < math.inf else TRAINING["cr_beta"]
 
 
 def attack_settings(options: argparse.Namespace, dataset: str) -> tuple[float, float]:

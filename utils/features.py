@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import shlex
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +27,11 @@ from utils import distributed
 from utils.attacks import Objective, cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd
 from utils.checkpoints import write_atomically
 from utils.data import Split, as_input, batches, shuffled
-from utils.evaluation import Attack, Subject, load_subject
+from utils.evaluation import Attack, load_subject, method_name, recipe_weight
 from utils.figures import draw_embedding, draw_histogram, require_display, save_figure, show_figures
 from utils.negatives import choose_negatives
-from utils.options import FEATURES, TRAINING, RunError, UsageError
+from utils.options import FEATURES, RunError, UsageError
+from utils.provenance import provenance
 
 BLOCK = 200  # negatives come from the same 200 images, the test batch of the method, whatever --test-batch-size is
 NEIGHBOURS = 12
@@ -86,10 +88,14 @@ def figure_pgd(
     return attack
 
 
-def towards(net: nn.Module, labels: Tensor) -> Objective:
+def towards(auxiliary_weight: float) -> Callable[[nn.Module, Tensor], Objective]:
     """What adversarial negatives ascend: less the cross-entropy over heads of the anchors' labels, as in training."""
-    loss = cross_entropy_over_heads(net, labels, TRAINING["cr_beta"])
-    return lambda x: -loss(x)
+
+    def objective(net: nn.Module, labels: Tensor) -> Objective:
+        loss = cross_entropy_over_heads(net, labels, auxiliary_weight)
+        return lambda x: -loss(x)
+
+    return objective
 
 
 def choose_in_blocks(labels: Tensor, logits: Tensor | None, strategy: str, seed: int) -> Tensor:
@@ -159,18 +165,6 @@ def embed(features: Tensor, seed: int) -> np.ndarray:
 
 
 # names
-
-
-def method_name(subject: Subject) -> str:
-    """What a run is called in a figure: ANCRA-TRADES, TRADES-RA, TRADES-ANC, TRADES; else its file's name."""
-    recipe = subject.info["recipe"] if isinstance(subject.info["recipe"], dict) else {}
-    method = {"pgd": "PGD-AT", "trades": "TRADES", "mart": "MART"}.get(str(recipe.get("method")))
-    if method is None:
-        return subject.file.stem
-    ra, anc = subject.info["reverse_attention"], not recipe.get("no_anc")
-    if ra and anc:
-        return "ANCRA-" + method.removesuffix("-AT")
-    return method + ("-RA" if ra else "-ANC" if anc else "")
 
 
 def class_names(split: Split) -> list[str]:
@@ -277,8 +271,7 @@ def output_folder(path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "probe", lambda file: file.write_bytes(b""))
-        (folder / "probe").unlink()
+        tempfile.NamedTemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"{folder} cannot be written ({error.strerror}); name another folder by --out") from error
     return folder
@@ -305,21 +298,16 @@ def refuse_other_runs(file: Path, checkpoints: list[str]) -> None:
 # jobs
 
 
-def load_numbered(options: argparse.Namespace, path: str) -> tuple[Subject, Tensor]:
-    """`load_subject`, and the numbers of its test images in the whole test set, which --n-examples does not change."""
-    subject = load_subject(argparse.Namespace(**vars(options) | {"n_examples": None}), path)
-    count = len(subject.split.labels)
-    numbers = torch.arange(count)
-    if options.n_examples is not None and options.n_examples < count:
-        numbers = shuffled(count, 0)[: options.n_examples]
-        subject = subject._replace(split=subject.split.take(numbers.to(subject.split.labels.device)))
-    return subject, numbers
+def numbers_of(split: Split) -> Tensor:
+    """The images' numbers in the whole test set, which --n-examples does not change."""
+    return torch.arange(len(split.labels)) if split.numbers is None else split.numbers
 
 
 def feature_distance(options: argparse.Namespace) -> None:
     """PP and NP distances of the images of a class, or of each: print them and save one npz file for each class."""
-    subject, numbers = load_numbered(options, options.model_dir)
+    subject = load_subject(options, options.model_dir)
     split, labels = subject.split, subject.split.labels.cpu()
+    numbers = numbers_of(split)
     targets = target_classes(options.target_label, split)
     strategy, _, pushed = options.strategy.partition("_")
     method = method_name(subject)
@@ -345,7 +333,7 @@ def feature_distance(options: argparse.Namespace) -> None:
         negatives = choose_in_blocks(labels, logits, strategy, options.seed)[rows]
         natural = features(rows, rows, rows, None, "natural")
         adversarial = features(rows, rows, rows, figure_pgd(cross_entropy, *attack), f"PGD-{options.num_steps}")
-        push = figure_pgd(towards, *attack) if pushed else None
+        push = figure_pgd(towards(recipe_weight(subject)), *attack) if pushed else None
         negative = features(negatives, rows, rows, push, "negatives")
 
     if not distributed.first():
@@ -355,6 +343,7 @@ def feature_distance(options: argparse.Namespace) -> None:
         for pair, other in (("PP", adversarial), ("NP", negative)):
             for metric, found in compare(getattr(natural, layer), getattr(other, layer)).items():
                 values[f"{layer}_{pair}_{metric}"] = found
+    origin = provenance(split.labels.device, options.seed)
     for target, file in files.items():
         own = (labels[rows] == target).numpy()
         found = {key: value[own] for key, value in values.items()}
@@ -374,6 +363,7 @@ def feature_distance(options: argparse.Namespace) -> None:
             "num_steps": options.num_steps,
             "seed": options.seed,
             "test_images": len(labels),
+            "provenance": origin,
         }
         indices = {"indices": numbers[rows][own].numpy(), "negatives": numbers[negatives][own].numpy()}
         write_arrays(file, settings, **indices, **found)
@@ -416,6 +406,8 @@ def print_distances(title: str, values: dict[str, np.ndarray], info: dict, chose
 
 def draw_hist(options: argparse.Namespace) -> None:
     """Draw PP and NP by cosine and L2 of every file, four figures for each target label."""
+    if not distributed.first():
+        return
     files = []
     for path in map(Path, options.distances):
         inside = [path] if path.is_file() else sorted(path.glob("*.npz"))
@@ -489,7 +481,7 @@ def draw_umap(options: argparse.Namespace) -> None:
     """Embed the features of test images of one or several runs, draw them as panels, save figure and embeddings."""
     subjects = []
     for path in options.model_dir:
-        subject, numbers = load_numbered(options, path)
+        subject = load_subject(options, path)
         subjects.append(subject)
         if (subject.dataset, subject.split.classes) != (subjects[0].dataset, subjects[0].split.classes) or not (
             torch.equal(subject.split.labels, subjects[0].split.labels)
@@ -499,6 +491,7 @@ def draw_umap(options: argparse.Namespace) -> None:
                 "images; panels show the same ones, so name runs of one data set"
             )
     split, labels = subjects[0].split, subjects[0].split.labels.cpu()
+    numbers = numbers_of(split)
     refuse_few(labels)
     methods = [method_name(subject) for subject in subjects]
     names = options.labels or distinct(
@@ -560,6 +553,7 @@ def draw_umap(options: argparse.Namespace) -> None:
         "num_steps": options.num_steps,
         "seed": options.seed,
         "measured": measured,
+        "provenance": provenance(split.labels.device, options.seed),
     }
     write_arrays(saved, settings, indices=numbers.numpy(), labels=labels.numpy(), **arrays)
     print(f"saved {' and '.join(map(str, save_figure(figure, saved.parent / stem)))}, embedding {saved}")

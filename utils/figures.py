@@ -167,7 +167,10 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
 
 def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show: bool = False) -> Figure:
     """Densities of several methods over the same 20 bins, each mean as a dashed line. values: (M,) by method."""
-    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), BINS)
+    everything = np.concatenate(list(values.values()))
+    spread = max(np.ptp(everything), 1e-6 * max(1, abs(everything).max()))  # equal up to rounding: still a figure
+    centre = (everything.max() + everything.min()) / 2
+    edges = np.histogram_bin_edges(everything, BINS, (centre - spread / 2, centre + spread / 2))
     columns = 2 if max(map(len, values)) <= 24 else 1
     rows = -(-len(values) // columns)
     with matplotlib.rc_context(STYLE):

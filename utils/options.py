@@ -152,7 +152,7 @@ class RunError(Exception):
     """The run failed; one line on standard error, exit status 1."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """Interrupted or terminated, resumable. args: the signal's number and a line; exit status 128 + signal."""
 
 
@@ -287,6 +287,8 @@ def truth(text: str) -> bool:
 def path(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path")
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} has characters that cannot be shown")
     return text
 
 
@@ -404,6 +406,9 @@ def impossible_setting(settings: dict) -> str | None:
     flags = _training_parser("", {}).flags
     for name, value in settings.items():
         kind, kwargs = type(value), flags[name]
+        plain = kind in (bool, int, float, str, type(None)) or (kind is list and all(type(v) is int for v in value))
+        if not plain:
+            return name  # nothing that could grow when it is written out
         if value is None and TRAINING[name] is None:
             continue
         try:
@@ -494,11 +499,11 @@ def parse_evaluation(doc: str, argv: list[str]) -> argparse.Namespace:
         parser.error("one of --ckpt_url PATH, a checkpoint file or a run folder, and --model M:F is required")
     options = argparse.Namespace(**EVALUATION | given)
     options.given = sorted(given)
-    idle = ("restarts", "surrogate") if "adaptive" not in options.attacks else ()
-    idle = tuple(name for name in idle if not (name == "surrogate" and options.diagnostics))
+    idle = () if "adaptive" in options.attacks else ("restarts",) if options.diagnostics else ("restarts", "surrogate")
+    idle += ("arch", "width", "no_ra") if options.model else ()
     named = ", ".join(f"--{name}" for name in idle if name in given)
     if named and first_process():
-        print(f"{parser.prog}: {named} accepted, no effect without --attacks adaptive", file=sys.stderr)
+        print(f"{parser.prog}: {named} accepted, no effect here", file=sys.stderr)
     return options
 
 
@@ -549,6 +554,8 @@ def parse_umap(doc: str, argv: list[str]) -> argparse.Namespace:
     flag("--name", type=file_name, help="first part of the files' names (default: what is drawn)")
     _figure_flags(parser)
     options = _required(parser, argv, {"model_dir": "run folders or checkpoint files"})
+    if options.labels and len(set(options.labels)) < len(options.labels):
+        parser.error("--labels names two panels alike")
     if options.labels and len(options.labels) != len(options.model_dir):
         parser.error(f"--labels names {len(options.labels)} panels and --model_dir {len(options.model_dir)}")
     return options

@@ -33,7 +33,8 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
 def in_one_line(record: dict) -> str:
     """A provenance as one line, for a log."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"{record['started']}  {record['command']}  commit {record['commit']}, {versions}, {record['device']}"
+    made = f"commit {record['commit']}, {versions}, {record['device']}, seed {record['seed']}"
+    return f"{record['started']}  {record['command']}  {made}"
 
 
 def commit() -> str | None:
@@ -46,7 +47,14 @@ def commit() -> str | None:
     )
     try:
         answers = [
-            subprocess.run(["git", *args], cwd=here.parent, capture_output=True, text=True, check=True, timeout=20)
+            subprocess.run(
+                ["git", "--no-optional-locks", *args],
+                cwd=here.parent,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=20,
+            )
             for args in questions
         ]
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,7 @@
 """What test_white_attack.py does: run the attacks, keep what is finished, and say what was found."""
 
 import argparse
+import copy
 import hashlib
 import importlib
 import json
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models import ReverseAttentionNetwork
 from utils import distributed
-from utils.adaptive import adaptive, views
+from utils.adaptive import View, adaptive, views
 from utils.attacks import cross_entropy, frozen, linf_pgd, margin
 from utils.autoattack import BLOCK, autoattack
 from utils.checkpoints import load_model, read, save, write_atomically
 from utils.data import Split, as_input, load_split
-from utils.diagnostics import Diagnosis, diagnose
+from utils.diagnostics import Diagnosis, diagnose, diagnostic_passes
 from utils.evaluation import (
     NOISE_DRAWS,
     Attack,
@@ -38,16 +41,18 @@ from utils.evaluation import (
     attack_settings,
     judged,
     load_subject,
+    method_name,
     noise,
     open_log,
     percent,
     pick_device,
+    recipe_weight,
     subset,
     verdicts,
     white_box,
 )
 from utils.figures import draw_examples, draw_robustness
-from utils.options import BY_DATASET, TRAINING, RunError, Stopped, UsageError
+from utils.options import BY_DATASET, RunError, Stopped, UsageError
 from utils.provenance import in_one_line, provenance
 
 ADAPTIVE = "adaptive: "
@@ -82,9 +87,9 @@ class Worst:
 
     def join(self) -> None:
         """Take over, on the first rank, what the others found."""
-        everything = torch.arange(len(self.margins))
-        for images, margins in distributed.collected((self.images, self.margins)):
-            self.take(everything, images, margins)
+        seen = self.margins.isfinite().nonzero().squeeze(1)
+        for indices, images, margins in distributed.collected((seen, self.images[seen], self.margins[seen])):
+            self.take(indices, images, margins)
 
     def take(self, indices: Tensor, images: Tensor, margins: Tensor) -> None:
         worse = margins < self.margins[indices]
@@ -122,20 +127,26 @@ def foreign_subject(options: argparse.Namespace) -> Subject:
         whole = load_split(dataset, "test", options.data_dir, size)
     split = subset(whole, options.n_examples).to(device)
     try:
-        answer = model.to(device).eval()(as_input(split.images[:2]).requires_grad_())
+        model = model.to(device).eval()
+        answer = copy.deepcopy(model)(as_input(split.images[:2]).requires_grad_())  # attacks see a copy, too
     except Exception as error:
         said = f"{type(error).__name__}: {_first_line(error)}"
         raise UsageError(f"--model {options.model} fails on images {tuple(split.images[:2].shape)}: {said}") from error
     if not isinstance(answer, Tensor) or answer.shape != (len(split.labels[:2]), len(split.classes)):
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise UsageError(f"--model {options.model} answers with {got}; logits (N, {len(split.classes)}) are needed")
-    if not answer.requires_grad and not {"natural", "noise"}.issuperset(options.attacks):
+    blind = {"natural", "noise"}.issuperset(options.attacks) and not options.diagnostics
+    if not answer.requires_grad and not blind:
         raise UsageError(
             f"--model {options.model} answers without a gradient with respect to the images; only --attacks "
             "natural,noise does without"
         )
-    info = {"arch": options.model, "reverse_attention": getattr(model, "reverse_attention", False), "recipe": None}
-    return Subject(Path("foreign"), model, info, dataset, split, *attack_settings(options, dataset), len(whole.labels))
+    info = {"arch": options.model, "reverse_attention": False, "recipe": None}
+    if isinstance(model, ReverseAttentionNetwork):
+        info["reverse_attention"] = model.reverse_attention
+    return Subject(
+        Path(options.model), model, info, dataset, split, *attack_settings(options, dataset), len(whole.labels)
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -182,16 +193,19 @@ class Blocks:
         return self.folder / f"images-{start:06d}.pt"
 
 
-def fingerprint(nets: list[nn.Module], split: Split, settings: dict) -> str:
-    """What the verdicts depend on: weights, images, labels, settings and versions, and what networks answer.
+def fingerprint(nets: list[nn.Module], split: Split, settings: dict, foreign: bool) -> str:
+    """What the verdicts depend on: weights, images, labels, settings, versions and the attacks' code.
 
-    Their answers to a block of images tell apart what no weight does: reverse attention or not, and foreign callables.
+    A foreign network may keep its weights anywhere: it is known by its answers to a block of images, bit for bit.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with torch.no_grad():
-        answers = [net(as_input(split.images[:BLOCK])) for net in nets]
-    weights = [tensor for net in nets for tensor in net.state_dict().values()]
-    for tensor in (*weights, *answers, split.images, split.labels):
+    for name in ("adaptive", "attacks", "autoattack"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    tensors = [tensor for net in nets for tensor in net.state_dict().values()] + [split.images, split.labels]
+    if foreign:
+        with torch.no_grad():
+            tensors.append(nets[0](as_input(split.images[:BLOCK])))
+    for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -228,51 +242,56 @@ def quick_attacks(options: argparse.Namespace, subject: Subject) -> dict[str, tu
 
 
 class Long(NamedTuple):
-    """An attack that goes block by block. gradients, forwards: passes an image at most, for an estimate of its time."""
+    """An attack that goes block by block.
 
-    attack: Attack
+    attack: called with `says`, a function that sees how far it is. gradients, forwards: passes an image at most, for an
+    estimate of its time. notes: the library's warnings, of the block under way.
+    """
+
+    attack: Callable[..., Attack]
     gradients: int
     forwards: int
     notes: list[str]
 
 
-def long_attacks(options: argparse.Namespace, subject: Subject, surrogate: nn.Module | None) -> dict[str, Long]:
+def long_attacks(options: argparse.Namespace, subject: Subject, ways: dict[str, View]) -> dict[str, Long]:
     """AutoAttack, and the adaptive attack on each view, by their names in the table."""
     targets = min(9, len(subject.split.classes) - 1)
     found: dict[str, Long] = {}
     if "autoattack" in options.attacks:
         notes: list[str] = []
-        attack = autoattack(subject.eps, options.seed, noting(notes))
+        attack = partial(autoattack, subject.eps, options.seed, noting(notes))
         found["AutoAttack"] = Long(attack, 101 + 240 * targets, 5000, notes)
     if "adaptive" in options.attacks:
-        for name, view in views(subject.info["reverse_attention"], recipe_weight(subject), surrogate).items():
+        for name, view in ways.items():
             settings = dict(eps=subject.eps, step_size=subject.step_size, steps=options.num_steps, seed=options.seed)
             notes = []
-            attack = adaptive(view, restarts=options.restarts, warned=noting(notes), **settings)
+            attack = partial(adaptive, view, restarts=options.restarts, warned=noting(notes), **settings)
             passes = options.restarts * options.num_steps + 101 * (1 + targets)
+            passes *= 2 if name in ("smooth gates", "surrogate") else 1  # two networks' passes a step
             found[f"{ADAPTIVE}{name}"] = Long(attack, passes, 0, notes)
     return found
 
 
-def recipe_weight(subject: Subject) -> float:
-    """lambda, the weight of the auxiliary heads in the loss that a checkpoint was trained with."""
-    recipe = subject.info["recipe"]
-    weight = recipe.get("cr_beta") if isinstance(recipe, dict) else None
-    return weight if isinstance(weight, float) and 0 <= weight < math.inf else TRAINING["cr_beta"]
-
-
 def noting(notes: list[str]) -> Callable[[str], None]:
-    """A function that notes a line unless one like it, but for its numbers, is noted already."""
+    """A function that notes a line; of lines alike but for their numbers the one with the largest first number."""
 
     def note(line: str) -> None:
-        if re.sub(r"\d+", "N", line) not in {re.sub(r"\d+", "N", known) for known in notes}:
+        number = re.compile(r"\d+(\.\d+)?")
+        alike = [known for known in notes if number.sub("N", known) == number.sub("N", line)]
+        if not alike:
             notes.append(line)
+        elif float(number.search(line + " 0")[0]) > float(number.search(alike[0] + " 0")[0]):
+            notes[notes.index(alike[0])] = line
 
     return note
 
 
-def expected_seconds(net: nn.Module, split: Split, jobs: dict[str, Long], images: int) -> float:
-    """How long the jobs take at most on so many images, from one gradient and one forward pass of a block, timed."""
+def expected_seconds(net: nn.Module, split: Split, passes: list[tuple[int, int]], images: int) -> float:
+    """How long passes take on so many images, from two gradient passes and a forward one of a block, timed.
+
+    passes: (gradient passes, forward passes) an image, summed over the list.
+    """
     x, labels = as_input(split.images[:BLOCK]), split.labels[:BLOCK]
     objective = cross_entropy(net, labels)
     took = []
@@ -285,8 +304,7 @@ def expected_seconds(net: nn.Module, split: Split, jobs: dict[str, Long], images
                 net(x)
         float(x.flatten()[0])  # waits for the device
         took.append(time.perf_counter() - began)
-    passes = sum(job.gradients * took[2] / 2 + job.forwards * took[3] for job in jobs.values())
-    return passes * images / len(x)
+    return sum(gradients * took[2] / 2 + forwards * took[3] for gradients, forwards in passes) * images / len(x)
 
 
 def run_long(
@@ -308,13 +326,15 @@ def run_long(
                     began = time.perf_counter()
                     right = torch.zeros_like(natural)
                     if len(candidates):
-                        right[candidates] = judged(net, split, candidates, job.attack, worst.see)
+                        attack = job.attack(says=bar.set_postfix_str)
+                        right[candidates] = judged(net, split, candidates, attack, worst.see)
                     part["verdicts"][name], part["notes"][name] = right[here], list(job.notes)
                     part["seconds"][name] = time.perf_counter() - began
                     part |= {"images": worst.images[here].clone(), "margins": worst.margins[here].clone()}
                     blocks.save(int(here[0]), part)
                 bar.update(len(candidates) * distributed.world())
-            parts.append((int(here[0]), part))
+            verdicts_only = {key: part[key] for key in ("verdicts", "seconds", "notes")}
+            parts.append((int(here[0]), verdicts_only))
     together = distributed.collected(parts)
     if not distributed.first():
         return {}
@@ -322,8 +342,12 @@ def run_long(
     rows = {}
     for name in jobs:
         notes: list[str] = []
-        for line in (line for part in parts for line in part["notes"][name]):
+        noted = [part["notes"][name] for part in parts]
+        for line in (line for block in noted for line in block):
             noting(notes)(line)
+        if len(parts) > 1:
+            where = f"in {sum(map(bool, noted))} of {len(parts)} blocks of {BLOCK} images, of numbers the largest: "
+            notes = [where + line for line in notes]
         right = torch.cat([part["verdicts"][name] for part in parts])
         rows[name] = Row(right, sum(part["seconds"][name] for part in parts), notes)
     return rows
@@ -334,13 +358,11 @@ def white_attack(options: argparse.Namespace) -> None:
     subject = foreign_subject(options) if options.model else load_subject(options, options.ckpt_url)
     split = subject.split
     surrogate = load_surrogate(options.surrogate, subject) if options.surrogate else None
-    if options.save_adversarial and not Path(options.save_adversarial).resolve().parent.is_dir():
-        raise UsageError(f"--save-adversarial {options.save_adversarial}: no such folder; make it first")
     if options.diagnostics and subject.eps == 0:
         raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
     folder = Path(options.log_path or subject.file).parent
     log = Path(options.log_path) if options.log_path else folder / "test.log"
-    distributed.from_first(lambda: refuse_unwritable(log))  # said before the attacks, not after
+    distributed.from_first(lambda: refuse_unwritable(log, options.save_adversarial))  # said before the attacks
     say = open_log(log)
     origin = provenance(split.labels.device, options.seed, ["pyautoattack"])
     settings = {
@@ -355,7 +377,10 @@ def white_attack(options: argparse.Namespace) -> None:
         f"seed {options.seed}"
     )
     worst = Worst(split)
-    again = f"what is finished is kept; continue by: {distributed.launcher()} {shlex.join(sys.argv)}"
+    again = (
+        "stopped; finished blocks of AutoAttack and adaptive are kept, and the same command goes on: "
+        f"{distributed.launcher()} {shlex.join(sys.argv)}"
+    )
     with ExitStack() as stack:
         stack.enter_context(stoppable(again))
         net = stack.enter_context(frozen(subject.model))
@@ -374,19 +399,29 @@ def white_attack(options: argparse.Namespace) -> None:
         for flag, (name, attack) in quick_attacks(options, subject).items():
             if flag in options.attacks:
                 run_quick(name, attack, natural)
-        blocks, jobs = None, long_attacks(options, subject, surrogate)
+        ways = views(subject.info["reverse_attention"], recipe_weight(subject), surrogate)
+        blocks, jobs = None, long_attacks(options, subject, ways)
         if jobs:
             nets = [net] if surrogate is None else [net, surrogate]
-            blocks = Blocks(folder, fingerprint(nets, split, settings | origin["versions"]))
-            minutes = expected_seconds(net, split, jobs, int(natural.sum())) / 60 / distributed.world()
+            depends = settings | origin["versions"] | {"reverse_attention": subject.info["reverse_attention"]}
+            blocks = Blocks(folder, fingerprint(nets, split, depends, foreign=bool(options.model)))
+        if jobs or options.diagnostics:
+            passes = [(job.gradients, job.forwards) for job in jobs.values()]
+            passes += [diagnostic_passes(len(ways))] if options.diagnostics else []
+            what = [*dict.fromkeys(name.split(":")[0] for name in jobs), *(["diagnostics"] * options.diagnostics)]
+            rounds = -(-len(split.labels) // BLOCK)  # blocks, which ranks share
+            share = -(-rounds // distributed.world()) / rounds
+            minutes = share * expected_seconds(net, split, passes, int(natural.sum())) / 60
             say(
-                f"{' and '.join(dict.fromkeys(name.split(':')[0] for name in jobs))}: up to {minutes:.0f} min here for "
-                f"{int(natural.sum())} images; --n-examples N takes fewer, a stopped evaluation goes on where it was"
+                f"{' and '.join(what)}: up to {minutes:.0f} min here for {int(natural.sum())} images; --n-examples N "
+                "takes fewer"
+                + (", and finished blocks of AutoAttack and adaptive are kept if it is stopped" * bool(jobs))
             )
+        if jobs:
             rows |= run_long(net, split, natural, jobs, blocks, worst)
         diagnosis = None
         if options.diagnostics:
-            diagnosis = run_diagnostics(net, subject, natural, options, surrogate, folder, say)
+            diagnosis = run_diagnostics(net, subject, natural, options, ways, folder, say)
         worst.join()
         if not distributed.first():
             return
@@ -408,20 +443,30 @@ def white_attack(options: argparse.Namespace) -> None:
             blocks.clear()
 
 
-def refuse_unwritable(log: Path) -> None:
+def refuse_unwritable(log: Path, saved: str | None) -> None:
+    """UsageError where the log, the files beside it or the one of --save-adversarial cannot be written."""
     try:
         log.open("a").close()
+        tempfile.TemporaryFile(dir=log.parent).close()
     except OSError as error:
         raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
+    if saved is None:
+        return
+    try:
+        tempfile.TemporaryFile(dir=Path(saved).resolve().parent).close()
+    except OSError as error:
+        raise UsageError(f"--save-adversarial {saved} cannot be written ({error.strerror}); name another") from error
+    if Path(saved).is_dir():
+        raise UsageError(f"--save-adversarial {saved} is a folder; name a file in it")
 
 
 def load_surrogate(path: str, subject: Subject) -> nn.Module:
     """The network of --surrogate, on the device of the subject; UsageError where it does not take its images."""
     surrogate, info = load_model(path, subject.split.labels.device)
-    if info["num_classes"] != len(subject.split.classes):
+    if info["num_classes"] != len(subject.split.classes) or info["dataset"] not in (None, subject.dataset):
         raise UsageError(
-            f"--surrogate {path} has {info['num_classes']} classes and {subject.dataset} {len(subject.split.classes)}; "
-            "name a network of the same data set"
+            f"--surrogate {path} is a network of {info['num_classes']} classes of {info['dataset'] or 'unknown data'}; "
+            f"name one of {subject.dataset}, {len(subject.split.classes)} classes"
         )
     if info["image_size"] != subject.split.images.shape[-1] and info["arch"].startswith("PreAct"):
         raise UsageError(f"--surrogate {path} takes images of side {info['image_size']}; name one of the same data set")
@@ -462,16 +507,21 @@ def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
     yield "| network | " + " | ".join(rows) + " |"
     yield "|" + "---|" * (len(rows) + 1)
     yield (
-        f"| {subject.info['arch']}, {subject.dataset} | "
-        + " | ".join(f"{percent(r.right):.2f}" for r in rows.values())
-        + " |"
+        f"| {method_name(subject)}, {subject.info['arch']}, {subject.dataset}, eps {subject.eps:.4g}, "
+        f"{len(subject.split.labels)} images | " + " | ".join(f"{percent(r.right):.2f}" for r in rows.values()) + " |"
     )
 
 
 def describe(subject: Subject, settings: dict) -> dict:
     """What white_attack.json says of the network, the images and the settings."""
-    info = {key: subject.info.get(key) for key in ("arch", "width", "reverse_attention", "epoch", "image_size")}
-    return {"network": info, "dataset": subject.dataset, "images": len(subject.split.labels), "settings": settings}
+    known = ("arch", "width", "reverse_attention", "epoch", "image_size", "recipe")
+    return {
+        "network": {"method": method_name(subject)} | {key: subject.info.get(key) for key in known},
+        "dataset": subject.dataset,
+        "images": len(subject.split.labels),
+        "image_numbers": None if subject.split.numbers is None else subject.split.numbers.tolist(),
+        "settings": settings | {"auxiliary_weight": recipe_weight(subject)},
+    }
 
 
 def write_json(file: Path, record: dict, rows: dict[str, Row], diagnosis: Diagnosis | None) -> None:
@@ -554,7 +604,7 @@ def run_diagnostics(
     subject: Subject,
     natural: Tensor,
     options: argparse.Namespace,
-    surrogate: nn.Module | None,
+    ways: dict[str, View],
     folder: Path,
     say: Callable[[str], None],
 ) -> Diagnosis:
@@ -565,7 +615,7 @@ def run_diagnostics(
             net,
             subject.split,
             natural,
-            views(subject.info["reverse_attention"], recipe_weight(subject), surrogate),
+            ways,
             eps=subject.eps,
             step_size=subject.step_size,
             seed=options.seed,

@@ -56,7 +56,7 @@ def refuse_existing(folder: Path) -> None:
         raise UsageError(f"{folder} holds a run that cannot be resumed; remove it, or name another --model-dir")
 
 
-def hold(folder: Path, held: ExitStack) -> None:
+def take_folder(folder: Path, held: ExitStack) -> None:
     """Keep every other process out of a run folder until `held` closes; clear what a killed one left half-written.
 
     Of a distributed run the first process alone writes, so it alone holds the folder.
@@ -71,7 +71,7 @@ def hold(folder: Path, held: ExitStack) -> None:
         raise UsageError(f"{folder} cannot be written ({error.strerror}); name another --model-dir") from error
 
 
-def prepare(options: argparse.Namespace) -> tuple[dict | None, Path | None, dict]:
+def prepare(options: argparse.Namespace, held: ExitStack) -> tuple[dict | None, Path | None, dict]:
     """The state to continue from and its path, None for a new run, and the options as the run has them."""
     own = run_folder(options) / STATE
     again = options.resume is None and distributed.restarted() and own.is_file()
@@ -79,18 +79,19 @@ def prepare(options: argparse.Namespace) -> tuple[dict | None, Path | None, dict
         print("started anew by torchrun, as if --resume had been given")
         options.resume = True
     if options.resume is not None:
-        return *prepare_resume(options), vars(options)
+        return *prepare_resume(options, held), vars(options)
     options.folder = str(run_folder(options))
     refuse_existing(Path(options.folder))
     return None, None, vars(options)
 
 
-def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
-    """Read the state to continue from and put the run's own settings into `options`; says which flags lose or win."""
+def prepare_resume(options: argparse.Namespace, held: ExitStack) -> tuple[dict, Path]:
+    """Take the run's folder, read its state and put its settings into `options`; says which flags lose or win."""
     path = run_folder(options) if options.resume is True else Path(options.resume)
     path = path if path.is_file() else path / STATE
     if not path.is_file():
         raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
+    take_folder(path.parent, held)  # before reading, so that no other process writes a newer state in between
     state = read(path)
     described(state, path)
     needed = {
@@ -101,6 +102,7 @@ def prepare_resume(options: argparse.Namespace) -> tuple[dict, Path]:
         "generator": Tensor,
         "classes": list,
         "training_images": int,
+        "ranks": int,
     }
     wrong = sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind))
     if not wrong and not {"epoch", "order", "done", "sums", "rows"} <= state["progress"].keys():
@@ -159,7 +161,10 @@ def usable_progress(progress: dict, images: int) -> bool:
     def numbers(record: object, keys: tuple[str, ...]) -> bool:
         if not isinstance(record, dict) or record.keys() != set(keys):
             return False
-        return all(v is None or (type(v) in (int, float) and math.isfinite(v)) for v in record.values())
+        return all(
+            v is None or (type(v) is float and math.isfinite(v)) or (type(v) is int and abs(v) < 2**63)
+            for v in record.values()
+        )
 
     if type(progress["epoch"]) is not int or type(done) is not int or not isinstance(rows, list):
         return False

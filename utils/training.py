@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -41,11 +41,11 @@ from utils.provenance import in_one_line, provenance
 from utils.runs import (
     COLUMNS,
     SUMS,
-    hold,
     prepare,
     refuse_existing,
     resume_command,
     settings,
+    take_folder,
     usable_memory,
     usable_progress,
 )
@@ -199,7 +199,7 @@ class Run:
         self.options, self.device, self.classes = options, device, data.classes
         self.folder = Path(options.folder)
         self.training_images = len(data.labels)
-        self.provenance = provenance(device, options.seed)
+        self.provenance = distributed.from_first(lambda: provenance(device, options.seed))
         torch.manual_seed(options.seed)
         try:
             model = build_model(
@@ -246,7 +246,7 @@ class Run:
 
     def begin(self, held: ExitStack) -> None:
         """Hold the folder and save the state that a run starts with."""
-        hold(self.folder, held)
+        take_folder(self.folder, held)
         refuse_existing(self.folder)  # another process may have been faster
         try:
             self.save_state()
@@ -504,7 +504,7 @@ def run(options: argparse.Namespace) -> None:
 
 def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
     """What `run` does. held: gets the run folder's lock."""
-    state, path, decided = distributed.from_first(lambda: prepare(options))
+    state, path, decided = distributed.from_first(lambda: prepare(options, held))
     vars(options).update(decided)
     device = pick_device(options.device, options.no_cuda)
     if options.sync_bn and device.type != "cuda":
@@ -522,7 +522,6 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
                 f"{path} was trained on {state['training_images']} images of {len(state['classes'])} classes, and "
                 f"{options.dataset} in {options.data_dir} differs; name the run's own --data-dir"
             )
-        distributed.from_first(lambda: hold(job.folder, held))
         job.restore(state, path)
     else:
         if weights is not None:
@@ -557,7 +556,7 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
 
     def save_stop(line: str) -> None:
         job.save_state()
-        with open(job.folder / "train.log", "a") as out:
+        with suppress(OSError), open(job.folder / "train.log", "a") as out:  # the state is saved, that counts
             out.write(line + "\n")
 
     with StopRequest() as stop:
