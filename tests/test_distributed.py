@@ -7,6 +7,7 @@ rank writes what it finds to FILE.
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -398,3 +400,53 @@ if __name__ == "__main__":
         found = {f.__name__: f() for f in (steps, judged, untouched, small_things)}
         if distributed.first():
             torch.save(found, sys.argv[1])
+
+
+def evaluated(count, folder, file, *flags):
+    """white_attack.json of a checkpoint's copy in a folder of its own, and the images saved, by so many ranks."""
+    folder.mkdir()
+    shutil.copy(file, folder)
+    argv = [ROOT / "test_white_attack.py", "--ckpt_url", folder / file.name, "--device", "cpu", *flags]
+    argv += ["--save-adversarial", folder / "worst.npz"]
+    done = torchrun(count, *argv) if count > 1 else subprocess.run(
+        [sys.executable, *map(str, argv)], env=environment(), capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| network |") == 1  # said once
+    with np.load(folder / "worst.npz") as saved:
+        return json.loads((folder / "white_attack.json").read_text())["attacks"], dict(saved)
+
+
+def assert_same_evaluation(found, expected):
+    (attacks, saved), (attacks_alone, saved_alone) = found, expected
+    assert list(attacks) == list(attacks_alone)
+    for name, row in attacks.items():
+        differ = sum(a != b for a, b in zip(row["verdicts"], attacks_alone[name]["verdicts"], strict=True))
+        assert differ <= 0.005 * len(row["verdicts"]), name  # rounding, of other batches
+    assert (saved["right"] != saved_alone["right"]).mean() <= 0.005
+    assert (np.abs(saved["images"] - saved_alone["images"]).max((1, 2, 3)) < 1e-4).mean() > 0.95
+
+
+def test_an_evaluation_by_two_ranks_is_that_of_one_process(trained, tmp_path):
+    flags = ("--attacks", "fgsm,pgd", "--num-steps", "5", "--n-examples", "43", "--epsilon", "0.05")
+    found, expected = (evaluated(count, tmp_path / str(count), trained[2], *flags) for count in (2, 1))
+    assert "0" in found[0]["worst case"]["verdicts"] and "1" in found[0]["worst case"]["verdicts"]
+    assert_same_evaluation(found, expected)
+
+
+@pytest.mark.slow
+def test_blocks_of_the_adaptive_attack_are_shared_by_ranks(trained, tmp_path):
+    """360 images are two blocks, one for each rank."""
+    flags = ("--attacks", "adaptive", "--num-steps", "5", "--restarts", "1", "--epsilon", "0.3")
+    assert_same_evaluation(*(evaluated(count, tmp_path / str(count), trained[2], *flags) for count in (2, 1)))
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_feature_distances_by_two_ranks_are_those_of_one_process(trained, tmp_path):
+    argv = [ROOT / "feature_distance.py", "--model_dir", trained[2], "--target_label", "3", "--num-steps", "2"]
+    assert torchrun(2, *argv, "--out", tmp_path / "2").returncode == 0
+    subprocess.run([sys.executable, *map(str, argv), "--out", str(tmp_path / "1")], env=environment(), check=True)
+    (file,) = (tmp_path / "1").iterdir()
+    with np.load(file) as expected, np.load(tmp_path / "2" / file.name) as found:
+        for key in set(expected) - {"settings"}:
+            assert np.allclose(found[key], expected[key], atol=1e-4), key

@@ -14,9 +14,9 @@ an attack), and found:
   leave: 5 of 282 at 0.3, 1 at 1 and 1 at 3, so 0.3 is kept. Smoothing the first gate alone found 1 and the second
   alone none (at 1); auxiliary 2 under a smooth first gate found 4. These were dropped.
 * The margin over heads is weak (301): the inflated final logits outweigh the others; cross-entropy (284) is not.
-* On the second run (348 right) the whole attack leaves 308 on the final logits, 278 on auxiliary 1, 309 on auxiliary 2,
-  294 on the mean, 285 over heads, 279 under smooth gates, and 278 in the worst case; AutoAttack leaves 302. Smooth gates
-  found nothing beyond auxiliary 1 there, but nearly all of it by other gradients, and stay for networks not tried yet.
+* On the second run (348 right) the whole attack leaves 308 on the final logits, 278 on auxiliary 1, 309 on auxiliary
+  2, 294 on the mean, 285 over heads, 279 under smooth gates, and 278 in the worst case; AutoAttack leaves 302. Smooth
+  gates found nothing beyond auxiliary 1 there, but nearly all of it by other gradients: they stay for other networks.
 * Restarts found 1 to 7 more images a view. A surrogate (TRADES) is for whoever has one; it is not part of the default.
 """
 
