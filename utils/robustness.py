@@ -412,10 +412,10 @@ def white_attack(options: argparse.Namespace) -> None:
             rounds = -(-len(split.labels) // BLOCK)  # blocks, which ranks share
             share = -(-rounds // distributed.world()) / rounds
             minutes = share * expected_seconds(net, split, passes, int(natural.sum())) / 60
+            kept = "; finished blocks of AutoAttack and adaptive are kept if it is stopped" if jobs else ""
             say(
                 f"{' and '.join(what)}: up to {minutes:.0f} min here for {int(natural.sum())} images; --n-examples N "
-                "takes fewer"
-                + (", and finished blocks of AutoAttack and adaptive are kept if it is stopped" * bool(jobs))
+                f"takes fewer{kept}"
             )
         if jobs:
             rows |= run_long(net, split, natural, jobs, blocks, worst)
