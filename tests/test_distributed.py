@@ -226,7 +226,7 @@ def log_of(tmp_path):
     return lambda: next(iter(tmp_path.glob("run*/train.log")), None)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     """What 2 or 3 ranks found, as the first one wrote it, and their number."""
     file = tmp_path_factory.mktemp("ranks") / "found.pt"
@@ -329,7 +329,7 @@ def test_a_stop_of_one_rank_stops_all_and_is_resumable(tmp_path):
     assert [row["epoch"] for row in metrics(folder(tmp_path))] == [str(n + 1) for n in range(epoch)]
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_with_one_line(tmp_path, killed):
     ranks = start(2, SCRIPT, *TINY, "--model-dir", tmp_path / "run", "--epochs=999", cwd=tmp_path)
     wait_for("epoch 1/999", log_of(tmp_path), ranks)
@@ -378,7 +378,7 @@ def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, cap
     [
         pytest.param(("--sync-bn",), "--sync-bn needs CUDA devices", marks=pytest.mark.slow),
         (("--lr=-1",), "--lr"),
-        (("--dataset=folder", "--data-dir=nowhere"), "nowhere has no folder"),
+        pytest.param(("--dataset=folder", "--data-dir=nowhere"), "nowhere has no folder", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_use_is_said_once_and_ends_all_ranks(tmp_path, flags, mentions):

@@ -22,7 +22,7 @@ TINY = (
     "--dataset=digits", "--width=4", "--limit-train=24", "--limit-test=8", "--batch-size=8", "--num-steps=1",
     "--epochs=2", "--warmup-epochs=0", "--log-interval=1", "--save-freq=2", "--device=cpu",
 )  # fmt: skip
-KILLS, QUICK = 50, 15
+KILLS, QUICK = 50, 10
 SIGNALS = 10
 
 

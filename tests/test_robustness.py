@@ -394,6 +394,7 @@ def test_blocks_of_one_callable_do_not_serve_another(tmp_path, counted, brief_li
     assert len(counted) == 3
 
 
+@pytest.mark.slow
 def test_blocks_with_reverse_attention_do_not_serve_the_network_without(
     trained, tmp_path, counted, brief_library, small_blocks
 ):
@@ -416,6 +417,7 @@ def test_blocks_with_reverse_attention_do_not_serve_the_network_without(
     assert part["fingerprint"] != before
 
 
+@pytest.mark.slow
 def test_blocks_found_with_one_surrogate_do_not_serve_another(trained, tmp_path, counted, brief_library, small_blocks):
     """The same file name, other weights."""
     _, _, file = trained
@@ -436,6 +438,7 @@ def test_blocks_found_with_one_surrogate_do_not_serve_another(trained, tmp_path,
     assert "adaptive: surrogate" in record["attacks"]
 
 
+@pytest.mark.slow
 def test_images_of_attacks_that_are_not_in_the_table_are_not_saved(tmp_path, counted, brief_library, small_blocks):
     """An evaluation with more attacks was stopped; the one that follows saves what its own attacks found."""
     stopped(tmp_path, counted, "--attacks", "pgd,autoattack", "--epsilon", "0.2", error=KeyboardInterrupt())
