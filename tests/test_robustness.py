@@ -748,7 +748,7 @@ def test_the_estimate_is_said_before_and_names_the_way_out(full):
     _, folder = full
     lines = (folder / "test.log").read_text().splitlines()
     (line,) = [line for line in lines if "min here for" in line]
-    assert line.startswith("adaptive: up to ") and "--n-examples" in line
+    assert line.startswith("adaptive and diagnostics: up to ") and "--n-examples" in line
     assert float(line.split("up to ")[1].split()[0]) >= 0 and "-0" not in line
 
 

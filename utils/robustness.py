@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import ReverseAttentionNetwork
 from utils import distributed
 from utils.adaptive import View, adaptive, views
 from utils.attacks import cross_entropy, frozen, linf_pgd, margin
@@ -142,8 +141,8 @@ def foreign_subject(options: argparse.Namespace) -> Subject:
             "natural,noise does without"
         )
     info = {"arch": options.model, "reverse_attention": False, "recipe": None}
-    if isinstance(model, ReverseAttentionNetwork):
-        info["reverse_attention"] = model.reverse_attention
+    if getattr(model, "reverse_attention", None) is True:  # it answers with heads, as those of `models` do
+        info["reverse_attention"] = True
     return Subject(
         Path(options.model), model, info, dataset, split, *attack_settings(options, dataset), len(whole.labels)
     )
