@@ -16,6 +16,7 @@ def run(tmp_path, name):
     return json.loads((tmp_path / "figures.json").read_text())["benchmarks"][name]["rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_a_benchmark_runs_and_writes_its_figures(tmp_path, capsys, name):
     rows = run(tmp_path, name)

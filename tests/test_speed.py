@@ -112,6 +112,7 @@ def test_folded_logits_are_the_trained_network_s(arch, reverse_attention):
             assert_near(value, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["heads", "final"])
 def test_verdicts_of_pgd40_are_those_of_the_plain_network(digits, kind):
     model, split = digits
