@@ -473,7 +473,7 @@ def test_sigterm_in_the_middle_and_again(attack, trained, tmp_path):
     job.send_signal(signal.SIGTERM)
     _, error = job.communicate()
     assert job.returncode == 128 + signal.SIGTERM
-    assert error.splitlines()[-1].startswith("test_white_attack.py: what is finished is kept; continue by:")
+    assert error.splitlines()[-1].startswith("test_white_attack.py: stopped; finished blocks of AutoAttack")
     assert not (tmp_path / "stopped" / "white_attack.json").exists()
     again = start(tmp_path / "stopped")
     again.communicate()
