@@ -104,6 +104,11 @@ def flaw(split: Split) -> str | None:
     return None
 
 
+def numbers_of(split: Split) -> Tensor:
+    """The images' numbers in the whole part, which --n-examples does not change -> (N,) on the CPU."""
+    return torch.arange(len(split.labels)) if split.numbers is None else split.numbers
+
+
 def shuffled(count: int, seed: int) -> Tensor:
     """A permutation of `count` that depends on the seed alone."""
     return torch.from_numpy(np.random.default_rng(seed).permutation(count))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.adaptive import View, Watched, cross_entropies, plain
 from utils.attacks import image_noise, linf_pgd
-from utils.data import Split, as_input, batches
+from utils.data import Split, as_input, batches, numbers_of
 from utils.evaluation import NOISE_DRAWS, noise, percent
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # in units of the evaluation's eps; 0 and the whole range are added
@@ -58,17 +58,15 @@ def trajectory(
     watched = Watched(net, view)
     fooled: list[Tensor] = []
 
-    def judge(step: int, iterate: Tensor) -> None:
-        with torch.no_grad():
-            fooled.append(net(iterate).argmax(1) != labels)
-
     def objective(iterate: Tensor) -> Tensor:
-        watched(iterate)
+        fooled.append(watched(iterate).argmax(1) != labels)
         return watched.loss(lambda logits: cross_entropies(logits, labels)).sum()
 
     start = x + eps * image_noise(x, indices, seed, "uniform", draw)
-    linf_pgd(x, objective, eps, step_size, steps, start, judge)
-    return torch.stack(fooled, 1)
+    last = linf_pgd(x, objective, eps, step_size, steps, start)
+    with torch.no_grad():
+        fooled.append(net(last).argmax(1) != labels)
+    return torch.stack(fooled[1:], 1)  # without the start
 
 
 def no_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -110,13 +108,13 @@ def diagnose(
     right, total = natural.nonzero().squeeze(1), len(natural)
 
     def each(what: str, chosen: Tensor, attack: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """What attack(images, labels, indices) answers, batch by batch, for the chosen images."""
+        """What attack(images, labels, numbers) answers, batch by batch, for the chosen images."""
         progress(what)
         shared = len(chosen) >= distributed.world()  # each rank takes its slice; of fewer images, each takes all
-        answers = []
+        answers, numbers = [], numbers_of(split)
         for indices in batches(chosen[distributed.own_slice(len(chosen))] if shared else chosen, batch_size):
             batch = split.take(indices.to(split.labels.device))
-            answers.append(attack(as_input(batch.images), batch.labels, indices).cpu())
+            answers.append(attack(as_input(batch.images), batch.labels, numbers[indices]).cpu())
         whole = torch.cat(answers)
         return distributed.joined(whole.byte(), len(chosen)).bool() if shared else whole
 

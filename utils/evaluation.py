@@ -13,7 +13,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.attacks import cross_entropy_over_heads, image_noise, linf_pgd
 from utils.checkpoints import checkpoint_file, load_model
-from utils.data import Split, as_input, batches, load_split, shuffled
+from utils.data import Split, as_input, batches, load_split, numbers_of, shuffled
 from utils.options import BY_DATASET, DATASETS, TRAINING, RunError, UsageError
 
 NOISE_DRAWS = 100
@@ -60,7 +60,7 @@ def judged(
     batch = split.take(indices.to(split.labels.device))
     x = as_input(batch.images)
     if attack is not None:
-        x = attack(net, x, batch.labels, indices if batch.numbers is None else batch.numbers.cpu())
+        x = attack(net, x, batch.labels, numbers_of(split)[indices])
     with torch.no_grad():
         logits = net(x)
     if not logits.isfinite().all():

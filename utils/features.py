@@ -26,7 +26,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.attacks import Objective, cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd
 from utils.checkpoints import write_atomically
-from utils.data import Split, as_input, batches, shuffled
+from utils.data import Split, as_input, batches, numbers_of, shuffled
 from utils.evaluation import Attack, load_subject, method_name, recipe_weight
 from utils.figures import draw_embedding, draw_histogram, require_display, save_figure, show_figures
 from utils.negatives import choose_negatives
@@ -298,11 +298,6 @@ def refuse_other_runs(file: Path, checkpoints: list[str]) -> None:
 # jobs
 
 
-def numbers_of(split: Split) -> Tensor:
-    """The images' numbers in the whole test set, which --n-examples does not change."""
-    return torch.arange(len(split.labels)) if split.numbers is None else split.numbers
-
-
 def feature_distance(options: argparse.Namespace) -> None:
     """PP and NP distances of the images of a class, or of each: print them and save one npz file for each class."""
     subject = load_subject(options, options.model_dir)
@@ -377,6 +372,8 @@ def feature_distance(options: argparse.Namespace) -> None:
         found = {key: value[(labels[rows] == target).numpy()] for key, value in values.items()}
         print_distances(f"class {target} ({class_names(split)[target]})", found, subject.info, options.features)
         print(f"saved {file}")
+    if len(files) > 1:
+        print_distances("all of these classes", values, subject.info, options.features)
     print(
         "draw by: python draw_hist.py"
         + ("" if options.out == "./distances" else f" --distances {shlex.quote(options.out)}")
