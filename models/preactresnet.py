@@ -22,9 +22,9 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
+        out = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + shortcut
 
 
 class PreActResNet(ReverseAttentionNetwork):
@@ -58,4 +58,4 @@ class PreActResNet(ReverseAttentionNetwork):
         return self.layer4
 
     def activate(self, z: Tensor) -> Tensor:
-        return F.relu(self.bn(z))
+        return F.relu(self.bn(z), inplace=True)

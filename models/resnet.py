@@ -22,8 +22,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
 
 class ResNet(ReverseAttentionNetwork):
@@ -43,7 +43,8 @@ class ResNet(ReverseAttentionNetwork):
         self.fc = nn.Linear(8 * width, num_classes)
 
     def trunk(self, x: Tensor) -> Tensor:
-        return self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        z = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.layer3(self.layer2(self.layer1(z)))
 
     def last_blocks(self) -> nn.Sequential:
         return self.layer4

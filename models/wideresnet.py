@@ -22,9 +22,9 @@ class WideBlock(nn.Module):
         self.convShortcut = None if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
+        out = F.relu(self.bn1(x), inplace=True)
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + shortcut
 
 
 class Stage(nn.Module):
@@ -69,4 +69,4 @@ class WideResNet(ReverseAttentionNetwork):
         return self.block3.layer[-2:]
 
     def activate(self, z: Tensor) -> Tensor:
-        return F.relu(self.bn1(z))
+        return F.relu(self.bn1(z), inplace=True)
