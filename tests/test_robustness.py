@@ -298,7 +298,7 @@ def test_standard_autoattack_on_a_resnet_is_autoattack_called_directly(trained, 
 def test_few_classes_are_attacked_and_the_table_says_what_was_left_out(classes, tmp_path, monkeypatch, brief_library):
     def few(*args):
         split = load_split(*args)
-        return split.take(split.labels < classes)._replace(classes=split.classes[:classes])
+        return split.take((split.labels < classes).nonzero().squeeze(1))._replace(classes=split.classes[:classes])
 
     monkeypatch.setattr(utils.robustness, "load_split", few)
     flags = ("--attacks", "autoattack,adaptive", "--n-examples", "30", "--restarts", "1", "--epsilon", "0.25")

@@ -65,7 +65,7 @@ class Split(NamedTuple):
 
     def take(self, indices: Tensor) -> "Split":
         numbers = None if self.numbers is None else self.numbers[indices.to(self.numbers.device)]
-        return self._replace(images=self.images[indices], labels=self.labels[indices], numbers=numbers)
+        return self._replace(images=self.images.index_select(0, indices), labels=self.labels[indices], numbers=numbers)
 
 
 def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split:
@@ -122,7 +122,7 @@ def batches(order: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 def as_input(images: Tensor) -> Tensor:
     """uint8 images -> float32 in [0, 1], what every network here takes."""
-    return images.float() / 255
+    return images.to(torch.float32, copy=True).div_(255)
 
 
 def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
@@ -134,13 +134,14 @@ def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
     if how == "none":
         return images
     count, size, pad = len(images), images.shape[-1], images.shape[-1] // 8
-    windows = F.pad(images, (pad,) * 4).unfold(2, size, 1).unfold(3, size, 1)  # (N, 3, shifts, shifts, S, S), a view
+    padded, rows = F.pad(images, (pad,) * 4), torch.arange(count, device=images.device)
     top, left = torch.randint(2 * pad + 1, (2, count), generator=generator, device=images.device)
-    images = windows[torch.arange(count, device=images.device), :, top, left]
-    if how == "crop-flip":
+    if how == "crop-flip":  # a mirrored crop is a crop of the mirrored image
         mirrored = torch.rand(count, generator=generator, device=images.device) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
+        padded = torch.cat([padded, padded.flip(3)])
+        rows, left = rows + count * mirrored, torch.where(mirrored, 2 * pad - left, left)
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (., 3, shifts, shifts, S, S), a view
+    return windows[rows, :, top, left]
 
 
 def _digits(dataset: str, part: str, data_dir: Path, size: int) -> Split:
