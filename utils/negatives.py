@@ -12,18 +12,20 @@ def _draw(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:
     Distinct where a row has enough; where it has fewer, all of them come once and the rest is drawn with replacement.
     """
     keys = torch.rand(valid.shape, generator=generator, device=valid.device)
-    shuffled = keys.masked_fill(~valid, -1).argsort(-1, descending=True)  # the valid ones first, in random order
+    first = keys.masked_fill_(~valid, -1).topk(min(count, valid.shape[-1]), -1).indices  # valid ones, in random order
     available = valid.sum(-1, keepdim=True)
     slots = torch.arange(count, device=valid.device).expand(*valid.shape[:-1], count)
     again = (torch.rand(slots.shape, generator=generator, device=valid.device) * available).long()
-    return shuffled.gather(-1, torch.where(slots < available, slots, again.clamp(max=available - 1)))
+    return first.gather(-1, torch.where(slots < available, slots, again.clamp(max=available - 1)))
 
 
 def _random_negatives(
-    labels: Tensor, present: Tensor, generator: torch.Generator, classes: int, per_class: int
+    labels: Tensor, present: Tensor, sizes: Tensor, generator: torch.Generator, classes: int, per_class: int
 ) -> Tensor:
-    """(N, classes * per_class) indices: distinct other classes first, then distinct images of each."""
-    sizes = (labels == present[:, None]).sum(1)  # images of each present class
+    """(N, classes * per_class) indices: distinct other classes first, then distinct images of each.
+
+    present, sizes: the classes in the batch, sorted, and how many images each has.
+    """
     other = labels[:, None] != present
     rich = other & (sizes >= per_class)
     eligible = torch.where(rich.sum(1, keepdim=True) >= classes, rich, other)
@@ -57,22 +59,20 @@ def choose_negatives(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
-    present = labels.unique()
+    present, sizes = labels.unique(return_counts=True)
     if len(present) < 2:
         return None
-    chosen = _random_negatives(labels, present, generator, classes, per_class)
+    chosen = _random_negatives(labels, present, sizes, generator, classes, per_class)
     if strategy == "random":
         return chosen
     predictions = logits.argmax(1)
-    same_as_anchor = predictions[None] == predictions[:, None]  # (N, N): anchor, candidate
-    taken_for_anchor = predictions[None] == labels[:, None]
+    as_anchor, taken_for_anchor = predictions[:, None], labels[:, None]  # against each candidate's: (N, N)
     fits = {
-        "soft": same_as_anchor,
-        "hard": taken_for_anchor,
-        "easy": ~same_as_anchor & ~taken_for_anchor,
-    }[strategy] & (labels[None] != labels[:, None])
-    scores = logits[:, labels].T.masked_fill(~fits, -torch.inf)  # logit of class y_n for each candidate
-    best = scores.topk(min(chosen.shape[1], len(labels)), dim=1).indices
-    filled = torch.arange(best.shape[1], device=labels.device) < fits.sum(1, keepdim=True)
-    chosen[:, : best.shape[1]] = torch.where(filled, best, chosen[:, : best.shape[1]])
+        "soft": lambda: predictions == as_anchor,
+        "hard": lambda: predictions == taken_for_anchor,
+        "easy": lambda: (predictions != as_anchor) & (predictions != taken_for_anchor),
+    }[strategy]() & (labels != labels[:, None])
+    scores = torch.where(fits, logits.T[labels], -torch.inf)  # logit of class y_n for each candidate
+    values, best = scores.topk(min(chosen.shape[1], len(labels)), dim=1)
+    chosen[:, : best.shape[1]] = torch.where(values > -torch.inf, best, chosen[:, : best.shape[1]])
     return chosen
