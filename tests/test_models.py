@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from models import ARCHS, build_model
 from tests.golden_numbers import GoldenNetwork, assert_near, published_shapes
-from utils import options
-from utils.attacks import cross_entropy, cross_entropy_over_heads, frozen, linf_pgd
+from utils import attacks, options
+from utils.attacks import Attacked, cross_entropy, cross_entropy_over_heads, frozen, linf_pgd_together
 from utils.losses import over_heads
 
 EPS = 8 / 255
@@ -75,20 +75,25 @@ def test_attack_objective_and_its_gradient(golden, name):
 
 
 @pytest.mark.parametrize("name", slow_if_wide(RA))
-@pytest.mark.parametrize("kind", ["pgd_untargeted", "pgd_targeted"])
-def test_training_attacks_end_where_the_official_ones_do(golden, name, kind):
+@pytest.mark.parametrize("small", [0, 2**30], ids=["apart", "as-one-batch"])
+def test_training_attacks_end_where_the_official_ones_do(golden, name, small, monkeypatch):
+    monkeypatch.setattr(attacks, "SMALL", small)
     g = golden(name)
-    sign, labels = (1, g.y) if kind == "pgd_untargeted" else (-1, (g.y + 1) % g.meta["classes"])
+    kinds = {"pgd_untargeted": (1, g.y), "pgd_targeted": (-1, (g.y + 1) % g.meta["classes"])}
+    batches = [
+        Attacked(g.x, g.start, lambda heads, sign=sign, y=labels: sign * ce_over_heads(heads, y))
+        for sign, labels in kinds.values()
+    ]
     with frozen(g.model) as net:
-        objective = cross_entropy_over_heads(net, labels, 2)
-        found = linf_pgd(g.x, lambda x: sign * objective(x), EPS, 0.007, 10, g.start)
-        with torch.no_grad():
-            values = [objective(images) for images in (found, g[kind], g.x)]
-    assert_near(values[0], values[1], 1e-3)
-    assert sign * (values[0] - values[2]) > 0
-    assert (found - g.x).abs().max() <= EPS + 1e-6
-    assert found.min() >= 0 and found.max() <= 1
-    assert ((found - g[kind]).abs() <= 1e-5).float().mean() > 0.75
+        both = linf_pgd_together(net, batches, EPS, 0.007, 10)
+        for (kind, (sign, labels)), found in zip(kinds.items(), both, strict=True):
+            with torch.no_grad():
+                values = [cross_entropy_over_heads(net, labels, 2)(images) for images in (found, g[kind], g.x)]
+            assert_near(values[0], values[1], 1e-3)
+            assert sign * (values[0] - values[2]) > 0
+            assert (found - g.x).abs().max() <= EPS + 1e-6
+            assert found.min() >= 0 and found.max() <= 1
+            assert ((found - g[kind]).abs() <= 1e-5).float().mean() > 0.75
 
 
 @pytest.mark.parametrize("name", RA)

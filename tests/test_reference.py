@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from models import Heads, build_model
+from utils import attacks
 from utils.negatives import choose_negatives
 from utils.options import TRAINING
 from utils.training import attack_batch, training_loss
@@ -458,6 +459,14 @@ def test_training_steps(method, arch, no_ra, no_anc):
 )
 def test_training_steps_of_other_settings(changes, setup):
     found, contrasts = compare_steps(options(**changes), **setup)
+    assert max(found.values()) < TIGHT, found
+    assert any(contrasts)
+
+
+@pytest.mark.parametrize("inner", ["ce", "kl"])
+def test_training_steps_of_batches_too_large_to_be_attacked_as_one(inner, monkeypatch):
+    monkeypatch.setattr(attacks, "SMALL", 0)
+    found, contrasts = compare_steps(options(inner=inner))
     assert max(found.values()) < TIGHT, found
     assert any(contrasts)
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import utils.training as training
 from models import ARCHS, build_model
 from tests.golden_numbers import assert_near
-from utils import precision
+from utils import attacks, precision
 from utils.attacks import Bfloat16, cross_entropy, frozen
 from utils.data import as_input, load_split
 from utils.evaluation import pgd40_heads, verdicts, white_box
@@ -148,18 +148,22 @@ def test_an_attack_leaves_the_training_network_as_it_was(amp):
 
 
 @pytest.mark.parametrize(
-    ("flags", "forwards", "attacked"),
+    ("flags", "small", "forwards", "attacked"),
     [
-        ((), 3, 4),
-        (("--strategy", "hard_adv"), 3, 5),
-        (("--strategy", "random"), 3, 2),
-        (("--no-anc",), 2, 2),
-        (("--no-anc", "--inner", "kl"), 2, 3),
-        (("--no-anc", "--method", "pgd"), 1, 2),
+        ((), 0, 3, 4),
+        ((), 2**18, 3, 2),
+        (("--strategy", "hard_adv"), 0, 3, 5),
+        (("--strategy", "hard_adv"), 2**18, 3, 3),
+        (("--inner", "kl"), 2**18, 3, 3),
+        (("--strategy", "random"), 2**18, 3, 2),
+        (("--no-anc",), 2**18, 2, 2),
+        (("--no-anc", "--inner", "kl"), 2**18, 2, 3),
+        (("--no-anc", "--method", "pgd"), 2**18, 1, 2),
     ],
 )
-def test_forwards_of_a_step(tmp_path, monkeypatch, flags, forwards, attacked):
-    """Two steps an attack: natural logits are computed once and only where something needs them."""
+def test_forwards_of_a_step(tmp_path, monkeypatch, flags, small, forwards, attacked):
+    """Two steps an attack, both as one batch where it is small; natural logits once, and only where they are needed."""
+    monkeypatch.setattr(attacks, "SMALL", small)
     seen, networks = [], []
 
     def build(*args, **kwargs):
@@ -281,12 +285,18 @@ def test_what_is_not_finite_is_caught_in_bfloat16_too(tmp_path):
         train(tmp_path, "--amp", "bf16", "--lr", "1e20")
 
 
-@pytest.mark.parametrize(("known", "said"), [({"avx512_bf16": True}, False), ({}, True)])
-def test_a_cpu_without_bfloat16_is_said_to_be_slow(tmp_path, monkeypatch, capsys, known, said):
-    capabilities = {"architecture": "x86_64", **known}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+@pytest.mark.parametrize(("gain", "said"), [(1.9, False), (0.52, True)])
+def test_a_device_that_bfloat16_slows_down_is_named(tmp_path, monkeypatch, capsys, gain, said):
+    monkeypatch.setattr(training, "bfloat16_gain", lambda device: gain)
     train(tmp_path, "--amp", "bf16")
-    assert ("no bfloat16 instructions" in capsys.readouterr().err) == said
+    line = "bfloat16 matrix products run at 0.52 times the rate of float32 ones here: --amp bf16 will be slower\n"
+    assert capsys.readouterr().err == line * said
+
+
+def test_the_gain_of_bfloat16_is_the_ratio_of_two_measured_times(monkeypatch):
+    seconds = iter([0, 4, 4, 5] * 3)  # each float32 product takes 4, each bfloat16 one 1
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(seconds))
+    assert precision.bfloat16_gain(torch.device("cpu")) == 4
 
 
 # --tf32 and --compile

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from models import Heads, build_model
 from utils import distributed
-from utils.attacks import Bfloat16, cross_entropy_over_heads, frozen, gaussian_start, kl_over_heads, linf_pgd
+from utils.attacks import Attacked, Bfloat16, frozen, gaussian_start, linf_pgd_together, summed_cross_entropy
 from utils.checkpoints import (
     BEST,
     LAST,
@@ -33,10 +34,10 @@ from utils.checkpoints import (
 from utils.data import Split, as_input, augment, batches, load_split, shuffled
 from utils.evaluation import open_log, percent, pgd40_heads, pick_device, subset, verdicts
 from utils.figures import draw_curves
-from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, pgd_loss, trades_loss
+from utils.losses import asymmetric_negative_contrast, kl_divergence, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
 from utils.options import RunError, Stopped, UsageError
-from utils.precision import compile_for_training, lacks_bfloat16, peak_memory, precision, tf32
+from utils.precision import bfloat16_gain, compile_for_training, peak_memory, precision, tf32
 from utils.provenance import in_one_line, provenance
 from utils.runs import (
     COLUMNS,
@@ -62,7 +63,6 @@ def attack_batch(
     if epoch <= options.warmup_epochs:
         strategy = "random"
     contrast = not options.no_anc
-    attack = (options.epsilon, options.step_size, options.num_steps)
     own = distributed.own_slice(len(x))
     with frozen(model, options.amp, options.compile) as net:
         natural = None
@@ -79,23 +79,27 @@ def attack_batch(
                 options.sample_class_number,
                 options.sample_number,
             )
+
+        def over(criterion: Callable[..., Tensor], *heads: Heads) -> Tensor:
+            return over_heads(criterion, *heads, auxiliary_weight=options.cr_beta)
+
         if options.inner == "kl":
-            objective = kl_over_heads(net, natural, options.cr_beta)
+            untargeted = partial(over, kl_divergence, natural)
         else:
-            objective = cross_entropy_over_heads(net, labels[own], options.cr_beta)
-        adversarial = linf_pgd(x[own], objective, *attack, gaussian_start(x, generator)[own])
-        if chosen is None:
-            return adversarial, None, None
-        pairs = slice(own.start * chosen.shape[1], own.stop * chosen.shape[1])  # all those of this rank's anchors
-        negatives, negative_labels = x[chosen.flatten()], labels[chosen.flatten()]
-        if adversarial_negatives:  # pushed to look like the anchor's class
-            anchors = labels.repeat_interleave(chosen.shape[1])[pairs]
-            away = cross_entropy_over_heads(net, anchors, options.cr_beta)
-            start = gaussian_start(negatives, generator)[pairs]
-            negatives = linf_pgd(negatives[pairs], lambda x: -away(x), *attack, start)
-        else:
-            negatives = negatives[pairs]
-    return adversarial, negatives, negative_labels[pairs]
+            untargeted = partial(over, summed_cross_entropy(labels[own]))
+        attacks = [Attacked(x[own], gaussian_start(x, generator)[own], untargeted)]
+        if chosen is not None:
+            count, chosen = chosen.shape[1], chosen.flatten()
+            pairs = slice(own.start * count, own.stop * count)  # all those of this rank's anchors
+            negatives, negative_labels = x[chosen[pairs]], labels[chosen[pairs]]
+            if adversarial_negatives:  # pushed to look like the anchor's class
+                towards = summed_cross_entropy(labels.repeat_interleave(count)[pairs])
+                start = gaussian_start(x[chosen], generator)[pairs]
+                attacks.append(Attacked(negatives, start, lambda heads: -over(towards, heads)))
+        adversarial, *others = linf_pgd_together(net, attacks, options.epsilon, options.step_size, options.num_steps)
+    if chosen is None:
+        return adversarial, None, None
+    return adversarial, others[0] if others else negatives, negative_labels
 
 
 def training_loss(
@@ -529,8 +533,9 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
         distributed.from_first(lambda: job.begin(held))
     if options.tf32 and device.type != "cuda" and distributed.first():
         print(f"{Path(sys.argv[0]).name}: --tf32 accepted, no effect here", file=sys.stderr)
-    if options.amp == "bf16" and lacks_bfloat16(device) and distributed.first():
-        print("this CPU has no bfloat16 instructions: --amp bf16 is slower here than float32", file=sys.stderr)
+    if options.amp == "bf16" and distributed.first() and (gain := bfloat16_gain(device)) < 1:
+        rate = f"bfloat16 matrix products run at {gain:.2f} times the rate of float32 ones here"
+        print(f"{rate}: --amp bf16 will be slower", file=sys.stderr)
     log = open_log(job.folder / "train.log")
     log(in_one_line(job.provenance))
     log(describe(job, train, selection))
