@@ -1,16 +1,13 @@
 """How fast it is, measured on your machine.
 
-python -m tests.benchmarks                      all but `compiled`, half an hour or less on 2 CPU cores
-python -m tests.benchmarks step pgd             some: step share memory negatives pgd growth processes data
+python -m tests.benchmarks                      all but `compiled`, half an hour on 2 CPU cores
+python -m tests.benchmarks step pgd             some: step share together memory negatives pgd growth processes data
 python -m tests.benchmarks compiled             what --compile brings, 5 minutes more; by its name only
 python -m tests.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark
 python -m tests.benchmarks --quick              tiny settings: shows that everything runs, measures nothing
 
-Each prints a table. Times are medians of `runs` runs, which take turns in one process; a variant that has used up its
-time (`BUDGET`) stops after 3. Let nothing else run meanwhile. Each is preceded by the machine's own float32 and
-bfloat16 matrix-product rate, as a yardstick.
-
-Tried and not done: both attacks of a step as one batch brought nothing at a batch of 128 on a CPU.
+Each prints a table. Times are medians of `runs` runs, which take turns in one process. Let nothing else run meanwhile.
+Each is preceded by the machine's own float32 and bfloat16 matrix-product rate, as a yardstick.
 """
 
 import argparse
@@ -26,25 +23,35 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import build_model
-from utils.attacks import cross_entropy, cross_entropy_over_heads, frozen, linf_pgd
+from models import Heads, build_model
+from utils import attacks
+from utils.attacks import (
+    Attacked,
+    cross_entropy,
+    cross_entropy_over_heads,
+    frozen,
+    linf_pgd,
+    linf_pgd_together,
+    summed_cross_entropy,
+)
 from utils.data import Split, as_input, augment, batches, load_split
 from utils.evaluation import pick_device
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
 from utils.options import TRAINING
-from utils.precision import compile_for_training, lacks_bfloat16
+from utils.precision import bfloat16_gain, compile_for_training
 from utils.training import attack_batch, training_loss
 
 ROOT = Path(__file__).parent.parent
-BUDGET = 200  # seconds that a variant may take before it stops with 3 runs; half of it for bfloat16
 EPS, STEP = 8 / 255, 0.007
+NETWORKS = (("ResNet18", 64, 32, 10), ("PreActResNet18", 16, 64, 200), ("WRN-34-10", 16, 32, 10))  # batch, side, C
 
 
 def wait(device: torch.device) -> None:
@@ -57,8 +64,6 @@ def take_turns(variants: dict[str, Callable[[int], object]], rounds: int, device
     seconds = {name: [] for name in variants}
     for i in range(rounds):
         for name, variant in variants.items():
-            if len(seconds[name]) >= 3 and sum(seconds[name]) > (BUDGET / 2 if "bf16" in name else BUDGET):
-                continue
             wait(device)
             began = time.perf_counter()
             variant(i)
@@ -211,13 +216,9 @@ def loop_contrast(natural: Tensor, negative: Tensor) -> Tensor:
 def step(device: torch.device, quick: bool) -> list[dict]:
     """Seconds of a training step: ours against a plain one, and against a plain one without parameter gradients."""
     rows = []
-    for arch, batch, size, classes, rounds in (
-        ("ResNet18", 64, 32, 10, 5),
-        ("PreActResNet18", 16, 64, 200, 3),
-        ("WRN-34-10", 16, 32, 10, 3),
-    ):
-        batch, width, rounds = (4, 1 if arch.startswith("WRN") else 4, 1) if quick else (batch, None, rounds)
-        rows += steps_of(Step(arch, batch, size, classes, width, device), arch, rounds, 1 if quick else 10)
+    for arch, batch, size, classes in NETWORKS:
+        batch, width = (4, 1 if arch.startswith("WRN") else 4) if quick else (batch, None)
+        rows += steps_of(Step(arch, batch, size, classes, width, device), arch, *((1, 1) if quick else (5, 10)))
     return rows
 
 
@@ -229,7 +230,7 @@ def steps_of(job: Step, arch: str, rounds: int, attack_steps: int) -> list[dict]
     }
     if arch == "ResNet18":
         variants["plain, input gradients only"] = lambda steps: job.plain(False, steps)
-    if arch == "ResNet18" or not lacks_bfloat16(device):
+    if arch == "ResNet18" or bfloat16_gain(device) > 1:
         variants["ours bf16"] = lambda steps: job.ours(num_steps=steps, amp="bf16")
     for warm_up in variants.values():
         warm_up(1)
@@ -255,30 +256,29 @@ def forward_flops(net: nn.Module, x: Tensor) -> int:
 
 
 def share(device: torch.device, quick: bool) -> list[dict]:
-    """GFLOP/s of an attack step, ResNet-18, batch 64, and its share of the matrix-product rate of the same minute."""
-    job = Step("ResNet18", 4 if quick else 64, 32, 10, 4 if quick else None, device)
+    """GFLOP/s of an attack, ResNet-18, batch 64, and its share of the matrix-product rate of the same minute."""
+    job, steps = Step("ResNet18", 4 if quick else 64, 32, 10, 4 if quick else None, device), 1 if quick else 10
     rows = []
     for amp, dtype in (("none", torch.float32), ("bf16", torch.bfloat16)):
         side = 64 if quick else 2048
         with frozen(job.model, amp) as net:
 
-            def attack_step(i: int, net: nn.Module = net) -> Tensor:
-                objective = cross_entropy_over_heads(net, job.labels, 2.0)
-                return linf_pgd(job.x, objective, EPS, STEP, 1, job.x)
+            def attack(i: int, net: nn.Module = net) -> Tensor:
+                return linf_pgd(job.x, cross_entropy_over_heads(net, job.labels, 2.0), EPS, STEP, steps, job.x)
 
-            flops = 2 * forward_flops(net, job.x)  # once forward, once to the gradient of the images
-            attack_step(0)
+            flops = 2 * steps * forward_flops(net, job.x)  # once forward, once to the gradient of the images
             product = matrix_product(device, dtype, side)
-            product(0)
-            seconds = take_turns({"product": product, "attack step": attack_step}, 2 if quick else 9, device)
+            variants = {"product": product, "attack": attack}
+            take_turns(variants, 1, device)
+            seconds = take_turns(variants, 1 if quick else 5, device)
         times = {name: statistics.median(values) for name, values in seconds.items()}
-        rate = 1e-9 * flops / times["attack step"]
+        rate = 1e-9 * flops / times["attack"]
         yardstick = 2e-9 * side**3 / times["product"]
         rows.append(
             {
                 "precision": "fp32" if amp == "none" else amp,
-                "runs": len(seconds["attack step"]),
-                "seconds": times["attack step"],
+                "runs": len(seconds["attack"]),
+                "seconds": times["attack"],
                 "GFLOP": 1e-9 * flops,
                 "GFLOP/s": rate,
                 "matrix product GFLOP/s": yardstick,
@@ -288,11 +288,37 @@ def share(device: torch.device, quick: bool) -> list[dict]:
     return rows
 
 
+def together(device: torch.device, quick: bool) -> list[dict]:
+    """Both attacks of a step as one batch against one after the other, on batches of growing size."""
+    cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)] + [("WRN-34-10", 16, 32, None)]
+    cases += [("ResNet18", batch, 16, 12) for batch in (16, 64, 128)]  # the digits network
+    rows = []
+    for arch, batch, size, width in cases[:1] if quick else cases:
+        job = Step(arch, batch, size, 10, 4 if quick else width, device)
+        with frozen(job.model) as net:
+
+            def attack(small: int, job: Step = job, net: nn.Module = net) -> None:
+                def ascended(heads: Heads) -> Tensor:
+                    return over_heads(summed_cross_entropy(job.labels), heads, auxiliary_weight=2.0)
+
+                both = [Attacked(job.x, job.x, ascended), Attacked(job.x, job.x, lambda heads: -ascended(heads))]
+                with mock.patch.object(attacks, "SMALL", small):
+                    linf_pgd_together(net, both, EPS, STEP, 1 if quick else 4)
+
+            variants = {"apart": lambda i, attack=attack: attack(0), "as one": lambda i, attack=attack: attack(2**60)}
+            take_turns(variants, 1, device)
+            seconds = take_turns(variants, 1 if quick else 5, device)
+        used = "as one" if 2 * job.x.numel() <= attacks.SMALL else "apart"
+        for row in compared(seconds, "apart"):
+            shape = {"network": arch, "width": width or "as published", "side": size, "batch": batch}
+            rows.append({**shape, **row, "used": "yes" if row["variant"] == used else ""})
+    return rows
+
+
 def memory(device: torch.device, quick: bool) -> list[dict]:
     """Peak memory of a process (of its tensors on CUDA) after its first training step and after its fourth."""
     rows = []
-    networks = (("ResNet18", 64, 32, 10), ("PreActResNet18", 16, 64, 200), ("WRN-34-10", 16, 32, 10))
-    for arch, batch, size, classes in networks[:1] if quick else networks:
+    for arch, batch, size, classes in NETWORKS[:1] if quick else NETWORKS:
         batch, width = (4, 4) if quick else (batch, None)
         code = (
             "import torch; from tests.benchmarks import Step; from utils.precision import peak_memory\n"
@@ -370,7 +396,7 @@ def pgd(device: torch.device, quick: bool) -> list[dict]:
     right: dict[str, list[Tensor]] = {}
 
     with frozen(model) as exact, frozen(model, "bf16") as rounded:
-        attacks = {
+        variants = {
             "ours fp32": lambda x, y: linf_pgd(x, cross_entropy(exact, y), EPS, STEP, steps, x),
             "published loop": lambda x, y: published_evaluation_pgd(model, x, y, steps),
             "torchattacks": peer,
@@ -380,9 +406,9 @@ def pgd(device: torch.device, quick: bool) -> list[dict]:
         found = {}
 
         def variant(name: str) -> Callable[[int], None]:
-            return lambda i: found.setdefault(name, []).append(attacks[name](x[parts[i]], labels[parts[i]]))
+            return lambda i: found.setdefault(name, []).append(variants[name](x[parts[i]], labels[parts[i]]))
 
-        seconds = take_turns({name: variant(name) for name in attacks}, len(parts), device)
+        seconds = take_turns({name: variant(name) for name in variants}, len(parts), device)
     with torch.no_grad():
         for name, images in found.items():
             right[name] = [model(part).argmax(1) == labels[s] for part, s in zip(images, parts, strict=False)]
@@ -528,7 +554,7 @@ def compiled(device: torch.device, quick: bool) -> list[dict]:
     return rows
 
 
-BENCHMARKS = {f.__name__: f for f in (step, share, memory, negatives, pgd, growth, processes, data, compiled)}
+BENCHMARKS = {f.__name__: f for f in (step, share, together, memory, negatives, pgd, growth, processes, data, compiled)}
 
 
 def show(rows: list[dict]) -> None:
@@ -559,7 +585,6 @@ def main(argv: list[str] | None = None) -> None:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "native bf16": not lacks_bfloat16(device),
             "torch": torch.__version__,
         },
         "quick": given.quick,

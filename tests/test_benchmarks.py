@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import benchmarks
 
-QUICK = ("step", "share", "memory", "negatives", "pgd", "growth", "data")  # not those that start torchrun or a compiler
+QUICK = ("step", "share", "together", "memory", "negatives", "pgd", "growth", "data")  # no torchrun, no compiler
 
 
 def run(tmp_path, name):
