@@ -9,7 +9,7 @@ from models.reverse_attention import ReverseAttentionNetwork
 class PreActBlock(nn.Module):
     """BN-ReLU-conv-BN-ReLU-conv plus shortcut; where shapes change, the shortcut starts behind the first ReLU."""
 
-    conv_bn = (("conv1", "bn2"),)
+    conv_bn = (("conv1", "bn2"),)  # never bn1: the ReLU behind it works in place, and its input is the shortcut's
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()

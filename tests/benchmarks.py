@@ -13,6 +13,7 @@ Each is preceded by the machine's own float32 and bfloat16 matrix-product rate, 
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import random
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from models import Heads, build_model
 from utils import attacks
 from utils.attacks import (
-    Attacked,
+    ToAttack,
     cross_entropy,
     cross_entropy_over_heads,
     frozen,
@@ -47,6 +48,7 @@ from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
 from utils.options import TRAINING
 from utils.precision import bfloat16_gain, compile_for_training
+from utils.provenance import in_one_line, provenance
 from utils.training import attack_batch, training_loss
 
 ROOT = Path(__file__).parent.parent
@@ -88,8 +90,8 @@ def compared(seconds: dict[str, list], peer: str, **more: Callable[[str], object
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype, side: int) -> Callable[[int], Tensor]:
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return lambda i: a @ b
+    a, b, product = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    return lambda i: torch.mm(a, b, out=product)
 
 
 def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
@@ -134,18 +136,17 @@ class Step:
         self.update(loss)
         [loss.item(), figures[0].item()]
 
-    def plain(self, parameter_gradients: bool, steps: int = 10) -> None:
-        """The step as the published scripts compute it, by METHOD's description of them.
+    def plain(self, steps: int = 10) -> None:
+        """The step as the published scripts compute it.
 
-        The network itself is attacked, in eval mode, neither folded nor channels-last, and backward() also computes the
-        parameters' gradients, unless told not to; negatives and contrast are loops over the batch; three more forwards
-        give the accuracies of the log.
+        The network itself is attacked, in eval mode, neither folded nor channels-last; negatives and contrast are loops
+        over the batch; three more forwards, with their graphs, give the accuracies of the log.
         """
         x, labels, model = self.x, self.labels, self.model
         chosen = loop_random_negatives(labels)
         model.eval()
-        adversarial = plain_pgd(model, x, labels, 1, steps, parameter_gradients)
-        negative = plain_pgd(model, x[chosen], labels, -1, steps, parameter_gradients)
+        adversarial = plain_pgd(model, x, labels, 1, steps)
+        negative = plain_pgd(model, x[chosen], labels, -1, steps)
         model.train()
         natural = model(x, labels, heads=True)
         heads = model(adversarial, labels, heads=True)
@@ -153,60 +154,63 @@ class Step:
         loss = over_heads(lambda nat, adv: trades_loss(nat, adv, labels, 6.0), natural, heads, auxiliary_weight=2.0)
         self.update(loss + 3 * over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0))
         model.eval()
-        with torch.no_grad():
-            for images, truth in ((x, labels), (adversarial, labels), (negative, labels[chosen])):
-                (model(images).argmax(1) == truth).float().mean().item()
+        for images, truth in ((x, labels), (adversarial, labels), (negative, labels[chosen])):
+            (model(images).argmax(1) == truth).float().mean().item()
         model.train()
 
 
-def plain_pgd(model: nn.Module, x: Tensor, labels: Tensor, sign: int, steps: int, parameter_gradients: bool) -> Tensor:
+def plain_pgd(model: nn.Module, x: Tensor, labels: Tensor, sign: int, steps: int) -> Tensor:
     adversarial = x + 0.001 * torch.randn_like(x)
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
         heads = model(adversarial, heads=True)
         loss = F.cross_entropy(heads.final, labels)
         loss = loss + 2 * sum(F.cross_entropy(logits, labels) for logits in heads.auxiliary) / len(heads.auxiliary)
-        if parameter_gradients:
-            model.zero_grad()
-            loss.backward()
-            gradient = adversarial.grad
-        else:
-            (gradient,) = torch.autograd.grad(loss, adversarial)
+        (gradient,) = torch.autograd.grad(loss, adversarial)
         adversarial = adversarial.detach() + sign * STEP * gradient.sign()
         adversarial = torch.min(torch.max(adversarial, x - EPS), x + EPS).clamp(0, 1)
     return adversarial.detach()
 
 
+def images_by_class(labels: Tensor) -> dict[int, list[int]]:
+    by_class: dict[int, list[int]] = {}
+    for n, label in enumerate(labels):
+        by_class.setdefault(label.item(), []).append(n)
+    return by_class
+
+
+def random_negative(by_class: dict[int, list[int]], own: int) -> int:
+    return random.choice(by_class[random.choice([c for c in by_class if c != own])])
+
+
 def loop_random_negatives(labels: Tensor) -> Tensor:
-    chosen = []
-    for n in range(len(labels)):
-        others = [j for j in range(len(labels)) if labels[j] != labels[n]]
-        chosen.append(random.choice(others))
-    return torch.tensor(chosen, device=labels.device)
+    by_class = images_by_class(labels)
+    return torch.tensor([random_negative(by_class, label.item()) for label in labels], device=labels.device)
 
 
 def loop_hard_negatives(logits: Tensor, labels: Tensor) -> list[int]:
-    """For each anchor, of the images of other classes that are taken for its class, the one with the largest logit."""
-    predictions = logits.argmax(1)
-    chosen = []
+    """For each anchor, of the images of other classes that are taken for its class, the one with the largest logit.
+
+    Loops as the published ones: a comparison of two tensors a pair, and sets.
+    """
+    by_class, predictions, chosen = images_by_class(labels), logits.argmax(1), []
     for n in range(len(labels)):
-        best, index = None, -1
-        for j in range(len(labels)):
-            if labels[j] != labels[n] and predictions[j] == labels[n]:
-                score = logits[j][labels[n]]
-                if best is None or score > best:
-                    best, index = score, j
-        chosen.append(index)
+        taken = {j for j in range(len(labels)) if predictions[j] == labels[n]}
+        own = labels[n].item()
+        candidates = list(taken - set(by_class[own]))
+        if candidates:
+            chosen.append(candidates[logits[candidates][:, own].topk(1).indices.item()])
+        else:
+            chosen.append(random_negative(by_class, own))
     return chosen
 
 
 def loop_contrast(natural: Tensor, negative: Tensor) -> Tensor:
-    """ANC with alpha 1, pair by pair."""
-    q, p = F.softmax(natural, 1), F.softmax(negative, 1)
+    """ANC with alpha 1, pair by pair of those that agree."""
+    (q, one), (p, other) = F.softmax(natural, 1).detach().max(1), F.softmax(negative, 1).max(1)
     total = natural.new_zeros(())
-    for n in range(len(q)):
-        if q[n].argmax() == p[n].argmax():
-            total = total + torch.sqrt(q[n].max().detach() * p[n].max())
+    for (n,) in torch.nonzero(one == other):
+        total = total + (q[n] * p[n]) ** 0.5
     return total / len(q)
 
 
@@ -214,7 +218,7 @@ def loop_contrast(natural: Tensor, negative: Tensor) -> Tensor:
 
 
 def step(device: torch.device, quick: bool) -> list[dict]:
-    """Seconds of a training step: ours against a plain one, and against a plain one without parameter gradients."""
+    """Seconds of a training step: ours against a plain one, which computes as the published scripts do."""
     rows = []
     for arch, batch, size, classes in NETWORKS:
         batch, width = (4, 1 if arch.startswith("WRN") else 4) if quick else (batch, None)
@@ -224,12 +228,7 @@ def step(device: torch.device, quick: bool) -> list[dict]:
 
 def steps_of(job: Step, arch: str, rounds: int, attack_steps: int) -> list[dict]:
     device = job.x.device
-    variants = {
-        "ours fp32": lambda steps: job.ours(num_steps=steps),
-        "plain": lambda steps: job.plain(True, steps),
-    }
-    if arch == "ResNet18":
-        variants["plain, input gradients only"] = lambda steps: job.plain(False, steps)
+    variants = {"ours fp32": lambda steps: job.ours(num_steps=steps), "plain": job.plain}
     if arch == "ResNet18" or bfloat16_gain(device) > 1:
         variants["ours bf16"] = lambda steps: job.ours(num_steps=steps, amp="bf16")
     for warm_up in variants.values():
@@ -291,26 +290,31 @@ def share(device: torch.device, quick: bool) -> list[dict]:
 def together(device: torch.device, quick: bool) -> list[dict]:
     """Both attacks of a step as one batch against one after the other, on batches of growing size."""
     cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)] + [("WRN-34-10", 16, 32, None)]
-    cases += [("ResNet18", batch, 16, 12) for batch in (16, 64, 128)]  # the digits network
+    cases += [("PreActResNet18", 16, 64, None)]
+    cases += [("ResNet18", batch, 16, 12) for batch in (16, 64, 128, 256)]  # the digits network
     rows = []
     for arch, batch, size, width in cases[:1] if quick else cases:
         job = Step(arch, batch, size, 10, 4 if quick else width, device)
         with frozen(job.model) as net:
 
-            def attack(small: int, job: Step = job, net: nn.Module = net) -> None:
+            def attack(small: float, job: Step = job, net: nn.Module = net) -> None:
                 def ascended(heads: Heads) -> Tensor:
                     return over_heads(summed_cross_entropy(job.labels), heads, auxiliary_weight=2.0)
 
-                both = [Attacked(job.x, job.x, ascended), Attacked(job.x, job.x, lambda heads: -ascended(heads))]
+                both = [ToAttack(job.x, job.x, ascended), ToAttack(job.x, job.x, lambda heads: -ascended(heads))]
                 with mock.patch.object(attacks, "SMALL", small):
                     linf_pgd_together(net, both, EPS, STEP, 1 if quick else 4)
 
-            variants = {"apart": lambda i, attack=attack: attack(0), "as one": lambda i, attack=attack: attack(2**60)}
+            variants = {
+                "apart": lambda i, attack=attack: attack(0),
+                "as one": lambda i, attack=attack: attack(math.inf),
+            }
+            work = 2 * batch * size**2 * sum(p.numel() for p in net.parameters())
             take_turns(variants, 1, device)
-            seconds = take_turns(variants, 1 if quick else 5, device)
-        used = "as one" if 2 * job.x.numel() <= attacks.SMALL else "apart"
+            seconds = take_turns(variants, 1 if quick else 5 if work > 2e11 else 25, device)
+        used = "as one" if work <= attacks.SMALL else "apart"
         for row in compared(seconds, "apart"):
-            shape = {"network": arch, "width": width or "as published", "side": size, "batch": batch}
+            shape = {"network": arch, "width": width or "as published", "side": size, "batch": batch, "work": work}
             rows.append({**shape, **row, "used": "yes" if row["variant"] == used else ""})
     return rows
 
@@ -332,20 +336,25 @@ def memory(device: torch.device, quick: bool) -> list[dict]:
 
 
 def negatives(device: torch.device, quick: bool) -> list[dict]:
-    """Choosing hard negatives of a batch of 128, without their attack: tensor code against loops over the batch."""
+    """Choosing hard negatives of a batch of 128, without their attack: tensor code against loops over the batch.
+
+    A run of ours is 20 calls in a row, of which the figure is one: after each run of the loops its threads are asleep.
+    """
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(128, 10, generator=generator, device=device)
     labels = torch.randint(10, (128,), generator=generator, device=device)
     looped = torch.tensor(loop_hard_negatives(logits, labels), device=device)
     chosen = choose_negatives(logits, labels, "hard", generator).squeeze(1)
-    defined = looped >= 0
-    if not torch.equal(chosen[defined], looped[defined]):
+    guided = logits[looped].argmax(1) == labels  # the others have no candidate and are drawn at random
+    if not torch.equal(chosen[guided], looped[guided]):
         raise RuntimeError("the loops choose other negatives")
     variants = {
-        "ours": lambda i: choose_negatives(logits, labels, "hard", generator),
+        "ours": lambda i: [choose_negatives(logits, labels, "hard", generator) for _ in range(20)],
         "loops": lambda i: loop_hard_negatives(logits, labels),
     }
-    return compared(take_turns(variants, 2 if quick else 25, device), "loops")
+    seconds = take_turns(variants, 2 if quick else 25, device)
+    seconds["ours"] = [value / 20 for value in seconds["ours"]]
+    return compared(seconds, "loops")
 
 
 def trained_on_digits(width: int | None, steps: int, device: torch.device) -> tuple[nn.Module, Split]:
@@ -381,7 +390,8 @@ def published_evaluation_pgd(model: nn.Module, x: Tensor, labels: Tensor, steps:
 def pgd(device: torch.device, quick: bool) -> list[dict]:
     """PGD-40 of 256 digits at 32x32 on ResNet-18, cross-entropy of the final logits, eps 8/255, started at the image.
 
-    Attacks take turns batch by batch of 32; accuracies are those of the same float32 network on what each returns.
+    Attacks take turns batch by batch of 32, the seconds are those of one; accuracies are those of the same float32
+    network on what each returns for all 256.
     """
     import foolbox
     import torchattacks
@@ -393,7 +403,6 @@ def pgd(device: torch.device, quick: bool) -> list[dict]:
     peer = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
     attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=steps, random_start=False)
     foolbox_model = foolbox.PyTorchModel(model, bounds=(0, 1))
-    right: dict[str, list[Tensor]] = {}
 
     with frozen(model) as exact, frozen(model, "bf16") as rounded:
         variants = {
@@ -408,21 +417,17 @@ def pgd(device: torch.device, quick: bool) -> list[dict]:
         def variant(name: str) -> Callable[[int], None]:
             return lambda i: found.setdefault(name, []).append(variants[name](x[parts[i]], labels[parts[i]]))
 
-        seconds = take_turns({name: variant(name) for name in variants}, len(parts), device)
-    with torch.no_grad():
-        for name, images in found.items():
-            right[name] = [model(part).argmax(1) == labels[s] for part, s in zip(images, parts, strict=False)]
-    right = {name: torch.cat(values) for name, values in right.items()}
-    reference = right["ours fp32"]
-    return compared(
-        seconds,
-        "ours fp32",
-        **{
-            "images": lambda name: len(right[name]),
-            "robust accuracy %": lambda name: 100 * right[name].float().mean().item(),
-            "ours on the same %": lambda name: 100 * reference[: len(right[name])].float().mean().item(),
-        },
-    )
+        by_batch = {name: variant(name) for name in variants}
+        take_turns(by_batch, 1, device)
+        found.clear()
+        seconds = take_turns(by_batch, len(parts), device)
+
+    def robust(name: str) -> float:
+        with torch.no_grad():
+            right = [model(images).argmax(1) == labels[s] for images, s in zip(found[name], parts, strict=True)]
+        return 100 * torch.cat(right).float().mean().item()
+
+    return compared(seconds, "ours fp32", **{"robust accuracy %": robust})
 
 
 def growth(device: torch.device, quick: bool) -> list[dict]:
@@ -567,6 +572,16 @@ def show(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def processor() -> str:
+    """The CPU's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.benchmarks"
@@ -580,16 +595,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
     device = pick_device(given.device, False)
     record = {
+        "made": provenance(device, packages=("torchattacks", "foolbox")),
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
         },
         "quick": given.quick,
         "benchmarks": {},
     }
+    print(in_one_line(record["made"]))
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
     for name in given.names or [name for name in BENCHMARKS if name != "compiled"]:
         rates = machine_rates(device, given.quick)

@@ -598,6 +598,13 @@ def test_a_process_says_one_line_and_exits_with_two(tmp_path, script):
     assert files(tmp_path) == before and not marker.exists()
 
 
+def test_settings_that_matplotlib_refuses_are_named(tmp_path):
+    command = [sys.executable, "draw_hist.py", "--distances", str(tmp_path / "none.npz")]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "gtk9"})
+    (line,) = answer.stderr.splitlines()
+    assert answer.returncode == 2 and line.startswith("draw_hist.py: error: matplotlib: ") and "MPLBACKEND" in line
+
+
 # odd but right
 
 

@@ -47,7 +47,7 @@ def test_the_plain_step_attacks_as_ours_does():
     job = benchmarks.Step("ResNet18", 6, 16, 3, 4, torch.device("cpu"))
     job.model.eval()
     torch.manual_seed(0)
-    plain = benchmarks.plain_pgd(job.model, job.x, job.labels, 1, 3, True)
+    plain = benchmarks.plain_pgd(job.model, job.x, job.labels, 1, 3)
     torch.manual_seed(0)
     start = job.x + 0.001 * torch.randn_like(job.x)
     with benchmarks.frozen(job.model) as net:

@@ -41,6 +41,7 @@ CASES = {
         (("--method=trades",), 2),
         (("--method=trades", "--sync-bn"), 2),  # an empty slice takes part in the forwards then
         (("--method=trades", "--inner=kl", "--no-ra", "--no-anc"), 7),
+        (("--method=trades", "--inner=kl"), 2),
         (("--method=trades", "--strategy=easy_adv", "--sample_class_number=2", "--sample_number=2"), 7),
         (("--method=mart", "--strategy=hard"), 7),
         (("--method=mart", "--strategy=hard"), 2),

@@ -18,9 +18,9 @@ from utils.losses import over_heads
 
 Objective = Callable[[Tensor], Tensor]
 
-# Batches of up to so many values in all are attacked as one: the images of a digits batch of 128 and of its negatives
-# (faster by a tenth), or 42 of CIFAR-10. Larger ones gain nothing and lose a tenth at 64 (`tests.benchmarks together`).
-SMALL = 2**18
+# Parameters times pixels, a rough measure of a pass's work, up to which several batches are attacked as one. Below it
+# that is faster, above it no faster or slower: `python -m tests.benchmarks together`, 2 CPU cores, float32.
+SMALL = 2.5e11
 
 
 class Bfloat16(nn.Module):
@@ -115,7 +115,7 @@ def linf_pgd(
     return adversarial
 
 
-class Attacked(NamedTuple):
+class ToAttack(NamedTuple):
     """Images (N, 3, H, W) to attack, where to start, and what to ascend, a function of the network's heads on them."""
 
     x: Tensor
@@ -124,46 +124,47 @@ class Attacked(NamedTuple):
 
 
 def linf_pgd_together(
-    net: nn.Module, batches: list[Attacked], eps: float, step_size: float, steps: int
+    net: nn.Module, batches: list[ToAttack], eps: float, step_size: float, steps: int
 ) -> list[Tensor]:
     """`linf_pgd` on several batches of images, each with its own objective -> the adversarial images of each.
 
-    As one batch where that is faster: while they are small, the cost of a step is that of calling its operators. The
+    As one batch where that is faster: while there is little work, a step costs the calling of its operators. The
     objectives are added, and no image's gradient knows of another's, so that only rounding can differ.
     """
-    if sum(batch.x.numel() for batch in batches) > SMALL:
+    pixels = sum(len(batch.x) * batch.x[0, 0].numel() for batch in batches if len(batch.x))
+    if len(batches) == 1 or pixels * sum(p.numel() for p in net.parameters()) > SMALL:
         return [
             linf_pgd(x, lambda x, of=objective: of(net(x, heads=True)), eps, step_size, steps, start)
             for x, start, objective in batches
         ]
     sizes = [len(batch.x) for batch in batches]
 
-    def objective(x: Tensor) -> Tensor:
+    def added(x: Tensor) -> Tensor:
         heads = split_heads(net(x, heads=True), sizes)
         return torch.stack([batch.objective(part) for batch, part in zip(batches, heads, strict=True)]).sum()
 
-    x, start = (torch.cat(images) for images in list(zip(*batches, strict=True))[:2])
-    return list(linf_pgd(x, objective, eps, step_size, steps, start).split(sizes))
+    x, start = torch.cat([batch.x for batch in batches]), torch.cat([batch.start for batch in batches])
+    return list(linf_pgd(x, added, eps, step_size, steps, start).split(sizes))
 
 
 def split_heads(heads: Heads, sizes: list[int]) -> list[Heads]:
-    """Heads of a batch -> those of its parts of so many images each, in order."""
+    """Heads of a batch -> those of its parts of so many images each, in order, without `unweighted`."""
     return [
-        Heads(heads.final[s], tuple(logits[s] for logits in heads.auxiliary), heads.features[s], heads.unweighted[s])
+        Heads(heads.final[s], tuple(logits[s] for logits in heads.auxiliary), heads.features[s])
         for s in (slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
     ]
 
 
 def cross_entropy_over_heads(net: nn.Module, labels: Tensor, auxiliary_weight: float) -> Objective:
-    """Objective of the untargeted training attack and of `pgd40_heads`: cross-entropy over heads, summed over images.
-
-    A sum, not the mean, so that no image's gradient depends on the size of its batch; signs are the same.
-    """
+    """Objective of `pgd40_heads`, and the untargeted training attack's: cross-entropy over heads, a sum over images."""
     return lambda x: over_heads(summed_cross_entropy(labels), net(x, heads=True), auxiliary_weight=auxiliary_weight)
 
 
 def summed_cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Cross-entropy of logits (N, C), summed over images, as a criterion for `over_heads`."""
+    """Cross-entropy of logits (N, C), as a criterion for `over_heads`.
+
+    A sum over images, not the mean, so that no image's gradient depends on the size of its batch; signs are the same.
+    """
     return lambda logits: F.cross_entropy(logits, labels, reduction="sum")
 
 

@@ -64,6 +64,7 @@ class Split(NamedTuple):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, indices: Tensor) -> "Split":
+        """The images at `indices` (n,), int64, on the images' device."""
         numbers = None if self.numbers is None else self.numbers[indices.to(self.numbers.device)]
         return self._replace(images=self.images.index_select(0, indices), labels=self.labels[indices], numbers=numbers)
 
@@ -122,7 +123,7 @@ def batches(order: Tensor, batch_size: int) -> Iterator[Tensor]:
 
 def as_input(images: Tensor) -> Tensor:
     """uint8 images -> float32 in [0, 1], what every network here takes."""
-    return images.to(torch.float32, copy=True).div_(255)
+    return images.to(torch.float32, copy=True).div_(255)  # a copy of what was float32 before, too
 
 
 def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:

@@ -7,15 +7,21 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from utils.checkpoints import write_atomically
 from utils.options import UsageError
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
+except ValueError as error:  # as soon as it is imported, it reads its settings
+    raise UsageError(
+        f"matplotlib: {str(error).splitlines()[0]}; unset or correct MPLBACKEND, or its matplotlibrc"
+    ) from error
 
 COLUMN = 3.3  # inches
 STYLE = {

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from models import Heads, build_model
 from utils import distributed
-from utils.attacks import Attacked, Bfloat16, frozen, gaussian_start, linf_pgd_together, summed_cross_entropy
+from utils.attacks import Bfloat16, ToAttack, frozen, gaussian_start, linf_pgd_together, summed_cross_entropy
 from utils.checkpoints import (
     BEST,
     LAST,
@@ -79,15 +79,12 @@ def attack_batch(
                 options.sample_class_number,
                 options.sample_number,
             )
-
-        def over(criterion: Callable[..., Tensor], *heads: Heads) -> Tensor:
-            return over_heads(criterion, *heads, auxiliary_weight=options.cr_beta)
-
+        over = partial(over_heads, auxiliary_weight=options.cr_beta)
         if options.inner == "kl":
             untargeted = partial(over, kl_divergence, natural)
         else:
             untargeted = partial(over, summed_cross_entropy(labels[own]))
-        attacks = [Attacked(x[own], gaussian_start(x, generator)[own], untargeted)]
+        attacks = [ToAttack(x[own], gaussian_start(x, generator)[own], untargeted)]
         if chosen is not None:
             count, chosen = chosen.shape[1], chosen.flatten()
             pairs = slice(own.start * count, own.stop * count)  # all those of this rank's anchors
@@ -95,7 +92,7 @@ def attack_batch(
             if adversarial_negatives:  # pushed to look like the anchor's class
                 towards = summed_cross_entropy(labels.repeat_interleave(count)[pairs])
                 start = gaussian_start(x[chosen], generator)[pairs]
-                attacks.append(Attacked(negatives, start, lambda heads: -over(towards, heads)))
+                attacks.append(ToAttack(negatives, start, lambda heads: -over(towards, heads)))
         adversarial, *others = linf_pgd_together(net, attacks, options.epsilon, options.step_size, options.num_steps)
     if chosen is None:
         return adversarial, None, None
@@ -129,10 +126,7 @@ def training_loss(
         return zero, zero, None, None
     natural = model(x, labels, heads=True) if needs_natural else None
     adversarial = model(x_adversarial, labels, heads=True)
-
-    def over(criterion: Callable[..., Tensor], *heads: Heads) -> Tensor:
-        return over_heads(criterion, *heads, auxiliary_weight=options.cr_beta)
-
+    over = partial(over_heads, auxiliary_weight=options.cr_beta)
     if options.method == "pgd":
         loss = over(lambda adv: pgd_loss(adv, labels), adversarial)
     else:
@@ -533,9 +527,9 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
         distributed.from_first(lambda: job.begin(held))
     if options.tf32 and device.type != "cuda" and distributed.first():
         print(f"{Path(sys.argv[0]).name}: --tf32 accepted, no effect here", file=sys.stderr)
-    if options.amp == "bf16" and distributed.first() and (gain := bfloat16_gain(device)) < 1:
-        rate = f"bfloat16 matrix products run at {gain:.2f} times the rate of float32 ones here"
-        print(f"{rate}: --amp bf16 will be slower", file=sys.stderr)
+    if options.amp == "bf16" and distributed.first() and (gain := bfloat16_gain(device)) < 0.9:
+        told = f"matrix products in bfloat16 run at {gain:.2f} times the rate of float32 here, so this is likely slower"
+        print(f"{Path(sys.argv[0]).name}: --amp bf16: {told}", file=sys.stderr)
     log = open_log(job.folder / "train.log")
     log(in_one_line(job.provenance))
     log(describe(job, train, selection))
