@@ -1,7 +1,7 @@
 """Several ranks: real gloo processes against one process on the same global batch, and whole runs of them.
 
-`python -m tests.test_distributed FILE`, started once for each rank, works through `steps` and `sums` below; the first
-rank writes what it finds to FILE.
+`python -m tests.test_distributed FILE`, started once for each rank, works through what its last lines name; the
+first rank writes what it finds to FILE.
 """
 
 import csv
@@ -14,10 +14,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from models import build_model
 from utils import distributed
@@ -130,6 +132,24 @@ def untouched():
     distributed.share_buffers(model)
     shared = torch.cat([b.flatten().double() for b in model.buffers()])
     return {"changed": ranks.tolist(), "spread": distributed.total(shared) / distributed.world() - shared}
+
+
+def communications():
+    """How often ranks exchange something while they attack a batch, by strategy."""
+    counts = {}
+    for strategy in ("random_adv", "hard_adv"):
+        options = parse_training(
+            "", {"arch": "ResNet18"}, ["--dataset=digits", "--num-steps=3", "--strategy", strategy]
+        )
+        options.warmup_epochs = 0
+        batch = network(options), *images_of(options, 7), options, torch.Generator().manual_seed(2), 1
+        with (
+            mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced,
+            mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as sent,
+        ):
+            attack_batch(*batch)
+        counts[strategy] = reduced.call_count + sent.call_count
+    return counts
 
 
 def small_things():
@@ -267,6 +287,10 @@ def test_a_rank_without_images_keeps_its_statistics_and_shares_the_first_ones(ra
     assert ranks[0]["untouched"]["spread"].abs().max() < 1e-12
 
 
+def test_attacks_communicate_nothing_but_the_logits_that_choose_negatives(ranks):
+    assert ranks[0]["communications"] == {"random_adv": 0, "hard_adv": 1}
+
+
 def test_sums_wishes_and_errors_reach_every_rank(ranks):
     found, count = ranks
     assert found["small_things"] == {
@@ -349,6 +373,30 @@ def test_a_killed_rank_ends_the_others_with_one_line(tmp_path, killed):
 
 
 @pytest.mark.slow
+def test_two_nodes_write_one_run(tmp_path):
+    """Both on this machine; the second one sees another folder, since only the first rank has to see the run's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}", "--rdzv-id=1", "--local-addr=127.0.0.1"]
+        command += [SCRIPT, *TINY, "--model-dir", tmp_path / name / "run", "--amp=bf16"]
+        nodes.append(
+            subprocess.Popen(
+                list(map(str, command)), env=environment(), cwd=tmp_path / name, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    statuses, said = finish(nodes, 120)
+    assert statuses == [0, 0], said
+    (run_folder,) = tmp_path.glob("*/run*")
+    assert [row["epoch"] for row in metrics(run_folder)] == ["1", "2"] and state(run_folder)["ranks"] == 2
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_continue_the_run(tmp_path):
     log = log_of(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -401,7 +449,7 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path):
 
 if __name__ == "__main__":
     with distributed.started():
-        found = {f.__name__: f() for f in (steps, judged, untouched, small_things)}
+        found = {f.__name__: f() for f in (steps, judged, untouched, communications, small_things)}
         if distributed.first():
             torch.save(found, sys.argv[1])
 
@@ -454,3 +502,17 @@ def test_feature_distances_by_two_ranks_are_those_of_one_process(trained, tmp_pa
     with np.load(file) as expected, np.load(tmp_path / "2" / file.name) as found:
         for key in set(expected) - {"settings"}:
             assert np.allclose(found[key], expected[key], atol=1e-4), key
+
+
+@pytest.mark.slow
+def test_a_umap_by_two_ranks_is_that_of_one_process(trained, tmp_path):
+    argv = [ROOT / "draw_umap.py", "--model_dir", trained[2], "--n-examples", "80", "--name", "u"]
+    assert torchrun(2, *argv, "--out", tmp_path / "2").returncode == 0
+    subprocess.run([sys.executable, *map(str, argv), "--out", str(tmp_path / "1")], env=environment(), check=True)
+    assert sorted(f.name for f in (tmp_path / "1").iterdir()) == sorted(f.name for f in (tmp_path / "2").iterdir())
+    found, expected = (np.load(tmp_path / folder / "u.npz") for folder in "21")
+    assert np.array_equal(found["labels"], expected["labels"]) and np.array_equal(found["indices"], expected["indices"])
+    measured, measured_alone = (json.loads(str(arrays["settings"]))["measured"] for arrays in (found, expected))
+    assert measured.keys() == measured_alone.keys()
+    for key, numbers in measured_alone.items():
+        assert measured[key] == pytest.approx(numbers, abs=1e-3)
