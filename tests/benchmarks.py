@@ -254,36 +254,57 @@ def forward_flops(net: nn.Module, x: Tensor) -> int:
     return sum(counted)
 
 
+def convolution_share(run: Callable[[int], object], device: torch.device) -> float | str:
+    """Share of a run's time that passes inside convolutions, in percent, by PyTorch's profiler on a CPU."""
+    if device.type != "cpu":
+        return "-"
+    with torch.autograd.profiler.profile(use_kineto=False) as seen:
+        run(0)
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    return 100 * sum(t for key, t in times.items() if "convolution" in key) / sum(times.values())
+
+
 def share(device: torch.device, quick: bool) -> list[dict]:
-    """GFLOP/s of an attack, ResNet-18, batch 64, and its share of the matrix-product rate of the same minute."""
-    job, steps = Step("ResNet18", 4 if quick else 64, 32, 10, 4 if quick else None, device), 1 if quick else 10
-    rows = []
-    for amp, dtype in (("none", torch.float32), ("bf16", torch.bfloat16)):
-        side = 64 if quick else 2048
-        with frozen(job.model, amp) as net:
+    """GFLOP/s of an attack, ResNet-18, batch 64, and its share of the matrix-product rate of the same minutes.
 
-            def attack(i: int, net: nn.Module = net) -> Tensor:
-                return linf_pgd(job.x, cross_entropy_over_heads(net, job.labels, 2.0), EPS, STEP, steps, job.x)
+    `plain` is the attack of the published scripts, on the network as it is trained.
+    """
+    steps, side = (1, 64) if quick else (10, 2048)
+    job = Step("ResNet18", 4 if quick else 64, 32, 10, 4 if quick else None, device)
+    with frozen(job.model) as exact, frozen(job.model, "bf16") as rounded:
+        job.model.eval()
+        flops = 2 * steps * forward_flops(exact, job.x)  # once forward, once to the gradient of the images
 
-            flops = 2 * steps * forward_flops(net, job.x)  # once forward, once to the gradient of the images
-            product = matrix_product(device, dtype, side)
-            variants = {"product": product, "attack": attack}
-            take_turns(variants, 1, device)
-            seconds = take_turns(variants, 1 if quick else 5, device)
+        def attack(net: nn.Module) -> Callable[[int], Tensor]:
+            return lambda i: linf_pgd(job.x, cross_entropy_over_heads(net, job.labels, 2.0), EPS, STEP, steps, job.x)
+
+        attacks_of = {
+            "ours fp32": attack(exact),
+            "plain": lambda i: plain_pgd(job.model, job.x, job.labels, 1, steps),
+            "ours bf16": attack(rounded),
+        }
+        products = {
+            "fp32": matrix_product(device, torch.float32, side),
+            "bf16": matrix_product(device, torch.bfloat16, side),
+        }
+        take_turns(products | attacks_of, 1, device)
+        seconds = take_turns(products | attacks_of, 1 if quick else 5, device)
         times = {name: statistics.median(values) for name, values in seconds.items()}
-        rate = 1e-9 * flops / times["attack"]
-        yardstick = 2e-9 * side**3 / times["product"]
-        rows.append(
-            {
-                "precision": "fp32" if amp == "none" else amp,
-                "runs": len(seconds["attack"]),
-                "seconds": times["attack"],
-                "GFLOP": 1e-9 * flops,
-                "GFLOP/s": rate,
-                "matrix product GFLOP/s": yardstick,
-                "share %": 100 * rate / yardstick,
-            }
-        )
+        rows = []
+        for name, run in attacks_of.items():
+            yardstick = 2e-9 * side**3 / times["bf16" if "bf16" in name else "fp32"]
+            rows.append(
+                {
+                    "variant": name,
+                    "runs": len(seconds[name]),
+                    "seconds": times[name],
+                    "GFLOP": 1e-9 * flops,
+                    "GFLOP/s": 1e-9 * flops / times[name],
+                    "matrix product GFLOP/s": yardstick,
+                    "share %": 1e-7 * flops / times[name] / yardstick,
+                    "in convolutions %": convolution_share(run, device),
+                }
+            )
     return rows
 
 
@@ -331,7 +352,8 @@ def memory(device: torch.device, quick: bool) -> list[dict]:
         )
         said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         peaks = said.stdout.split("\n")
-        rows.append({"network": arch, "batch": batch, "after one step": peaks[0], "after four": peaks[3]})
+        first, fourth = (f"{int(peaks[i]) / 1e9:.2f} GB" for i in (0, 3))
+        rows.append({"network": arch, "batch": batch, "after one step": first, "after four": fourth})
     return rows
 
 

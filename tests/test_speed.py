@@ -208,10 +208,11 @@ def test_a_frozen_copy_is_gone_when_its_attack_is_over():
 def test_peak_memory_does_not_grow_over_an_epoch():
     """A process of its own, whose peak is that of its steps: 3 of them, then 40 more; a copy kept a step adds 40 MB."""
     code = """
-import resource, torch
+import torch
 from tests.test_speed import RA, some_batch
 from models import build_model
 from utils.options import parse_training
+from utils.precision import peak_memory
 from utils.training import attack_batch, training_loss
 o = parse_training("", RA, ["--num-steps", "1"])
 model = build_model("ResNet18", 4, width=10, image_size=16).train()
@@ -223,11 +224,28 @@ for step in range(43):
     loss.backward()
     optimizer.step()
     if step in (2, 42):
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(peak_memory(torch.device("cpu")) // 10**6)
 """
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     early, late = map(int, said.split())
     assert late - early < 20
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    """Not that of the one that started it, and of memory that is no longer held, too."""
+    held = b"1" * 1_500_000_000
+    code = """
+import torch
+from utils.precision import peak_memory
+device = torch.device("cpu")
+before = peak_memory(device)
+torch.ones(10**8)
+print(before, peak_memory(device))
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, after = map(int, said.split())
+    assert before < 10**9 < len(held)
+    assert after - before == pytest.approx(4 * 10**8, rel=0.1)
 
 
 def test_an_epoch_reports_its_peak_memory(tmp_path):

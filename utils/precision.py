@@ -5,7 +5,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -66,12 +67,15 @@ def bfloat16_gain(device: torch.device) -> float:
     return fastest[0] / fastest[1]
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory so far: that of tensors on a CUDA device, or the process's resident one; `-` where unknown."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes so far: of tensors on a CUDA device, or resident ones of the process; None where unknown."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # Linux; getrusage's figure there includes what started the process
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     try:
         from resource import RUSAGE_SELF, getrusage
     except ImportError:  # Windows
-        return "-"
-    return f"{getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.2f} GB"
+        return None
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -467,7 +467,8 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
     row["seconds"] = sums["seconds"] + time.perf_counter() - began
     best = best_row(progress["rows"])
     progress["rows"].append(row)
-    accuracies = "not evaluated"
+    peak, accuracies = peak_memory(run.device), "not evaluated"
+    memory = "-" if peak is None else f"{peak / 1e9:.2f} GB"
     if evaluated:
         accuracies = f"natural {row['natural_accuracy']:.2f} %, pgd40_heads {row['pgd40_heads_accuracy']:.2f} %"
     log(
@@ -475,7 +476,7 @@ def finish_epoch(run: Run, selection: Split, log: Callable[[str], None], check_s
         f"natural {shown(row['train_natural_accuracy_first_head'])}, robust "
         f"{row['train_robust_accuracy_first_head']:.2f} %  evaluation: {accuracies}  "
         f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
-        f"peak memory {peak_memory(run.device)}, {(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
+        f"peak memory {memory}, {(options.epochs - epoch) * row['seconds'] / 60:.1f} min left"
     )
     if distributed.first():
         write_metrics(run)
