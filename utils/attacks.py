@@ -131,7 +131,7 @@ def linf_pgd_together(
     As one batch where that is faster: while there is little work, a step costs the calling of its operators. The
     objectives are added, and no image's gradient knows of another's, so that only rounding can differ.
     """
-    pixels = sum(len(batch.x) * batch.x[0, 0].numel() for batch in batches if len(batch.x))
+    pixels = sum(batch.x[:, 0].numel() for batch in batches)
     if len(batches) == 1 or pixels * sum(p.numel() for p in net.parameters()) > SMALL:
         return [
             linf_pgd(x, lambda x, of=objective: of(net(x, heads=True)), eps, step_size, steps, start)
