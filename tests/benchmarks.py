@@ -46,7 +46,7 @@ from utils.data import Split, as_input, augment, batches, load_split
 from utils.evaluation import pick_device
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
-from utils.options import TRAINING
+from utils.options import TRAINING, UsageError
 from utils.precision import bfloat16_gain, compile_for_training
 from utils.provenance import in_one_line, provenance
 from utils.training import attack_batch, training_loss
@@ -615,7 +615,12 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if unknown := set(given.names) - set(BENCHMARKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
-    device = pick_device(given.device, False)
+    try:
+        device = pick_device(given.device, False)
+        if given.out:
+            given.out.open("a").close()  # before the half hour, not behind it
+    except (UsageError, OSError) as error:
+        parser.error(str(error))
     record = {
         "made": provenance(device, packages=("torchattacks", "foolbox")),
         "machine": {

@@ -56,8 +56,17 @@ def test_the_plain_step_attacks_as_ours_does():
     assert ((plain - ours).abs() < 1e-5).float().mean() > 0.99
 
 
-def test_an_unknown_benchmark_is_named(capsys):
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["stpe"], "unknown: stpe; known: step, share"),
+        (["negatives", "--device", "gpu"], "--device gpu is none of auto, cpu, cuda, cuda:N"),
+        (["negatives", "--out", "/nonexistent/figures.json"], "/nonexistent/figures.json"),
+    ],
+)
+def test_wrong_use_is_said_before_anything_is_measured(capsys, argv, said):
     with pytest.raises(SystemExit) as stopped:
-        benchmarks.main(["stpe"])
+        benchmarks.main(argv)
     assert stopped.value.code == 2
-    assert "unknown: stpe; known: step, share" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert said in told.err and not told.out

@@ -256,6 +256,7 @@ def test_natural_and_adversarial_points_have_their_own_marks():
     assert counts == [10, 10, 10, 10]
 
 
+@pytest.mark.slow
 def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(trained, here, capsys):
     run = here / "a.pt"
     run.write_bytes(trained[2].read_bytes())
