@@ -1,6 +1,6 @@
 """How fast it is, measured on your machine.
 
-python -m tests.benchmarks                      all but `compiled`, half an hour on 2 CPU cores
+python -m tests.benchmarks                      all but `compiled`, 40 minutes on 2 CPU cores
 python -m tests.benchmarks step pgd             some: step share together memory negatives pgd growth processes data
 python -m tests.benchmarks compiled             what --compile brings, 5 minutes more; by its name only
 python -m tests.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark

@@ -88,10 +88,11 @@ def attack_batch(
         if chosen is not None:
             count, chosen = chosen.shape[1], chosen.flatten()
             pairs = slice(own.start * count, own.stop * count)  # all those of this rank's anchors
-            negatives, negative_labels = x[chosen[pairs]], labels[chosen[pairs]]
+            of_all = x[chosen]
+            negatives, negative_labels = of_all[pairs], labels[chosen[pairs]]
             if adversarial_negatives:  # pushed to look like the anchor's class
                 towards = summed_cross_entropy(labels.repeat_interleave(count)[pairs])
-                start = gaussian_start(x[chosen], generator)[pairs]
+                start = gaussian_start(of_all, generator)[pairs]
                 attacks.append(ToAttack(negatives, start, lambda heads: -over(towards, heads)))
         adversarial, *others = linf_pgd_together(net, attacks, options.epsilon, options.step_size, options.num_steps)
     if chosen is None:
