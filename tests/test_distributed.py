@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from unittest import mock
@@ -296,6 +297,39 @@ def test_sums_wishes_and_errors_reach_every_rank(ranks):
     assert found["small_things"] == {
         "total": count * (count + 1) // 2, "joined": list(range(7)), "agreed": 15, "from_first": 0, "heard by": count,
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ranks_that_end_as_soon_as_they_have_communicated_end_well():
+    """Twenty pairs, since it is a race: gloo's threads let go of the last tensors while Python ends.
+
+    The long switch interval makes the race easy to lose: who holds Python's lock keeps it unless it waits.
+    """
+    program = """
+        import os, socket, sys, torch
+        import torch.distributed as dist
+        from utils import distributed
+        torch.set_num_threads(1)
+        sys.setswitchinterval(10)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+        for _ in range(20):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+            for rank in "01":
+                os.environ["RANK"] = rank
+                if not os.fork():
+                    with distributed.started():
+                        kept = dist.group.WORLD  # as DistributedDataParallel does, beyond the group's end
+                        for _ in range(20):
+                            distributed.total(torch.tensor(1))
+                    sys.exit()
+            print(os.wait()[1], os.wait()[1])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["0"] * 40 and not done.stderr, done.stderr
 
 
 def test_one_process_has_no_group():

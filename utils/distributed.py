@@ -76,6 +76,9 @@ def started() -> Iterator[None]:
     finally:
         if dist.is_initialized() and (together or not nccl):
             dist.destroy_process_group()
+        # gloo's threads need Python's global lock to let go of their last tensors, and would abort the process if they
+        # asked for it after Python has ended: leave it to them here
+        time.sleep(0.2)
 
 
 def _unused_part(store: dist.Store, rank: int, count: int) -> dist.Store:
