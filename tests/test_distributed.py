@@ -25,10 +25,10 @@ import torch.distributed as dist
 from models import build_model
 from utils import distributed
 from utils.attacks import frozen
-from utils.data import as_input, load_split
+from utils.data import Split, as_input, load_split, require_same_on_ranks
 from utils.evaluation import pgd40_heads, verdicts
 from utils.options import UsageError, parse_training
-from utils.training import attack_batch, run, training_loss
+from utils.training import attack_batch, backward, run, training_loss
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train_CIFAR10_ResNet.py"
@@ -87,12 +87,8 @@ def step(flags, count):
     loss_of = distributed.parallel(model, training_loss)
     x, labels = images_of(options, count)
     attacked = attack_batch(model, x, labels, options, torch.Generator().manual_seed(2), 1)
-    own = distributed.own_slice(count)
-    loss, contrast, _, _ = loss_of(x[own], labels[own], attacked, options)
-    share = len(labels[own]) / count
-    (loss * share * distributed.world()).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return gradients | {"figures": distributed.total(torch.stack([loss, contrast]).detach() * share)}
+    figures, _ = backward(loss_of, x, labels, attacked, options)
+    return {name: p.grad.clone() for name, p in model.named_parameters()} | {"figures": figures}
 
 
 def steps():
@@ -156,6 +152,14 @@ def communications():
 def small_things():
     """Sums, wishes and slices, and an error of the first rank."""
     rank, world = distributed.rank(), distributed.world()
+    images, labels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])
+    require_same_on_ranks("here", Split(images, labels, ("a", "b")))
+    images[1, 2, 3, 4] = rank == world - 1
+    try:
+        require_same_on_ranks("folder in data", Split(images, labels, ("a", "b")))
+        differs = None
+    except UsageError as error:
+        differs = str(error)
     part = torch.arange(7.0)[distributed.own_slice(7)]
     try:
         distributed.from_first(lambda: int("no number") if rank else _refuse())
@@ -168,6 +172,7 @@ def small_things():
         "agreed": distributed.agreed(15 if rank == world - 1 else 0),
         "from_first": distributed.from_first(lambda: rank),
         "heard by": distributed.total(torch.tensor(int(said == "wrong"))).item(),
+        "other data": distributed.total(torch.tensor(int("folder in data holds other data" in differs))).item(),
     }
 
 
@@ -296,6 +301,7 @@ def test_sums_wishes_and_errors_reach_every_rank(ranks):
     found, count = ranks
     assert found["small_things"] == {
         "total": count * (count + 1) // 2, "joined": list(range(7)), "agreed": 15, "from_first": 0, "heard by": count,
+        "other data": count,
     }  # fmt: skip
 
 
@@ -430,15 +436,41 @@ def test_two_nodes_write_one_run(tmp_path):
     assert [row["epoch"] for row in metrics(run_folder)] == ["1", "2"] and state(run_folder)["ranks"] == 2
 
 
-@pytest.mark.slow
-def test_torchrun_restarts_continue_the_run(tmp_path):
-    log = log_of(tmp_path)
+def start_by_torchrun(tmp_path, *flags):
+    """A run of two ranks under way, which torchrun would start anew once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     job = subprocess.Popen(
-        [*command, str(SCRIPT), *TINY, "--model-dir", str(tmp_path / "run"), "--epochs=12"],
+        [*command, str(SCRIPT), *TINY, "--model-dir", str(tmp_path / "run"), *flags],
         env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for("epoch 1/12", log, [job])
+    wait_for("epoch 1/", log_of(tmp_path), [job])
+    return job
+
+
+@pytest.mark.slow
+def test_a_stop_of_torchrun_stops_its_ranks_and_is_resumable(tmp_path):
+    job = start_by_torchrun(tmp_path, "--epochs=999")
+    job.send_signal(signal.SIGTERM)
+    (status,), ((_, errors),) = finish([job])
+    assert status == 1 and errors.count("terminated; continue by: torchrun --nproc-per-node=2 ") == 1, errors
+    epoch = state(folder(tmp_path))["progress"]["epoch"]
+    run_alone(tmp_path, f"--epochs={epoch}", "--resume")
+    assert [row["epoch"] for row in metrics(folder(tmp_path))] == [str(n + 1) for n in range(epoch)]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_compiled(tmp_path):
+    answer = torchrun(
+        2, SCRIPT, *TINY, "--model-dir", tmp_path / "run", "--epochs=1", "--no-ra", "--no-anc", "--compile"
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert ", compiled, 2 ranks" in answer.stdout
+    assert state(folder(tmp_path))["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_continue_the_run(tmp_path):
+    job = start_by_torchrun(tmp_path, "--epochs=12")
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     ranks = [pid for pid in children if b"train_CIFAR10" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(ranks[-1]), signal.SIGKILL)
@@ -454,7 +486,7 @@ def test_a_restart_continues_its_own_run_and_no_other(tmp_path, monkeypatch, cap
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run_alone(tmp_path)
     assert "started anew by torchrun" in capsys.readouterr().out and len(metrics(folder(tmp_path))) == 2
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 2")  # one that was refused to overwrite this run
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun's, given the same --rdzv-id and refused before
     with pytest.raises(UsageError, match="holds a run already"):
         run_alone(tmp_path)
 
@@ -479,13 +511,6 @@ def test_synchronised_batch_norm_is_refused_on_a_cpu(tmp_path):
     with pytest.raises(UsageError, match="--sync-bn needs CUDA devices, and this run is on cpu; leave it out"):
         run_alone(tmp_path, "--sync-bn", "--device=cpu")
     assert not list(tmp_path.iterdir())
-
-
-if __name__ == "__main__":
-    with distributed.started():
-        found = {f.__name__: f() for f in (steps, judged, untouched, communications, small_things)}
-        if distributed.first():
-            torch.save(found, sys.argv[1])
 
 
 def evaluated(count, folder, file, *flags):
@@ -550,3 +575,10 @@ def test_a_umap_by_two_ranks_is_that_of_one_process(trained, tmp_path):
     assert measured.keys() == measured_alone.keys()
     for key, numbers in measured_alone.items():
         assert measured[key] == pytest.approx(numbers, abs=1e-3)
+
+
+if __name__ == "__main__":
+    with distributed.started():
+        found = {f.__name__: f() for f in (steps, judged, untouched, communications, small_things)}
+        if distributed.first():
+            torch.save(found, sys.argv[1])

@@ -19,7 +19,8 @@ from utils.losses import over_heads
 Objective = Callable[[Tensor], Tensor]
 
 # Parameters times pixels, a rough measure of a pass's work, up to which several batches are attacked as one. Below it
-# that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.benchmarks together`, 2 CPU cores, float32.
+# that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.benchmarks together`, 2 CPU cores, float32. On
+# other devices it is unmeasured; one batch takes the memory of two attacks.
 SMALL = 2.5e11
 
 

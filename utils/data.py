@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import distributed
 from utils.checkpoints import locked, ordinary, read, save
 from utils.options import UsageError
 
@@ -103,6 +104,18 @@ def flaw(split: Split) -> str | None:
     if len(outside):
         return f"image {int(outside[0])} has label {int(labels[outside[0]])}, of {len(classes)} classes"
     return None
+
+
+def require_same_on_ranks(where: str, *splits: Split) -> None:
+    """UsageError on every rank where nodes have other images, labels or classes; compared by a checksum."""
+    if distributed.world() == 1:
+        return
+    checksum = 0
+    for split in splits:
+        for part in (split.images.contiguous().numpy(), split.labels.numpy(), repr(split.classes).encode()):
+            checksum = zlib.crc32(part, checksum)
+    if distributed.agreed(checksum) != -distributed.agreed(-checksum):  # the largest and the smallest of all
+        raise UsageError(f"{where} holds other data for one rank than for another; give each node the same files")
 
 
 def numbers_of(split: Split) -> Tensor:

@@ -61,16 +61,14 @@ def started() -> Iterator[None]:
         together = True
         raise
     except (UsageError, RunError, OSError, RuntimeError) as error:
-        lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error)))
-        if isinstance(error, RuntimeError) and not lost:
-            raise
         if _said_already(store):
             time.sleep(GRACE)  # the launcher ends this process as soon as the one that speaks has ended
             raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
-        if lost:
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error))):
+            said = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(
-                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached; what was saved is "
-                "intact; continue by the same command, a training with --resume"
+                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached ({said}); what was "
+                "saved is intact; continue by the same command, a training with --resume"
             ) from error
         raise
     finally:
@@ -139,9 +137,12 @@ def restarted() -> bool:
 
 
 def launch() -> str | None:
-    """This job's name, the same after a restart: torchrun's `--rdzv-id`, else its process; None without torchrun."""
+    """This job's name, that of the torchrun of this process, the same after a restart; None without torchrun.
+
+    An id, `--rdzv-id`, is not enough: the next job may be given the same.
+    """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
+    return name and f"{name} {socket.gethostname()} {os.getppid()}"
 
 
 def launcher() -> str:
@@ -171,7 +172,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def own_slice(count: int) -> slice:
-    """This rank's slice of `count` things: sizes differ by one at most, the first ranks have the larger ones."""
+    """This rank's slice of `count` things: sizes differ by one at most, the first rank's is a largest."""
     return slice(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.attacks import cross_entropy_over_heads, image_noise, linf_pgd
 from utils.checkpoints import checkpoint_file, load_model
-from utils.data import Split, as_input, batches, load_split, numbers_of, shuffled
+from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks, shuffled
 from utils.options import BY_DATASET, DATASETS, TRAINING, RunError, UsageError
 
 NOISE_DRAWS = 100
@@ -206,6 +206,7 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
         data_dir = own if isinstance(own, str) and "\0" not in own and Path(own).is_dir() else data_dir
     with distributed.first_of_the_node_first():
         split = load_split(dataset, "test", data_dir, info["image_size"])
+    require_same_on_ranks(f"{dataset} in {data_dir}", split)
     if len(split.classes) != info["num_classes"]:
         raise UsageError(
             f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "

@@ -31,7 +31,7 @@ from utils.adaptive import View, adaptive, views
 from utils.attacks import cross_entropy, frozen, linf_pgd, margin
 from utils.autoattack import BLOCK, autoattack
 from utils.checkpoints import load_model, read, save, write_atomically
-from utils.data import Split, as_input, load_split
+from utils.data import Split, as_input, load_split, require_same_on_ranks
 from utils.diagnostics import Diagnosis, diagnose, diagnostic_passes
 from utils.evaluation import (
     NOISE_DRAWS,
@@ -124,6 +124,7 @@ def foreign_subject(options: argparse.Namespace) -> Subject:
     device = pick_device(options.device, options.no_cuda)
     with distributed.first_of_the_node_first():
         whole = load_split(dataset, "test", options.data_dir, size)
+    require_same_on_ranks(f"{dataset} in {options.data_dir}", whole)
     split = subset(whole, options.n_examples).to(device)
     try:
         model = model.to(device).eval()

@@ -31,7 +31,7 @@ from utils.checkpoints import (
     save,
     write_atomically,
 )
-from utils.data import Split, as_input, augment, batches, load_split, shuffled
+from utils.data import Split, as_input, augment, batches, load_split, require_same_on_ranks, shuffled
 from utils.evaluation import open_log, percent, pgd40_heads, pick_device, subset, verdicts
 from utils.figures import draw_curves
 from utils.losses import asymmetric_negative_contrast, kl_divergence, mart_loss, over_heads, pgd_loss, trades_loss
@@ -151,6 +151,28 @@ def first_head_right(heads: Heads | None, labels: Tensor) -> Tensor:
         return labels.new_zeros(())
     logits = heads.auxiliary[0] if heads.auxiliary else heads.final
     return (logits.argmax(1) == labels).sum()
+
+
+def backward(
+    loss_of: Callable[..., tuple],
+    x: Tensor,
+    labels: Tensor,
+    attacked: tuple[Tensor, Tensor | None, Tensor | None],
+    options: argparse.Namespace,
+) -> tuple[Tensor, bool]:
+    """Gradients of a batch's loss, computed by each rank on its slice and the same on all of them.
+
+    loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of this rank's slice.
+    Returns (4,) of the whole batch: loss, contrast, right natural and right adversarial predictions of the first head;
+    and whether the method needed a natural forward.
+    """
+    own = distributed.own_slice(len(x))
+    loss, contrast, natural, adversarial = loss_of(x[own], labels[own], attacked, options)
+    share = len(labels[own]) / len(x)  # every term is a mean over images, or over as many pairs for each
+    (loss * (share * distributed.world())).backward()  # gradients are averaged over ranks
+    right = [first_head_right(heads, labels[own]) for heads in (natural, adversarial)]
+    figures = torch.stack([loss.detach() * share, contrast.detach() * share, *right])
+    return distributed.total(figures), natural is not None
 
 
 def natural_share(sums: dict[str, float]) -> float | None:
@@ -382,15 +404,8 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
             batch = train.take(indices.to(run.device))
             x, labels = as_input(augment(batch.images, options.augmentation, run.generator)), batch.labels
             attacked = attack_batch(run.model, x, labels, options, run.generator, progress["epoch"])
-            own = distributed.own_slice(len(x))
-            x, labels = x[own], labels[own]
-            loss, contrast, natural, adversarial = run.loss(x, labels, attacked, options)
-            share = len(labels) / len(indices)  # every term is a mean over images, or over as many pairs for each
-            run.optimizer.zero_grad()
-            (loss * (share * distributed.world())).backward()  # gradients are averaged over ranks
-            right = [first_head_right(heads, labels) for heads in (natural, adversarial)]
-            figures = torch.stack([loss.detach() * share, contrast.detach() * share, *right])
-            figures = distributed.total(figures).tolist()  # one host sync for all four
+            figures, has_natural = backward(run.loss, x, labels, attacked, options)
+            figures = figures.tolist()  # one host sync for all four
             number = progress["done"] // options.batch_size + 1
             if not math.isfinite(figures[0]):
                 raise RunError(
@@ -398,13 +413,14 @@ def train_epoch(run: Run, train: Split, log: Callable[[str], None], check_stop: 
                     "lower --lr, or look at the data"
                 )
             run.optimizer.step()
+            run.optimizer.zero_grad()  # now, so that no gradients take memory beside the next attack
             count = len(indices)
             progress["done"] += count
             for key, value in (
                 ("loss", figures[0] * count),
                 ("contrast", figures[1] * count),
                 ("natural", figures[2]),
-                ("natural_images", 0 if natural is None else count),
+                ("natural_images", count * has_natural),
                 ("robust", figures[3]),
                 ("seconds", time.perf_counter() - began),
             ):
@@ -512,6 +528,7 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
         raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; {mend}")
     with distributed.first_of_the_node_first():
         train, selection, test = load_training_data(options)
+    require_same_on_ranks(f"{options.dataset} in {options.data_dir}", train, selection, test)
     weights = None
     if state is None and options.restart_epoch:
         weights = distributed.from_first(lambda: read(Path(options.ckpt_url)))
@@ -527,8 +544,10 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
         if weights is not None:
             load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
         distributed.from_first(lambda: job.begin(held))
-    if options.tf32 and device.type != "cuda" and distributed.first():
-        print(f"{Path(sys.argv[0]).name}: --tf32 accepted, no effect here", file=sys.stderr)
+    idle = {"--tf32": options.tf32 and device.type != "cuda", "--sync-bn": options.sync_bn and distributed.world() == 1}
+    for flag in idle:
+        if idle[flag] and distributed.first():
+            print(f"{Path(sys.argv[0]).name}: {flag} accepted, no effect here", file=sys.stderr)
     if options.amp == "bf16" and distributed.first() and (gain := bfloat16_gain(device)) < 0.9:
         told = f"matrix products in bfloat16 run at {gain:.2f} times the rate of float32 here, so this is likely slower"
         print(f"{Path(sys.argv[0]).name}: --amp bf16: {told}", file=sys.stderr)
@@ -545,6 +564,7 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
                 f"ranks      {ranks[0]} before, {ranks[1]} now: weights, optimiser, random draws and position carry "
                 "over; BatchNorm sees other slices"
             )
+    del state, weights  # each a copy of the network
     train, selection = train.to(device), selection.to(device)
 
     def check_stop() -> None:
