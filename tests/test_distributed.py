@@ -553,6 +553,7 @@ def test_blocks_of_the_adaptive_attack_are_shared_by_ranks(trained, tmp_path):
     assert not list(tmp_path.glob("*/*.partial"))
 
 
+@pytest.mark.slow
 def test_feature_distances_by_two_ranks_are_those_of_one_process(trained, tmp_path):
     argv = [ROOT / "feature_distance.py", "--model_dir", trained[2], "--target_label", "3", "--num-steps", "2"]
     assert torchrun(2, *argv, "--out", tmp_path / "2").returncode == 0

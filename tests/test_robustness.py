@@ -782,6 +782,7 @@ def test_fgsm_and_pgd_agree_with_torchattacks_and_foolbox(trained):
                 assert abs(found - percent(model(images).argmax(1) == y)) <= 1, name
 
 
+@pytest.mark.slow
 def test_autoattack_takes_a_loaded_model(trained):
     model, _ = load_model(trained[2])
     split, x = digits(20)
@@ -794,6 +795,7 @@ def test_autoattack_takes_a_loaded_model(trained):
 # Foreign classifiers and wrong use
 
 
+@pytest.mark.slow
 def test_a_module_and_a_callable_give_the_same_table(tmp_path):
     flags = ("--attacks", "fgsm,pgd,adaptive", "--n-examples", "30", "--num-steps", "5", "--restarts", "1")
     records = [evaluate(tmp_path, model, *flags) for model in ("robust", "as_callable")]
