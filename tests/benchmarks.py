@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -49,7 +50,7 @@ from utils.negatives import choose_negatives
 from utils.options import TRAINING, UsageError
 from utils.precision import bfloat16_gain, compile_for_training
 from utils.provenance import in_one_line, provenance
-from utils.training import attack_batch, training_loss
+from utils.training import attack_batch, backward, training_loss
 
 ROOT = Path(__file__).parent.parent
 EPS, STEP = 8 / 255, 0.007
@@ -124,17 +125,16 @@ class Step:
         self.generator = torch.Generator(device).manual_seed(0)
         self.x, self.labels = random_batch(batch, size, classes, device)
 
-    def update(self, loss: Tensor) -> None:
-        loss.backward()
+    def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def ours(self, **changes: object) -> None:
         o = options(**changes)
         attacked = attack_batch(self.model, self.x, self.labels, o, self.generator, 1)
-        loss, *figures = training_loss(self.model, self.x, self.labels, attacked, o)
-        self.update(loss)
-        [loss.item(), figures[0].item()]
+        figures, _ = backward(partial(training_loss, self.model), self.x, self.labels, attacked, o)
+        figures.tolist()
+        self.update()
 
     def plain(self, steps: int = 10) -> None:
         """The step as the published scripts compute it.
@@ -152,7 +152,8 @@ class Step:
         heads = model(adversarial, labels, heads=True)
         negative_heads = model(negative, labels[chosen], heads=True)
         loss = over_heads(lambda nat, adv: trades_loss(nat, adv, labels, 6.0), natural, heads, auxiliary_weight=2.0)
-        self.update(loss + 3 * over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0))
+        (loss + 3 * over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0)).backward()
+        self.update()
         model.eval()
         for images, truth in ((x, labels), (adversarial, labels), (negative, labels[chosen])):
             (model(images).argmax(1) == truth).float().mean().item()
@@ -617,7 +618,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = pick_device(given.device, False)
         if given.out:
-            given.out.open("a").close()  # before the half hour, not behind it
+            given.out.open("a").close()  # before it is measured, not behind it
     except (UsageError, OSError) as error:
         parser.error(str(error))
     record = {

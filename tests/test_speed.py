@@ -209,20 +209,11 @@ def test_peak_memory_does_not_grow_over_an_epoch():
     """A process of its own, whose peak is that of its steps: 3 of them, then 40 more; a copy kept a step adds 40 MB."""
     code = """
 import torch
-from tests.test_speed import RA, some_batch
-from models import build_model
-from utils.options import parse_training
+from tests.benchmarks import Step
 from utils.precision import peak_memory
-from utils.training import attack_batch, training_loss
-o = parse_training("", RA, ["--num-steps", "1"])
-model = build_model("ResNet18", 4, width=10, image_size=16).train()
-optimizer, generator = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), torch.Generator()
-x, labels = some_batch()
+job = Step("ResNet18", 12, 16, 4, 10, torch.device("cpu"))
 for step in range(43):
-    loss, *_ = training_loss(model, x, labels, attack_batch(model, x, labels, o, generator, 1), o)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    job.ours(num_steps=1)
     if step in (2, 42):
         print(peak_memory(torch.device("cpu")) // 10**6)
 """

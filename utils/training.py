@@ -544,9 +544,11 @@ def train_in_folder(options: argparse.Namespace, held: ExitStack) -> None:
         if weights is not None:
             load_state(job.model, weights.get("model", weights), Path(options.ckpt_url))
         distributed.from_first(lambda: job.begin(held))
-    idle = {"--tf32": options.tf32 and device.type != "cuda", "--sync-bn": options.sync_bn and distributed.world() == 1}
-    for flag in idle:
-        if idle[flag] and distributed.first():
+    for flag, idle in (
+        ("--tf32", options.tf32 and device.type != "cuda"),
+        ("--sync-bn", options.sync_bn and distributed.world() == 1),
+    ):
+        if idle and distributed.first():
             print(f"{Path(sys.argv[0]).name}: {flag} accepted, no effect here", file=sys.stderr)
     if options.amp == "bf16" and distributed.first() and (gain := bfloat16_gain(device)) < 0.9:
         told = f"matrix products in bfloat16 run at {gain:.2f} times the rate of float32 here, so this is likely slower"
