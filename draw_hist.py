@@ -6,16 +6,8 @@
 Draws what feature_distance.py saved, as PNG and PDF at the width of a column.
 """
 
-import sys
-
-from utils.options import guarded, parse_histogram
+from utils.command import main
+from utils.recipes import Histograms
 
 if __name__ == "__main__":
-    options = parse_histogram(__doc__, sys.argv[1:])
-
-    def job() -> None:
-        from utils.features import draw_hist
-
-        draw_hist(options)
-
-    guarded(job)
+    main("utils.features:draw_hist", Histograms, __doc__)

@@ -7,16 +7,8 @@ Draws PNG and PDF at the width of a column and saves the embedding as npz. Title
 and the share of nearest neighbours of the same class, both in feature space, weighted and unweighted.
 """
 
-import sys
-
-from utils.options import guarded, parse_umap
+from utils.command import main
+from utils.recipes import Umap
 
 if __name__ == "__main__":
-    options = parse_umap(__doc__, sys.argv[1:])
-
-    def job() -> None:
-        from utils.features import draw_umap
-
-        draw_umap(options)
-
-    guarded(job)
+    main("utils.features:draw_umap", Umap, __doc__)

@@ -8,16 +8,8 @@ Prints max, min, mean and variance of cosine similarity and L2 distance, of the 
 and of those before it, and saves them to distances/{name}-{K}.npz, from which draw_hist.py draws.
 """
 
-import sys
-
-from utils.options import guarded, parse_distance
+from utils.command import main
+from utils.recipes import Distances
 
 if __name__ == "__main__":
-    options = parse_distance(__doc__, sys.argv[1:])
-
-    def job() -> None:
-        from utils.features import feature_distance
-
-        feature_distance(options)
-
-    guarded(job)
+    main("utils.features:feature_distance", Distances, __doc__)

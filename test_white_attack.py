@@ -8,16 +8,8 @@
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
 """
 
-import sys
-
-from utils.options import guarded, parse_evaluation
+from utils.command import main
+from utils.recipes import Evaluation
 
 if __name__ == "__main__":
-    options = parse_evaluation(__doc__, sys.argv[1:])
-
-    def job() -> None:
-        from utils.robustness import white_attack
-
-        white_attack(options)
-
-    guarded(job)
+    main("utils.robustness:white_attack", Evaluation, __doc__)

@@ -6,7 +6,7 @@ python train_CIFAR10_ResNet.py --method mart         another objective: pgd, tra
 python train_CIFAR10_ResNet.py --resume              continue where the run stopped
 """
 
-from utils.options import train
+from utils.command import train
 
 if __name__ == "__main__":
     train(

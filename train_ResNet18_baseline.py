@@ -6,7 +6,7 @@ python train_ResNet18_baseline.py --method mart         another objective: pgd, 
 python train_ResNet18_baseline.py --resume              continue where the run stopped
 """
 
-from utils.options import train
+from utils.command import train
 
 if __name__ == "__main__":
     train(

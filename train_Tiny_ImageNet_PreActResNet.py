@@ -6,7 +6,7 @@ python train_Tiny_ImageNet_PreActResNet.py --method mart         another objecti
 python train_Tiny_ImageNet_PreActResNet.py --resume              continue where the run stopped
 """
 
-from utils.options import train
+from utils.command import train
 
 if __name__ == "__main__":
     train(

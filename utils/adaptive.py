@@ -4,20 +4,11 @@ The final logits of a network with reverse attention repeat the auxiliary predic
 gradient at a fixed gate is not the gradient of the decision. So the attacks here ascend a *view* of the network, a
 function of its heads, while every candidate image is judged by the network's real prediction.
 
-Tried on digits (two runs of the README's first command, ANCRA-TRADES; of the first, 350 of 360 images are right without
-an attack), and found:
-* PGD-40 leaves 319 on the final logits, 285 on auxiliary 1, 287 over heads, 309 on the mean, 324 on auxiliary 2. The
-  decision falls in the first gate; attacks on the second head stop at the gate before it.
-* Targeted APGD on auxiliary 1 is the strongest single attack (277); with 3 targets in the order of the final logits,
-  which are inflated and rank badly, it left 300: targets come in the order of the view.
-* Smooth gates, softmax of the auxiliary logits over a temperature, fool images that all of these but the targeted one
-  leave: 5 of 282 at 0.3, 1 at 1 and 1 at 3, so 0.3 is kept. Smoothing the first gate alone found 1 and the second
-  alone none (at 1); auxiliary 2 under a smooth first gate found 4. These were dropped.
-* The margin over heads is weak (301): the inflated final logits outweigh the others; cross-entropy (284) is not.
-* On the second run (348 right) the whole attack leaves 308 on the final logits, 278 on auxiliary 1, 309 on auxiliary
-  2, 294 on the mean, 285 over heads, 279 under smooth gates, and 278 in the worst case; AutoAttack leaves 302. Smooth
-  gates found nothing beyond auxiliary 1 there, but nearly all of it by other gradients: they stay for other networks.
-* Restarts found 1 to 7 more images a view. A surrogate (TRADES) is for whoever has one; it is not part of the default.
+* The decision falls in the first gate: on digits, attacks on `auxiliary 1` are the strongest, and those on the second
+  head stop at the gate before it. README's table has the figures.
+* Targets of APGD come in the order of the view: the final logits, which are inflated, rank badly.
+* Smooth gates, softmax of the auxiliary logits over a temperature of 0.3, fool images that the other views leave.
+* A margin over heads is weak, since the inflated final logits outweigh the others; cross-entropy is not.
 """
 
 import logging
@@ -29,7 +20,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
 from models import Heads
-from utils.attacks import image_noise, linf_pgd
+from utils.attacks import Attack, Objective, margins, pgd
 from utils.autoattack import Listener
 
 # What a view returns: the real final logits (N, C), and what to attack, logits (N, C) each with its weight in the loss.
@@ -98,12 +89,6 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest other logit less the label's, (N,)."""
-    own = labels[:, None]
-    return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own).squeeze(1)
-
-
 class Watched:
     """A view as the library's attacks take a network, with `loss` for what they ascend.
 
@@ -143,37 +128,45 @@ class ViewAPGDTargeted(APGDAttack_targeted):
         return self.model.loss(lambda logits: logits[rows, self.y_target] - logits[rows, y])
 
 
-def pgd(
+def view_pgd(
     net: nn.Module,
     view: View,
     x: Tensor,
     labels: Tensor,
-    indices: Tensor,
+    numbers: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor],
     *,
     eps: float,
     step_size: float,
     steps: int,
     seed: int,
-    draw: int,
-) -> Tensor:
-    """PGD on a view from a uniform start; of each image the last iterate that fools the network, else the last one."""
+    draw: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """PGD on a view from a uniform start, every iterate judged by the network's real prediction.
+
+    Returns of each image the last iterate that fools the network, else the last one; and which iterates do, (n, steps).
+    """
     watched = Watched(net, view)
-    found, fooled = x.clone(), torch.zeros_like(labels, dtype=torch.bool)
-    first = True
+    found, fooled = x.clone(), []
 
-    def objective(iterate: Tensor) -> Tensor:
-        nonlocal found, fooled, first
-        wrong = watched(iterate).argmax(1) != labels
-        if not first:  # the start itself may lie outside [0, 1]
+    def judge(iterate: Tensor, wrong: Tensor) -> None:
+        nonlocal found
+        if fooled:  # the start itself, which comes first, may lie outside [0, 1]
             found = torch.where(wrong[:, None, None, None], iterate.detach(), found)
-            fooled |= wrong
-        first = False
-        return watched.loss(lambda logits: criterion(logits, labels)).sum()
+        fooled.append(wrong)
 
-    start = x + eps * image_noise(x, indices, seed, "uniform", draw)
-    last = linf_pgd(x, objective, eps, step_size, steps, start)
-    return torch.where(fooled[:, None, None, None], found, last)
+    def objective(net: nn.Module, labels: Tensor) -> Objective:
+        def ascended(iterate: Tensor) -> Tensor:
+            judge(iterate, watched(iterate).argmax(1) != labels)
+            return watched.loss(lambda logits: criterion(logits, labels)).sum()
+
+        return ascended
+
+    last = pgd(objective, eps, step_size, steps, start="uniform", seed=seed, draw=draw)(net, x, labels, numbers)
+    with torch.no_grad():
+        judge(last, net(last).argmax(1) != labels)
+    iterates = torch.stack(fooled[1:], 1)
+    return torch.where(iterates.any(1)[:, None, None, None], found, last), iterates
 
 
 def adaptive(
@@ -186,7 +179,7 @@ def adaptive(
     seed: int,
     warned: Callable[[str], None] = lambda line: None,
     says: Callable[[str], None] = lambda line: None,
-) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+) -> Attack:
     """The attack on one view, for `evaluation.verdicts`: PGD with restarts, APGD-CE, targeted APGD on the margin.
 
     Each goes on with the images that still stand; the returned image fools the network wherever one was found.
@@ -196,7 +189,7 @@ def adaptive(
     logger = logging.Logger("adaptive")
     logger.addHandler(Listener(warned))
 
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         watched = Watched(net, view)
         with torch.no_grad():
             classes = net(x[:1]).shape[1]
@@ -204,7 +197,7 @@ def adaptive(
 
         def restart(criterion: Callable[[Tensor, Tensor], Tensor], draw: int) -> Callable[..., Tensor]:
             settings = dict(eps=eps, step_size=step_size, steps=steps, seed=seed, draw=draw)
-            return lambda x, labels, indices: pgd(net, view, x, labels, indices, criterion, **settings)
+            return lambda *images: view_pgd(net, view, *images, criterion, **settings)[0]
 
         targets = min(9, classes - 1)
         stages = {
@@ -222,7 +215,7 @@ def adaptive(
                 break
             says(f"{name}, {len(rows)} standing")
             with torch.no_grad():  # without it the library's images keep their graphs
-                candidates = stage(x[rows], labels[rows], indices[rows.cpu()])
+                candidates = stage(x[rows], labels[rows], numbers[rows.cpu()])
                 standing[rows] = net(candidates).argmax(1) == labels[rows]
             found[rows] = candidates
         return found

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -17,6 +18,11 @@ from models.reverse_attention import Gate
 from utils.losses import over_heads
 
 Objective = Callable[[Tensor], Tensor]
+# An attack of an evaluation: (network, images (N, 3, H, W) in [0, 1], labels (N,), numbers (N,) in the test set) ->
+# adversarial images
+Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+NOISE_DRAWS = 100
 
 # Parameters times pixels, a rough measure of a pass's work, up to which several batches are attacked as one. Below it
 # that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.benchmarks together`, 2 CPU cores, float32. On
@@ -156,11 +162,6 @@ def split_heads(heads: Heads, sizes: list[int]) -> list[Heads]:
     ]
 
 
-def cross_entropy_over_heads(net: nn.Module, labels: Tensor, auxiliary_weight: float) -> Objective:
-    """Objective of `pgd40_heads`, and the untargeted training attack's: cross-entropy over heads, a sum over images."""
-    return lambda x: over_heads(summed_cross_entropy(labels), net(x, heads=True), auxiliary_weight=auxiliary_weight)
-
-
 def summed_cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
     """Cross-entropy of logits (N, C), as a criterion for `over_heads`.
 
@@ -169,21 +170,25 @@ def summed_cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda logits: F.cross_entropy(logits, labels, reduction="sum")
 
 
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit less the label's: above 0 where the prediction is wrong. logits: (N, C) -> (N,)."""
+    own = labels[:, None]
+    return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own).squeeze(1)
+
+
 def cross_entropy(net: nn.Module, labels: Tensor) -> Objective:
     """Objective of FGSM and PGD in evaluation: cross-entropy of the final logits, summed over images."""
-    return lambda x: F.cross_entropy(net(x), labels, reduction="sum")
+    return lambda x: summed_cross_entropy(labels)(net(x))
 
 
 def margin(net: nn.Module, labels: Tensor) -> Objective:
-    """Objective of CW: largest other logit less the label's, summed over images (arXiv 1608.04644, f_6, no cut-off)."""
-    own = labels[:, None]
+    """Objective of CW: the margin of the final logits, summed over images (arXiv 1608.04644, f_6, no cut-off)."""
+    return lambda x: margins(net(x), labels).sum()
 
-    def objective(x: Tensor) -> Tensor:
-        logits = net(x)
-        other = logits.scatter(1, own, -torch.inf).max(1).values
-        return (other - logits.gather(1, own).squeeze(1)).sum()
 
-    return objective
+def cross_entropy_over_heads(net: nn.Module, labels: Tensor, auxiliary_weight: float) -> Objective:
+    """Objective of `pgd40_heads`, and the untargeted training attack's: cross-entropy over heads, a sum over images."""
+    return lambda x: over_heads(summed_cross_entropy(labels), net(x, heads=True), auxiliary_weight=auxiliary_weight)
 
 
 def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -191,15 +196,61 @@ def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
 
 
-def image_noise(x: Tensor, indices: Tensor, seed: int, kind: str, draw: int = 0) -> Tensor:
+def image_noise(x: Tensor, numbers: Tensor, seed: int, kind: str, draw: int = 0) -> Tensor:
     """Noise like x (N, 3, H, W) for evaluation: `normal` N(0, 1) or `uniform` in [-1, 1).
 
-    Each image's noise depends on the seed, on its index in the evaluated set and on the draw alone, not on the batch or
-    the device.
+    Each image's noise depends on the seed, on its number in the test set and on the draw alone, not on the batch or the
+    device.
     """
     noise = np.empty(x.shape, np.float32)
-    for row, index in zip(noise, indices.tolist(), strict=True):
-        rng = np.random.default_rng((seed, index, draw) if draw else (seed, index))
+    for row, number in zip(noise, numbers.tolist(), strict=True):
+        rng = np.random.default_rng((seed, number, draw) if draw else (seed, number))
         row[:] = rng.standard_normal(row.shape, np.float32) if kind == "normal" else rng.random(row.shape, np.float32)
     noise = torch.from_numpy(noise).to(x.device)
     return noise if kind == "normal" else 2 * noise - 1
+
+
+def pgd(
+    objective: Callable[[nn.Module, Tensor], Objective],
+    eps: float,
+    step_size: float,
+    steps: int,
+    *,
+    start: str,
+    seed: int,
+    draw: int = 0,
+) -> Attack:
+    """`linf_pgd` on objective(net, labels), for evaluation: the last iterate counts.
+
+    start: `uniform` in the ball, `normal` at x + 0.001 N(0, 1), both unclipped, or `image`, at the image itself.
+    seed, draw: of `image_noise`. One step of eps from the image is the textbook FGSM.
+    """
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        x_0 = x
+        if start != "image":
+            x_0 = x + (eps if start == "uniform" else 0.001) * image_noise(x, numbers, seed, start, draw)
+        return linf_pgd(x, objective(net, labels), eps, step_size, steps, x_0)
+
+    return attack
+
+
+def pgd40_heads(eps: float, step_size: float, auxiliary_weight: float, seed: int, steps: int = 40) -> Attack:
+    """The PGD-40 that selects epochs: cross-entropy over heads, from x + 0.001 N(0, 1)."""
+    objective = partial(cross_entropy_over_heads, auxiliary_weight=auxiliary_weight)
+    return pgd(objective, eps, step_size, steps, start="normal", seed=seed)
+
+
+def noise(eps: float, seed: int, draws: int = NOISE_DRAWS) -> Attack:
+    """Uniform noise in the ball, clipped to [0, 1]: of each image the last draw that fools the network, if any does."""
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        found = x
+        for draw in range(draws):
+            noisy = (x + eps * image_noise(x, numbers, seed, "uniform", draw)).clamp(0, 1)
+            with torch.no_grad():
+                wrong = net(noisy).argmax(1) != labels
+            found = torch.where(wrong[:, None, None, None], noisy, found)
+        return found
+
+    return attack

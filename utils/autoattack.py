@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from utils.attacks import Attack
+
 BLOCK = 250  # images a call, whatever --test-batch-size: the start noise of a block is drawn for all of it at once
 
 
@@ -23,7 +25,7 @@ class Listener(logging.Handler):
 
 def autoattack(
     eps: float, seed: int, warned: Callable[[str], None], says: Callable[[str], None] = lambda line: None
-) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+) -> Attack:
     """AutoAttack, standard version, L-infinity (Croce & Hein, arXiv 2003.01690): an attack for `evaluation.verdicts`.
 
     Standard is APGD-CE, targeted APGD-DLR, targeted FAB and Square with 5,000 queries. It targets 9 classes; with fewer
@@ -31,7 +33,7 @@ def autoattack(
     is told, as it is of each warning of the library. says: sees the library's progress lines.
     """
 
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         from pyautoattack import AutoAttack
 
         with torch.no_grad():

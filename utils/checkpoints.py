@@ -1,101 +1,20 @@
-"""Checkpoints that know what they are, and files that are either whole or absent."""
+"""Checkpoints that know what they are: written whole, read without running code, checked against their network."""
 
-import errno
-import os
 import pickle
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models import build_model
-from utils.options import BY_DATASET, LARGEST_SIDE, UsageError
-
-try:
-    import fcntl
-except ImportError:  # no POSIX: files stay whole, but nothing keeps two processes apart
-    fcntl = None
+from utils.errors import UsageError
+from utils.files import write_atomically
+from utils.recipes import DATASETS, LARGEST_SIDE, Training, dataset_defaults
 
 BEST, LAST, STATE = "best_adv_model.pt", "model-wrn-last.pt", "last_state.pt"
 LARGEST_WEIGHT = 1e6  # of a trained network none comes near; a variance may be its square
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it: no reader sees half a file.
-
-    Errors: OSError naming `path` and the cause; what stood there before is intact then.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        with suppress(OSError):  # not every platform and file system lets a folder be flushed
-            _flush(path.parent)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `write_atomically` that a killed run left; for the folder's only writer."""
-    for file in folder.glob(".*.part"):
-        file.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(file: Path, wait: bool) -> Iterator[None]:
-    """Hold an advisory lock, which the process's death releases too. The lock file is there only meanwhile.
-
-    wait: until no other process holds it, saying so. Errors: TimeoutError where one does and wait is False; OSError
-    where the file cannot be made.
-    """
-    said = False
-    while True:
-        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl is not None:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(opened), os.stat(file)):
-                break
-        except FileNotFoundError:
-            pass  # as above, where it is another file: the holder before removed it between our open and our lock
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                print(f"{file.parent}: this file system knows no locks; let one process at a time write there")
-                break
-            if not isinstance(error, BlockingIOError):
-                os.close(opened)
-                raise
-            if not wait:
-                os.close(opened)
-                raise TimeoutError(f"{file} is held by another process") from None
-            if not said:
-                print(f"waiting for another process ({file})")
-            said = True
-            time.sleep(0.1)
-        os.close(opened)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(file)
-        os.close(opened)
 
 
 def save(path: Path, content: dict) -> None:
@@ -195,7 +114,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
             raise UsageError(f"{path} is a checkpoint with {key} {known}, not {value}; leave the flag out")
         info[key] = value
     if info["image_size"] is None:
-        info["image_size"] = BY_DATASET.get(info["dataset"], {}).get("image_size", 32)
+        known = info["dataset"] in DATASETS
+        info["image_size"] = dataset_defaults(info["dataset"]).image_size if known else Training.image_size
     if info["reverse_attention"] is None:
         info["reverse_attention"] = True
     model = outline(info, path)

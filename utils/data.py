@@ -25,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import locked, ordinary, read, save
-from utils.options import UsageError
+from utils.checkpoints import ordinary, read, save
+from utils.errors import UsageError, first_line
+from utils.files import locked
 
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 TINY_IMAGES = {"train": 100_000, "test": 10_000}
@@ -71,7 +72,7 @@ class Split(NamedTuple):
 
 
 def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split:
-    """Load the `train` or `test` part of a data set (a name of `options.DATASETS`) from, or into, data_dir.
+    """Load the `train` or `test` part of a data set (a name of `recipes.DATASETS`) from, or into, data_dir.
 
     Errors: UsageError that names what is missing, corrupt or of another size, and how to get it.
     """
@@ -81,8 +82,9 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split
             f"{dataset} has images of side {sizes[dataset]}, not {image_size}; leave --image-size out, or name the "
             "data set that the checkpoint was trained on"
         )
-    loaders = {"digits": _digits, "folder": _folder, "tiny-imagenet": _tiny_imagenet}
-    split = loaders.get(dataset, _cifar)(dataset, part, Path(data_dir), image_size)
+    if dataset not in LOADERS:
+        raise UsageError(f"unknown data set {dataset!r}; known: {', '.join(LOADERS)}")
+    split = LOADERS[dataset](dataset, part, Path(data_dir), image_size)
     wrong = flaw(split)
     if wrong:
         raise UsageError(f"{dataset}, {part} part, in {data_dir}: {wrong}; get the data set anew")
@@ -126,6 +128,14 @@ def numbers_of(split: Split) -> Tensor:
 def shuffled(count: int, seed: int) -> Tensor:
     """A permutation of `count` that depends on the seed alone."""
     return torch.from_numpy(np.random.default_rng(seed).permutation(count))
+
+
+def subset(split: Split, limit: int | None) -> Split:
+    """The first `limit` images after a fixed shuffle, all of them where limit is None or larger."""
+    if limit is None or limit >= len(split.labels):
+        return split
+    numbers = shuffled(len(split.labels), 0)[:limit]
+    return split.take(numbers)._replace(numbers=numbers)
 
 
 def batches(order: Tensor, batch_size: int) -> Iterator[Tensor]:
@@ -187,7 +197,7 @@ def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
         return Split(images, torch.tensor(data.targets), tuple(data.classes))
     except (*DOWNLOAD_ERRORS, *DAMAGE, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{dataset}: no intact copy in {data_dir} and none could be downloaded ({_first_line(error)}); put "
+            f"{dataset}: no intact copy in {data_dir} and none could be downloaded ({first_line(error)}); put "
             f"{source.filename} (MD5 {source.tgz_md5}) from {source.url} into {data_dir}"
         ) from error
 
@@ -215,7 +225,7 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
         named = dict(line.split("\t", 1) for line in lines if "\t" in line)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{root} is incomplete ({_first_line(error)}); remove it, and it is unpacked anew from the zip"
+            f"{root} is incomplete ({first_line(error)}); remove it, and it is unpacked anew from the zip"
         ) from error
     images = _decoded([f for f, _ in pairs], 64, root / f"decoded-{part}.pt")
     return Split(images, labels, tuple(wnids), tuple(named.get(wnid, "").strip() or wnid for wnid in wnids))
@@ -242,7 +252,7 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
     except (*DOWNLOAD_ERRORS, *DAMAGE) as error:
         raise UsageError(
-            f"tiny-imagenet: no intact copy in {data_dir} and none could be downloaded ({_first_line(error)}); put "
+            f"tiny-imagenet: no intact copy in {data_dir} and none could be downloaded ({first_line(error)}); put "
             f"{archive.name} (248,100,043 bytes, MD5 {md5}) from {url} into {data_dir}"
         ) from error
 
@@ -294,7 +304,7 @@ def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
     try:
         found = [(f.relative_to(cache.parent).as_posix(), f.stat()) for f in files]
     except (OSError, ValueError) as error:
-        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else _first_line(error)
+        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else first_line(error)
         raise UsageError(f"{named}; it is listed as an image of this data set") from error
     for file, (_, status) in zip(files, found, strict=True):
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
@@ -349,8 +359,13 @@ def _decode(file: Path, size: int) -> Tensor:
                 image = image.resize((size, size), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *DAMAGE) as error:
-        raise UsageError(f"{file}: not a readable image ({_first_line(error)}); replace or remove it") from error
+        raise UsageError(f"{file}: not a readable image ({first_line(error)}); replace or remove it") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+LOADERS = {
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "tiny-imagenet": _tiny_imagenet,
+    "digits": _digits,
+    "folder": _folder,
+}

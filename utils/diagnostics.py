@@ -2,27 +2,22 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from utils import distributed
-from utils.adaptive import View, Watched, cross_entropies, plain
-from utils.attacks import image_noise, linf_pgd
-from utils.data import Split, as_input, batches, numbers_of
-from utils.evaluation import NOISE_DRAWS, noise, percent
+from utils.adaptive import View, cross_entropies, plain, view_pgd
+from utils.attacks import NOISE_DRAWS, noise
+from utils.data import Split
+from utils.evaluation import over_images, percent
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # in units of the evaluation's eps; 0 and the whole range are added
 STEPS = (1, 2, 5, 10, 20, 40, 100, 200)
 RESTARTS = 10
 QUERIES = 5000
-
-
-def diagnostic_passes(views: int) -> tuple[int, int]:
-    """Gradient and forward passes an image that `diagnose` makes at most."""
-    return views * (STEPS[-1] + 40 * len(RADII)) + 40 * RESTARTS, QUERIES + NOISE_DRAWS
 
 
 class Sign(NamedTuple):
@@ -39,34 +34,6 @@ class Diagnosis(NamedTuple):
     signs: list[Sign]
     by_eps: list[tuple[float, float, float]]
     by_steps: list[tuple[int, float, float]]
-
-
-def trajectory(
-    net: nn.Module,
-    view: View,
-    x: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-    seed: int,
-    draw: int = 0,
-) -> Tensor:
-    """Which iterates of PGD on a view, from a uniform start, fool the network -> (N, steps) bool."""
-    watched = Watched(net, view)
-    fooled: list[Tensor] = []
-
-    def objective(iterate: Tensor) -> Tensor:
-        fooled.append(watched(iterate).argmax(1) != labels)
-        return watched.loss(lambda logits: cross_entropies(logits, labels)).sum()
-
-    start = x + eps * image_noise(x, indices, seed, "uniform", draw)
-    last = linf_pgd(x, objective, eps, step_size, steps, start)
-    with torch.no_grad():
-        fooled.append(net(last).argmax(1) != labels)
-    return torch.stack(fooled[1:], 1)  # without the start
 
 
 def no_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -87,6 +54,39 @@ def square(net: nn.Module, x: Tensor, labels: Tensor, eps: float, seed: int) -> 
         return net(library.perturb(x, labels)).argmax(1) != labels
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A network, the images that are right without an attack, and how they are attacked."""
+
+    net: nn.Module
+    split: Split
+    natural: Tensor  # (N,) bool
+    eps: float
+    step_size: float
+    seed: int
+    batch_size: int
+    progress: Callable[[str], None]
+
+    @property
+    def right(self) -> Tensor:
+        return self.natural.nonzero().squeeze(1)
+
+    def each(self, what: str, work: Callable[..., Tensor], rows: Tensor | None = None) -> Tensor:
+        """What work(images, labels, numbers) answers for the right images, or for those at `rows`."""
+        self.progress(what)
+        rows = self.right if rows is None else rows
+        return over_images(self.split, rows, self.batch_size, lambda *batch: (work(*batch),))[0]
+
+    def pgd(self, what: str, view: View, eps: float, steps: int, draw: int = 0, rows: Tensor | None = None) -> Tensor:
+        """Which iterates of PGD on a view fool the network -> (n, steps) bool. Steps grow with the ball."""
+        how = dict(eps=eps, step_size=self.step_size * eps / self.eps, steps=steps, seed=self.seed, draw=draw)
+        return self.each(what, lambda *batch: view_pgd(self.net, view, *batch, cross_entropies, **how)[1], rows)
+
+    def accuracy(self, fooled: Tensor) -> float:
+        """Robust accuracy on the whole split in percent. fooled: of the right images."""
+        return 100 * (len(self.right) - fooled.sum().item()) / len(self.natural)
+
+
 def diagnose(
     net: nn.Module,
     split: Split,
@@ -101,68 +101,35 @@ def diagnose(
 ) -> Diagnosis:
     """Look for the signs on a split. natural: (N,) bool, the images that are right without an attack.
 
-    Figures are shares of the whole split. Steps grow with the ball. The adaptive curves are the worst case, image by
-    image, over the iterates of PGD on every view, one start each: cheaper, and so weaker, than `--attacks adaptive`.
-    progress(what) is called before each part.
+    Figures are shares of the whole split. The adaptive curves are the worst case, image by image, over the iterates of
+    PGD on every view, one start each: cheaper, and so weaker, than `--attacks adaptive`. progress(what) is called
+    before each part.
     """
-    right, total = natural.nonzero().squeeze(1), len(natural)
-
-    def each(what: str, chosen: Tensor, attack: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """What attack(images, labels, numbers) answers, batch by batch, for the chosen images."""
-        progress(what)
-        shared = len(chosen) >= distributed.world()  # each rank takes its slice; of fewer images, each takes all
-        answers, numbers = [], numbers_of(split)
-        for indices in batches(chosen[distributed.own_slice(len(chosen))] if shared else chosen, batch_size):
-            batch = split.take(indices.to(split.labels.device))
-            answers.append(attack(as_input(batch.images), batch.labels, numbers[indices]).cpu())
-        whole = torch.cat(answers)
-        return distributed.joined(whole.byte(), len(chosen)).bool() if shared else whole
-
-    def pgd(what: str, view: View, radius: float, steps: int, draw: int = 0, chosen: Tensor = right) -> Tensor:
-        settings = dict(eps=radius, step_size=step_size * radius / eps, steps=steps, seed=seed, draw=draw)
-        return each(what, chosen, lambda x, y, indices: trajectory(net, view, x, y, indices, **settings))
-
-    def accuracy(fooled: Tensor) -> float:
-        return 100 * (len(right) - fooled.sum().item()) / total
-
-    whole_step = dict(eps=eps, step_size=eps, seed=seed)
-    if not len(right):
+    if not natural.any():
         return Diagnosis([Sign("nothing to attack", False, "no image is right without an attack")], [], [])
-
+    probe = Probe(net, split, natural, eps, step_size, seed, batch_size, progress)
     # robust accuracy against the number of steps, every iterate judged
-    fooled = {name: pgd(f"steps, {name}", view, eps, STEPS[-1]) for name, view in views.items()}
-    so_far = torch.stack([f.cummax(1).values for f in fooled.values()]).any(0)
-    by_steps = [(s, accuracy(fooled["final"][:, s - 1]), accuracy(so_far[:, s - 1])) for s in STEPS]
-    pgd40, adaptive40 = by_steps[STEPS.index(40)][1:]
-    final40 = accuracy(fooled["final"][:, :40].any(1))  # any iterate counts, as it does for the views
-
-    # robust accuracy against eps
-    by_eps = [(0.0, percent(natural), percent(natural)), (eps, pgd40, adaptive40)]
+    fooled = {name: probe.pgd(f"steps, {name}", view, eps, STEPS[-1]) for name, view in views.items()}
+    final, so_far = fooled["final"], torch.stack([f.cummax(1).values for f in fooled.values()]).any(0)
+    by_steps = [(s, probe.accuracy(final[:, s - 1]), probe.accuracy(so_far[:, s - 1])) for s in STEPS]
+    by_eps = [(0.0, percent(natural), percent(natural)), (eps, *by_steps[STEPS.index(40)][1:])]
     for radius in sorted({min(eps * factor, 1.0) for factor in RADII} | {1.0}):
         if radius != eps:
-            found = [pgd(f"eps {radius:.3g}, {name}", view, radius, 40) for name, view in views.items()]
-            final = list(views).index("final")
-            worst = torch.stack([f.any(1) for f in found]).any(0)
-            by_eps.append((radius, accuracy(found[final][:, -1]), accuracy(worst)))
+            found = {name: probe.pgd(f"eps {radius:.3g}, {name}", view, radius, 40) for name, view in views.items()}
+            worst = torch.stack([f.any(1) for f in found.values()]).any(0)
+            by_eps.append((radius, probe.accuracy(found["final"][:, -1]), probe.accuracy(worst)))
     by_eps.sort()
+    signs = [*_signs_of_curves(probe, final, by_eps, by_steps), *_signs_of_attacks(probe, final)]
+    return Diagnosis(signs, by_eps, by_steps)
 
-    restarts = fooled["final"][:, 39].clone()
-    for draw in range(1, RESTARTS):
-        restarts |= pgd(f"restart {draw + 1}", plain, eps, 40, draw)[:, -1]
-    random = each("noise", right, lambda x, y, indices: net(noise(eps, seed)(net, x, y, indices)).argmax(1) != y)
-    box = each("Square", right, lambda x, y, indices: square(net, x, y, eps, seed))
-    large = each("FGSM", right, lambda x, y, indices: trajectory(net, plain, x, y, indices, steps=1, **whole_step))
-    one_step = accuracy(large[:, 0])
-    flat = each("gradients", right, lambda x, y, indices: no_gradient(net, x, y))
-    wrong = (~natural).nonzero().squeeze(1)
-    mended = 0
-    if len(wrong):
-        mended = int((~pgd("wrong images", plain, eps, 40, 0, wrong)[:, -1]).sum())
 
+def _signs_of_curves(probe: Probe, final: Tensor, by_eps: list[tuple], by_steps: list[tuple]) -> list[Sign]:
+    """final: which iterates of PGD on the final logits fool the right images."""
     curve = [row[1] for row in by_eps]
     rise = max(after - before for before, after in itertools.pairwise(curve))
-    box_only = accuracy(fooled["final"][:, 39]) - accuracy(fooled["final"][:, 39] | box)
-    signs = [
+    pgd40, adaptive40 = by_steps[STEPS.index(40)][1:]
+    final40 = probe.accuracy(final[:, :40].any(1))  # any iterate counts, as it does for the views
+    return [
         Sign(
             "the final logits hide what the views show",
             final40 - adaptive40 > 2,
@@ -175,21 +142,42 @@ def diagnose(
             pgd40 - by_steps[-1][1] > 1,
             f"PGD-40 {pgd40:.1f} %, PGD-200 {by_steps[-1][1]:.1f} %",
         ),
+    ]
+
+
+def _signs_of_attacks(probe: Probe, final: Tensor) -> list[Sign]:
+    """Other attacks than PGD-40 on the final logits, of which `final` says which iterates fool the right images."""
+    net, eps, seed, pgd = probe.net, probe.eps, probe.seed, final[:, 39]
+    restarts = pgd.clone()
+    for draw in range(1, RESTARTS):
+        restarts |= probe.pgd(f"restart {draw + 1}", plain, eps, 40, draw)[:, -1]
+    draws = noise(eps, seed)
+    random = probe.each("noise", lambda x, labels, numbers: net(draws(net, x, labels, numbers)).argmax(1) != labels)
+    box = probe.each("Square", lambda x, labels, _: square(net, x, labels, eps, seed))
+    how = dict(eps=eps, step_size=eps, steps=1, seed=seed)
+    step = probe.each("FGSM", lambda *batch: view_pgd(net, plain, *batch, cross_entropies, **how)[1][:, 0])
+    flat = probe.each("gradients", lambda x, labels, _: no_gradient(net, x, labels))
+    wrong, mended = (~probe.natural).nonzero().squeeze(1), 0
+    if len(wrong):
+        mended = int((~probe.pgd("wrong images", plain, eps, 40, 0, wrong)[:, -1]).sum())
+    pgd40, one_step, by_noise = (probe.accuracy(fooled) for fooled in (pgd, step, random))
+    box_only = pgd40 - probe.accuracy(pgd | box)
+    return [
         Sign("one step beats many", one_step < pgd40, f"FGSM {one_step:.1f} %, PGD-40 {pgd40:.1f} %"),
         Sign(
             "restarts still help",
-            pgd40 - accuracy(restarts) > 3,
-            f"PGD-40 once {pgd40:.1f} %, {RESTARTS} starts {accuracy(restarts):.1f} %",
+            pgd40 - probe.accuracy(restarts) > 3,
+            f"PGD-40 once {pgd40:.1f} %, {RESTARTS} starts {probe.accuracy(restarts):.1f} %",
         ),
         Sign(
             "random noise beats PGD",
-            accuracy(random) < pgd40,
-            f"noise, {NOISE_DRAWS} draws, {accuracy(random):.1f} %, PGD-40 {pgd40:.1f} %",
+            by_noise < pgd40,
+            f"noise, {NOISE_DRAWS} draws, {by_noise:.1f} %, PGD-40 {pgd40:.1f} %",
         ),
         Sign(
             "black-box finds what white-box misses",
             box_only > 1,
-            f"Square alone {accuracy(box):.1f} %; it fools {box_only:.1f} % of images that PGD-40 leaves right",
+            f"Square alone {probe.accuracy(box):.1f} %; it fools {box_only:.1f} % of images that PGD-40 leaves right",
         ),
         Sign(
             "gradients vanish",
@@ -202,4 +190,3 @@ def diagnose(
             f"PGD-40 turns {mended} of {len(wrong)} wrong images right",
         ),
     ]
-    return Diagnosis(signs, by_eps, by_steps)

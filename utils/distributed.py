@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.options import GRACE, RunError, Stopped, UsageError, several_processes
+from utils.errors import GRACE, RunError, Stopped, UsageError, first_line, several_processes
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -65,10 +65,10 @@ def started() -> Iterator[None]:
             time.sleep(GRACE)  # the launcher ends this process as soon as the one that speaks has ended
             raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error))):
-            said = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(
-                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached ({said}); what was "
-                "saved is intact; continue by the same command, a training with --resume"
+                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached ("
+                f"{first_line(error)}); what was saved is intact; continue by the same command, a training with "
+                "--resume"
             ) from error
         raise
     finally:
@@ -172,8 +172,18 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def own_slice(count: int) -> slice:
-    """This rank's slice of `count` things: sizes differ by one at most, the first rank's is a largest."""
+    """This rank's slice of `count` things: sizes differ by one at most, the first rank's is a largest.
+
+    Of fewer things than ranks each takes all: every rank takes part in a step's backward, and BatchNorm needs images.
+    """
+    if count < world():
+        return slice(0, count)
     return slice(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
+
+
+def repeats(count: int) -> int:
+    """How many ranks have the same `own_slice`: all of them where there are fewer things than ranks, else 1."""
+    return world() if count < world() else 1
 
 
 def total(values: Tensor) -> Tensor:
@@ -190,7 +200,8 @@ def joined(part: Tensor, count: int) -> Tensor:
     if world() == 1:
         return part
     whole = part.new_zeros(count, *part.shape[1:])
-    whole[own_slice(count)] = part
+    if repeats(count) == 1 or first():
+        whole[own_slice(count)] = part
     return total(whole)  # each row is one rank's, plus zeros
 
 
@@ -203,13 +214,13 @@ def agreed(wish: int) -> int:
     return int(wishes)
 
 
-def collected(value: T) -> list[T]:
-    """Every rank's value, in their order, on the first rank; nothing on the others."""
+def gathered(value: T) -> list[T]:
+    """Every rank's value, in their order, on every rank."""
     if world() == 1:
         return [value]
-    values = [None] * world() if first() else None
-    dist.gather_object(value, values)
-    return values or []
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_first(work: Callable[[], T]) -> T:

@@ -1,25 +1,69 @@
-"""Evaluating a network: verdicts image by image, and the table of test_white_attack.py."""
+"""Looking at a trained network: what it is and on which images, and the one loop over a split."""
 
-import argparse
+import copy
+import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils import distributed
-from utils.attacks import cross_entropy_over_heads, image_noise, linf_pgd
 from utils.checkpoints import checkpoint_file, load_model
-from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks, shuffled
-from utils.options import BY_DATASET, DATASETS, TRAINING, RunError, UsageError
+from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks, subset
+from utils.devices import pick_device
+from utils.errors import RunError, UsageError, first_line
+from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, dataset_defaults
 
-NOISE_DRAWS = 100
-
-# An attack: (network, images (N, 3, H, W) in [0, 1], labels (N,), numbers (N,) in the test set) -> adversarial images
+# (network, images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,) in the test set) -> adversarial images
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+# (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
+Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def over_images(
+    split: Split,
+    rows: Tensor,
+    batch_size: int,
+    work: Work,
+    progress: Callable[[int], None] = lambda images: None,
+    shared: bool = True,
+) -> tuple[Tensor, ...]:
+    """What `work` answers to the images at `rows` (M,), M > 0, of a split, batch by batch -> (M, ...) each, on the CPU.
+
+    progress(images) is called after each batch. shared: ranks share the images, batch_size for each of them at a time,
+    and all return all answers; otherwise this process alone goes over them.
+    """
+    device, numbers, answers = split.labels.device, numbers_of(split), []
+    ranks = distributed.world() if shared else 1
+    for positions in batches(torch.arange(len(rows)), batch_size * ranks):
+        own = positions[distributed.rank() :: ranks] if shared else positions
+        if len(own):
+            batch = split.take(rows[own].to(device))
+            found = work(as_input(batch.images), batch.labels, numbers[rows[own]])
+            answers.append((own, *(part.cpu() for part in found)))
+        progress(len(positions))
+    everyone = distributed.gathered(answers) if shared else [answers]
+    positions, *whole = (torch.cat(part) for part in zip(*(a for one in everyone for a in one), strict=True))
+    return tuple(part[positions.argsort()] for part in whole)
+
+
+def right_or_not(
+    net: nn.Module, attack: Attack | None, x: Tensor, labels: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attack images as one batch -> (n,) bool, right or not; the images that the network was given; its logits."""
+    if attack is not None:
+        x = attack(net, x, labels, numbers)
+    with torch.no_grad():
+        logits = net(x)
+    if not logits.isfinite().all():
+        raise RunError("the network answers with logits that are not finite; its training has diverged")
+    return logits.argmax(1) == labels, x, logits
 
 
 def verdicts(
@@ -29,44 +73,18 @@ def verdicts(
     attack: Attack | None = None,
     candidates: Tensor | None = None,
     progress: Callable[[int], None] = lambda images: None,
-    see: Callable[[Tensor, Tensor, Tensor, Tensor], None] = lambda indices, x, labels, logits: None,
 ) -> Tensor:
     """Which images of a split the network classifies right, attacked or not -> (N,) bool on the CPU.
 
     net: what `frozen` yields. candidates: (N,) bool, the images worth attacking, those right without the attack; the
-    others count as wrong, so that the figure stays one of the whole split. After each batch progress(images) is called,
-    and see(indices, images, labels, logits) on what the network was given and answered.
-    Ranks share each batch, of batch_size images for each of them, and all return the verdicts of all; they must agree
-    on the network, its buffers included.
+    others count as wrong, so that the figure stays one of the whole split. progress: as in `over_images`.
     """
     right = torch.zeros(len(split.labels), dtype=torch.bool)
-    chosen = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
-    for together in batches(chosen, batch_size * distributed.world()):
-        indices = together[distributed.own_slice(len(together))]
-        if len(indices):
-            right[indices] = judged(net, split, indices, attack, see)
-        progress(len(together))
-    return distributed.total(right.byte()).bool()
-
-
-def judged(
-    net: nn.Module,
-    split: Split,
-    indices: Tensor,
-    attack: Attack | None = None,
-    see: Callable[[Tensor, Tensor, Tensor, Tensor], None] = lambda indices, x, labels, logits: None,
-) -> Tensor:
-    """Attack the images `indices` (n,) of a split as one batch -> (n,) bool on the CPU, right or not."""
-    batch = split.take(indices.to(split.labels.device))
-    x = as_input(batch.images)
-    if attack is not None:
-        x = attack(net, x, batch.labels, numbers_of(split)[indices])
-    with torch.no_grad():
-        logits = net(x)
-    if not logits.isfinite().all():
-        raise RunError("the network answers with logits that are not finite; its training has diverged")
-    see(indices, x, batch.labels, logits)
-    return (logits.argmax(1) == batch.labels).cpu()
+    rows = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
+    if len(rows):
+        judged = partial(right_or_not, net, attack)
+        (right[rows],) = over_images(split, rows, batch_size, lambda *batch: judged(*batch)[:1], progress)
+    return right
 
 
 def percent(right: Tensor) -> float:
@@ -74,91 +92,8 @@ def percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
 
 
-def pgd40_heads(eps: float, step_size: float, auxiliary_weight: float, seed: int, steps: int = 40) -> Attack:
-    """The PGD-40 that selects epochs: cross-entropy over heads, from x + 0.001 N(0, 1)."""
-
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        start = x + 0.001 * image_noise(x, indices, seed, "normal")
-        return linf_pgd(x, cross_entropy_over_heads(net, labels, auxiliary_weight), eps, step_size, steps, start)
-
-    return attack
-
-
-def white_box(objective: Callable, eps: float, step_size: float, steps: int, random: bool, seed: int) -> Attack:
-    """An attack of the README's table: `steps` on objective(net, labels) of the final logits, the last iterate counts.
-
-    random: start uniformly in the ball, unclipped; otherwise at the image.
-    """
-
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        start = x + eps * image_noise(x, indices, seed, "uniform") if random else x
-        return linf_pgd(x, objective(net, labels), eps, step_size, steps, start)
-
-    return attack
-
-
-def noise(eps: float, seed: int, draws: int = NOISE_DRAWS) -> Attack:
-    """Uniform noise in the ball, clipped to [0, 1]: of each image the last draw that fools the network, if any does."""
-
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        found = x
-        for draw in range(draws):
-            noisy = (x + eps * image_noise(x, indices, seed, "uniform", draw)).clamp(0, 1)
-            with torch.no_grad():
-                wrong = net(noisy).argmax(1) != labels
-            found = torch.where(wrong[:, None, None, None], noisy, found)
-        return found
-
-    return attack
-
-
-def subset(split: Split, limit: int | None) -> Split:
-    """The first `limit` images after a fixed shuffle, all of them where limit is None or larger."""
-    if limit is None or limit >= len(split.labels):
-        return split
-    numbers = shuffled(len(split.labels), 0)[:limit]
-    return split.take(numbers)._replace(numbers=numbers)
-
-
-def pick_device(device: str, no_cuda: bool) -> torch.device:
-    """The device of --device and --no-cuda; UsageError where it is unknown or not there."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a CUDA device too
-    if device == "auto":
-        return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu"))
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        picked = None
-    if picked is None or picked.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device} is none of auto, cpu, cuda, cuda:N")
-    if picked.type == "cuda":
-        if no_cuda:
-            raise UsageError(f"--device {device} and --no-cuda contradict each other; give one of them")
-        if (picked.index or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu"
-            )
-    return distributed.own_device(picked)
-
-
-def open_log(file: Path) -> Callable[[str], None]:
-    """A function that prints a line above any progress bar and appends it to the log, on the first rank only."""
-    if not distributed.first():
-        return lambda line: None
-
-    def log(line: str) -> None:
-        tqdm.write(line)
-        try:
-            with open(file, "a") as out:
-                out.write(line + "\n")
-        except OSError as error:  # a full disk, which Python reports without the file's name
-            raise OSError(error.errno, error.strerror, str(file)) from error
-
-    return log
-
-
 class Subject(NamedTuple):
-    """A checkpoint and the test images it is looked at with, on the device, and the attack settings of its data set."""
+    """A network and the test images it is looked at with, on the device, and the attack settings of its data set."""
 
     file: Path
     model: nn.Module
@@ -169,6 +104,28 @@ class Subject(NamedTuple):
     step_size: float
     of: int = 0  # how many test images the data set has, where `split` may be a part of them
 
+    @property
+    def recipe(self) -> dict:
+        """The settings that it was trained with, as far as its checkpoint says."""
+        return self.info["recipe"] if isinstance(self.info["recipe"], dict) else {}
+
+    @property
+    def method(self) -> str:
+        """What a run is called in tables and figures: ANCRA-TRADES, TRADES-RA, TRADES; else its file's name."""
+        method = {"pgd": "PGD-AT", "trades": "TRADES", "mart": "MART"}.get(str(self.recipe.get("method")))
+        if method is None:
+            return self.file.stem
+        ra, anc = self.info["reverse_attention"], not self.recipe.get("no_anc")
+        if ra and anc:
+            return "ANCRA-" + method.removesuffix("-AT")
+        return method + ("-RA" if ra else "-ANC" if anc else "")
+
+    @property
+    def auxiliary_weight(self) -> float:
+        """lambda, the weight of the auxiliary heads in the loss that it was trained with."""
+        weight = self.recipe.get("cr_beta")
+        return weight if isinstance(weight, float) and 0 <= weight < math.inf else Training.cr_beta
+
     def described(self) -> str:
         ra = "with" if self.info["reverse_attention"] else "without"
         count = len(self.split.labels)
@@ -176,37 +133,47 @@ class Subject(NamedTuple):
         return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}"
 
 
-def load_subject(options: argparse.Namespace, path: str) -> Subject:
+def part_to_look_at(settings: Checkpoint, dataset: str, data_dir: str, side: int) -> tuple[Split, int]:
+    """The test images that a script looks at, on the CPU, and how many the data set has."""
+    with distributed.first_of_the_node_first():
+        split = load_split(dataset, "test", data_dir, side)
+    require_same_on_ranks(f"{dataset} in {data_dir}", split)
+    return subset(split, settings.n_examples), len(split.labels)
+
+
+def attack_settings(settings: Checkpoint, dataset: str) -> tuple[float, float]:
+    """eps and step size: the data set's own, unless the command gave them."""
+    own = dataset_defaults(dataset)
+    return tuple(getattr(own if getattr(settings, key) is None else settings, key) for key in ("epsilon", "step_size"))
+
+
+def load_subject(settings: Checkpoint, path: str) -> Subject:
     """Load the checkpoint file or run folder `path` and its test images (`--n-examples` of them).
 
     Data set and data folder are the checkpoint's own, eps and step its data set's, unless the command gave them.
     Errors: UsageError where checkpoint and data set do not match.
     """
-    device = pick_device(options.device, options.no_cuda)
-    file = checkpoint_file(path)
+    device, file = pick_device(settings.device, settings.no_cuda), checkpoint_file(path)
     model, info = load_model(
         file,
         device,
-        arch=options.arch,
-        width=options.width,
-        image_size=options.image_size,
-        dataset=options.dataset,
-        reverse_attention=False if options.no_ra else None,
+        arch=settings.arch,
+        width=settings.width,
+        image_size=settings.image_size,
+        dataset=settings.dataset,
+        reverse_attention=False if settings.no_ra else None,
     )
-    dataset = info["dataset"] or "cifar10"
+    dataset = info["dataset"] or Training.dataset
     if info["dataset"] is None and distributed.first():
-        print(f"a bare state dict, taken as {info['arch']} on cifar10; --dataset and --no-ra say otherwise")
+        print(f"a bare state dict, taken as {info['arch']} on {dataset}; --dataset and --no-ra say otherwise")
     if dataset not in DATASETS:
         raise UsageError(
             f"{file} was trained on {dataset!r}, unknown here; name one of {', '.join(DATASETS)} by --dataset"
         )
-    data_dir = options.data_dir
-    if "data_dir" not in options.given and isinstance(info["recipe"], dict):
-        own = info["recipe"].get("data_dir")  # where the training found its data, if that is a folder here too
-        data_dir = own if isinstance(own, str) and "\0" not in own and Path(own).is_dir() else data_dir
-    with distributed.first_of_the_node_first():
-        split = load_split(dataset, "test", data_dir, info["image_size"])
-    require_same_on_ranks(f"{dataset} in {data_dir}", split)
+    own = info["recipe"].get("data_dir") if isinstance(info["recipe"], dict) else None
+    found = isinstance(own, str) and "\0" not in own and Path(own).is_dir()  # as the training's, here too
+    data_dir = settings.data_dir or (own if found else Training.data_dir)
+    split, of = part_to_look_at(settings, dataset, data_dir, info["image_size"])
     if len(split.classes) != info["num_classes"]:
         raise UsageError(
             f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "
@@ -214,34 +181,55 @@ def load_subject(options: argparse.Namespace, path: str) -> Subject:
         )
     if info["classes"] is not None and list(split.classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
-    part = subset(split, options.n_examples).to(device)
-    return Subject(file, model, info, dataset, part, *attack_settings(options, dataset), len(split.labels))
+    return Subject(file, model, info, dataset, split.to(device), *attack_settings(settings, dataset), of)
 
 
-def method_name(subject: Subject) -> str:
-    """What a run is called in tables and figures: ANCRA-TRADES, TRADES-RA, TRADES-ANC, TRADES; else its file's name."""
-    recipe = subject.info["recipe"] if isinstance(subject.info["recipe"], dict) else {}
-    method = {"pgd": "PGD-AT", "trades": "TRADES", "mart": "MART"}.get(str(recipe.get("method")))
-    if method is None:
-        return subject.file.stem
-    ra, anc = subject.info["reverse_attention"], not recipe.get("no_anc")
-    if ra and anc:
-        return "ANCRA-" + method.removesuffix("-AT")
-    return method + ("-RA" if ra else "-ANC" if anc else "")
+class _Callable(nn.Module):
+    """A function as a network."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
-def recipe_weight(subject: Subject) -> float:
-    """lambda, the weight of the auxiliary heads in the loss that a checkpoint was trained with."""
-    recipe = subject.info["recipe"]
-    weight = recipe.get("cr_beta") if isinstance(recipe, dict) else None
-    return weight if isinstance(weight, float) and 0 <= weight < math.inf else TRAINING["cr_beta"]
-
-
-def attack_settings(options: argparse.Namespace, dataset: str) -> tuple[float, float]:
-    """eps and step size: the data set's own, unless the command gave them."""
-    own = BY_DATASET[dataset]
-    eps, step_size = (
-        getattr(options, key) if key in options.given else own.get(key, getattr(options, key))
-        for key in ("epsilon", "step_size")
-    )
-    return eps, step_size
+def foreign_subject(settings: Evaluation) -> Subject:
+    """The classifier that --model package.module:function builds, with the test images of --dataset."""
+    named = f"--model {settings.model}"
+    name, _, function = settings.model.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        built = getattr(importlib.import_module(name), function)()
+    except Exception as error:  # whatever the user's own code raises
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{named}: {said}; name package.module:function, without arguments") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(built):
+        raise UsageError(f"{named} returns a {type(built).__name__}, not a network")
+    model = built if isinstance(built, nn.Module) else _Callable(built)
+    dataset = settings.dataset or Training.dataset
+    device = pick_device(settings.device, settings.no_cuda)
+    side = settings.image_size or dataset_defaults(dataset).image_size
+    split, of = part_to_look_at(settings, dataset, settings.data_dir or Training.data_dir, side)
+    split = split.to(device)
+    try:
+        model = model.to(device).eval()
+        answer = copy.deepcopy(model)(as_input(split.images[:2]).requires_grad_())  # attacks see a copy, too
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{named} fails on images {tuple(split.images[:2].shape)}: {said}") from error
+    if not isinstance(answer, Tensor) or answer.shape != (len(split.labels[:2]), len(split.classes)):
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise UsageError(f"{named} answers with {got}; logits (N, {len(split.classes)}) are needed")
+    blind = {"natural", "noise"}.issuperset(settings.attacks) and not settings.diagnostics
+    if not answer.requires_grad and not blind:
+        raise UsageError(
+            f"{named} answers without a gradient with respect to the images; only --attacks natural,noise does without"
+        )
+    # one that answers with heads, as those of `models` do, has their views
+    ra = getattr(model, "reverse_attention", None) is True
+    info = {"arch": settings.model, "reverse_attention": ra, "recipe": None}
+    return Subject(Path(settings.model), model, info, dataset, split, *attack_settings(settings, dataset), of)

@@ -5,15 +5,12 @@ before it. Weighting by the predicted class builds part of the clustering in, so
 (Unweighted means before the last gate: the block before it was gated by its own prediction, which stays.)
 """
 
-import argparse
-import difflib
-import json
 import re
 import shlex
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.attacks import Objective, cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd
-from utils.checkpoints import write_atomically
-from utils.data import Split, as_input, batches, numbers_of, shuffled
-from utils.evaluation import Attack, load_subject, method_name, recipe_weight
+from utils.attacks import Attack, Objective, cross_entropy, cross_entropy_over_heads, frozen, pgd
+from utils.data import Split, numbers_of, shuffled
+from utils.errors import RunError, UsageError
+from utils.evaluation import Subject, load_subject, over_images
 from utils.figures import draw_embedding, draw_histogram, require_display, save_figure, show_figures
+from utils.files import read_arrays, write_arrays
 from utils.negatives import choose_negatives
-from utils.options import FEATURES, RunError, UsageError
 from utils.provenance import provenance
+from utils.recipes import FEATURES, Distances, Histograms, Umap
 
 BLOCK = 200  # negatives come from the same 200 images, the test batch of the method, whatever --test-batch-size is
 NEIGHBOURS = 12
@@ -48,44 +46,32 @@ class Features(NamedTuple):
 
 
 def extract(
-    net: nn.Module, split: Split, indices: Tensor, batch_size: int, attack: Attack | None = None, task: str = "features"
+    net: nn.Module, split: Split, rows: Tensor, batch_size: int, attack: Attack | None = None, task: str = "features"
 ) -> Features:
-    """Features of every image of a split, attacked or not.
+    """Features of the images at `rows` (M,) of a split, attacked or not.
 
-    net: what `frozen` yields. indices: (M,) the images' numbers in the whole test set, which seed their noise. attack
-    sees the split's labels, be they the images' own or those to be pushed to. task: named by the progress bar.
-    Errors: RunError where features are not finite.
+    net: what `frozen` yields. attack sees the split's labels, be they the images' own or those to be pushed to, and its
+    numbers, which seed the noise. task: named by the progress bar. Errors: RunError where features are not finite.
     """
-    parts, count = [], len(split.labels)
-    shared = count >= distributed.world()  # each rank takes its slice of the images; of fewer, each takes all
-    own = torch.arange(count)[distributed.own_slice(count)] if shared else torch.arange(count)
-    with tqdm(total=len(own), desc=task, unit="img", leave=False, disable=distributed.quiet()) as bar:
-        for rows in batches(own, batch_size):
-            batch = split.take(rows.to(split.labels.device))
-            x = as_input(batch.images)
-            if attack is not None:
-                x = attack(net, x, batch.labels, indices[rows])
-            with torch.no_grad():
-                heads = net(x, heads=True)
-            parts.append([part.cpu() for part in (heads.features, heads.unweighted, heads.final)])
-            bar.update(len(rows))
-    whole = [torch.cat(part) for part in zip(*parts, strict=True)]
-    features = Features(*(distributed.joined(part, count) if shared else part for part in whole))
+
+    def work(x: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+        if attack is not None:
+            x = attack(net, x, labels, numbers)
+        with torch.no_grad():
+            heads = net(x, heads=True)
+        return heads.features, heads.unweighted, heads.final
+
+    with tqdm(total=len(rows), desc=task, unit="img", leave=False, disable=distributed.quiet()) as bar:
+        features = Features(*over_images(split, rows, batch_size, work, bar.update))
     if not all(part.isfinite().all() for part in features):
         raise RunError("the network answers with features that are not finite; its training has diverged")
     return features
 
 
-def figure_pgd(
-    objective: Callable[[nn.Module, Tensor], Objective], eps: float, step_size: float, steps: int, seed: int
-) -> Attack:
-    """The figures' PGD: `steps` on objective(net, labels), from x + 0.001 N(0, 1)."""
-
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        start = x + 0.001 * image_noise(x, indices, seed, "normal")
-        return linf_pgd(x, objective(net, labels), eps, step_size, steps, start)
-
-    return attack
+def pgd_on(subject: Subject, settings: Distances | Umap) -> Callable[..., Attack]:
+    """The figures' PGD, a function of its objective; it starts from x + 0.001 N(0, 1)."""
+    steps, seed = settings.num_steps, settings.seed
+    return partial(pgd, eps=subject.eps, step_size=subject.step_size, steps=steps, start="normal", seed=seed)
 
 
 def towards(auxiliary_weight: float) -> Callable[[nn.Module, Tensor], Objective]:
@@ -152,16 +138,8 @@ def embed(features: Tensor, seed: int) -> np.ndarray:
     """UMAP (densMAP) of features (M, F), M > `NEIGHBOURS`, with the paper's settings -> (M, 2); one thread, seeded."""
     import umap
 
-    reducer = umap.UMAP(
-        n_neighbors=NEIGHBOURS,
-        min_dist=0.01,
-        metric="correlation",
-        densmap=True,
-        dens_lambda=1.5,
-        random_state=seed,
-        n_jobs=1,
-    )
-    return reducer.fit_transform(features.numpy())
+    kind = {"metric": "correlation", "densmap": True, "dens_lambda": 1.5, "random_state": seed, "n_jobs": 1}
+    return umap.UMAP(n_neighbors=NEIGHBOURS, min_dist=0.01, **kind).fit_transform(features.numpy())
 
 
 # names
@@ -177,30 +155,26 @@ def class_names(split: Split) -> list[str]:
 
 def target_classes(wanted: str, split: Split) -> list[int]:
     """Classes of the split named by --target_label: `all`, a name, or a number; a name wins over a number."""
-    present = split.labels.unique().tolist()
+    present, names = split.labels.unique().tolist(), class_names(split)
     if wanted == "all":
         return present
     spoken = [
-        {name.strip().casefold() for name in (code, *words.split(","))}
-        for code, words in zip(split.classes, split.words or split.classes, strict=True)
+        (code, *words.split(",")) for code, words in zip(split.classes, split.words or split.classes, strict=True)
     ]
-    found = [label for label, names in enumerate(spoken) if wanted.strip().casefold() in names]
+    asked = wanted.strip().casefold()
+    found = [k for k, words in enumerate(spoken) if asked in (word.strip().casefold() for word in words)]
     if wanted in split.classes:
         found = [split.classes.index(wanted)]
-    elif not found and re.fullmatch("[0-9]+", wanted) and int(wanted) < len(spoken):
+    elif not found and re.fullmatch("[0-9]+", wanted) and int(wanted) < len(names):
         found = [int(wanted)]
     if len(found) > 1:
         raise UsageError(f"--target_label {wanted!r} names the classes {', '.join(map(str, found))}; give one number")
     if not found:
-        known = () if wanted.isdecimal() else sorted(set().union(*spoken))
-        near = difflib.get_close_matches(wanted.casefold(), known, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"the first are {', '.join(class_names(split)[:5])}"
-        raise UsageError(f"no class {wanted!r}: give a number from 0 to {len(spoken) - 1}, a name, or all; {hint}")
+        known = f"a number from 0 to {len(names) - 1}, a name, or all; the first are {', '.join(names[:5])}"
+        raise UsageError(f"no class {wanted!r}: give {known}")
     if found[0] not in present:
-        raise UsageError(
-            f"class {class_names(split)[found[0]]!r} has no image among the {len(split.labels)} test images; "
-            "raise --n-examples or name another class"
-        )
+        none = f"class {names[found[0]]!r} has no image among the {len(split.labels)} test images"
+        raise UsageError(f"{none}; raise --n-examples or name another class")
     return found
 
 
@@ -219,54 +193,7 @@ def file_stem(*parts: str) -> str:
 # files
 
 
-def write_arrays(file: Path, settings: dict, **arrays: np.ndarray) -> None:
-    """Save arrays and settings, the latter as a JSON string, as one npz file, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as out:
-            np.savez_compressed(out, settings=json.dumps(settings), **arrays)
-
-    write_atomically(file, write)
-
-
-def read_arrays(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Settings and arrays of a file of `write_arrays`, without ever running code from it; UsageError naming it."""
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            arrays = {key: content[key] for key in content.files}
-        settings = json.loads(str(arrays.pop("settings")))
-        if not isinstance(settings, dict):
-            raise ValueError("settings are no dictionary")
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist; write it by feature_distance.py") from None
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror or error})") from error
-    except (
-        ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError,
-        zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
-        raise UsageError(f"{file} is none of this repository's npz files, or a truncated one; remove it") from error
-    return settings, arrays
-
-
-def read_distances(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Settings and values of a file of feature_distance.py, checked; UsageError naming it."""
-    settings, arrays = read_arrays(file)
-    kinds = {"name": str, "method": str, "dataset": str, "target": int, "target_name": str, "features": str}
-    keys = [f"{layer}_{pair}_{metric}" for layer in FEATURES for pair in PAIRS for metric in METRICS]
-    wrong = [key for key, kind in kinds.items() if not isinstance(settings.get(key), kind)]
-    wrong += [key for key in keys if not _usable(arrays.get(key))]
-    if wrong or settings["features"] not in FEATURES:
-        raise UsageError(f"{file} has no usable {(wrong or ['features'])[0]}; write it anew by feature_distance.py")
-    return settings, arrays
-
-
-def _usable(values: np.ndarray | None) -> bool:
-    return values is not None and values.dtype.kind == "f" and values.ndim == 1 and len(values) > 0 \
-        and bool(np.isfinite(values).all())  # fmt: skip
-
-
-def output_folder(path: str) -> Path:
+def output_folder(path: str | Path) -> Path:
     """The folder of --out, made where it is missing; UsageError where that cannot be."""
     folder = Path(path)
     try:
@@ -277,121 +204,119 @@ def output_folder(path: str) -> Path:
     return folder
 
 
-def prepare_files(files: Iterable[Path], checkpoints: list[str]) -> None:
-    """Make the folder of files that will hold figures of these checkpoints; UsageError where they cannot."""
+def prepare_files(files: Iterable[Path], subjects: Sequence[Subject]) -> None:
+    """Make the folder of npz files about these checkpoints; UsageError where it cannot be, or they are about others."""
+    own = [subject.file.resolve() for subject in subjects]
     for file in files:
-        output_folder(str(file.parent))
-        refuse_other_runs(file, checkpoints)
+        output_folder(file.parent)
+        stored = read_arrays(file)[0].get("checkpoints") if file.exists() else own
+        if not isinstance(stored, list) or [Path(str(path)).resolve() for path in stored] != own:
+            said = f"{file} holds figures of another run"
+            raise UsageError(f"{said}; tell this one apart by --name, or name another --out")
 
 
-def refuse_other_runs(file: Path, checkpoints: list[str]) -> None:
-    """UsageError where a file holds figures of other checkpoints than these, which writing it would lose."""
-    if not file.exists():
-        return
-    stored = read_arrays(file)[0].get("checkpoints")
-    if not isinstance(stored, list) or [Path(str(p)).resolve() for p in stored] != [
-        Path(p).resolve() for p in checkpoints
-    ]:
-        raise UsageError(f"{file} holds figures of another run; tell this one apart by --name, or name another --out")
+def origin(subjects: Sequence[Subject], settings: Distances | Umap) -> dict:
+    """What every npz file says of the checkpoints, the attack and the computer that it comes from."""
+    first = subjects[0]
+    return {
+        "checkpoints": [str(subject.file) for subject in subjects],
+        "dataset": first.dataset,
+        "features": settings.features,
+        "epsilon": first.eps,
+        "step_size": first.step_size,
+        "num_steps": settings.num_steps,
+        "seed": settings.seed,
+        "provenance": provenance(first.split.labels.device, settings.seed),
+    }
 
 
-# jobs
+def read_distances(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Settings and values of a file of feature_distance.py, checked; UsageError naming it."""
+    settings, arrays = read_arrays(file)
+    kinds = {"name": str, "method": str, "dataset": str, "target": int, "target_name": str, "features": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(settings.get(key), kind)]
+    for key in map("_".join, product(FEATURES, PAIRS, METRICS)):
+        values = arrays.get(key, np.array([]))
+        if values.dtype.kind != "f" or values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+            wrong.append(key)
+    if wrong or settings["features"] not in FEATURES:
+        raise UsageError(f"{file} has no usable {(wrong or ['features'])[0]}; write it anew by feature_distance.py")
+    return settings, arrays
 
 
-def feature_distance(options: argparse.Namespace) -> None:
+# feature_distance.py
+
+
+def feature_distance(settings: Distances) -> None:
     """PP and NP distances of the images of a class, or of each: print them and save one npz file for each class."""
-    subject = load_subject(options, options.model_dir)
-    split, labels = subject.split, subject.split.labels.cpu()
-    numbers = numbers_of(split)
-    targets = target_classes(options.target_label, split)
-    strategy, _, pushed = options.strategy.partition("_")
-    method = method_name(subject)
-    name = options.name or file_stem(
-        method, subject.info["arch"], subject.dataset, "" if options.strategy == "random" else options.strategy
-    )
-    files = {target: Path(options.out) / f"{name}-{target}.npz" for target in targets}
-    distributed.from_first(lambda: prepare_files(files.values(), [str(subject.file)]))
-    attack = (subject.eps, subject.step_size, options.num_steps, options.seed)
-    rows = torch.isin(labels, torch.tensor(targets)).nonzero().squeeze(1)
-    with frozen(subject.model) as net:
-
-        def features(images: Tensor, of: Tensor, anchors: Tensor, attack: Attack | None, task: str) -> Features:
-            """Of these images, with the labels `of` other images for the attack, whose noise is that of the anchors."""
-            device = split.labels.device
-            part = Split(split.images[images.to(device)], split.labels[of.to(device)], split.classes)
-            return extract(net, part, numbers[anchors], options.test_batch_size, attack, task)
-
-        logits = None
-        if strategy != "random":
-            every = torch.arange(len(labels))
-            logits = features(every, every, every, None, "predictions").logits
-        negatives = choose_in_blocks(labels, logits, strategy, options.seed)[rows]
-        natural = features(rows, rows, rows, None, "natural")
-        adversarial = features(rows, rows, rows, figure_pgd(cross_entropy, *attack), f"PGD-{options.num_steps}")
-        push = figure_pgd(towards(recipe_weight(subject)), *attack) if pushed else None
-        negative = features(negatives, rows, rows, push, "negatives")
-
+    subject = load_subject(settings, settings.model_dir)
+    targets, names = target_classes(settings.target_label, subject.split), class_names(subject.split)
+    strategy = "" if settings.strategy == "random" else settings.strategy
+    name = settings.name or file_stem(subject.method, subject.info["arch"], subject.dataset, strategy)
+    files = {target: Path(settings.out) / f"{name}-{target}.npz" for target in targets}
+    distributed.from_first(lambda: prepare_files(files.values(), [subject]))
+    labels, values = measure_distances(subject, targets, settings)
     if not distributed.first():
         return
-    values = {}
-    for layer in FEATURES:
-        for pair, other in (("PP", adversarial), ("NP", negative)):
-            for metric, found in compare(getattr(natural, layer), getattr(other, layer)).items():
-                values[f"{layer}_{pair}_{metric}"] = found
-    origin = provenance(split.labels.device, options.seed)
+
+    found = {target: {key: of_all[labels == target] for key, of_all in values.items()} for target in targets}
+    about = {"name": name, "method": subject.method, "strategy": settings.strategy, **origin([subject], settings)}
+    about |= {key: subject.info[key] for key in ("arch", "reverse_attention")}
+    about["test_images"] = len(subject.split.labels)
     for target, file in files.items():
-        own = (labels[rows] == target).numpy()
-        found = {key: value[own] for key, value in values.items()}
-        settings = {
-            "name": name,
-            "method": method,
-            "checkpoints": [str(subject.file)],
-            "arch": subject.info["arch"],
-            "reverse_attention": subject.info["reverse_attention"],
-            "dataset": subject.dataset,
-            "target": target,
-            "target_name": class_names(split)[target],
-            "features": options.features,
-            "strategy": options.strategy,
-            "epsilon": subject.eps,
-            "step_size": subject.step_size,
-            "num_steps": options.num_steps,
-            "seed": options.seed,
-            "test_images": len(labels),
-            "provenance": origin,
-        }
-        indices = {"indices": numbers[rows][own].numpy(), "negatives": numbers[negatives][own].numpy()}
-        write_arrays(file, settings, **indices, **found)
+        write_arrays(file, about | {"target": target, "target_name": names[target]}, **found[target])
 
     print(f"{name}: {subject.described()}")
     print(
-        f"PP: PGD-{options.num_steps}, eps {subject.eps:.5g}, step {subject.step_size:.5g}, on the final logits; "
-        f"NP: {options.strategy} negatives; seed {options.seed}"
+        f"PP: PGD-{settings.num_steps}, eps {subject.eps:.5g}, step {subject.step_size:.5g}, on the final logits; "
+        f"NP: {settings.strategy} negatives; seed {settings.seed}"
     )
     for target, file in files.items():
-        found = {key: value[(labels[rows] == target).numpy()] for key, value in values.items()}
-        print_distances(f"class {target} ({class_names(split)[target]})", found, subject.info, options.features)
+        print_distances(f"class {target} ({names[target]})", found[target], subject.info, settings.features)
         print(f"saved {file}")
     if len(files) > 1:
-        print_distances("all of these classes", values, subject.info, options.features)
-    print(
-        "draw by: python draw_hist.py"
-        + ("" if options.out == "./distances" else f" --distances {shlex.quote(options.out)}")
-    )
+        print_distances("all of these classes", values, subject.info, settings.features)
+    elsewhere = "" if settings.out == Distances.out else f" --distances {shlex.quote(settings.out)}"
+    print(f"draw by: python draw_hist.py{elsewhere}")
+
+
+def measure_distances(
+    subject: Subject, targets: list[int], settings: Distances
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Of the M images of some classes: their labels (M,), and all that their files are to hold, (M,) each."""
+    split, labels, numbers = subject.split, subject.split.labels.cpu(), numbers_of(subject.split)
+    size, attack = settings.test_batch_size, pgd_on(subject, settings)
+    strategy, _, pushed = settings.strategy.partition("_")
+    rows = torch.isin(labels, torch.tensor(targets)).nonzero().squeeze(1)
+    with frozen(subject.model) as net:
+        logits = None
+        if strategy != "random":
+            logits = extract(net, split, torch.arange(len(labels)), size, None, "predictions").logits
+        negatives = choose_in_blocks(labels, logits, strategy, settings.seed)[rows]
+        natural = extract(net, split, rows, size, None, "natural")
+        others = {"PP": extract(net, split, rows, size, attack(cross_entropy), f"PGD-{settings.num_steps}")}
+        # the negatives' images with their anchors' labels, to be pushed to, and numbers, that is noise
+        anchors, shown = (split.take(of.to(split.labels.device)) for of in (rows, negatives))
+        shown = shown._replace(labels=anchors.labels, numbers=numbers[rows])
+        push = attack(towards(subject.auxiliary_weight)) if pushed else None
+        others["NP"] = extract(net, shown, torch.arange(len(rows)), size, push, "negatives")
+    values = {"indices": numbers[rows].numpy(), "negatives": numbers[negatives].numpy()}
+    for layer, (pair, other) in product(FEATURES, others.items()):
+        for metric, found in compare(getattr(natural, layer), getattr(other, layer)).items():
+            values[f"{layer}_{pair}_{metric}"] = found
+    return labels[rows].numpy(), values
 
 
 def print_distances(title: str, values: dict[str, np.ndarray], info: dict, chosen: str) -> None:
     """A class's table, weighted and unweighted features side by side, and what it says of alignment and exclusion."""
     layers = FEATURES if info["reverse_attention"] else FEATURES[:1]
     heads = ("weighted by the predicted class", "unweighted") if len(layers) > 1 else ("nothing is weighted",)
-    columns = ("max", "min", "mean", "variance")
     print(f"\n{title}, {len(values['weighted_PP_cosine'])} images")
     print(" " * 10 + "".join(f"{head:^44}" for head in heads))
-    print(" " * 10 + "".join(f"{column:>11}" for _ in heads for column in columns))
-    for pair in PAIRS:
-        for metric in METRICS:
-            cells = [f"{x:>11.4g}" for layer in layers for x in summary(values[f"{layer}_{pair}_{metric}"]).values()]
-            print(f"{pair} {metric:<7}" + "".join(cells))
+    print(" " * 10 + "".join(f"{column:>11}" for column in ("max", "min", "mean", "variance")) * len(heads))
+    for pair, metric in product(PAIRS, METRICS):
+        cells = [f"{x:>11.4g}" for layer in layers for x in summary(values[f"{layer}_{pair}_{metric}"]).values()]
+        print(f"{pair} {metric:<7}" + "".join(cells))
     pp, negative = (values[f"{chosen}_{pair}_cosine"] for pair in PAIRS)
     print(
         f"by {f'{chosen} ' if len(layers) > 1 else ''}features\n"
@@ -401,171 +326,176 @@ def print_distances(title: str, values: dict[str, np.ndarray], info: dict, chose
     )
 
 
-def draw_hist(options: argparse.Namespace) -> None:
+# draw_hist.py
+
+
+class Entry(NamedTuple):
+    """A file of distances, and what --labels calls it."""
+
+    file: Path
+    label: str | None
+    settings: dict
+    values: dict[str, np.ndarray]
+
+
+def draw_hist(settings: Histograms) -> None:
     """Draw PP and NP by cosine and L2 of every file, four figures for each target label."""
     if not distributed.first():
         return
-    files = []
-    for path in map(Path, options.distances):
-        inside = [path] if path.is_file() else sorted(path.glob("*.npz"))
-        if not inside:
-            raise UsageError(
-                f"{path}: no distances there; first run: python feature_distance.py --model_dir RUN --target_label all"
-            )
-        files += inside
-    if options.labels and len(options.labels) != len(files):
-        raise UsageError(f"--labels has {len(options.labels)} names and there are {len(files)} files of distances")
-    given = options.labels or [None] * len(files)
-    entries = [(file, label, *read_distances(file)) for file, label in zip(files, given, strict=True)]
-    if options.dataset:
-        entries = [entry for entry in entries if entry[2]["dataset"] == options.dataset]
-        if not entries:
-            raise UsageError(f"none of the {len(files)} files of distances is of {options.dataset}")
-    if "distances" in options.given and all(path.is_file() for path in map(Path, options.distances)):
-        groups = [entries]  # files named one by one are for one figure
-    else:
-        groups = [[e for e in entries if e[2]["target"] == k] for k in sorted({e[2]["target"] for e in entries})]
+    groups = groups_of(settings)
     for group in groups:
-        refuse_mixed(group, options.features)
-    if options.show:
+        refuse_mixed(group, settings.features)
+    if settings.show:
         require_display()
-    folder = output_folder(options.out)
-    figures = []
+    folder = output_folder(settings.out)
     with tqdm(total=4 * len(groups), desc="drawing", unit="figure", leave=False, disable=None) as bar:
-        for group in groups:
-            settings = group[0][2]
-            layer = options.features or settings["features"]
-            labels = distinct(
-                [label or s["method"] for _, label, s, _ in group],
-                [label or s["name"] for _, label, s, _ in group],
-                [label or file.stem for file, label, _, _ in group],
-            )
-            for pair, metric in ((p, m) for p in PAIRS for m in METRICS):
-                values = {label: e[3][f"{layer}_{pair}_{metric}"] for label, e in zip(labels, group, strict=True)}
-                title = f"{pair}: {PAIRS[pair]}\n{settings['dataset']}, class {settings['target_name']}"
-                title += f", {layer} features" if any(e[2].get("reverse_attention") for e in group) else ""
-                figure = draw_histogram(values, METRICS[metric], title, options.show)
-                stem = file_stem("hist", settings["dataset"], str(settings["target"]), pair, metric)
-                stem += "-unweighted" if layer == "unweighted" else ""
-                tqdm.write(f"saved {' and '.join(map(str, save_figure(figure, folder / stem)))}")
-                figures += [figure] if options.show else []
-                bar.update()
-    if options.show:
+        for group, pair, metric in product(groups, PAIRS, METRICS):
+            draw_group(group, pair, metric, settings, folder)
+            bar.update()
+    if settings.show:
         show_figures()
 
 
-def refuse_mixed(group: list[tuple], features: str | None) -> None:
+def groups_of(settings: Histograms) -> list[list[Entry]]:
+    """The files that --distances, --labels and --dataset choose, those of one target label together."""
+    files = []
+    for path in map(Path, settings.distances or ("./distances",)):
+        inside = [path] if path.is_file() else sorted(path.glob("*.npz"))
+        if not inside:
+            first = "first run: python feature_distance.py --model_dir RUN --target_label all"
+            raise UsageError(f"{path}: no distances there; {first}")
+        files += inside
+    if settings.labels and len(settings.labels) != len(files):
+        raise UsageError(f"--labels has {len(settings.labels)} names and there are {len(files)} files of distances")
+    given = settings.labels or [None] * len(files)
+    entries = [Entry(file, label, *read_distances(file)) for file, label in zip(files, given, strict=True)]
+    entries = [entry for entry in entries if settings.dataset in (None, entry.settings["dataset"])]
+    if not entries:
+        raise UsageError(f"none of the {len(files)} files of distances is of {settings.dataset}")
+    if settings.distances and all(Path(path).is_file() for path in settings.distances):
+        return [entries]  # files named one by one are for one figure
+    targets = sorted({entry.settings["target"] for entry in entries})
+    return [[entry for entry in entries if entry.settings["target"] == target] for target in targets]
+
+
+def refuse_mixed(group: list[Entry], features: str | None) -> None:
     """UsageError where files cannot share a histogram; a line on standard output where they should not."""
-    first, _, settings, _ = group[0]
-    for file, _, other, _ in group[1:]:
-        for key, mend in (
-            ("dataset", "choose by --dataset or --distances"),
-            ("target", "choose files of one class by --distances"),
-            ("target_name", "they are of different data; choose by --distances"),
-            ("features", "choose by --features"),
-        ):
-            if settings[key] != other[key] and not (key == "features" and features):
-                raise UsageError(
-                    f"{first} and {file} do not belong into one histogram: {key} {settings[key]!r} and {other[key]!r}; "
-                    + mend
-                )
+    first, *others = group
+    for other in others:
+        both, one, two = f"{first.file} and {other.file}", first.settings, other.settings
+        for key in ("dataset", "target", "target_name", *(() if features else ("features",))):
+            if one[key] != two[key]:
+                said = f"{both} do not belong into one histogram: {key} {one[key]!r} and {two[key]!r}"
+                raise UsageError(f"{said}; choose by --dataset, --distances or --features")
         for key in ("epsilon", "step_size", "num_steps", "strategy", "test_images"):
-            if settings.get(key) != other.get(key):
-                print(f"note: {first} and {file} differ in {key}: {settings.get(key)} and {other.get(key)}")
+            if one.get(key) != two.get(key):
+                print(f"note: {both} differ in {key}: {one.get(key)} and {two.get(key)}")
 
 
-def draw_umap(options: argparse.Namespace) -> None:
+def draw_group(group: list[Entry], pair: str, metric: str, settings: Histograms, folder: Path) -> None:
+    """One figure of PP or NP by one metric, a histogram for each file."""
+    common = group[0].settings
+    layer = settings.features or common["features"]
+    names = [[e.label] if e.label else [e.settings["method"], e.settings["name"], e.file.stem] for e in group]
+    labels = distinct(*zip(*names, strict=True))
+    values = {label: e.values[f"{layer}_{pair}_{metric}"] for label, e in zip(labels, group, strict=True)}
+    title = f"{pair}: {PAIRS[pair]}\n{common['dataset']}, class {common['target_name']}"
+    title += f", {layer} features" if any(e.settings.get("reverse_attention") for e in group) else ""
+    figure = draw_histogram(values, METRICS[metric], title, settings.show)
+    stem = file_stem("hist", common["dataset"], str(common["target"]), pair, metric)
+    stem += "-unweighted" if layer == "unweighted" else ""
+    tqdm.write(f"saved {' and '.join(map(str, save_figure(figure, folder / stem)))}")
+
+
+# draw_umap.py
+
+
+def draw_umap(settings: Umap) -> None:
     """Embed the features of test images of one or several runs, draw them as panels, save figure and embeddings."""
-    subjects = []
-    for path in options.model_dir:
-        subject = load_subject(options, path)
-        subjects.append(subject)
-        if (subject.dataset, subject.split.classes) != (subjects[0].dataset, subjects[0].split.classes) or not (
-            torch.equal(subject.split.labels, subjects[0].split.labels)
-        ):
-            raise UsageError(
-                f"{subjects[0].file} is of {subjects[0].dataset} and {subject.file} of {subject.dataset}, other test "
-                "images; panels show the same ones, so name runs of one data set"
-            )
-    split, labels = subjects[0].split, subjects[0].split.labels.cpu()
-    numbers = numbers_of(split)
+    subjects = load_subjects(settings)
+    dataset, split = subjects[0].dataset, subjects[0].split
+    labels = split.labels.cpu()
     refuse_few(labels)
-    methods = [method_name(subject) for subject in subjects]
-    names = options.labels or distinct(
-        methods, [f"{method} {subject.file.stem}" for method, subject in zip(methods, subjects, strict=True)]
-    )
-    stem = options.name or file_stem(
-        "umap", "_".join(names), subjects[0].dataset, "adversarial" if options.adversarial else "",
-        "unweighted" if options.features == "unweighted" else "",
-    )  # fmt: skip
-    if options.show:
+    methods = [subject.method for subject in subjects]
+    names = list(settings.labels or ()) or distinct(methods, [f"{s.method} {s.file.stem}" for s in subjects])
+    which = ("adversarial" if settings.adversarial else "", "unweighted" if settings.features == "unweighted" else "")
+    stem = settings.name or file_stem("umap", "_".join(names), dataset, *which)
+    if settings.show:
         require_display()
-    checkpoints = [str(subject.file) for subject in subjects]
-    saved = Path(options.out) / f"{stem}.npz"
-    distributed.from_first(lambda: prepare_files([saved], checkpoints))
-
-    found = []
-    for subject, name in zip(subjects, names, strict=True):
-        settings = (subject.eps, subject.step_size, options.num_steps, options.seed)
-        attacks = {"natural": None}
-        if options.adversarial:
-            attacks[f"PGD-{options.num_steps}"] = figure_pgd(cross_entropy, *settings)
-        kinds = {}
-        with frozen(subject.model) as net:
-            for kind, attack in attacks.items():
-                kinds[kind] = extract(net, subject.split, numbers, options.test_batch_size, attack, f"{name} {kind}")
-        found.append(kinds)
+    saved = Path(settings.out) / f"{stem}.npz"
+    distributed.from_first(lambda: prepare_files([saved], subjects))
+    extracted = [extract_kinds(s, name, settings) for s, name in zip(subjects, names, strict=True)]
     if not distributed.first():
         return
 
-    panels, arrays, measured = [], {}, {}
-    for i, (subject, name, kinds) in enumerate(zip(subjects, names, found, strict=True)):
+    panels = []
+    for subject, name, kinds in zip(subjects, names, extracted, strict=True):
         print(f"{name}: {subject.file}, {subject.described()}")
-        lines = []
-        for layer in FEATURES if subject.info["reverse_attention"] else FEATURES[:1]:
-            for kind, features in kinds.items():
-                silhouette, agreement = clusters(getattr(features, layer), labels)
-                which = layer if subject.info["reverse_attention"] else "plain"
-                measured[f"{name}, {which}, {kind}"] = {"silhouette": silhouette, "agreement": agreement}
-                print(f"  {which:<10} {kind:<8} silhouette {silhouette:6.3f}, "
-                      f"{NEIGHBOURS}-NN label agreement {100 * agreement:6.2f} %")  # fmt: skip
-                lines.append((which, kind, silhouette, agreement))
-        print(f"  embedding {sum(len(f.logits) for f in kinds.values())} points by UMAP", flush=True)
-        embedding = embed(torch.cat([getattr(features, options.features) for features in kinds.values()]), options.seed)
-        if not np.isfinite(embedding).all():
+        measured = measure_clusters(subject, kinds, labels)
+        print(f"  embedding {len(kinds) * len(labels)} points by UMAP", flush=True)
+        points = embed(torch.cat([getattr(found, settings.features) for found in kinds.values()]), settings.seed)
+        if not np.isfinite(points).all():
             raise RunError(f"UMAP cannot place every image of {name}; take more images by --n-examples")
-        arrays[f"embedding_{i}"] = embedding
-        panels.append((name, embedding, lines))
-    weighed = any(subject.info["reverse_attention"] for subject in subjects)
-    embedded = f"{options.features} features" if weighed else "features"
-    figure = draw_embedding(panels, labels.numpy(), class_names(split), list(attacks), embedded, options.show)
-    settings = {
-        "names": names,
-        "checkpoints": checkpoints,
-        "dataset": subjects[0].dataset,
-        "features": options.features,
-        "kinds": list(attacks),
-        "epsilon": subjects[0].eps,
-        "step_size": subjects[0].step_size,
-        "num_steps": options.num_steps,
-        "seed": options.seed,
-        "measured": measured,
-        "provenance": provenance(split.labels.device, options.seed),
+        panels.append((name, points, measured))
+    kinds, weighed = list(extracted[0]), any(subject.info["reverse_attention"] for subject in subjects)
+    embedded = f"{settings.features} features" if weighed else "features"
+    figure = draw_embedding(panels, labels.numpy(), class_names(split), kinds, embedded, settings.show)
+    numbers = {
+        f"{name}, {layer}, {kind}": {"silhouette": silhouette, "agreement": agreement}
+        for name, _, measured in panels
+        for layer, kind, silhouette, agreement in measured
     }
-    write_arrays(saved, settings, indices=numbers.numpy(), labels=labels.numpy(), **arrays)
+    about = {"names": names, "kinds": kinds, "measured": numbers, **origin(subjects, settings)}
+    arrays = {"indices": numbers_of(split).numpy(), "labels": labels.numpy()}
+    arrays |= {f"embedding_{i}": points for i, (_, points, _) in enumerate(panels)}
+    write_arrays(saved, about, **arrays)
     print(f"saved {' and '.join(map(str, save_figure(figure, saved.parent / stem)))}, embedding {saved}")
-    if options.show:
+    if settings.show:
         show_figures()
+
+
+def load_subjects(settings: Umap) -> list[Subject]:
+    """The runs to draw; UsageError where they are not of the same test images."""
+    subjects = []
+    for path in settings.model_dir:
+        subjects.append(load_subject(settings, path))
+        first, other = subjects[0], subjects[-1]
+        same = first.dataset == other.dataset and first.split.classes == other.split.classes
+        if not same or not torch.equal(first.split.labels, other.split.labels):
+            both = f"{first.file} is of {first.dataset} and {other.file} of {other.dataset}, other test images"
+            raise UsageError(f"{both}; panels show the same ones, so name runs of one data set")
+    return subjects
 
 
 def refuse_few(labels: Tensor) -> None:
     """UsageError where test images are too few, or of too few classes, for UMAP and the numbers beside it."""
     count, classes = len(labels), len(labels.unique())
     if count <= NEIGHBOURS + 2:
-        raise UsageError(f"UMAP with {NEIGHBOURS} neighbours needs at least {NEIGHBOURS + 3} test images, not {count}; "
-                         "raise --n-examples")  # fmt: skip
+        need = f"UMAP with {NEIGHBOURS} neighbours needs at least {NEIGHBOURS + 3} test images"
+        raise UsageError(f"{need}, not {count}; raise --n-examples")
     if not 1 < classes < count:
-        raise UsageError(
-            f"{count} test images of {classes} {'class' if classes == 1 else 'classes'} form no clusters; at least two "
-            "classes and one of two images are needed; raise --n-examples"
-        )
+        found = f"{count} test images of {classes} {'class' if classes == 1 else 'classes'} form no clusters"
+        raise UsageError(f"{found}; at least two classes and one of two images are needed; raise --n-examples")
+
+
+def extract_kinds(subject: Subject, name: str, settings: Umap) -> dict[str, Features]:
+    """Features of a run's test images, natural ones and, where they are asked for, their PGD examples."""
+    attacks = {"natural": None}
+    if settings.adversarial:
+        attacks[f"PGD-{settings.num_steps}"] = pgd_on(subject, settings)(cross_entropy)
+    every, size = torch.arange(len(subject.split.labels)), settings.test_batch_size
+    with frozen(subject.model) as net:
+        return {kind: extract(net, subject.split, every, size, by, f"{name} {kind}") for kind, by in attacks.items()}
+
+
+def measure_clusters(subject: Subject, kinds: dict[str, Features], labels: Tensor) -> list[tuple]:
+    """Print how far classes are clusters, by layer and kind -> (layer, kind, silhouette, agreement) of each."""
+    lines = []
+    weighed = subject.info["reverse_attention"]
+    for layer in FEATURES if weighed else FEATURES[:1]:
+        for kind, features in kinds.items():
+            silhouette, agreement = clusters(getattr(features, layer), labels)
+            which, share = layer if weighed else "plain", f"{NEIGHBOURS}-NN label agreement {100 * agreement:6.2f} %"
+            print(f"  {which:<10} {kind:<8} silhouette {silhouette:6.3f}, {share}")
+            lines.append((which, kind, silhouette, agreement))
+    return lines

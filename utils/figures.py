@@ -10,32 +10,24 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from utils.checkpoints import write_atomically
-from utils.options import UsageError
+from utils.errors import UsageError, first_line
+from utils.files import write_atomically
 
 try:
     import matplotlib
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patheffects import withStroke
 except ValueError as error:  # as soon as it is imported, it reads its settings
-    raise UsageError(
-        f"matplotlib: {str(error).splitlines()[0]}; unset or correct MPLBACKEND, or its matplotlibrc"
-    ) from error
+    raise UsageError(f"matplotlib: {first_line(error)}; unset or correct MPLBACKEND, or its matplotlibrc") from error
 
 COLUMN = 3.3  # inches
 STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "pdf.fonttype": 42,  # TrueType, embedded: what submission systems ask for
 }
 # Methods: Okabe and Ito, "Color Universal Design" (2008), the dark ones first.
@@ -46,6 +38,9 @@ CLASS_COLOURS = (
 )  # fmt: skip
 GREY = "#d9d9d9"
 BINS = 20
+# Of an embedding: the run's name; points (kinds * N, 2), the N images of one kind after the other; for the title, what
+# was measured: (layer, kind, silhouette, neighbours' agreement)
+Panel = tuple[str, np.ndarray, Sequence[tuple[str, str, float, float]]]
 
 
 def draw_curves(rows: list[dict], file: Path) -> None:
@@ -112,9 +107,8 @@ def draw_robustness(curve: list[tuple[float, float, float]], label: str, file: P
     x, final, adaptive = zip(*curve, strict=True)
     axes.plot(x, final, color="#0072b2", marker=".", label="PGD on the final logits")
     axes.plot(x, adaptive, color="#d55e00", marker="s", ms=4, ls="--", label="adaptive: PGD on every view, worst case")
-    axes.set(
-        xlabel=label, ylabel="robust accuracy in %", ylim=(-2, 102), xscale="log" if label == "steps" else "linear"
-    )
+    scale = "log" if label == "steps" else "linear"
+    axes.set(xlabel=label, ylabel="robust accuracy in %", ylim=(-2, 102), xscale=scale)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=130, format="png")
@@ -122,12 +116,10 @@ def draw_robustness(curve: list[tuple[float, float, float]], label: str, file: P
 
 def new_figure(height: float, show: bool) -> Figure:
     """An empty figure as wide as a column; height in inches. show: one that `show_figures` opens a window for."""
-    size = {"figsize": (COLUMN, height), "layout": "constrained"}
-    if not show:
-        return Figure(**size)
-    import matplotlib.pyplot as plt
-
-    return plt.figure(**size)
+    make = Figure
+    if show:
+        from matplotlib.pyplot import figure as make
+    return make(figsize=(COLUMN, height), layout="constrained")
 
 
 def require_display() -> None:
@@ -162,10 +154,11 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
                 if "Parse" not in str(error):
                     raise
                 raise UsageError(f"a name between $ signs is no formula: {str(error).splitlines()[-1]}") from error
+        boxes = [warning for warning in said if str(warning.message).startswith("Glyph")]
         for warning in said:
-            if not str(warning.message).startswith("Glyph"):
+            if warning not in boxes:
                 warnings.warn(warning.message, stacklevel=2)
-        if any(str(warning.message).startswith("Glyph") for warning in said):  # one line instead of one a letter
+        if boxes:  # one line instead of one a letter
             print(f"note: {file.name}: the font lacks letters of a name and shows boxes; --labels names runs otherwise")
         write_atomically(file, lambda temporary, drawn=drawn: temporary.write_bytes(drawn.getvalue()))
     return files
@@ -184,11 +177,8 @@ def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show:
         axes = figure.subplots()
         handles = []
         for i, (label, found) in enumerate(values.items()):
-            line = {
-                "color": METHOD_COLOURS[i % len(METHOD_COLOURS)],
-                "linestyle": ("-", ":", "-.")[i // len(METHOD_COLOURS) % 3],
-                "linewidth": 1.2,
-            }
+            turn, colour = divmod(i, len(METHOD_COLOURS))
+            line = {"color": METHOD_COLOURS[colour], "linestyle": ("-", ":", "-.")[turn % 3], "linewidth": 1.2}
             density, _ = np.histogram(found, edges, density=True)
             axes.stairs(density, edges, fill=True, color=line["color"], alpha=0.2)
             axes.stairs(density, edges, **line)
@@ -201,7 +191,7 @@ def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show:
 
 
 def draw_embedding(
-    panels: Sequence[tuple[str, np.ndarray, list[tuple[str, str, float, float]]]],
+    panels: Sequence[Panel],
     labels: np.ndarray,
     classes: Sequence[str],
     kinds: Sequence[str],
@@ -210,62 +200,64 @@ def draw_embedding(
 ) -> Figure:
     """Scatter plots of embeddings, one panel a run, coloured by class.
 
-    panels: name; points (len(kinds) * N, 2), the N images of one kind after the other; measured (layer, kind,
-    silhouette, neighbours' agreement), for the title. labels: (N,). kinds: `natural` and perhaps a second one, drawn as
-    crosses. features: what was embedded, for the legend's title. Up to 20 classes have a colour and a legend entry,
-    beyond 10 with a second marker; of more classes, 10 evenly chosen ones have, and the others are grey.
+    labels: (N,). kinds: `natural` and perhaps a second one, drawn as crosses. features: what was embedded, for the
+    legend's title. Up to 20 classes have a colour and a legend entry, beyond 10 with a second marker; of more classes,
+    10 evenly chosen ones have, and the others are grey.
     """
     present = np.unique(labels)
     named = present if len(present) <= 20 else present[np.linspace(0, len(present) - 1, 10).round().astype(int)]
-    styles = {label: (CLASS_COLOURS[i % 10], ("o", "^")[i // 10], ("x", "+")[i // 10]) for i, label in enumerate(named)}
+    looks = [(CLASS_COLOURS[i % 10], "o^"[i // 10], "x+"[i // 10]) for i in range(len(named))]
+    styles = {label: (classes[label], *look) for label, look in zip(named, looks, strict=True)}
+    handles = [_marker(*style[:3]) for style in styles.values()]
+    handles += [_marker(kind, "black", marker) for kind, marker in zip(kinds, "ox", strict=False) if len(kinds) > 1]
+    fitting = int(COLUMN * 72 / (4.2 * max(len(name) for name, *_ in styles.values()) + 18))
+    legend_rows = -(-len(handles) // max(1, min(fitting, len(handles) if len(kinds) == 1 else 6)))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    entries = len(named) + (len(kinds) if len(kinds) > 1 else 0)
-    fitting = int(COLUMN * 72 / (4.2 * max(len(classes[label]) for label in named) + 18))
-    legend_rows = -(-entries // max(1, min(fitting, entries if len(kinds) == 1 else 6)))
     lines = 1 + max(len({layer for layer, *_ in measured}) for _, _, measured in panels)
-    height = rows * (COLUMN / columns + 0.12 * lines) + 0.14 * legend_rows + 0.4
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(height, show)
+        figure = new_figure(rows * (COLUMN / columns + 0.12 * lines) + 0.14 * legend_rows + 0.4, show)
         grid = figure.subplots(rows, columns, squeeze=False).flatten()
         size = float(np.clip(4000 / columns / len(panels[0][1]), 1.5, 8))
-        for axes, (name, points, measured) in zip(grid, panels, strict=False):
-            for kind, (x, y) in enumerate(points.reshape(len(kinds), len(labels), 2).transpose(0, 2, 1)):
-                other = ~np.isin(labels, named)
-                if other.any():
-                    axes.scatter(x[other], y[other], size, GREY, marker=".x"[kind], linewidths=0.4)
-                for label, (colour, *markers) in styles.items():
-                    own = labels == label
-                    edge = {"linewidths": 0.6} if kind else {"linewidths": 0, "alpha": 0.8}
-                    axes.scatter(x[own], y[own], size, colour, marker=markers[kind], **edge)
-            short = len(named) <= 10 and max(len(classes[label]) for label in named) <= 10
-            for label in named if short else ():  # beside the cluster, not on it
-                own = points[: len(labels)][labels == label]
-                at = own[np.linalg.norm(own - np.median(own, 0), axis=1).argmin()]
-                halo = [withStroke(linewidth=1.5, foreground="white")]
-                axes.annotate(classes[label], at, (0, 4), textcoords="offset points", ha="center", va="bottom",
-                              fontsize=7, path_effects=halo)  # fmt: skip
-            axes.set_title("\n".join([name, *_measured(measured)]), fontsize=6)
-            axes.set(xticks=[], yticks=[])
-            axes.margins(0.12)
-            for spine in axes.spines.values():
-                spine.set_visible(True)
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, panel, labels, styles, size)
         for axes in grid[len(panels) :]:
             axes.remove()
-        handles = [_marker(classes[label], style[0], style[1]) for label, style in styles.items()]
-        if len(kinds) > 1:
-            handles += [_marker(kind, "black", marker) for kind, marker in zip(kinds, "ox", strict=True)]
         title = f"UMAP of {features}\ns: silhouette, a: 12-NN label agreement in %"
         title += f"; {' / '.join(kinds)}" if len(kinds) > 1 else ""
         title += f"\n{len(named)} of {len(present)} classes, the others grey" if len(named) < len(present) else ""
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=-(-entries // legend_rows), frameon=False, title=title,
-            title_fontsize=6, alignment="center", handlelength=1, handletextpad=0.2, columnspacing=0.8,
+            handles=handles, loc="outside lower center", ncols=-(-len(handles) // legend_rows), frameon=False,
+            title=title, title_fontsize=6, alignment="center", handlelength=1, handletextpad=0.2, columnspacing=0.8,
         )  # fmt: skip
     return figure
 
 
-def _measured(measured: list[tuple[str, str, float, float]]) -> list[str]:
+def _draw_panel(axes: Axes, panel: Panel, labels: np.ndarray, styles: dict[int, tuple[str, ...]], size: float) -> None:
+    """One run's points. styles: of each class that has one, its name, its colour, and a marker for each kind."""
+    name, points, measured = panel
+    other = ~np.isin(labels, list(styles))
+    for kind, (x, y) in enumerate(points.reshape(-1, len(labels), 2).transpose(0, 2, 1)):
+        if other.any():
+            axes.scatter(x[other], y[other], size, GREY, marker=".x"[kind], linewidths=0.4)
+        edge = {"linewidths": 0.6} if kind else {"linewidths": 0, "alpha": 0.8}
+        for label, (_, colour, *markers) in styles.items():
+            own = labels == label
+            axes.scatter(x[own], y[own], size, colour, marker=markers[kind], **edge)
+    short = len(styles) <= 10 and max(len(said) for said, *_ in styles.values()) <= 10
+    for label, (said, *_) in styles.items() if short else ():  # beside the cluster, not on it
+        own = points[: len(labels)][labels == label]
+        at = own[np.linalg.norm(own - np.median(own, 0), axis=1).argmin()]
+        halo = [withStroke(linewidth=1.5, foreground="white")]
+        place = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+        axes.annotate(said, at, (0, 4), fontsize=7, path_effects=halo, **place)
+    axes.set_title("\n".join([name, *_measured(measured)]), fontsize=6)
+    axes.set(xticks=[], yticks=[])
+    axes.margins(0.12)
+    axes.spines[:].set_visible(True)
+
+
+def _measured(measured: Sequence[tuple[str, str, float, float]]) -> list[str]:
     """A line for each layer, the kinds' numbers between slashes."""
     lines = []
     for layer in dict.fromkeys(row[0] for row in measured):

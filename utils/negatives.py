@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from utils.options import STRATEGIES
+STRATEGIES = ("random", "soft", "hard", "easy")
 
 
 def _draw(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -1,49 +1,63 @@
-"""Run folders: their names, who may write to them, and what a resumed run takes from them."""
+"""Run folders: their names, who may write to them, their log, and what a resumed run takes from them."""
 
-import argparse
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import STATE, check_state, described, locked, ordinary, outline, read, remove_leftovers
-from utils.options import FREE_ON_RESUME, TRAINING, UsageError, impossible_setting
+from utils.checkpoints import STATE, check_state, described, ordinary, outline, read
+from utils.errors import UsageError
+from utils.files import locked, remove_leftovers
+from utils.options import Command, fits
+from utils.recipes import Training, resolve, stored
+from utils.recipes import described as known_settings
 
-COLUMNS = (
-    "epoch",
-    "lr",
-    "loss",
-    "contrast",
-    "train_natural_accuracy_first_head",
-    "train_robust_accuracy_first_head",
-    "natural_accuracy",
-    "pgd40_heads_accuracy",
-    "train_images_per_second",
-    "seconds",
-)
+VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
 
-SUMS = ("loss", "contrast", "natural", "natural_images", "robust", "seconds")
-
-
-def settings(options: argparse.Namespace) -> dict:
-    """The settings that define a run, as plain values."""
-    return {key: getattr(options, key) for key in TRAINING if key != "resume"}
+ROW = {  # of metrics.csv, with values of the types that it holds
+    "epoch": 1,
+    "lr": 0.0,
+    "loss": 0.0,
+    "contrast": 0.0,
+    "train_natural_accuracy_first_head": 0.0,
+    "train_robust_accuracy_first_head": 0.0,
+    "natural_accuracy": 0.0,
+    "pgd40_heads_accuracy": 0.0,
+    "train_images_per_second": 0.0,
+    "seconds": 0.0,
+}
+SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
 
 
-def run_folder(options: argparse.Namespace) -> Path:
+class Start(NamedTuple):
+    """How a run starts: its settings and folder, and where it goes on, what `file` holds; None for a new run."""
+
+    settings: Training
+    folder: Path
+    state: dict | None = None
+    file: Path | None = None
+
+
+def run_folder(command: Command) -> Path:
     """{model_dir}-strategy-..-seed-.., followed by whatever else differs from the script's own defaults."""
-    o = options
-    name = f"{o.model_dir.rstrip('/')}-strategy-{o.strategy}-alpha-{o.alpha}-beta-{o.beta}-zeta-{o.zeta}-seed-{o.seed}"
-    name += "".join(f"-{getattr(o, key)}" for key in ("method", "dataset", "arch") if getattr(o, key) != o.own[key])
-    name += "".join(f"-{key.replace('_', '-')}" for key in ("no_ra", "no_anc") if getattr(o, key) != o.own[key])
-    elsewhere = {"model_dir", "strategy", "alpha", "beta", "zeta", "seed", "ckpt_url", *o.own, *FREE_ON_RESUME}
-    for key, value in settings(o).items():
-        if key not in elsewhere and value != o.defaults[key]:
+    s, script = command.settings, resolve(Training, {}, command.script)
+    name = f"{s.model_dir.rstrip('/')}-strategy-{s.strategy}-alpha-{s.alpha}-beta-{s.beta}-zeta-{s.zeta}-seed-{s.seed}"
+    own = ("method", "dataset", "arch", "no_ra", "no_anc")
+    differs = [key for key in own if getattr(s, key) != getattr(script, key)]
+    name += "".join(f"-{key.replace('_', '-') if key.startswith('no') else getattr(s, key)}" for key in differs)
+    usual = stored(resolve(Training, {key: getattr(s, key) for key in ("dataset", "method", "arch")}, command.script))
+    said = {"model_dir", "strategy", "alpha", "beta", "zeta", "seed", "ckpt_url", *own}
+    for key, value in stored(s).items():
+        if key not in said and not known_settings(Training)[key].free and value != usual[key]:
             name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
     return Path(name)
 
@@ -71,120 +85,111 @@ def take_folder(folder: Path, held: ExitStack) -> None:
         raise UsageError(f"{folder} cannot be written ({error.strerror}); name another --model-dir") from error
 
 
-def prepare(options: argparse.Namespace, held: ExitStack) -> tuple[dict | None, Path | None, dict]:
-    """The state to continue from and its path, None for a new run, and the options as the run has them."""
-    own = run_folder(options) / STATE
-    again = options.resume is None and distributed.restarted() and own.is_file()
-    if again and read(own).get("launch") == distributed.launch():  # not a run that this job was refused to overwrite
+def prepare(command: Command, held: ExitStack) -> Start:
+    """How the run that a command asks for starts; a resumed one's folder is taken until `held` closes."""
+    folder, resume = run_folder(command), command.settings.resume
+    again = resume is None and distributed.restarted() and (folder / STATE).is_file()
+    if again and read(folder / STATE).get("launch") == distributed.launch():  # not one that this job may not overwrite
         print("started anew by torchrun, as if --resume had been given")
-        options.resume = True
-    if options.resume is not None:
-        return *prepare_resume(options, held), vars(options)
-    options.folder = str(run_folder(options))
-    refuse_existing(Path(options.folder))
-    return None, None, vars(options)
+        resume = True
+    if resume is None:
+        refuse_existing(folder)
+        return Start(command.settings, folder)
+    file = folder if resume is True else Path(resume)
+    file = file if file.is_file() else file / STATE
+    if not file.is_file():
+        raise UsageError(f"--resume: {file} does not exist; start the run without --resume, or name its folder")
+    take_folder(file.parent, held)  # before reading, so that no other process writes a newer state in between
+    state = read(file)
+    require_state(state, file)
+    settings = resumed_settings(command, state["recipe"])
+    network = {key: getattr(settings, key) for key in ("arch", "width", "image_size")}
+    network |= {"num_classes": len(state["classes"]), "reverse_attention": not settings.no_ra}
+    check_state(outline(network, file), state["model"], file)
+    return Start(settings, file.parent, state, file)
 
 
-def prepare_resume(options: argparse.Namespace, held: ExitStack) -> tuple[dict, Path]:
-    """Take the run's folder, read its state and put its settings into `options`; says which flags lose or win."""
-    path = run_folder(options) if options.resume is True else Path(options.resume)
-    path = path if path.is_file() else path / STATE
-    if not path.is_file():
-        raise UsageError(f"--resume: {path} does not exist; start the run without --resume, or name its folder")
-    take_folder(path.parent, held)  # before reading, so that no other process writes a newer state in between
-    state = read(path)
-    described(state, path)
-    needed = {
-        "model": dict,
-        "recipe": dict,
-        "progress": dict,
-        "optimizer": dict,
-        "generator": Tensor,
-        "classes": list,
-        "training_images": int,
-        "ranks": int,
-    }
-    wrong = sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind))
-    if not wrong and not {"epoch", "order", "done", "sums", "rows"} <= state["progress"].keys():
-        wrong = ["progress"]
+def require_state(state: dict, file: Path) -> None:
+    """UsageError where what a file holds is no run's last_state.pt; optimiser and progress: see `usable`."""
+    described(state, file)
+    if state.get("version", VERSION) != VERSION or (
+        isinstance(state.get("recipe"), dict) and state["recipe"].keys() != stored(resolve(Training, {})).keys()
+    ):
+        raise UsageError(f"{file} was written by another version of this code; its settings do not match")
+    needed = {"model": dict, "recipe": dict, "progress": dict, "optimizer": dict, "generator": Tensor, "classes": list}
+    needed |= {"training_images": int, "ranks": int}
+    wrong = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
+    wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:
-        raise UsageError(f"{path} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
-    own = set(settings(options))
-    if state["recipe"].keys() != own:
-        raise UsageError(f"{path} was written by another version of this code; its settings do not match")
-    odd = impossible_setting(state["recipe"])
-    if odd:
-        raise UsageError(f"{path} cannot be resumed, no command can have given its {odd}; name a run's {STATE}")
-    devices = {"device", "no_cuda"}
-    given = {*options.given, *(devices if devices & set(options.given) else ())}  # a device is said by both together
-    for key, value in state["recipe"].items():
-        asked = getattr(options, key)
-        if key not in FREE_ON_RESUME or key not in given:
-            setattr(options, key, value)
-        if key in options.given and asked != value:
-            wins = "the command's wins" if key in FREE_ON_RESUME else "the run's wins"
+        raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
+
+
+def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:
+    """A run's own settings, but for the free ones that the command gives; says which flags lose or win."""
+    given, about = command.given, known_settings(Training)
+    devices = {"device", "no_cuda"}  # a device is said by both together
+    free = {key for key in (*given, *(devices if devices & given.keys() else ())) if about[key].free}
+    for key, value in recipe.items():
+        asked = stored(command.settings)[key]
+        if key in given and asked != value:
+            wins = "the command's wins" if key in free else "the run's wins"
             print(f"--{key.replace('_', '-')}: the run has {value}, the command {asked}; {wins}")
-    options.folder = str(path.parent)
-    recipe = {key: getattr(options, key) for key in ("arch", "width", "image_size")}
-    network = recipe | {"num_classes": len(state["classes"]), "reverse_attention": not options.no_ra}
-    check_state(outline(network, path), state["model"], path)
-    return state, path
+    own = {key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items() if key not in free}
+    return replace(command.settings, **own)
+
+
+def alike(value: object, template: object) -> bool:
+    """Whether a value out of a file has the types, keys and shapes of a template, and finite numbers."""
+    if isinstance(template, Tensor):
+        same = ordinary(value) and value.dtype == template.dtype and value.shape == template.shape
+        return same and bool(value.isfinite().all())
+    if type(value) is not type(template):
+        return False
+    if isinstance(template, dict):
+        return value.keys() == template.keys() and all(alike(value[key], template[key]) for key in template)
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
+def usable(state: dict, parameters: list[Tensor], images: int) -> bool:
+    """Whether optimiser and progress out of a file are those of a run with these parameters over so many images."""
+    try:
+        for index, entry in state["optimizer"]["state"].items():
+            momentum = {"momentum_buffer": parameters[index]} if type(index) is int and index >= 0 else {}
+            if entry != {"momentum_buffer": None} and not alike(entry, momentum):
+                return False
+        progress = dict(state["progress"])
+        order, rows, sums = (progress.pop(key) for key in ("order", "rows", "sums"))
+        whole = [{key: ROW[key] if v is None and key != "epoch" else v for key, v in row.items()} for row in rows]
+        if not all(alike(row, ROW) for row in whole) or not alike(progress, {"epoch": 1, "done": 0}):
+            return False
+        epochs = [0, *(row["epoch"] for row in rows), progress["epoch"]]
+        if epochs != sorted(set(epochs)) or epochs[-1] >= 2**31 or (rows and epochs[-2] != epochs[-1] - 1):
+            return False
+        if order is None:
+            return progress["done"] == 0 and sums == {}
+        everything = torch.arange(images)
+        if not alike(order, everything) or not torch.equal(order.sort().values, everything) or not alike(sums, SUMS):
+            return False
+        return 0 <= progress["done"] <= images and (not progress["done"] or sums["seconds"] > 0)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+        return False
 
 
 def resume_command(folder: Path) -> str:
     return f"{distributed.launcher()} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
 
 
-def usable_memory(memory: object, parameters: list[Tensor]) -> bool:
-    """Whether this is what SGD remembers of these parameters."""
-    if not isinstance(memory, dict):
-        return False
-    for index, entry in memory.items():
-        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
-            return False
-        if entry.keys() != {"momentum_buffer"}:
-            return False
-        value = entry["momentum_buffer"]
-        if value is None:
-            continue
-        if not ordinary(value) or value.shape != parameters[index].shape or value.dtype != parameters[index].dtype:
-            return False
-        if not value.isfinite().all():
-            return False
-    return True
+def open_log(file: Path) -> Callable[[str], None]:
+    """A function that prints a line above any progress bar and appends it to the log, on the first rank only."""
+    if not distributed.first():
+        return lambda line: None
 
+    def log(line: str) -> None:
+        tqdm.write(line)
+        try:
+            with open(file, "a") as out:
+                out.write(line + "\n")
+        except OSError as error:  # a full disk, which Python reports without the file's name
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
-def usable_progress(progress: dict, images: int) -> bool:
-    """Whether this is how far a run over so many training images can be."""
-    order, done, sums, rows = (progress[key] for key in ("order", "done", "sums", "rows"))
-
-    def numbers(record: object, keys: tuple[str, ...]) -> bool:
-        if not isinstance(record, dict) or record.keys() != set(keys):
-            return False
-        return all(
-            v is None or (type(v) is float and math.isfinite(v)) or (type(v) is int and abs(v) < 2**63)
-            for v in record.values()
-        )
-
-    if type(progress["epoch"]) is not int or type(done) is not int or not isinstance(rows, list):
-        return False
-    if not all(numbers(row, COLUMNS) and type(row["epoch"]) is int for row in rows):
-        return False
-    epochs = [row["epoch"] for row in rows]
-    if (
-        epochs != sorted(set(epochs))
-        or not 1 <= progress["epoch"] < 2**31
-        or (epochs and epochs[-1] != progress["epoch"] - 1)
-    ):
-        return False
-    if order is None:
-        return done == 0 and sums == {}
-    if (
-        not ordinary(order)
-        or order.dtype is not torch.int64
-        or not torch.equal(order.sort().values, torch.arange(images))
-    ):
-        return False
-    return (
-        0 <= done <= images and numbers(sums, SUMS) and None not in sums.values() and (not done or sums["seconds"] > 0)
-    )
+    return log

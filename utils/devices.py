@@ -1,9 +1,6 @@
-"""What training computes in, and how fast: bfloat16, TF32, torch.compile, memory."""
+"""The device of a run, and what it computes in there: bfloat16, TF32, torch.compile, memory."""
 
-import argparse
-import math
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +8,30 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.options import UsageError
+from utils import distributed
+from utils.errors import UsageError, first_line
+from utils.recipes import Training
+
+
+def pick_device(device: str, no_cuda: bool) -> torch.device:
+    """The device of --device and --no-cuda; UsageError where it is unknown or not there."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a CUDA device too
+    if device == "auto":
+        return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu"))
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        picked = None
+    if picked is None or picked.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is none of auto, cpu, cuda, cuda:N")
+    if picked.type == "cuda":
+        if no_cuda:
+            raise UsageError(f"--device {device} and --no-cuda contradict each other; give one of them")
+        if (picked.index or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu"
+            )
+    return distributed.own_device(picked)
 
 
 def compile_for_training(model: nn.Module, device: torch.device) -> None:
@@ -23,9 +43,9 @@ def compile_for_training(model: nn.Module, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, or leave --compile out"
+            f"--compile: torch.compile does not work here ({first_line(error)}); install a C++ compiler, or "
+            "leave --compile out"
         ) from error
     model.compile(options={"layout_optimization": False})
 
@@ -43,28 +63,11 @@ def tf32(enabled: bool) -> Iterator[None]:
             switch.allow_tf32 = False
 
 
-def precision(options: argparse.Namespace, device: torch.device) -> str:
+def precision(settings: Training, device: torch.device) -> str:
     """What training computes in; evaluation is float32 whatever it says."""
-    if options.amp == "bf16":
+    if settings.amp == "bf16":
         return "bfloat16 autocast over float32 weights"
-    return "TF32" if options.tf32 and device.type == "cuda" else "float32"
-
-
-def bfloat16_gain(device: torch.device) -> float:
-    """How many times as fast as float32 a device multiplies bfloat16 matrices, measured.
-
-    What instructions it has does not tell: one CPU with AVX512-BF16 was half as fast in bfloat16.
-    """
-    kinds = [torch.ones(512, 512, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fastest = [math.inf, math.inf]
-    for matrix in kinds:
-        (matrix @ matrix)[0, 0].item()  # once without the clock
-    for _ in range(3):
-        for i, matrix in enumerate(kinds):
-            began = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # which waits for the device
-            fastest[i] = min(fastest[i], time.perf_counter() - began)
-    return fastest[0] / fastest[1]
+    return "TF32" if settings.tf32 and device.type == "cuda" else "float32"
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -1,0 +1,33 @@
+"""What a user is told when something goes wrong, and which process says it."""
+
+import os
+
+GRACE = 5  # seconds that a rank waits for the launcher to end it after another rank has said why the job ends
+
+
+class UsageError(Exception):
+    """Something the user can mend; one line on standard error, exit status 2."""
+
+
+class RunError(Exception):
+    """The run failed; one line on standard error, exit status 1."""
+
+
+class Stopped(BaseException):
+    """Interrupted or terminated, resumable. args: the signal's number and a line; exit status 128 + signal."""
+
+
+def several_processes() -> bool:
+    """Whether torchrun has started this process as one of several ranks."""
+    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return os.environ.keys() >= told and os.environ["WORLD_SIZE"] != "1"
+
+
+def first_process() -> bool:
+    """Whether this process speaks: the first rank under torchrun, or the only process."""
+    return not several_processes() or os.environ["RANK"] == "0"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, its first line; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,123 @@
+"""Files that are either whole or absent, locks between processes, and arrays on disk."""
+
+import errno
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: files stay whole, but nothing keeps two processes apart
+    fcntl = None
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk and rename it: no reader sees half a file.
+
+    Errors: OSError naming `path` and the cause; what stood there before is intact then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+        with suppress(OSError):  # not every platform and file system lets a folder be flushed
+            _flush(path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `write_atomically` that a killed run left; for the folder's only writer."""
+    for file in folder.glob(".*.part"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(file: Path, wait: bool) -> Iterator[None]:
+    """Hold an advisory lock, which the process's death releases too. The lock file is there only meanwhile.
+
+    wait: until no other process holds it, saying so. Errors: TimeoutError where one does and wait is False; OSError
+    where the file cannot be made.
+    """
+    said = False
+    while True:
+        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(opened), os.stat(file)):
+                break
+        except FileNotFoundError:
+            pass  # as above, where it is another file: the holder before removed it between our open and our lock
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                print(f"{file.parent}: this file system knows no locks; let one process at a time write there")
+                break
+            if not isinstance(error, BlockingIOError):
+                os.close(opened)
+                raise
+            if not wait:
+                os.close(opened)
+                raise TimeoutError(f"{file} is held by another process") from None
+            if not said:
+                print(f"waiting for another process ({file})")
+            said = True
+            time.sleep(0.1)
+        os.close(opened)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(file)
+        os.close(opened)
+
+
+def write_arrays(file: Path, settings: dict, **arrays: np.ndarray) -> None:
+    """Save arrays and settings, the latter as a JSON string, as one npz file, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as out:
+            np.savez_compressed(out, settings=json.dumps(settings), **arrays)
+
+    write_atomically(file, write)
+
+
+def read_arrays(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Settings and arrays of a file of `write_arrays`, without ever running code from it; UsageError naming it."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = {key: content[key] for key in content.files}
+        settings = json.loads(str(arrays.pop("settings")))
+        if not isinstance(settings, dict):
+            raise ValueError("settings are no dictionary")
+    except FileNotFoundError:
+        raise UsageError(f"{file} does not exist; write it by feature_distance.py") from None
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror or error})") from error
+    except (
+        ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError,
+        zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        raise UsageError(f"{file} is none of this repository's npz files, or a truncated one; remove it") from error
+    return settings, arrays

@@ -1,0 +1,286 @@
+"""Every setting, once: its name, default, values and help, and what a data set, a method or a network change of it.
+
+Command lines, `--help`, what a run stores, what may change on resume and what a run folder is called are derived from
+the five classes below. A setting comes from, in rising order: its default, the script's own recipe, `by`, the command.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple, TypeVar
+
+METHODS = ("pgd", "trades", "mart")
+ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
+DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
+STRATEGIES = ("random", "soft", "hard", "easy")
+CHOICES_OF_NEGATIVES = tuple(strategy + adversarial for strategy in STRATEGIES for adversarial in ("", "_adv"))
+AUGMENTATIONS = ("crop-flip", "crop", "none")
+ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
+FEATURES = ("weighted", "unweighted")
+LARGEST_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values that a setting takes. name: how `options` reads them; numbers lie in [low, high], or `above` low."""
+
+    name: str
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+
+
+def whole(low: int = 0, high: int = 2**31 - 1) -> Kind:
+    return Kind("whole", low, high)
+
+
+def number(low: float = 0, high: float = math.inf, above: bool = False) -> Kind:
+    return Kind("number", low, high, above)
+
+
+EPOCHS, SIDE, SWITCH, TRUTH = Kind("epochs"), Kind("side", 16, LARGEST_SIDE), Kind("switch"), Kind("truth")
+PATH, WORD, FILE_NAME, SEVERAL_ATTACKS = Kind("path"), Kind("word"), Kind("file name"), Kind("attacks")
+PATH_OR_OWN = Kind("path or own")  # `--resume` alone means this command's own run
+
+
+class Setting(NamedTuple):
+    """What there is to know of a setting besides its name and default.
+
+    kind: a `Kind`, or the tuple of its choices. by: other defaults, by a data set's, method's or network's name or by a
+    tuple of these that must all hold; later ones win. also: further spellings of its flag. several: the flag takes
+    more than one value. free: may change on resume, since it does not change what is computed, only how far and where.
+    required: what the command must give, in words.
+    """
+
+    kind: Kind | tuple[str, ...]
+    help: str
+    by: Mapping[str | tuple[str, ...], Any] = {}
+    also: tuple[str, ...] = ()
+    several: bool = False
+    free: bool = False
+    required: str = ""
+
+
+def setting(default: Any, kind: Kind | tuple[str, ...], help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(kind, help, **more)})
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training script's settings; the defaults are the published recipe of ANCRA-TRADES on CIFAR-10.
+
+    Digits are small and few, so their recipe is their own, and a digit, which has a hand, is never flipped. MART's beta
+    and WRN-28-10's zeta are those of the authors' README of 2023-10-05.
+    """
+
+    method: str = setting("trades", METHODS, "objective")
+    dataset: str = setting("cifar10", DATASETS, "data set")
+    arch: str = setting("ResNet18", ARCHS, "network")
+    no_ra: bool = setting(False, SWITCH, "without reverse attention")
+    no_anc: bool = setting(False, SWITCH, "without asymmetric negative contrast")
+    batch_size: int = setting(128, whole(2), "images a training step")
+    test_batch_size: int = setting(100, whole(1), "images a batch of evaluation", free=True)
+    epochs: int = setting(120, whole(1), "epochs to train", by={"digits": 16}, free=True)
+    milestones: tuple[int, ...] = setting(
+        (75, 90, 100), EPOCHS, "epochs from whose start on lr is divided by 10", by={"digits": (11, 14)}
+    )
+    lr: float = setting(0.01, number(0, above=True), "learning rate of SGD", by={"digits": 0.03})
+    momentum: float = setting(0.9, number(0, 1), "momentum of SGD")
+    weight_decay: float = setting(2e-4, number(0), "weight decay, on every parameter", also=("--wd",))
+    epsilon: float = setting(
+        8 / 255, number(0, 1), "L-infinity radius of attacks, images in [0, 1]; 8/255 works", by={"digits": 0.1}
+    )
+    num_steps: int = setting(10, whole(1), "steps of a training attack")
+    step_size: float = setting(0.007, number(0, 1, above=True), "size of an attack step", by={"digits": 0.02})
+    inner: str = setting("ce", ("ce", "kl"), "what the untargeted training attack ascends")
+    beta: float = setting(6.0, number(0), "weight of the KL term of trades and mart", by={"mart": 5.0})
+    alpha: float = setting(1.0, number(0, 1), "asymmetry of ANC; 1 freezes the natural side")
+    zeta: float = setting(3.0, number(0), "weight of ANC", by={"WRN-28-10": 6.0})
+    cr_beta: float = setting(2.0, number(0), "weight of the auxiliary heads")
+    strategy: str = setting("random_adv", CHOICES_OF_NEGATIVES, "choice of negatives")
+    warmup_epochs: int = setting(10, whole(0), "epochs in which every strategy chooses at random")
+    sample_class_number: int = setting(1, whole(1, 1000), "classes of negatives an anchor")
+    sample_number: int = setting(1, whole(1, 1000), "negatives of each class")
+    width: int | None = setting(
+        None,
+        whole(1, 1024),
+        "channels of the first stage (64 as published), or a WRN's widen factor (10)",
+        by={"digits": 12, ("digits", "WRN-34-10"): 1, ("digits", "WRN-28-10"): 1},
+    )
+    image_size: int = setting(
+        32, SIDE, "side of the images of digits and folder", by={"tiny-imagenet": 64, "digits": 16}
+    )
+    augmentation: str = setting(
+        "crop-flip",
+        AUGMENTATIONS,
+        "crop: random shifts by an eighth of the side, zero-padded",
+        by={"tiny-imagenet": "none", "digits": "none"},
+    )
+    val_size: int = setting(
+        0, whole(0), "hold out N training images and select the best epoch on them, not on the test set"
+    )
+    limit_train: int | None = setting(None, whole(2), "train on N images only, for trials")
+    limit_test: int | None = setting(None, whole(1), "evaluate on N images only, for trials")
+    eval_interval: int = setting(1, whole(1), "evaluate every N epochs, and after the last", free=True)
+    log_interval: int = setting(100, whole(1), "log every N batches", free=True)
+    save_freq: int = setting(10, whole(1), "keep a checkpoint every N epochs", also=("-s",), free=True)
+    seed: int = setting(1, whole(0), "seed of all that is random")
+    data_dir: str = setting(
+        "./data",
+        PATH,
+        "where data sets lie or are downloaded to; for `folder`, the one with train/<class>/ and test/<class>/ or "
+        "val/<class>/",
+        free=True,
+    )
+    model_dir: str = setting("./model/ANCRA", PATH, "beginning of the run folder's name")
+    restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
+    ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch")
+    resume: str | bool | None = setting(
+        None, PATH_OR_OWN, "continue this run, or the one of PATH (a run folder or its last_state.pt)"
+    )
+    amp: str = setting("none", ("none", "bf16"), "precision of training's attacks and forwards; evaluation is float32")
+    tf32: bool = setting(False, SWITCH, "train with TF32 on CUDA; evaluation is float32")
+    compile: bool = setting(False, TRUTH, "train through torch.compile; needs a C++ compiler", free=True)
+    device: str = setting("auto", PATH, "auto, cpu, cuda or cuda:N", free=True)
+    no_cuda: bool = setting(False, SWITCH, "use the CPU", free=True)
+    sync_bn: bool = setting(False, SWITCH, "under torchrun: BatchNorm over the batches of all ranks; CUDA only")
+
+
+def described(cls: type) -> dict[str, Setting]:
+    """What there is to know of each setting of a class, by name, in the class's order."""
+    return {f.name: f.metadata["setting"] for f in fields(cls)}
+
+
+def again(name: str, default: Any, **changes: Any) -> Any:
+    """A setting of `Training` in another script: another default, and whatever `changes` says."""
+    same = described(Training)[name]._replace(by={}, free=False)
+    return field(default=default, metadata={"setting": same._replace(**changes)})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What every script takes that looks at a trained network; None is what the checkpoint or its data set says."""
+
+    dataset: str | None = again("dataset", None)
+    data_dir: str | None = again("data_dir", None)
+    image_size: int | None = again("image_size", None)
+    arch: str | None = again("arch", None)
+    width: int | None = again("width", None)
+    no_ra: bool = again("no_ra", False)
+    n_examples: int | None = setting(
+        None, whole(1), "take N test images only, the first after a fixed shuffle", also=("--limit-test",)
+    )
+    test_batch_size: int = again("test_batch_size", 200, help="images a batch")
+    epsilon: float | None = again(
+        "epsilon", None, help="L-infinity radius, images in [0, 1]; 8/255 works (default: the data set's)"
+    )
+    step_size: float | None = again("step_size", None, help="size of an attack step (default: the data set's)")
+    seed: int = again("seed", 1)
+    device: str = again("device", "auto")
+    no_cuda: bool = again("no_cuda", False)
+
+
+@dataclass(frozen=True)
+class Evaluation(Checkpoint):
+    """The settings of test_white_attack.py."""
+
+    ckpt_url: str | None = setting(None, PATH, "checkpoint file or run folder; required", also=("--model-dir",))
+    model: str | None = setting(None, PATH, "any classifier instead: package.module:function that builds it")
+    attacks: tuple[str, ...] = setting(
+        ("natural", "fgsm", "pgd", "cw", "autoattack"), SEVERAL_ATTACKS, f"which of {', '.join(ATTACKS)}; or all"
+    )
+    num_steps: int = again("num_steps", 40, help="steps of PGD; CW takes half as many")
+    random: bool = setting(True, TRUTH, "start FGSM, PGD and CW at random")
+    restarts: int = setting(5, whole(1), "starts of the adaptive attack's PGD on each view")
+    surrogate: str | None = setting(None, PATH, "a checkpoint whose gradients the adaptive attack tries too")
+    diagnostics: bool = setting(False, SWITCH, "look for signs of gradient masking; two pictures")
+    save_adversarial: str | None = setting(None, PATH, "npz for the worst image found of each one")
+    log_path: str | None = setting(
+        None, PATH, "log to append to, beside which the other files go (default: test.log beside the checkpoint)"
+    )
+
+
+FEATURES_SETTING = (
+    FEATURES,
+    "weighted: behind reverse attention, as published; unweighted: the last map before it",
+)
+
+
+@dataclass(frozen=True)
+class Distances(Checkpoint):
+    """The settings of feature_distance.py."""
+
+    model_dir: str | None = setting(
+        None,
+        PATH,
+        "run folder or checkpoint file; required",
+        also=("--ckpt_url",),
+        required="a run folder or checkpoint file",
+    )
+    target_label: str | None = setting(
+        None, WORD, "a class by name or number, or `all`; required", required="a class or `all`"
+    )
+    num_steps: int = again("num_steps", 10, help="steps of PGD")
+    features: str = setting("weighted", *FEATURES_SETTING)
+    strategy: str = again("strategy", "random", help="choice of negatives; _adv pushes them to look like class K")
+    name: str | None = setting(None, FILE_NAME, "first part of the files' names (default: method, network, data set)")
+    out: str = setting("./distances", PATH, "folder of the files")
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """The settings of draw_hist.py."""
+
+    distances: tuple[str, ...] | None = setting(
+        None, PATH, "files of feature_distance.py, or folders of them (default: ./distances)", several=True
+    )
+    labels: tuple[str, ...] | None = setting(None, WORD, "legend, one for each FILE (default: method)", several=True)
+    dataset: str | None = again("dataset", None, help="take the files of one data set only")
+    features: str | None = setting(
+        None, FEATURES, "which of the two that each file holds (default: the files' own choice)"
+    )
+    out: str = setting("./figure", PATH, "folder of the figures")
+    show: bool = setting(False, SWITCH, "also open a window")
+
+
+@dataclass(frozen=True)
+class Umap(Checkpoint):
+    """The settings of draw_umap.py."""
+
+    model_dir: tuple[str, ...] | None = setting(
+        None, PATH, "runs, a panel for each; required", also=("--ckpt_url",), several=True,
+        required="run folders or checkpoint files",
+    )  # fmt: skip
+    labels: tuple[str, ...] | None = setting(None, WORD, "titles of the panels (default: method)", several=True)
+    adversarial: bool = setting(False, SWITCH, "embed the images' PGD examples together with them")
+    num_steps: int = again("num_steps", 10, help="steps of PGD")
+    features: str = setting("weighted", *FEATURES_SETTING)
+    seed: int = again("seed", 42)
+    name: str | None = setting(None, FILE_NAME, "first part of the files' names (default: what is drawn)")
+    out: str = setting("./figure", PATH, "folder of the figures")
+    show: bool = setting(False, SWITCH, "also open a window")
+
+
+S = TypeVar("S", Training, Evaluation, Distances, Histograms, Umap)
+
+
+def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> S:
+    """A script's settings. script: its own defaults; given: what the command says."""
+    values = {f.name: f.default for f in fields(cls)} | dict(script)
+    chosen = {(values | dict(given)).get(name) for name in ("dataset", "method", "arch")}
+    for name, about in described(cls).items():
+        for names, default in about.by.items():
+            if chosen.issuperset((names,) if isinstance(names, str) else names):
+                values[name] = default
+    return cls(**values | dict(given))
+
+
+def dataset_defaults(dataset: str) -> Training:
+    """The training defaults of a data set, which are also those of looking at its networks: eps, step, image size."""
+    return resolve(Training, {"dataset": dataset})
+
+
+def stored(settings: Training) -> dict[str, Any]:
+    """The settings that define a run, as checkpoints keep them: plain values, lists for tuples."""
+    values = {name: value for name, value in asdict(settings).items() if name != "resume"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,141 @@
+"""One training step, as the method's equations: choose negatives, attack, three forwards, a sum of terms, backward."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models import Heads
+from utils.attacks import Bfloat16, ToAttack, frozen, gaussian_start, linf_pgd_together, summed_cross_entropy
+from utils.distributed import joined, own_slice, repeats, total, world
+from utils.losses import asymmetric_negative_contrast, kl_divergence, mart_loss, over_heads, pgd_loss, trades_loss
+from utils.negatives import choose_negatives
+from utils.recipes import Training
+
+
+class Attacked(NamedTuple):
+    """What a batch is trained on besides itself; negatives are None without ANC, or where one class is all there is.
+
+    adversarial: (N, 3, H, W) examples of the batch. negative: (N * K, 3, H, W), the K of each anchor in a row, pushed
+    to look like the anchor's class by the `_adv` strategies. negative_labels: (N * K,), the negatives' own.
+    """
+
+    adversarial: Tensor
+    negative: Tensor | None = None
+    negative_labels: Tensor | None = None
+
+
+class Terms(NamedTuple):
+    """Loss of a batch, its contrast before zeta (0 without negatives), and the heads they were computed from.
+
+    natural is None where the method needs no natural forward.
+    """
+
+    loss: Tensor
+    contrast: Tensor
+    natural: Heads | None
+    adversarial: Heads
+
+
+class Figures(NamedTuple):
+    """Of a step over the whole batch: loss and contrast, and how many predictions of the first head are right.
+
+    natural is None where the method needs no natural forward.
+    """
+
+    loss: float
+    contrast: float
+    natural: int | None
+    robust: int
+
+
+def attack_batch(
+    model: nn.Module, x: Tensor, labels: Tensor, settings: Training, generator: torch.Generator, epoch: int
+) -> Attacked:
+    """Adversarial examples and negatives of this rank's slice of a batch x (N, 3, H, W), labels (N,).
+
+    Random draws are those of the whole batch, on every rank the same.
+    """
+    strategy, _, adversarial_negatives = settings.strategy.partition("_")
+    if epoch <= settings.warmup_epochs:
+        strategy = "random"
+    own, over = own_slice(len(x)), partial(over_heads, auxiliary_weight=settings.cr_beta)
+    with frozen(model, settings.amp, settings.compile) as net:
+        natural, chosen = None, None
+        if settings.inner == "kl" or not (settings.no_anc or strategy == "random"):
+            with torch.no_grad():
+                natural = net(x[own], heads=True)
+        if not settings.no_anc:
+            logits = None if strategy == "random" else joined(natural.final, len(x))
+            count = settings.sample_class_number, settings.sample_number
+            chosen = choose_negatives(logits, labels, strategy, generator, *count)
+
+        if settings.inner == "kl":
+            untargeted = partial(over, kl_divergence, natural)
+        else:
+            untargeted = partial(over, summed_cross_entropy(labels[own]))
+        attacks = [ToAttack(x[own], gaussian_start(x, generator)[own], untargeted)]
+        negative, negative_labels = None, None
+        if chosen is not None:
+            count, chosen = chosen.shape[1], chosen.flatten()
+            pairs = slice(own.start * count, own.stop * count)  # all those of this rank's anchors
+            candidates = x[chosen]
+            negative, negative_labels = candidates[pairs], labels[chosen[pairs]]
+            if adversarial_negatives:
+                anchors_class = summed_cross_entropy(labels.repeat_interleave(count)[pairs])
+                start = gaussian_start(candidates, generator)[pairs]
+                attacks.append(ToAttack(negative, start, lambda heads: -over(anchors_class, heads)))
+        adversarial, *pushed = linf_pgd_together(net, attacks, settings.epsilon, settings.step_size, settings.num_steps)
+    return Attacked(adversarial, pushed[0] if pushed else negative, negative_labels)
+
+
+def training_loss(model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacked, settings: Training) -> Terms:
+    """Loss of a batch by separate training forwards, gated by labels, in the order natural, adversarial, negative."""
+    model = Bfloat16(model) if settings.amp == "bf16" else model
+    over = partial(over_heads, auxiliary_weight=settings.cr_beta)
+    natural = None
+    if settings.method != "pgd" or attacked.negative is not None:
+        natural = model(x, labels, heads=True)
+    adversarial = model(attacked.adversarial, labels, heads=True)
+    if settings.method == "pgd":
+        loss = over(lambda adv: pgd_loss(adv, labels), adversarial)
+    else:
+        objective = {"trades": trades_loss, "mart": mart_loss}[settings.method]
+        loss = over(lambda nat, adv: objective(nat, adv, labels, settings.beta), natural, adversarial)
+    contrast = loss.new_zeros(())
+    if attacked.negative is not None:
+        negative = model(attacked.negative, attacked.negative_labels, heads=True)
+        contrast = over(lambda nat, neg: asymmetric_negative_contrast(nat, neg, settings.alpha), natural, negative)
+        loss = loss + settings.zeta * contrast
+    return Terms(loss, contrast, natural, adversarial)
+
+
+def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
+    """How many predictions of the first head are right, a scalar.
+
+    The first head is `auxiliary[0]`, the only one a training forward computes without the labels, or a plain network's
+    `final`.
+    """
+    logits = heads.auxiliary[0] if heads.auxiliary else heads.final
+    return (logits.argmax(1) == labels).sum()
+
+
+def backward(
+    loss_of: Callable[..., Terms], x: Tensor, labels: Tensor, attacked: Attacked, settings: Training
+) -> Figures:
+    """Gradients of a batch's loss, computed by each rank on its slice and the same on all of them.
+
+    loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of this rank's slice.
+    """
+    own, copies = own_slice(len(x)), repeats(len(x))
+    terms = loss_of(x[own], labels[own], attacked, settings)
+    share = len(labels[own]) / (len(x) * copies)  # every term is a mean over images, or over as many pairs for each
+    (terms.loss * (share * world())).backward()  # gradients are averaged over ranks
+    right = [first_head_right(terms.adversarial, labels[own])]
+    right += [] if terms.natural is None else [first_head_right(terms.natural, labels[own])]
+    parts = [terms.loss.detach() * share, terms.contrast.detach() * share, *(count / copies for count in right)]
+    loss, contrast, *counts = total(torch.stack(parts)).tolist()  # one wait for the device
+    robust, natural = (*map(round, counts), None)[:2]
+    return Figures(loss, contrast, natural, robust)
