@@ -12,9 +12,9 @@ import time
 import torch
 
 from models import build_model
-from utils.attacks import cross_entropy, frozen
+from utils.attacks import cross_entropy, frozen, pgd
 from utils.data import Split
-from utils.features import clusters, embed, extract, figure_pgd
+from utils.features import clusters, embed, extract
 
 WHOLE = 10_000
 
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     labels = torch.arange(WHOLE) % 10
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
     split, numbers, scale = Split(images, labels[:count], tuple("0123456789")), torch.arange(count), WHOLE / count
-    attack = figure_pgd(cross_entropy, 8 / 255, 0.007, 10, 1)
+    attack = pgd(cross_entropy, 8 / 255, 0.007, 10, start="normal", seed=1)
     with frozen(build_model("ResNet18", 10).eval()) as net:
         seconds("features of 10,000 images", scale, lambda: extract(net, split, numbers, 200))
         seconds("PGD-10 and features of 10,000 images", scale, lambda: extract(net, split, numbers, 200, attack))

@@ -1,6 +1,9 @@
 """What a user is told when something goes wrong, and which process says it."""
 
 import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 GRACE = 5  # seconds that a rank waits for the launcher to end it after another rank has said why the job ends
 
@@ -31,3 +34,14 @@ def first_process() -> bool:
 def first_line(error: BaseException) -> str:
     """What an exception says, its first line; its type where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call handler(signum, frame) inside the context; whatever they did before, they do after it."""
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)

@@ -20,8 +20,6 @@ from utils.devices import pick_device
 from utils.errors import RunError, UsageError, first_line
 from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, dataset_defaults
 
-# (network, images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,) in the test set) -> adversarial images
-Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -54,7 +52,7 @@ def over_images(
 
 
 def right_or_not(
-    net: nn.Module, attack: Attack | None, x: Tensor, labels: Tensor, numbers: Tensor
+    net: nn.Module, attack: Callable[..., Tensor] | None, x: Tensor, labels: Tensor, numbers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attack images as one batch -> (n,) bool, right or not; the images that the network was given; its logits."""
     if attack is not None:
@@ -70,14 +68,15 @@ def verdicts(
     net: nn.Module,
     split: Split,
     batch_size: int,
-    attack: Attack | None = None,
+    attack: Callable[..., Tensor] | None = None,
     candidates: Tensor | None = None,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """Which images of a split the network classifies right, attacked or not -> (N,) bool on the CPU.
 
-    net: what `frozen` yields. candidates: (N,) bool, the images worth attacking, those right without the attack; the
-    others count as wrong, so that the figure stays one of the whole split. progress: as in `over_images`.
+    net: what `frozen` yields. attack: an `attacks.Attack`. candidates: (N,) bool, the images worth attacking, those
+    right without the attack; the others count as wrong, so that the figure stays one of the whole split. progress: as
+    in `over_images`.
     """
     right = torch.zeros(len(split.labels), dtype=torch.bool)
     rows = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)

@@ -7,7 +7,6 @@ before it. Weighting by the predicted class builds part of the clustering in, so
 
 import re
 import shlex
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
@@ -26,7 +25,7 @@ from utils.data import Split, numbers_of, shuffled
 from utils.errors import RunError, UsageError
 from utils.evaluation import Subject, load_subject, over_images
 from utils.figures import draw_embedding, draw_histogram, require_display, save_figure, show_figures
-from utils.files import read_arrays, write_arrays
+from utils.files import read_arrays, require_writable, write_arrays
 from utils.negatives import choose_negatives
 from utils.provenance import provenance
 from utils.recipes import FEATURES, Distances, Histograms, Umap
@@ -34,6 +33,7 @@ from utils.recipes import FEATURES, Distances, Histograms, Umap
 BLOCK = 200  # negatives come from the same 200 images, the test batch of the method, whatever --test-batch-size is
 NEIGHBOURS = 12
 PAIRS = {"PP": "image and its PGD example", "NP": "image and a negative"}
+OTHER_OUT = "name another folder by --out"
 METRICS = {"cosine": "cosine similarity", "L2": "L2 distance"}
 
 
@@ -193,22 +193,11 @@ def file_stem(*parts: str) -> str:
 # files
 
 
-def output_folder(path: str | Path) -> Path:
-    """The folder of --out, made where it is missing; UsageError where that cannot be."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.NamedTemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}); name another folder by --out") from error
-    return folder
-
-
 def prepare_files(files: Iterable[Path], subjects: Sequence[Subject]) -> None:
     """Make the folder of npz files about these checkpoints; UsageError where it cannot be, or they are about others."""
     own = [subject.file.resolve() for subject in subjects]
     for file in files:
-        output_folder(file.parent)
+        require_writable(file.parent, OTHER_OUT)
         stored = read_arrays(file)[0].get("checkpoints") if file.exists() else own
         if not isinstance(stored, list) or [Path(str(path)).resolve() for path in stored] != own:
             said = f"{file} holds figures of another run"
@@ -347,7 +336,7 @@ def draw_hist(settings: Histograms) -> None:
         refuse_mixed(group, settings.features)
     if settings.show:
         require_display()
-    folder = output_folder(settings.out)
+    folder = require_writable(Path(settings.out), OTHER_OUT)
     with tqdm(total=4 * len(groups), desc="drawing", unit="figure", leave=False, disable=None) as bar:
         for group, pair, metric in product(groups, PAIRS, METRICS):
             draw_group(group, pair, metric, settings, folder)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 import time
 import zipfile
 import zlib
@@ -91,6 +92,26 @@ def locked(file: Path, wait: bool) -> Iterator[None]:
         with suppress(OSError):
             os.unlink(file)
         os.close(opened)
+
+
+def require_writable(folder: Path, mend: str) -> Path:
+    """Make a folder where it is missing, and return it; UsageError, ending with `mend`, where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}); {mend}") from error
+    return folder
+
+
+def write_record(file: Path, record: dict) -> None:
+    """Write a record as JSON; what the file held before is kept in it, under `earlier`."""
+    try:
+        before = json.loads(file.read_text())
+        earlier = [*before.pop("earlier", []), before]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # none yet, or none of ours
+        earlier = []
+    write_atomically(file, lambda part: part.write_text(json.dumps(record | {"earlier": earlier}, indent=1) + "\n"))
 
 
 def write_arrays(file: Path, settings: dict, **arrays: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from utils.errors import GRACE, first_process
-from utils.recipes import ATTACKS, Evaluation, Kind, S, Setting, Training, Umap, described, resolve
+from utils.recipes import ATTACKS, SWITCH, TRUTH, Evaluation, Kind, S, Setting, Training, Umap, described, resolve
 
 
 class Command(NamedTuple):
@@ -31,10 +31,10 @@ def _number(kind: Kind, text: str) -> float:
         value = float(over) / float(under) if under else float(over)
     except (ValueError, ZeroDivisionError):
         value = math.nan
-    if not (kind.low <= value <= kind.high and math.isfinite(value)) or (kind.above and value == kind.low):
-        bound = f"above {kind.low:g}" if kind.above else f"of at least {kind.low:g}"
-        _wrong(f"{text!r} is not a number {bound}" + ("" if kind.high == math.inf else f" and at most {kind.high:g}"))
-    return value
+    if kind.low <= value <= kind.high and math.isfinite(value) and not (kind.above and value == kind.low):
+        return value
+    high = "" if kind.high == math.inf else f" and at most {kind.high:g}"
+    _wrong(f"{text!r} is not a number {'above' if kind.above else 'of at least'} {kind.low:g}{high}")
 
 
 def _whole(kind: Kind, text: str) -> int:
@@ -42,10 +42,8 @@ def _whole(kind: Kind, text: str) -> int:
         value = int(text)
     except ValueError:
         value = kind.low - 1
-    if not kind.low <= value <= kind.high:
-        bound = f"of at least {kind.low}" if kind.high == 2**31 - 1 else f"from {kind.low} to {kind.high}"
-        _wrong(f"{text!r} is not a whole number {bound}")
-    return value
+    bound = f"of at least {kind.low}" if kind.high == 2**31 - 1 else f"from {kind.low} to {kind.high}"
+    return value if kind.low <= value <= kind.high else _wrong(f"{text!r} is not a whole number {bound}")
 
 
 def _side(kind: Kind, text: str) -> int:
@@ -77,8 +75,7 @@ def _truth(kind: Kind, text: str) -> bool:
 
 
 def _path(kind: Kind, text: str) -> str:
-    if not text.strip():
-        _wrong("an empty path")
+    text.strip() or _wrong("an empty path")
     return text if text.isprintable() else _wrong(f"{text!r} has characters that cannot be shown")
 
 
@@ -94,17 +91,9 @@ def _file_name(kind: Kind, text: str) -> str:
 
 
 READERS: dict[str, Callable[[Kind, str], Any]] = {
-    "number": _number,
-    "whole": _whole,
-    "side": _side,
-    "epochs": _epochs,
-    "attacks": _attacks,
-    "truth": _truth,
-    "path": _path,
-    "path or own": _path,
-    "word": _word,
-    "file name": _file_name,
-}
+    "number": _number, "whole": _whole, "side": _side, "epochs": _epochs, "attacks": _attacks, "truth": _truth,
+    "path": _path, "path or own": _path, "word": _word, "file name": _file_name,
+}  # fmt: skip
 METAVARS = {"number": "X", "epochs": "E,E", "attacks": "A,A", "truth": "BOOL", "path": "PATH", "path or own": "PATH"}
 
 
@@ -123,9 +112,11 @@ class Parser(argparse.ArgumentParser):
             self._flag(name, about, getattr(defaults, name))
 
     def _flag(self, name: str, about: Setting, default: object) -> None:
-        dashed = [f"--{name.replace('_', '-')}", *about.also]
-        spellings = dict.fromkeys([*dashed, *(f"--{f[2:].replace('-', '_')}" for f in dashed if f.startswith("--"))])
-        text, how = about.help, {"nargs": "+"} if about.several else {}
+        first = [f"--{name.replace('_', '-')}", *about.also]
+        long = [flag for flag in first if flag.startswith("--")]
+        others = [f"--{flag[2:].replace(old, new)}" for flag in long for old, new in ("_-", "-_")]
+        spellings = dict.fromkeys([*first, *others])
+        text, how = about.help + "; required" * about.required, {"nargs": "+"} if about.several else {}
         if isinstance(about.kind, tuple):
             how["choices"] = about.kind
         elif about.kind.name == "switch":
@@ -173,22 +164,17 @@ def _shown(value: object) -> str:
 
 def fits(name: str, value: object) -> bool:
     """Whether a training command can have given a setting this stored value; a file's values may be anything."""
-    about = described(Training)[name]
-    if type(value) not in (bool, int, float, str, list, type(None)):
-        return False
-    if value is None:
-        return getattr(Training, name) is None
-    if isinstance(about.kind, tuple):
-        return type(value) is str and value in about.kind
-    if about.kind.name in ("switch", "truth"):
-        return type(value) is bool
-    if type(value) is list and not all(type(part) is int for part in value):
+    kind = described(Training)[name].kind
+    if value is None or type(value) is bool:
+        return getattr(Training, name) is None if value is None else kind in (SWITCH, TRUTH)
+    if type(value) is list and all(type(part) is int for part in value):
+        value = tuple(value)
+    if type(value) not in (int, float, str, tuple) or kind in (SWITCH, TRUTH):
         return False
     try:
-        read = READERS[about.kind.name](about.kind, _shown(tuple(value) if type(value) is list else value))
-    except (argparse.ArgumentTypeError, ValueError):
+        return value in kind if isinstance(kind, tuple) else READERS[kind.name](kind, _shown(value)) == value
+    except (argparse.ArgumentTypeError, ValueError, KeyError):
         return False
-    return (list(read) if isinstance(read, tuple) else read) == value and type(read) in (type(value), tuple)
 
 
 def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command:
@@ -218,7 +204,7 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
     given = vars(parser.parse_args(argv))
     for name, about in described(cls).items():
         if about.required and name not in given:
-            parser.error(f"--{name} is required: {about.required}")
+            parser.error(f"--{name} is required: {about.help}")
     settings = resolve(cls, given)
     if cls is Evaluation:
         if (settings.ckpt_url is None) == (settings.model is None):

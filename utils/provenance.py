@@ -40,26 +40,16 @@ def in_one_line(record: dict) -> str:
 def commit() -> str | None:
     """This code's git commit, `+` behind it where files differ; None where this code is in no repository."""
     here = Path(__file__)
-    questions = (  # the first fails where the code lies, untracked, inside a repository of something else
-        ("ls-files", "--error-unmatch", here.name),
-        ("rev-parse", "HEAD"),
-        ("status", "--porcelain", "--untracked-files=no"),
-    )
+
+    def git(*args: str) -> str:
+        how = dict(cwd=here.parent, capture_output=True, text=True, check=True, timeout=20)
+        return subprocess.run(["git", "--no-optional-locks", *args], **how).stdout.strip()
+
     try:
-        answers = [
-            subprocess.run(
-                ["git", "--no-optional-locks", *args],
-                cwd=here.parent,
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=20,
-            )
-            for args in questions
-        ]
+        git("ls-files", "--error-unmatch", here.name)  # fails where the code lies, untracked, inside another repository
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return answers[1].stdout.strip() + ("+" if answers[2].stdout.strip() else "")
 
 
 def _version(name: str) -> str | None:

@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     kind: a `Kind`, or the tuple of its choices. by: other defaults, by a data set's, method's or network's name or by a
     tuple of these that must all hold; later ones win. also: further spellings of its flag. several: the flag takes
     more than one value. free: may change on resume, since it does not change what is computed, only how far and where.
-    required: what the command must give, in words.
+    required: the command must give it.
     """
 
     kind: Kind | tuple[str, ...]
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
     also: tuple[str, ...] = ()
     several: bool = False
     free: bool = False
-    required: str = ""
+    required: bool = False
 
 
 def setting(default: Any, kind: Kind | tuple[str, ...], help: str, **more: Any) -> Any:
@@ -200,26 +200,15 @@ class Evaluation(Checkpoint):
     )
 
 
-FEATURES_SETTING = (
-    FEATURES,
-    "weighted: behind reverse attention, as published; unweighted: the last map before it",
-)
+FEATURES_SETTING = FEATURES, "weighted: behind reverse attention, as published; unweighted: the last map before it"
 
 
 @dataclass(frozen=True)
 class Distances(Checkpoint):
     """The settings of feature_distance.py."""
 
-    model_dir: str | None = setting(
-        None,
-        PATH,
-        "run folder or checkpoint file; required",
-        also=("--ckpt_url",),
-        required="a run folder or checkpoint file",
-    )
-    target_label: str | None = setting(
-        None, WORD, "a class by name or number, or `all`; required", required="a class or `all`"
-    )
+    model_dir: str | None = setting(None, PATH, "run folder or checkpoint file", also=("--ckpt_url",), required=True)
+    target_label: str | None = setting(None, WORD, "a class by name or number, or `all`", required=True)
     num_steps: int = again("num_steps", 10, help="steps of PGD")
     features: str = setting("weighted", *FEATURES_SETTING)
     strategy: str = again("strategy", "random", help="choice of negatives; _adv pushes them to look like class K")
@@ -248,9 +237,13 @@ class Umap(Checkpoint):
     """The settings of draw_umap.py."""
 
     model_dir: tuple[str, ...] | None = setting(
-        None, PATH, "runs, a panel for each; required", also=("--ckpt_url",), several=True,
-        required="run folders or checkpoint files",
-    )  # fmt: skip
+        None,
+        PATH,
+        "run folders or checkpoint files, a panel for each",
+        also=("--ckpt_url",),
+        several=True,
+        required=True,
+    )
     labels: tuple[str, ...] | None = setting(None, WORD, "titles of the panels (default: method)", several=True)
     adversarial: bool = setting(False, SWITCH, "embed the images' PGD examples together with them")
     num_steps: int = again("num_steps", 10, help="steps of PGD")

@@ -1,8 +1,6 @@
 """What an evaluation leaves behind: the table, white_attack.json, pictures, and the adversarial images."""
 
-import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from utils.diagnostics import Diagnosis, diagnose
 from utils.errors import RunError, UsageError
 from utils.evaluation import Subject, percent
 from utils.figures import draw_examples, draw_robustness
-from utils.files import write_atomically
+from utils.files import require_writable, write_atomically, write_record
 from utils.recipes import Evaluation
 
 ADAPTIVE = "adaptive: "
@@ -77,17 +75,13 @@ def refuse_unwritable(log: Path, saved: str | None) -> None:
     """UsageError where the log, the files beside it or the one of --save-adversarial cannot be written."""
     try:
         log.open("a").close()
-        tempfile.TemporaryFile(dir=log.parent).close()
     except OSError as error:
         raise UsageError(f"{log} cannot be written ({error.strerror}); name another by --log_path") from error
-    if saved is None:
-        return
-    try:
-        tempfile.TemporaryFile(dir=Path(saved).resolve().parent).close()
-    except OSError as error:
-        raise UsageError(f"--save-adversarial {saved} cannot be written ({error.strerror}); name another") from error
-    if Path(saved).is_dir():
-        raise UsageError(f"--save-adversarial {saved} is a folder; name a file in it")
+    require_writable(log.parent, "name another folder by --log_path")
+    if saved is not None:
+        require_writable(Path(saved).resolve().parent, f"name another file by --save-adversarial, not {saved}")
+        if Path(saved).is_dir():
+            raise UsageError(f"--save-adversarial {saved} is a folder; name a file in it")
 
 
 def write(
@@ -188,12 +182,7 @@ def write_json(file: Path, record: dict, rows: dict[str, Row], diagnosis: Diagno
     }
     if diagnosis is not None:
         record["diagnostics"] = diagnosis._asdict() | {"signs": [sign._asdict() for sign in diagnosis.signs]}
-    try:
-        before = json.loads(file.read_text())
-        record["earlier"] = [*before.pop("earlier", []), before]
-    except (OSError, ValueError, AttributeError, TypeError):  # none yet, or none of ours
-        record["earlier"] = []
-    write_atomically(file, lambda part: part.write_text(json.dumps(record, indent=1) + "\n"))
+    write_record(file, record)
 
 
 def examples(net: nn.Module, split: Split, worst: Worst, natural: Tensor, count: int = 8) -> tuple[Tensor, ...]:

@@ -6,11 +6,10 @@ import inspect
 import json
 import re
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +25,7 @@ from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, frozen, margin, ma
 from utils.autoattack import BLOCK, autoattack
 from utils.checkpoints import load_model
 from utils.data import Split, as_input, numbers_of
-from utils.errors import Stopped, UsageError
+from utils.errors import Stopped, UsageError, stop_signals
 from utils.evaluation import Subject, foreign_subject, load_subject, over_images, right_or_not
 from utils.files import read_arrays, write_arrays
 from utils.provenance import in_one_line, provenance
@@ -102,8 +101,12 @@ def fingerprint(model: nn.Module, images: Tensor | None = None) -> str:
         with torch.no_grad():
             tensors.append(model(images))
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _code(module: str) -> bytes:
@@ -146,7 +149,7 @@ class Kept:
         about = [self.network, name, plan.version, plan.depends, numbers_of(block).tolist()]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for tensor in (block.images, block.labels):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(_bytes(tensor))
         return self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{digest.hexdigest()[:24]}.npz"
 
     def load(self, file: Path, natural: Tensor | None, shape: tuple[int, ...]) -> Found | None:
@@ -155,12 +158,11 @@ class Kept:
             settings, arrays = read_arrays(file)
             right, images, found = (torch.from_numpy(arrays[key]) for key in ("right", "images", "margins"))
             seconds, notes = float(settings["seconds"]), [str(note) for note in settings["notes"]]
-        except (UsageError, KeyError, TypeError, ValueError):
+            fooled = 0 if natural is None else int((natural & ~right.bool()).sum())
+            fits = right.shape == shape[:1] and images.shape == (fooled, *shape[1:]) and found.shape == (fooled,)
+        except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
             return None
-        fooled = 0 if natural is None else int((natural & ~right).sum()) if right.dtype == torch.bool else -1
-        fits = right.dtype == torch.bool and right.shape == shape[:1] and images.shape == (fooled, *shape[1:])
-        fits &= found.shape == (fooled,) and images.dtype == found.dtype == torch.float32
-        return Found(right, images, found, seconds, notes, True) if fits else None
+        return Found(right.bool(), images.float(), found.float(), seconds, notes, True) if fits else None
 
     def save(self, file: Path, found: Found) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -239,21 +241,6 @@ def joined_row(blocks: list[Found]) -> Row:
     return Row(torch.cat([block.right for block in blocks]), sum(block.seconds for block in blocks), notes)
 
 
-@contextmanager
-def stoppable(line: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the job at once, by Stopped with this line; finished blocks are on disk already."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise Stopped(signum, line)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def load_surrogate(path: str, subject: Subject) -> nn.Module:
     """The network of --surrogate, on the device of the subject; UsageError where it does not take its images."""
     surrogate, info = load_model(path, subject.split.labels.device)
@@ -278,13 +265,13 @@ def white_attack(settings: Evaluation) -> None:
     log = Path(settings.log_path) if settings.log_path else folder / "test.log"
     distributed.from_first(lambda: report.refuse_unwritable(log, settings.save_adversarial))  # before the attacks
     say, origin = open_log(log), provenance(split.labels.device, settings.seed, [LIBRARY])
-    again = (
-        "stopped; finished blocks are kept, and the same command goes on: "
-        f"{distributed.launcher()} {shlex.join(sys.argv)}"
-    )
+
+    def stop(signum: int, frame: object) -> None:
+        again = f"{distributed.launcher()} {shlex.join(sys.argv)}"
+        raise Stopped(signum, f"stopped; finished blocks are kept, and the same command goes on: {again}")
+
     foreign = as_input(split.images[:BLOCK]) if settings.model else None
-    with ExitStack() as stack:
-        stack.enter_context(stoppable(again))
+    with stop_signals(stop), ExitStack() as stack:
         net = stack.enter_context(frozen(subject.model))
         attacked = None if surrogate is None else stack.enter_context(frozen(surrogate))
         ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, attacked)

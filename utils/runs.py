@@ -16,7 +16,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoints import STATE, check_state, described, ordinary, outline, read
 from utils.errors import UsageError
-from utils.files import locked, remove_leftovers
+from utils.files import locked, remove_leftovers, require_writable
 from utils.options import Command, fits
 from utils.recipes import Training, resolve, stored
 from utils.recipes import described as known_settings
@@ -75,14 +75,12 @@ def take_folder(folder: Path, held: ExitStack) -> None:
 
     Of a distributed run the first process alone writes, so it alone holds the folder.
     """
+    require_writable(folder, "name another --model-dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(folder / ".lock", wait=False))
-        remove_leftovers(folder)
     except TimeoutError:
         raise UsageError(f"another process writes to {folder}; wait for it, or name another --model-dir") from None
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}); name another --model-dir") from error
+    remove_leftovers(folder)
 
 
 def prepare(command: Command, held: ExitStack) -> Start:

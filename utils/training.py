@@ -1,7 +1,6 @@
 """A training run: the loop around `step`, and everything that it evaluates, logs and saves."""
 
 import csv
-import json
 import math
 import shlex
 import signal
@@ -22,10 +21,10 @@ from utils.attacks import frozen, pgd40_heads
 from utils.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, read, save
 from utils.data import Split, as_input, augment, batches, load_split, require_same_on_ranks, shuffled, subset
 from utils.devices import compile_for_training, peak_memory, pick_device, precision, tf32
-from utils.errors import RunError, Stopped, UsageError
+from utils.errors import RunError, Stopped, UsageError, stop_signals
 from utils.evaluation import percent, verdicts
 from utils.figures import draw_curves
-from utils.files import write_atomically
+from utils.files import write_atomically, write_record
 from utils.options import Command
 from utils.provenance import in_one_line, provenance
 from utils.recipes import Training, stored
@@ -63,7 +62,8 @@ def run(command: Command) -> None:
         announce(job, data, start, log)
         del start  # it holds a copy of the network
         train, selection = data.train.to(job.device), data.selection.to(job.device)
-        with StopRequest(job) as stop:
+        stop = StopRequest(job)
+        with stop_signals(stop.note):
             while job.progress["epoch"] <= job.settings.epochs:
                 with tf32(job.settings.tf32):
                     train_epoch(job, train, log, stop.check)
@@ -112,15 +112,12 @@ class Run:
             wrong = flaw(key, value)
             if wrong:
                 raise RunError(f"{key} {wrong} in epoch {self.progress['epoch']}; {self.last_good}; lower --lr")
-        return {
+        said = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "dataset")}
+        return said | {
             "model": self.model.state_dict(),
-            "arch": settings.arch,
             "classes": list(self.classes),
             "num_classes": len(self.classes),
             "reverse_attention": not settings.no_ra,
-            "width": settings.width,
-            "image_size": settings.image_size,
-            "dataset": settings.dataset,
             "recipe": stored(settings),
             "epoch": self.progress["epoch"],
             "provenance": self.provenance,
@@ -224,7 +221,7 @@ def announce(job: Run, data: Data, start: Start, log: Log) -> None:
             print(f"{Path(sys.argv[0]).name}: {flag} accepted, no effect here", file=sys.stderr)
     log(in_one_line(job.provenance))
     log(describe(job, data))
-    write_run_json(job, data, resumed=start.state is not None)
+    write_run_json(job, data)
     if start.state is not None:
         log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done")
         before, now = start.state.get("ranks", 1), distributed.world()
@@ -243,24 +240,23 @@ def describe(job: Run, data: Data) -> str:
     parts += [] if s.no_anc else [f"asymmetric negative contrast ({s.strategy}, alpha {s.alpha}, zeta {s.zeta})"]
     ranks = f", {distributed.world()} ranks" if distributed.world() > 1 else ""
     selected = f"{s.val_size} held-out training images" if s.val_size else "the test set"
-    return "\n".join(
-        (
-            f"method     {s.method}, {' and '.join(parts) or 'plain'}; beta {s.beta}, inner {s.inner}",
-            f"network    {s.arch}, width {s.width or 'as published'}, {parameters:,} parameters",
-            f"data       {s.dataset}, {len(job.classes)} classes, {len(data.train.labels)} training images, side "
-            f"{s.image_size}, augmentation {s.augmentation}",
-            f"selection  by pgd40_heads on {selected} ({len(data.selection.labels)} images)",
-            f"attack     L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
-            f"optimiser  SGD lr {s.lr}, x0.1 at {list(s.milestones)}, momentum {s.momentum}, weight decay "
-            f"{s.weight_decay}; {s.epochs} epochs, batch {s.batch_size}, seed {s.seed}",
-            f"device     {job.device}, {precision(s, job.device)}{', compiled' if s.compile else ''}{ranks}",
-            f"output     {job.folder}/",
-        )
-    )
+    lines = {
+        "method": f"{s.method}, {' and '.join(parts) or 'plain'}; beta {s.beta}, inner {s.inner}",
+        "network": f"{s.arch}, width {s.width or 'as published'}, {parameters:,} parameters",
+        "data": f"{s.dataset}, {len(job.classes)} classes, {len(data.train.labels)} training images, side "
+        f"{s.image_size}, augmentation {s.augmentation}",
+        "selection": f"by pgd40_heads on {selected} ({len(data.selection.labels)} images)",
+        "attack": f"L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
+        "optimiser": f"SGD lr {s.lr}, x0.1 at {list(s.milestones)}, momentum {s.momentum}, weight decay "
+        f"{s.weight_decay}; {s.epochs} epochs, batch {s.batch_size}, seed {s.seed}",
+        "device": f"{job.device}, {precision(s, job.device)}{', compiled' if s.compile else ''}{ranks}",
+        "output": f"{job.folder}/",
+    }
+    return "\n".join(f"{name:<11}{line}" for name, line in lines.items())
 
 
-def write_run_json(job: Run, data: Data, resumed: bool) -> None:
-    """run.json: what runs, where and by which command; a resumed run keeps its earlier records under `earlier`."""
+def write_run_json(job: Run, data: Data) -> None:
+    """run.json: what runs, where and by which command."""
     record = job.provenance | {
         "settings": stored(job.settings),
         "precision": precision(job.settings, job.device),
@@ -270,34 +266,19 @@ def write_run_json(job: Run, data: Data, resumed: bool) -> None:
         "evaluation_images": len(data.selection.labels),
         "ranks": distributed.world(),
     }
-    if resumed:
-        try:
-            before = json.loads((job.folder / "run.json").read_text())
-            record["earlier"] = [*before.pop("earlier", []), before]
-        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-            record["earlier"] = []  # lost; the run itself is in last_state.pt
-    write_atomically(job.folder / "run.json", lambda file: file.write_text(json.dumps(record, indent=1) + "\n"))
+    write_record(job.folder / "run.json", record)
 
 
 class StopRequest:
-    """A context that notes which signal asked the run to stop; the first waits for the next step, a second does not."""
+    """Which signal asked the run to stop: the first waits for the next step, a second does not."""
 
     def __init__(self, job: Run) -> None:
         self.job, self.signum = job, 0
 
-    def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, frame: object) -> None:
+    def note(self, signum: int, frame: object) -> None:
         self.signum = signum
-        if distributed.world() > 1:
-            return  # torchrun may say it again, and ends the process itself after 30 seconds
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        if distributed.world() == 1:  # torchrun may say it again, and ends the process itself after 30 seconds
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
     def check(self) -> None:
         """Between steps, on all ranks alike: save and raise Stopped where a signal has come to any of them."""
@@ -399,23 +380,10 @@ def finish_epoch(job: Run, selection: Split, log: Log, check_stop: Callable[[], 
     began, accuracies = time.perf_counter(), (None, None)
     if epoch % settings.eval_interval == 0 or epoch == settings.epochs:
         accuracies = evaluate(job.model, selection, settings, check_stop)
-    row = dict(
-        zip(
-            ROW,
-            (
-                epoch,
-                learning_rate(settings, epoch),
-                sums["loss"] / total,
-                sums["contrast"] / total,
-                natural_share(sums),
-                100 * sums["robust"] / total,
-                *accuracies,
-                total / sums["seconds"],
-                sums["seconds"] + time.perf_counter() - began,
-            ),
-            strict=True,
-        )
-    )
+    shares = natural_share(sums), 100 * sums["robust"] / total
+    took = total / sums["seconds"], sums["seconds"] + time.perf_counter() - began
+    losses = learning_rate(settings, epoch), sums["loss"] / total, sums["contrast"] / total
+    row = dict(zip(ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
     best = best_row(progress["rows"])
     progress["rows"].append(row)
     log(epoch_line(job, row))
