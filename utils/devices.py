@@ -27,10 +27,8 @@ def pick_device(device: str, no_cuda: bool) -> torch.device:
     if picked.type == "cuda":
         if no_cuda:
             raise UsageError(f"--device {device} and --no-cuda contradict each other; give one of them")
-        if (picked.index or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu"
-            )
+        if (picked.index or 0) >= (count := torch.cuda.device_count()):
+            raise UsageError(f"--device {device}: {count} CUDA devices are visible; use --device cpu")
     return distributed.own_device(picked)
 
 
@@ -43,10 +41,8 @@ def compile_for_training(model: nn.Module, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
-        raise UsageError(
-            f"--compile: torch.compile does not work here ({first_line(error)}); install a C++ compiler, or "
-            "leave --compile out"
-        ) from error
+        mend = "install a C++ compiler, or leave --compile out"
+        raise UsageError(f"--compile: torch.compile does not work here ({first_line(error)}); {mend}") from error
     model.compile(options={"layout_optimization": False})
 
 

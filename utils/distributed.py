@@ -65,11 +65,11 @@ def started() -> Iterator[None]:
             time.sleep(GRACE)  # the launcher ends this process as soon as the one that speaks has ended
             raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error))):
-            raise RunError(
-                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached ("
-                f"{first_line(error)}); what was saved is intact; continue by the same command, a training with "
-                "--resume"
-            ) from error
+            lost = (
+                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached ({first_line(error)})"
+            )
+            mend = "what was saved is intact; continue by the same command, a training with --resume"
+            raise RunError(f"{lost}; {mend}") from error
         raise
     finally:
         if dist.is_initialized() and (together or not nccl):
@@ -162,11 +162,8 @@ def own_device(device: torch.device) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.index is not None:
         raise UsageError(f"--device {device}: each rank takes a CUDA device of its own; give --device cuda")
-    if local >= torch.cuda.device_count():
-        raise UsageError(
-            f"{torch.cuda.device_count()} CUDA devices are visible to more ranks; lower --nproc-per-node, or give "
-            "--device cpu"
-        )
+    if local >= (count := torch.cuda.device_count()):
+        raise UsageError(f"{count} CUDA devices for more ranks; lower --nproc-per-node, or give --device cpu")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 

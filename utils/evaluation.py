@@ -153,31 +153,21 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     Errors: UsageError where checkpoint and data set do not match.
     """
     device, file = pick_device(settings.device, settings.no_cuda), checkpoint_file(path)
-    model, info = load_model(
-        file,
-        device,
-        arch=settings.arch,
-        width=settings.width,
-        image_size=settings.image_size,
-        dataset=settings.dataset,
-        reverse_attention=False if settings.no_ra else None,
-    )
+    said = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "dataset")}
+    model, info = load_model(file, device, reverse_attention=False if settings.no_ra else None, **said)
     dataset = info["dataset"] or Training.dataset
     if info["dataset"] is None and distributed.first():
         print(f"a bare state dict, taken as {info['arch']} on {dataset}; --dataset and --no-ra say otherwise")
     if dataset not in DATASETS:
-        raise UsageError(
-            f"{file} was trained on {dataset!r}, unknown here; name one of {', '.join(DATASETS)} by --dataset"
-        )
+        known = f"name one of {', '.join(DATASETS)} by --dataset"
+        raise UsageError(f"{file} was trained on {dataset!r}, unknown here; {known}")
     own = info["recipe"].get("data_dir") if isinstance(info["recipe"], dict) else None
     found = isinstance(own, str) and "\0" not in own and Path(own).is_dir()  # as the training's, here too
     data_dir = settings.data_dir or (own if found else Training.data_dir)
     split, of = part_to_look_at(settings, dataset, data_dir, info["image_size"])
     if len(split.classes) != info["num_classes"]:
-        raise UsageError(
-            f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "
-            "name the data set it was trained on by --dataset"
-        )
+        both = f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}"
+        raise UsageError(f"{both}; name the data set it was trained on by --dataset")
     if info["classes"] is not None and list(split.classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
     return Subject(file, model, info, dataset, split.to(device), *attack_settings(settings, dataset), of)

@@ -23,18 +23,9 @@ from utils.recipes import described as known_settings
 
 VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
 
-ROW = {  # of metrics.csv, with values of the types that it holds
-    "epoch": 1,
-    "lr": 0.0,
-    "loss": 0.0,
-    "contrast": 0.0,
-    "train_natural_accuracy_first_head": 0.0,
-    "train_robust_accuracy_first_head": 0.0,
-    "natural_accuracy": 0.0,
-    "pgd40_heads_accuracy": 0.0,
-    "train_images_per_second": 0.0,
-    "seconds": 0.0,
-}
+FIGURES = ("lr", "loss", "contrast", "train_natural_accuracy_first_head", "train_robust_accuracy_first_head")
+FIGURES += ("natural_accuracy", "pgd40_heads_accuracy", "train_images_per_second", "seconds")
+ROW = {"epoch": 1} | dict.fromkeys(FIGURES, 0.0)  # of metrics.csv, with values of the types that it holds
 SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from models import build_model
-from utils import distributed
+from utils import distributed, runs
 from utils.attacks import frozen, pgd40_heads
 from utils.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, read, save
 from utils.data import Split, as_input, augment, batches, load_split, require_same_on_ranks, shuffled, subset
@@ -28,18 +28,7 @@ from utils.files import write_atomically, write_record
 from utils.options import Command
 from utils.provenance import in_one_line, provenance
 from utils.recipes import Training, stored
-from utils.runs import (
-    ROW,
-    SUMS,
-    VERSION,
-    Start,
-    open_log,
-    prepare,
-    refuse_existing,
-    resume_command,
-    take_folder,
-    usable,
-)
+from utils.runs import Start, open_log, prepare
 from utils.step import Figures, attack_batch, backward, training_loss
 
 Log = Callable[[str], None]
@@ -125,8 +114,8 @@ class Run:
 
     def begin(self, held: ExitStack) -> None:
         """Hold the folder and save the state that a run starts with."""
-        take_folder(self.folder, held)
-        refuse_existing(self.folder)  # another process may have been faster
+        runs.take_folder(self.folder, held)
+        runs.refuse_existing(self.folder)  # another process may have been faster
         try:
             self.save_state()
         except OSError as error:
@@ -136,7 +125,7 @@ class Run:
         if not distributed.first():
             return
         state = {
-            "version": VERSION,
+            "version": runs.VERSION,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "progress": self.progress,
@@ -150,7 +139,7 @@ class Run:
     def restore(self, state: dict, file: Path) -> None:
         """Continue from what `save_state` wrote; generator states carry over on the same kind of device only."""
         load_state(self.model, state["model"], file)
-        if not usable(state, list(self.model.parameters()), self.training_images):
+        if not runs.usable(state, list(self.model.parameters()), self.training_images):
             raise UsageError(f"{file} cannot be resumed, its optimizer or progress is damaged; name a run's {STATE}")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
@@ -182,10 +171,8 @@ def begin(start: Start, held: ExitStack) -> tuple[Run, Data]:
             load_state(job.model, weights.get("model", weights), file)
         distributed.from_first(lambda: job.begin(held))
     elif state["classes"] != list(data.train.classes) or state["training_images"] != len(data.train.labels):
-        raise UsageError(
-            f"{start.file} was trained on {state['training_images']} images of {len(state['classes'])} classes, and "
-            f"{where} differs; name the run's own --data-dir"
-        )
+        own = f"{state['training_images']} images of {len(state['classes'])} classes"
+        raise UsageError(f"{start.file} was trained on {own}, and {where} differs; name the run's own --data-dir")
     else:
         job.restore(state, start.file)
     return job, data
@@ -201,10 +188,8 @@ def load_training_data(settings: Training) -> Data:
         if settings.val_size > len(order) - 2:
             raise UsageError(f"--val-size {settings.val_size} leaves too few of {len(order)} training images")
         selection, order = train.take(order[: settings.val_size]), order[settings.val_size :]
-    if settings.limit_train is not None:
-        order = order[: settings.limit_train]
     if settings.val_size or settings.limit_train is not None:
-        train = train.take(order)
+        train = train.take(order[: settings.limit_train])
     return Data(train, selection, test)
 
 
@@ -213,12 +198,10 @@ def announce(job: Run, data: Data, start: Start, log: Log) -> None:
     if not distributed.first():
         return
     settings, device = job.settings, job.device
-    for flag, idle in (
-        ("--tf32", settings.tf32 and device.type != "cuda"),
-        ("--sync-bn", settings.sync_bn and distributed.world() == 1),
-    ):
-        if idle:
-            print(f"{Path(sys.argv[0]).name}: {flag} accepted, no effect here", file=sys.stderr)
+    idle = ["--tf32"] if settings.tf32 and device.type != "cuda" else []
+    idle += ["--sync-bn"] if settings.sync_bn and distributed.world() == 1 else []
+    if idle:
+        print(f"{Path(sys.argv[0]).name}: {', '.join(idle)} accepted, no effect here", file=sys.stderr)
     log(in_one_line(job.provenance))
     log(describe(job, data))
     write_run_json(job, data)
@@ -226,10 +209,8 @@ def announce(job: Run, data: Data, start: Start, log: Log) -> None:
         log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done")
         before, now = start.state.get("ranks", 1), distributed.world()
         if before != now:
-            log(
-                f"ranks      {before} before, {now} now: weights, optimiser, random draws and position carry over; "
-                "BatchNorm sees other slices"
-            )
+            carried = "weights, optimiser, random draws and position carry over; BatchNorm sees other slices"
+            log(f"ranks      {before} before, {now} now: {carried}")
 
 
 def describe(job: Run, data: Data) -> str:
@@ -285,7 +266,7 @@ class StopRequest:
         signum = distributed.agreed(self.signum)
         if signum:
             word = "interrupted" if signum == signal.SIGINT else "terminated"
-            line = f"{word}; continue by: {resume_command(self.job.folder)}"
+            line = f"{word}; continue by: {runs.resume_command(self.job.folder)}"
             distributed.from_first(lambda: self._save(line))  # the others end after it only
             raise Stopped(signum, line)
 
@@ -305,7 +286,7 @@ def train_epoch(job: Run, train: Split, log: Log, check_stop: Callable[[], None]
     settings, progress, epoch = job.settings, job.progress, job.progress["epoch"]
     if progress["order"] is None:
         order = torch.randperm(len(train.labels), generator=job.generator, device=job.device)
-        progress.update(order=order.cpu(), done=0, sums=dict(SUMS))
+        progress.update(order=order.cpu(), done=0, sums=dict(runs.SUMS))
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(settings, epoch)
     order, sums, total = progress["order"], progress["sums"], len(progress["order"])
@@ -320,10 +301,8 @@ def train_epoch(job: Run, train: Split, log: Log, check_stop: Callable[[], None]
             figures = backward(job.loss, x, labels, attacked, settings)
             number = progress["done"] // settings.batch_size + 1
             if not math.isfinite(figures.loss):
-                raise RunError(
-                    f"the loss is {figures.loss} in epoch {epoch}, batch {number}; {job.last_good}; lower --lr, or "
-                    "look at the data"
-                )
+                where = f"the loss is {figures.loss} in epoch {epoch}, batch {number}"
+                raise RunError(f"{where}; {job.last_good}; lower --lr, or look at the data")
             job.optimizer.step()
             job.optimizer.zero_grad()  # now, so that no gradients take memory beside the next attack
             progress["done"] += len(indices)
@@ -383,7 +362,7 @@ def finish_epoch(job: Run, selection: Split, log: Log, check_stop: Callable[[], 
     shares = natural_share(sums), 100 * sums["robust"] / total
     took = total / sums["seconds"], sums["seconds"] + time.perf_counter() - began
     losses = learning_rate(settings, epoch), sums["loss"] / total, sums["contrast"] / total
-    row = dict(zip(ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
+    row = dict(zip(runs.ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
     best = best_row(progress["rows"])
     progress["rows"].append(row)
     log(epoch_line(job, row))
@@ -418,7 +397,7 @@ def write_metrics(job: Run) -> None:
 
     def write(file: Path) -> None:
         with open(file, "w", newline="") as out:
-            table = csv.DictWriter(out, ROW, lineterminator="\n")
+            table = csv.DictWriter(out, runs.ROW, lineterminator="\n")
             table.writeheader()
             table.writerows(job.progress["rows"])
 
