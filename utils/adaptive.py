@@ -23,6 +23,8 @@ from models import Heads
 from utils.attacks import Attack, Objective, margins, pgd
 from utils.autoattack import Listener
 
+VERSION = 1  # raise it when a view or the attack changes, so that kept results are not reused
+
 # What a view returns: the real final logits (N, C), and what to attack, logits (N, C) each with its weight in the loss.
 Seen = tuple[Tensor, list[tuple[float, Tensor]]]
 View = Callable[[nn.Module, Tensor], Seen]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from utils.attacks import Attack
 
+VERSION = 1  # raise it when results change, so that kept ones are not reused
 BLOCK = 250  # images a call, whatever --test-batch-size: the start noise of a block is drawn for all of it at once
 
 

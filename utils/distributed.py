@@ -2,6 +2,31 @@
 
 Every rank draws the same batch, noise and negatives and works on its slice of them. Without torchrun, or with one
 process, there is no process group: each function here then answers for a world of one and communicates nothing.
+
+    torchrun --nproc-per-node=4 train_CIFAR10_ResNet.py            one node, a process for each of 4 CUDA devices
+    torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=1 SCRIPT
+                                                                   on both of two nodes; HOST is one of them
+SLURM, torchrun once a node (#SBATCH --ntasks-per-node=1 --gpus-per-node=4 --signal=TERM@120):
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    srun torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=4 --max-restarts=3 --rdzv-backend=c10d \\
+        --rdzv-endpoint="$first:29500" --rdzv-id="$SLURM_JOB_ID" SCRIPT --data-dir DATA --model-dir RUNS/ANCRA
+Where nodes do not find one another, name the network device: GLOO_SOCKET_IFNAME, with CUDA NCCL_SOCKET_IFNAME too. On
+CPUs set OMP_NUM_THREADS to a process's cores; torchrun takes 1. The run folder has to be visible to the first rank (to
+any that may become it, with --max-restarts; to all, for evaluation), --data-dir to each node; other data is refused.
+
+Exact: slices are weighted by their share, so the number of ranks changes rounding and BatchNorm only; with BatchNorm in
+eval mode gradients are those of one process, also of a batch with fewer images than ranks, which each then takes whole.
+Evaluation is joined image by image; its attacks go in blocks of 250 images, so more ranks than blocks do not help.
+Not exact, BatchNorm: a rank normalises by its own slice; the first rank's statistics are evaluated and saved, and all
+take them over at each epoch's end. --sync-bn (CUDA only) normalises over all slices. Devices of one run should be of
+one model: others draw other noise from equal seeds.
+
+Stops: SIGTERM or Ctrl-C, to torchrun or to one rank, stops all at the next step and the first saves (torchrun kills
+after 30 seconds, and its own status is 1). If a process dies the others end within seconds and last_state.pt is whole;
+a machine that vanishes is noticed when the network notices. --max-restarts=N goes on from the last epoch's end while
+the first process stays on its machine; otherwise add --resume. It also restarts after a wrong flag and after a stop of
+a single rank: stop torchrun itself. Any number of ranks can resume; stopped inside an epoch, all take the first rank's
+statistics. Tried on CPUs by gloo on one machine; NCCL, --sync-bn and real nodes were not.
 """
 
 import inspect

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import distributed, report
+from utils import attacks, distributed, report
+from utils.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.adaptive import View, adaptive, views
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, frozen, margin, margins, noise, pgd
 from utils.autoattack import BLOCK, autoattack
+from utils.autoattack import VERSION as AUTOATTACK_VERSION
 from utils.checkpoints import load_model
 from utils.data import Split, as_input, numbers_of
 from utils.errors import Stopped, UsageError, stop_signals
@@ -46,7 +48,7 @@ class Planned(NamedTuple):
 
     build: Callable[..., Attack | None]
     depends: dict
-    version: int = 1
+    version: int
 
 
 def planned_attacks(
@@ -60,26 +62,26 @@ def planned_attacks(
     half = max(1, steps // 2)
 
     def quick(attack: Callable[..., Attack], **how: object) -> Planned:
-        return Planned(lambda warned, says: attack(**how), how)
+        return Planned(lambda warned, says: attack(**how), how, attacks.VERSION)
 
-    def long(attack: Callable[..., Attack], also: dict, **how: object) -> Planned:
-        return Planned(partial(attack, **how), how | also | {LIBRARY: metadata.version(LIBRARY)})
+    def long(attack: Callable[..., Attack], version: int, also: dict, **how: object) -> Planned:
+        return Planned(partial(attack, **how), how | also | {LIBRARY: metadata.version(LIBRARY)}, version)
 
     ball = {"eps": eps, "seed": seed, "start": "uniform" if settings.random else "image"}
     plans = {
-        "natural": {"natural": Planned(lambda warned, says: None, {})},
+        "natural": {"natural": Planned(lambda warned, says: None, {}, attacks.VERSION)},
         "fgsm": {"FGSM": quick(partial(pgd, cross_entropy), step_size=eps, steps=1, **ball)},
         "pgd": {f"PGD-{steps}": quick(partial(pgd, cross_entropy), step_size=step, steps=steps, **ball)},
         "cw": {f"CW-{half}": quick(partial(pgd, margin), step_size=step, steps=half, **ball)},
         "noise": {f"noise, {NOISE_DRAWS} draws": quick(noise, eps=eps, seed=seed, draws=NOISE_DRAWS)},
-        "autoattack": {"AutoAttack": long(autoattack, {}, eps=eps, seed=seed)},
+        "autoattack": {"AutoAttack": long(autoattack, AUTOATTACK_VERSION, {}, eps=eps, seed=seed)},
         "adaptive": {},
     }
     how = dict(eps=eps, step_size=step, steps=steps, restarts=settings.restarts, seed=seed)
     for name, view in ways.items():
         also = {"auxiliary weight": subject.auxiliary_weight} if name == "over heads" else {}
         also = {"surrogate": fingerprint(surrogate)} if name == "surrogate" else also
-        plans["adaptive"][report.ADAPTIVE + name] = long(partial(adaptive, view), also, **how)
+        plans["adaptive"][report.ADAPTIVE + name] = long(partial(adaptive, view), ADAPTIVE_VERSION, also, **how)
     wanted = {"natural", *settings.attacks}
     return {name: plan for flag, group in plans.items() if flag in wanted for name, plan in group.items()}
 
