@@ -23,7 +23,7 @@ Objective = Callable[[Tensor], Tensor]
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 NOISE_DRAWS = 100
-VERSION = 1  # of the table's quick attacks; raise it when their results change, so that kept ones are not reused
+VERSION = 1  # of what is here; raise it when results change, so that no kept verdict is reused
 
 # Parameters times pixels, a rough measure of a pass's work, up to which several batches are attacked as one. Below it
 # that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.benchmarks together`, 2 CPU cores, float32. On

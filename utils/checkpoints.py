@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models import build_model
 from utils.errors import UsageError
 from utils.files import write_atomically
-from utils.recipes import DATASETS, LARGEST_SIDE, Training, dataset_defaults
+from utils.recipes import ARCHS, DATASETS, LARGEST_SIDE, Training, dataset_defaults
 
 BEST, LAST, STATE = "best_adv_model.pt", "model-wrn-last.pt", "last_state.pt"
 LARGEST_WEIGHT = 1e6  # of a trained network none comes near; a variance may be its square
@@ -45,9 +45,8 @@ def read(path: Path) -> dict:
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder") from None
     except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path} is refused: no checkpoint, or one that would run code when loaded; save a state dict instead"
-        ) from error
+        why = "no checkpoint, or one that would run code when loaded"
+        raise UsageError(f"{path} is refused: {why}; save a state dict instead") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except UsageError:
@@ -82,11 +81,9 @@ def _check_archive(path: Path) -> None:
 def checkpoint_file(path: str | Path) -> Path:
     """The checkpoint that `path` names: the file itself, or a run folder's best one, else its last."""
     path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in (BEST, LAST):
-        if (path / name).is_file():
-            return path / name
+    for file in (path / BEST, path / LAST) if path.is_dir() else (path,):
+        if file.is_file() or file == path:
+            return file
     raise UsageError(f"{path} holds neither {BEST} nor {LAST}; name a run folder or a checkpoint file")
 
 
@@ -124,28 +121,18 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
     return model.to(device).eval(), info
 
 
-_DESCRIPTION = {
-    "arch": str,
-    "classes": list,
-    "num_classes": int,
-    "reverse_attention": bool,
-    "width": int,
-    "image_size": int,
-    "dataset": str,
-    "recipe": dict,
-    "epoch": int,
-}
+_DESCRIPTION = {"arch": str, "classes": list, "num_classes": int, "reverse_attention": bool, "width": int}
+_DESCRIPTION |= {"image_size": int, "dataset": str, "recipe": dict, "epoch": int}
 
 
 def described(content: dict, path: Path) -> dict:
     """What a checkpoint says it is, None where it says nothing; UsageError where an entry is of another kind."""
     info = {key: content.get(key) for key in _DESCRIPTION}
-    for key, kind in _DESCRIPTION.items():
-        value = info[key]
-        if value is not None and (type(value) is not kind or (kind is int and abs(value) >= 2**31)):
+    for key, value in info.items():
+        kind = _DESCRIPTION[key]
+        known = value is None or (type(value) is kind and (kind is not int or abs(value) < 2**31))
+        if not known or (key == "classes" and not all(isinstance(name, str) for name in value or ())):
             raise UsageError(f"{path} is no checkpoint of this code: its {key} is no usable {kind.__name__}")
-    if info["classes"] is not None and not all(isinstance(name, str) for name in info["classes"]):
-        raise UsageError(f"{path} is no checkpoint of this code: its classes are no names")
     return info
 
 
@@ -153,15 +140,10 @@ def outline(info: dict, path: Path) -> nn.Module:
     """The network that `info` describes, without memory for its tensors: a description can ask for any size."""
     if type(info["image_size"]) is int and info["image_size"] > LARGEST_SIDE:
         raise UsageError(f"{path} is of images of side {info['image_size']}, more than {LARGEST_SIDE}")
+    how = {key: info[key] for key in ("reverse_attention", "width", "image_size")}
     try:
         with torch.device("meta"):
-            return build_model(
-                info["arch"],
-                info["num_classes"],
-                reverse_attention=info["reverse_attention"],
-                width=info["width"],
-                image_size=info["image_size"],
-            )
+            return build_model(info["arch"], info["num_classes"], **how)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise UsageError(f"{path} describes a network that cannot be built: {_shown(str(error))}") from error
 
@@ -244,6 +226,4 @@ def _shape(path: Path, state: dict) -> dict:
         blocks = len({key.split(".")[2] for key in state if key.startswith("block1.layer.")})
         return {"arch": f"WRN-{ {5: 34, 4: 28}[blocks] }-10", "width": features // 64, "num_classes": classes}
     except (LookupError, AttributeError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise UsageError(
-            f"{path} is no checkpoint of a network known here (ResNet18, WRN-34-10, WRN-28-10, PreActResNet18)"
-        ) from error
+        raise UsageError(f"{path} is no checkpoint of a network known here ({', '.join(ARCHS)})") from error

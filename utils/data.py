@@ -60,10 +60,8 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split
     """
     sizes = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
     if image_size != sizes.get(dataset, image_size):
-        raise UsageError(
-            f"{dataset} has images of side {sizes[dataset]}, not {image_size}; leave --image-size out, or name the "
-            "data set that the checkpoint was trained on"
-        )
+        mend = "leave --image-size out, or name the data set that the checkpoint was trained on"
+        raise UsageError(f"{dataset} has images of side {sizes[dataset]}, not {image_size}; {mend}")
     if dataset not in LOADERS:
         raise UsageError(f"unknown data set {dataset!r}; known: {', '.join(LOADERS)}")
     split = LOADERS[dataset](dataset, part, Path(data_dir), image_size)
@@ -79,9 +77,7 @@ def flaw(split: Split) -> str | None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         return f"images are {images.dtype} of shape {tuple(images.shape)}, not uint8 of (N, 3, S, S)"
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        return (
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}, not int64, one for each of {len(images)} images"
-        )
+        return f"labels are {labels.dtype} of shape {tuple(labels.shape)}, not int64, one for each of {len(images)}"
     if not len(images):
         return "there is no image"
     outside = ((labels < 0) | (labels >= len(classes))).nonzero()
@@ -206,9 +202,8 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
         lines = words.read_text().splitlines() if words.is_file() else []
         named = dict(line.split("\t", 1) for line in lines if "\t" in line)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{root} is incomplete ({first_line(error)}); remove it, and it is unpacked anew from the zip"
-        ) from error
+        mend = "remove it, and it is unpacked anew from the zip"
+        raise UsageError(f"{root} is incomplete ({first_line(error)}); {mend}") from error
     images = _decoded([f for f, _ in pairs], 64, root / f"decoded-{part}.pt")
     return Split(images, labels, tuple(wnids), tuple(named.get(wnid, "").strip() or wnid for wnid in wnids))
 
@@ -246,13 +241,10 @@ def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     parts = {p: next((data_dir / n for n in names[p] if (data_dir / n).is_dir()), None) for p in names}
     for p, found in parts.items():
         if found is None:
-            raise UsageError(
-                f"{data_dir} has no folder {' or '.join(names[p])}; --data-dir needs train/<class>/ and "
-                "test/<class>/ (or val/<class>/) inside"
-            )
-    classes = {
-        p: sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".") for p, root in parts.items()
-    }
+            mend = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/) inside"
+            raise UsageError(f"{data_dir} has no folder {' or '.join(names[p])}; {mend}")
+    inside = {p: [d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."] for p, root in parts.items()}
+    classes = {p: sorted(names) for p, names in inside.items()}
     if len(classes["train"]) < 2:
         raise UsageError(f"{parts['train']} holds {len(classes['train'])} class folder; at least 2 are needed")
     if classes["train"] != classes["test"]:
@@ -332,10 +324,5 @@ def _decode(file: Path, size: int) -> Tensor:
         raise UsageError(f"{file}: not a readable image ({first_line(error)}); replace or remove it") from error
 
 
-LOADERS = {
-    "cifar10": _cifar,
-    "cifar100": _cifar,
-    "tiny-imagenet": _tiny_imagenet,
-    "digits": _digits,
-    "folder": _folder,
-}
+LOADERS = {"cifar10": _cifar, "cifar100": _cifar, "tiny-imagenet": _tiny_imagenet, "digits": _digits}
+LOADERS |= {"folder": _folder}

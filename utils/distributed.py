@@ -203,9 +203,10 @@ def own_slice(count: int) -> slice:
     return slice(-(-count * rank() // world()), -(-count * (rank() + 1) // world()))
 
 
-def repeats(count: int) -> int:
-    """How many ranks have the same `own_slice`: all of them where there are fewer things than ranks, else 1."""
-    return world() if count < world() else 1
+def own_weight(count: int) -> float:
+    """What a mean over this rank's slice of `count` things weighs in the mean over all; 1 without ranks."""
+    own = own_slice(count)
+    return 1 / world() if count < world() else (own.stop - own.start) / count
 
 
 def total(values: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ def joined(part: Tensor, count: int) -> Tensor:
     if world() == 1:
         return part
     whole = part.new_zeros(count, *part.shape[1:])
-    if repeats(count) == 1 or first():
+    if count >= world() or first():  # of fewer things each rank has all
         whole[own_slice(count)] = part
     return total(whole)  # each row is one rank's, plus zeros
 
@@ -291,6 +292,11 @@ def share_buffers(model: nn.Module) -> None:
     if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def sync_batchnorm(model: nn.Module) -> nn.Module:
+    """A network whose BatchNorm normalises over the batches of all ranks; the network itself without ranks."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world() > 1 else model
 
 
 class _Step(nn.Module):

@@ -111,9 +111,10 @@ class Subject(NamedTuple):
     @property
     def method(self) -> str:
         """What a run is called in tables and figures: ANCRA-TRADES, TRADES-RA, TRADES; else its file's name."""
-        method = {"pgd": "PGD-AT", "trades": "TRADES", "mart": "MART"}.get(str(self.recipe.get("method")))
-        if method is None:
+        method = self.recipe.get("method")
+        if not isinstance(method, str) or not method.isidentifier():
             return self.file.stem
+        method = "PGD-AT" if method == "pgd" else method.upper()
         ra, anc = self.info["reverse_attention"], not self.recipe.get("no_anc")
         if ra and anc:
             return "ANCRA-" + method.removesuffix("-AT")

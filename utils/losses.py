@@ -31,8 +31,12 @@ def over_heads(criterion: Callable[..., Tensor], *heads: Heads, auxiliary_weight
 
 
 def kl_divergence(natural: Tensor, adversarial: Tensor) -> Tensor:
-    """Batch mean of KL(softmax(natural) || softmax(adversarial)); gradients flow into both."""
-    return F.kl_div(F.log_softmax(adversarial, 1), F.softmax(natural, 1), reduction="batchmean")
+    """Batch mean of KL(softmax(natural) || softmax(adversarial)); gradients flow into both.
+
+    From logarithms on both sides: where a natural probability underflows to 0, its own logarithm's gradient is NaN.
+    """
+    log_adversarial, log_natural = F.log_softmax(adversarial, 1), F.log_softmax(natural, 1)
+    return F.kl_div(log_adversarial, log_natural, reduction="batchmean", log_target=True)
 
 
 def pgd_loss(adversarial: Tensor, labels: Tensor) -> Tensor:
@@ -53,7 +57,8 @@ def mart_loss(natural: Tensor, adversarial: Tensor, labels: Tensor, beta: float)
     q_natural, q_adversarial = F.softmax(natural, 1), F.softmax(adversarial, 1)
     rivals = q_adversarial.scatter(1, labels[:, None], -1).argmax(1)  # most probable class besides the label
     boosted = F.cross_entropy(adversarial, labels) + F.nll_loss(torch.log(1.0001 - q_adversarial + 1e-12), rivals)
-    divergence = F.kl_div(torch.log(q_adversarial + 1e-12), q_natural, reduction="none").sum(1)
+    log_natural, log_adversarial = F.log_softmax(natural, 1), torch.log(q_adversarial + 1e-12)
+    divergence = F.kl_div(log_adversarial, log_natural, reduction="none", log_target=True).sum(1)
     doubt = 1.0000001 - q_natural.gather(1, labels[:, None]).squeeze(1)
     return boosted + beta * (divergence * doubt).mean()
 

@@ -125,9 +125,9 @@ class Parser(argparse.ArgumentParser):
             how |= {"type": _reader(about.kind), "metavar": METAVARS.get(about.kind.name, "N")}
             if about.kind.name in ("truth", "path or own"):
                 how |= {"nargs": "?", "const": True}
-        if default is not None and "action" not in how:
-            others = [f"; {_shown(names)}: {_shown(v)}" for names, v in about.by.items() if v != default]
-            text += f" (default: {_shown(default)}{''.join(others)})"
+        others = [f"{_shown(names)}: {_shown(v)}" for names, v in about.by.items() if v != default]
+        if (default is not None or others) and "action" not in how:
+            text += f" (default: {'; '.join([_shown(default), *others])})"
         self.add_argument(*spellings, dest=name, help=text.replace("%", "%%"), **how)
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):

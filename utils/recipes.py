@@ -258,9 +258,12 @@ S = TypeVar("S", Training, Evaluation, Distances, Histograms, Umap)
 
 
 def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> S:
-    """A script's settings. script: its own defaults; given: what the command says."""
+    """A script's settings. script: its own defaults; given: what the command says. ValueError for unknown names."""
     values = {f.name: f.default for f in fields(cls)} | dict(script)
     chosen = {(values | dict(given)).get(name) for name in ("dataset", "method", "arch")}
+    unknown = chosen - {None, *DATASETS, *METHODS, *ARCHS}
+    if unknown:
+        raise ValueError(f"{', '.join(map(repr, unknown))}: no data set, method or network known here")
     for name, about in described(cls).items():
         for names, default in about.by.items():
             if chosen.issuperset((names,) if isinstance(names, str) else names):

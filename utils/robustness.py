@@ -35,6 +35,7 @@ from utils.recipes import Evaluation
 from utils.report import Row, Worst
 from utils.runs import open_log
 
+FEW = 16  # images whose answers tell a foreign network
 LIBRARY = "pyautoattack"  # AutoAttack, and the APGD of the adaptive attack
 
 
@@ -65,8 +66,9 @@ def planned_attacks(
         return Planned(lambda warned, says: attack(**how), how, attacks.VERSION)
 
     def long(attack: Callable[..., Attack], version: int, also: dict, **how: object) -> Planned:
-        return Planned(partial(attack, **how), how | also | {LIBRARY: metadata.version(LIBRARY)}, version)
+        return Planned(partial(attack, **how), how | also | shared, version)
 
+    shared = {LIBRARY: metadata.version(LIBRARY), "attacks": attacks.VERSION}
     ball = {"eps": eps, "seed": seed, "start": "uniform" if settings.random else "image"}
     plans = {
         "natural": {"natural": Planned(lambda warned, says: None, {}, attacks.VERSION)},
@@ -86,48 +88,54 @@ def planned_attacks(
     return {name: plan for flag, group in plans.items() if flag in wanted for name, plan in group.items()}
 
 
-def fingerprint(model: nn.Module, images: Tensor | None = None) -> str:
+def fingerprint(model: nn.Module, foreign: str = "", images: Tensor | None = None) -> str:
     """What a network is: its weights, the plain attributes of its modules, and their code, comments aside.
 
-    images: of a foreign network, which may keep anything anywhere, also the answers to these, bit for bit.
+    foreign: the module that built it, of --model. Its network may keep anything anywhere, so its code counts as well,
+    and its answers to images (n, 3, S, S) and their gradients, bit for bit.
     """
-    digest, sources = hashlib.sha256(), set()
+    digest, sources = hashlib.sha256(), {foreign} if foreign else set()
     for name, module in model.named_modules():
-        plain = {key: v for key, v in vars(module).items() if type(v) in (bool, int, float, str, type(None))}
-        digest.update(repr((name, type(module).__qualname__, sorted(plain.items(), key=str))).encode())
+        plain = sorted((key, repr(value)) for key, value in vars(module).items() if _plain(value))
+        digest.update(repr((name, type(module).__qualname__, plain)).encode())
         sources |= {cls.__module__ for cls in type(module).__mro__}
-    for source in sorted(source for source in sources if source.split(".")[0] not in ("torch", "builtins")):
-        digest.update(_code(source))
-    tensors = list(model.state_dict().values())
+    for source in sorted(source for source in sources if source.split(".")[0] not in ("torch", "builtins", "utils")):
+        digest.update(_code(source).encode())
+    values = list(model.state_dict().values())
     if images is not None:
-        with torch.no_grad():
-            tensors.append(model(images))
-    for tensor in tensors:
-        digest.update(_bytes(tensor))
+        images = images.detach().requires_grad_()
+        values.append(model(images))
+        values += torch.autograd.grad(values[-1].sum(), images) if values[-1].requires_grad else []
+    for value in values:
+        digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
     return digest.hexdigest()
+
+
+def _plain(value: object) -> bool:
+    return all(map(_plain, value)) if isinstance(value, tuple) else isinstance(value, bool | int | float | str | None)
 
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _code(module: str) -> bytes:
+def _code(module: str) -> str:
     """A module's code without comments and docstrings; empty where its source is not to be had."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (OSError, TypeError, KeyError, SyntaxError):
-        return b""
+        return ""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree).encode()
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 class Found(NamedTuple):
     """What an attack found in a block of n images.
 
     right: (n,) bool. images: (m, 3, S, S), an adversarial one for each image that it fools, in order. margins: (m,),
-    their largest other logit less the label's. notes: what a reader must know. kept: whether it is from before.
+    their largest other logit less the label's. notes: what a reader must know. made: when, and on which device.
     """
 
     right: Tensor
@@ -135,7 +143,7 @@ class Found(NamedTuple):
     margins: Tensor
     seconds: float
     notes: list[str]
-    kept: bool = False
+    made: str = ""
 
 
 class Kept:
@@ -144,8 +152,8 @@ class Kept:
     The same means: network, images, attack and its settings (`file`), whatever else a command says.
     """
 
-    def __init__(self, folder: Path, network: str) -> None:
-        self.folder, self.network = folder / "white_attack.blocks", network
+    def __init__(self, folder: Path, network: str, now: str) -> None:
+        self.folder, self.network, self.now = folder / "white_attack.blocks", network, now
 
     def file(self, name: str, plan: Planned, block: Split) -> Path:
         about = [self.network, name, plan.version, plan.depends, numbers_of(block).tolist()]
@@ -159,17 +167,17 @@ class Kept:
         try:
             settings, arrays = read_arrays(file)
             right, images, found = (torch.from_numpy(arrays[key]) for key in ("right", "images", "margins"))
-            seconds, notes = float(settings["seconds"]), [str(note) for note in settings["notes"]]
+            told = float(settings["seconds"]), [str(note) for note in settings["notes"]], str(settings["made"])
             fooled = 0 if natural is None else int((natural & ~right.bool()).sum())
             fits = right.shape == shape[:1] and images.shape == (fooled, *shape[1:]) and found.shape == (fooled,)
         except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
             return None
-        return Found(right.bool(), images.float(), found.float(), seconds, notes, True) if fits else None
+        return Found(right.bool(), images.float(), found.float(), *told) if fits else None
 
     def save(self, file: Path, found: Found) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {key: getattr(found, key).numpy() for key in ("right", "images", "margins")}
-        write_arrays(file, {"seconds": found.seconds, "notes": found.notes}, **arrays)
+        write_arrays(file, {"seconds": found.seconds, "notes": found.notes, "made": self.now}, **arrays)
 
 
 def attack_block(
@@ -237,9 +245,11 @@ def joined_row(blocks: list[Found]) -> Row:
         alike.setdefault("".join(c for c in note if not c.isdigit()), []).append(note)
     several = len(blocks) > 1
     notes = [f"in {len(n)} of {len(blocks)} blocks, first: {n[0]}" if several else n[0] for n in alike.values()]
-    kept = sum(block.kept for block in blocks)
+    kept = [block.made for block in blocks if block.made]
     if kept:
-        notes.append(f"{kept} of {len(blocks)} blocks of {BLOCK} images kept from an earlier evaluation")
+        notes.append(
+            f"{len(kept)} of {len(blocks)} blocks of {BLOCK} images kept from an earlier evaluation ({kept[0]})"
+        )
     return Row(torch.cat([block.right for block in blocks]), sum(block.seconds for block in blocks), notes)
 
 
@@ -272,7 +282,7 @@ def white_attack(settings: Evaluation) -> None:
         again = f"{distributed.launcher()} {shlex.join(sys.argv)}"
         raise Stopped(signum, f"stopped; finished blocks are kept, and the same command goes on: {again}")
 
-    foreign = as_input(split.images[:BLOCK]) if settings.model else None
+    foreign = (settings.model.partition(":")[0], as_input(split.images[:FEW])) if settings.model else ()
     with stop_signals(stop), ExitStack() as stack:
         net = stack.enter_context(frozen(subject.model))
         attacked = None if surrogate is None else stack.enter_context(frozen(surrogate))
@@ -289,7 +299,8 @@ def white_attack(settings: Evaluation) -> None:
                 f"AutoAttack, adaptive attacks and diagnostics take long: blocks of {BLOCK} images, each kept in "
                 f"{folder / 'white_attack.blocks'} when it is finished; --n-examples N takes fewer"
             )
-        kept = Kept(folder, fingerprint(subject.model, foreign))
+        now = f"{origin['started']}, {origin['device']}"
+        kept = Kept(folder, fingerprint(subject.model, *foreign), now)
         rows, worst = run_attacks(net, split, plans, kept, settings.test_batch_size, say)
         diagnosis = None
         if settings.diagnostics:

@@ -101,9 +101,9 @@ def prepare(command: Command, held: ExitStack) -> Start:
 def require_state(state: dict, file: Path) -> None:
     """UsageError where what a file holds is no run's last_state.pt; optimiser and progress: see `usable`."""
     described(state, file)
-    if state.get("version", VERSION) != VERSION or (
-        isinstance(state.get("recipe"), dict) and state["recipe"].keys() != stored(resolve(Training, {})).keys()
-    ):
+    version, recipe = state.get("version", VERSION), state.get("recipe")
+    known = type(version) is int and version == VERSION
+    if not known or (isinstance(recipe, dict) and recipe.keys() != stored(resolve(Training, {})).keys()):
         raise UsageError(f"{file} was written by another version of this code; its settings do not match")
     needed = {"model": dict, "recipe": dict, "progress": dict, "optimizer": dict, "generator": Tensor, "classes": list}
     needed |= {"training_images": int, "ranks": int}

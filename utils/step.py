@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models import Heads
 from utils.attacks import Bfloat16, ToAttack, frozen, gaussian_start, linf_pgd_together, summed_cross_entropy
-from utils.distributed import joined, own_slice, repeats, total, world
+from utils.distributed import joined, own_slice, own_weight, total, world
 from utils.losses import asymmetric_negative_contrast, kl_divergence, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
 from utils.recipes import Training
@@ -113,13 +113,13 @@ def training_loss(model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacke
 
 
 def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
-    """How many predictions of the first head are right, a scalar.
+    """The share of right predictions of the first head, a scalar.
 
     The first head is `auxiliary[0]`, the only one a training forward computes without the labels, or a plain network's
     `final`.
     """
     logits = heads.auxiliary[0] if heads.auxiliary else heads.final
-    return (logits.argmax(1) == labels).sum()
+    return (logits.argmax(1) == labels).float().mean()
 
 
 def backward(
@@ -129,13 +129,11 @@ def backward(
 
     loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of this rank's slice.
     """
-    own, copies = own_slice(len(x)), repeats(len(x))
+    own, weight = own_slice(len(x)), own_weight(len(x))
     terms = loss_of(x[own], labels[own], attacked, settings)
-    share = len(labels[own]) / (len(x) * copies)  # every term is a mean over images, or over as many pairs for each
-    (terms.loss * (share * world())).backward()  # gradients are averaged over ranks
-    right = [first_head_right(terms.adversarial, labels[own])]
-    right += [] if terms.natural is None else [first_head_right(terms.natural, labels[own])]
-    parts = [terms.loss.detach() * share, terms.contrast.detach() * share, *(count / copies for count in right)]
-    loss, contrast, *counts = total(torch.stack(parts)).tolist()  # one wait for the device
-    robust, natural = (*map(round, counts), None)[:2]
+    (terms.loss * (weight * world())).backward()  # every term is a mean; gradients are averaged over ranks
+    parts = [terms.loss.detach(), terms.contrast.detach(), first_head_right(terms.adversarial, labels[own])]
+    parts += [] if terms.natural is None else [first_head_right(terms.natural, labels[own])]
+    loss, contrast, *shares = total(torch.stack(parts) * weight).tolist()  # one wait for the device
+    robust, natural = (*(round(share * len(x)) for share in shares), None)[:2]
     return Figures(loss, contrast, natural, robust)

@@ -77,9 +77,7 @@ class Run:
             model = build_model(settings.arch, len(data.classes), reverse_attention=not settings.no_ra, **size)
         except ValueError as error:  # an image size that this network does not take
             raise UsageError(str(error)) from error
-        if settings.sync_bn and distributed.world() > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = model.to(device)
+        self.model = (distributed.sync_batchnorm(model) if settings.sync_bn else model).to(device)
         if settings.compile:
             compile_for_training(self.model, device)
         self.loss = distributed.parallel(self.model, training_loss)
@@ -112,7 +110,7 @@ class Run:
             "provenance": self.provenance,
         }
 
-    def begin(self, held: ExitStack) -> None:
+    def take_folder(self, held: ExitStack) -> None:
         """Hold the folder and save the state that a run starts with."""
         runs.take_folder(self.folder, held)
         runs.refuse_existing(self.folder)  # another process may have been faster
@@ -169,7 +167,7 @@ def begin(start: Start, held: ExitStack) -> tuple[Run, Data]:
     if state is None:
         if weights is not None:
             load_state(job.model, weights.get("model", weights), file)
-        distributed.from_first(lambda: job.begin(held))
+        distributed.from_first(lambda: job.take_folder(held))
     elif state["classes"] != list(data.train.classes) or state["training_images"] != len(data.train.labels):
         own = f"{state['training_images']} images of {len(state['classes'])} classes"
         raise UsageError(f"{start.file} was trained on {own}, and {where} differs; name the run's own --data-dir")
