@@ -1,9 +1,12 @@
 """ANCRA on ResNet-18, CIFAR-10.
 
-python train_CIFAR10_ResNet.py                       the published recipe
-python train_CIFAR10_ResNet.py --dataset digits      small real data, nothing to download
-python train_CIFAR10_ResNet.py --method mart         another objective: pgd, trades, mart
-python train_CIFAR10_ResNet.py --resume              continue where the run stopped
+    python train_CIFAR10_ResNet.py                       the published recipe
+    python train_CIFAR10_ResNet.py --dataset digits      small real data, nothing to download
+    python train_CIFAR10_ResNet.py --method mart         another objective: pgd, trades, mart
+    python train_CIFAR10_ResNet.py --resume              continue where the run stopped
+
+The second attains on 360 test images at eps 0.1, in its best epoch:
+DIGITS: natural .. %, PGD-40 over heads .. %, .. s on 2 cores of ..
 """
 
 from utils.command import train

@@ -1,9 +1,12 @@
 """ANCRA on WideResNet-34-10 (--arch WRN-28-10 for the other one), CIFAR-10.
 
-python train_CIFAR10_WideResNet.py                       the published recipe
-python train_CIFAR10_WideResNet.py --dataset digits      small real data, nothing to download
-python train_CIFAR10_WideResNet.py --method mart         another objective: pgd, trades, mart
-python train_CIFAR10_WideResNet.py --resume              continue where the run stopped
+    python train_CIFAR10_WideResNet.py                       the published recipe
+    python train_CIFAR10_WideResNet.py --dataset digits      small real data, nothing to download
+    python train_CIFAR10_WideResNet.py --method mart         another objective: pgd, trades, mart
+    python train_CIFAR10_WideResNet.py --resume              continue where the run stopped
+
+The second attains on 360 test images at eps 0.1, in its best epoch:
+DIGITS: natural .. %, PGD-40 over heads .. %, .. s on 2 cores of ..
 """
 
 from utils.command import train

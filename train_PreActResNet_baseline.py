@@ -1,9 +1,12 @@
 """Baseline: TRADES (or --method pgd, mart) on a plain PreActResNet-18, Tiny-ImageNet.
 
-python train_PreActResNet_baseline.py                       the published recipe
-python train_PreActResNet_baseline.py --dataset digits      small real data, nothing to download
-python train_PreActResNet_baseline.py --method mart         another objective: pgd, trades, mart
-python train_PreActResNet_baseline.py --resume              continue where the run stopped
+    python train_PreActResNet_baseline.py                       the published recipe
+    python train_PreActResNet_baseline.py --dataset digits      small real data, nothing to download
+    python train_PreActResNet_baseline.py --method mart         another objective: pgd, trades, mart
+    python train_PreActResNet_baseline.py --resume              continue where the run stopped
+
+The second attains on 360 test images at eps 0.1, in its best epoch:
+DIGITS: natural .. %, PGD-40 .. %, .. s on 2 cores of ..
 """
 
 from utils.command import train

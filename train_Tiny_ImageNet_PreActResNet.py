@@ -1,9 +1,12 @@
 """ANCRA on PreActResNet-18, Tiny-ImageNet.
 
-python train_Tiny_ImageNet_PreActResNet.py                       the published recipe
-python train_Tiny_ImageNet_PreActResNet.py --dataset digits      small real data, nothing to download
-python train_Tiny_ImageNet_PreActResNet.py --method mart         another objective: pgd, trades, mart
-python train_Tiny_ImageNet_PreActResNet.py --resume              continue where the run stopped
+    python train_Tiny_ImageNet_PreActResNet.py                       the published recipe
+    python train_Tiny_ImageNet_PreActResNet.py --dataset digits      small real data, nothing to download
+    python train_Tiny_ImageNet_PreActResNet.py --method mart         another objective: pgd, trades, mart
+    python train_Tiny_ImageNet_PreActResNet.py --resume              continue where the run stopped
+
+The second attains on 360 test images at eps 0.1, in its best epoch:
+DIGITS: natural .. %, PGD-40 over heads .. %, .. s on 2 cores of ..
 """
 
 from utils.command import train

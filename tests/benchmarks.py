@@ -1,13 +1,48 @@
 """How fast it is, measured on your machine.
 
-python -m tests.benchmarks                      all but `compiled`, 40 minutes on 2 CPU cores
+python -m tests.benchmarks                      all but the last two, 40 minutes on 2 CPU cores
 python -m tests.benchmarks step pgd             some: step share together memory negatives pgd growth processes data
-python -m tests.benchmarks compiled             what --compile brings, 5 minutes more; by its name only
+python -m tests.benchmarks compiled             what --compile brings, 5 minutes more
+python -m tests.benchmarks figures              CPU time of what the figures' scripts compute
 python -m tests.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark
 python -m tests.benchmarks --quick              tiny settings: shows that everything runs, measures nothing
 
 Each prints a table. Times are medians of `runs` runs, which take turns in one process. Let nothing else run meanwhile.
 Each is preceded by the machine's own float32 and bfloat16 matrix-product rate, as a yardstick.
+
+Measured by the first and the third of these commands on 2 cores of an Intel Xeon (AVX-512, AVX512-BF16, no AMX) with
+PyTorch 2.14.1, which multiplied matrices at 257 to 333 GFLOP/s in float32 and at 143 to 173 in bfloat16:
+
+step       ResNet-18, batch 64: 14.4 s, 1.11 times as fast as the plain step; in bfloat16 20.9 s, 0.77 times
+           PreActResNet-18, 64x64, batch 16: 13.7 s, 1.06 times; WRN-34-10, batch 16: 36.5 s, 1.16 times
+           (another run: 1.14, 1.10 and 1.10)
+pgd        32 images, ResNet-18: 10.2 s, 1.79 times as fast as the published evaluation's loop, 1.18 times torchattacks,
+           1.80 times foolbox, all four leaving 31.64 % of 256 images right; bfloat16 0.62 times ours in float32
+share      295 GFLOP/s, 91 % of the rate of matrix products (80 % in another run); the plain attack 74 %, ours in
+           bfloat16 111 % of the bfloat16 rate; convolutions take 92 % of an attack of ours, 85 % of a plain one
+together   1.20 (ResNet-18, batch 4), 1.11 (digits network, batch 128), 1.43 (batch 16) times as fast as one by one
+negatives  0.49 ms, 139 times as fast as loops
+data       176,000 images/s, 13.6 times torchvision and 2 workers
+processes  2 of one thread: 1.81 times the images a second of 1
+growth     exponent 0.90 over batch 16 to 256, 0.01 over 10 to 1,000 classes
+memory     after 1, 2 and 10 steps: ResNet-18 2.02, 2.09, 2.13 GB, PreActResNet-18 1.98, 2.01, 2.08, WRN-34-10 2.49,
+           2.69, 2.76 (another run differed by up to 0.12); the first step allocates the momentum
+compiled   a step 1.01 (ResNet-18, batch 64) and 0.99 (digits network) times as fast, the first one takes 44 and 57 s
+
+Convolutions run near the machine's rate already, so what folding and the memory format save is a share of the rest. In
+PreActResNet and WideResNet half of the BatchNorms follow no convolution and cannot be folded. The plain step also gains
+by our networks, whose ReLUs work in place. This CPU multiplies bfloat16 at half the rate of float32, so --amp bf16
+cannot pay on it; a CPU with AMX or a GPU was not at hand, and --tf32 has not been measured.
+
+What --amp bf16 changes: the best epoch's accuracies in %, float32 / bfloat16, on the 360 test images of digits, eps 0.1
+    OMP_NUM_THREADS=1 python train_CIFAR10_ResNet.py --dataset digits --seed SEED --amp none    (and --amp bf16)
+    OMP_NUM_THREADS=1 python test_white_attack.py --ckpt_url RUN --attacks natural,pgd,autoattack
+seed 1     natural 96.67 / 96.39   PGD-40 91.11 / 88.61   AutoAttack 84.44 / 82.78
+seed 2             96.39 / 96.94          91.11 / 89.72              82.50 / 85.28
+seed 3             96.11 / 95.83          88.61 / 87.78              83.06 / 82.78
+mean               96.39 / 96.39          90.28 / 88.70              83.33 / 83.61
+PGD-40 is lower in each pair, by 0.8 to 2.5 points; the others do not move one way. The interval of one run is 6 to 8
+points wide: three seeds tell no more than that no large loss shows.
 """
 
 import argparse
@@ -44,17 +79,18 @@ from utils.attacks import (
     summed_cross_entropy,
 )
 from utils.data import Split, as_input, augment, batches, load_split
-from utils.evaluation import pick_device
+from utils.devices import compile_for_training, pick_device
+from utils.errors import UsageError, first_line
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
-from utils.options import TRAINING, UsageError
-from utils.precision import bfloat16_gain, compile_for_training
 from utils.provenance import in_one_line, provenance
-from utils.training import attack_batch, backward, training_loss
+from utils.recipes import Training, resolve
+from utils.step import attack_batch, backward, training_loss
 
 ROOT = Path(__file__).parent.parent
 EPS, STEP = 8 / 255, 0.007
 NETWORKS = (("ResNet18", 64, 32, 10), ("PreActResNet18", 16, 64, 200), ("WRN-34-10", 16, 32, 10))  # batch, side, C
+Rows = list[dict]
 
 
 def wait(device: torch.device) -> None:
@@ -62,57 +98,50 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def take_turns(variants: dict[str, Callable[[int], object]], rounds: int, device: torch.device) -> dict[str, list]:
-    """Run every variant once a round, variant(round) -> seconds of each of its runs."""
+def take_turns(
+    variants: dict[str, Callable[[int], object]], rounds: int, device: torch.device, warm_up: bool = True
+) -> dict[str, list]:
+    """Run every variant once a round, variant(round) -> seconds of each of its runs, but for the warm-up's."""
     seconds = {name: [] for name in variants}
-    for i in range(rounds):
+    for i in range(-1 if warm_up else 0, rounds):
         for name, variant in variants.items():
             wait(device)
             began = time.perf_counter()
-            variant(i)
+            variant(max(i, 0))
             wait(device)
-            seconds[name].append(time.perf_counter() - began)
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
-def compared(seconds: dict[str, list], peer: str, **more: Callable[[str], object]) -> list[dict]:
+def compared(seconds: dict[str, list], peer: str, **more: Callable[[str], object]) -> Rows:
     """A row a variant: its median, its number of runs, how many times as fast as `peer` it is, and more(name)."""
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return [
-        {
-            "variant": name,
-            "seconds": medians[name],
-            "runs": len(seconds[name]),
-            f"speed, {peer} = 1": medians[peer] / medians[name],
-            **{key: column(name) for key, column in more.items()},
-        }
-        for name in seconds
-    ]
+    rows, medians = [], {name: statistics.median(values) for name, values in seconds.items()}
+    for name, runs in seconds.items():
+        row = {"variant": name, "seconds": medians[name], "runs": len(runs)}
+        row[f"speed, {peer} = 1"] = medians[peer] / medians[name]
+        rows.append(row | {key: column(name) for key, column in more.items()})
+    return rows
 
 
-def matrix_product(device: torch.device, dtype: torch.dtype, side: int) -> Callable[[int], Tensor]:
-    a, b, product = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
-    return lambda i: torch.mm(a, b, out=product)
+def matrix_products(device: torch.device, side: int) -> dict[str, Callable[[int], Tensor]]:
+    def product(dtype: torch.dtype) -> Callable[[int], Tensor]:
+        a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+        return lambda i: torch.mm(a, b, out=out)
+
+    return {"fp32": product(torch.float32), "bf16": product(torch.bfloat16)}
 
 
 def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
     """GFLOP/s of a square matrix product."""
     side = 64 if quick else 2048
-    products = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    products = {name: matrix_product(device, dtype, side) for name, dtype in products.items()}
-    take_turns(products, 1, device)
-    seconds = take_turns(products, 5, device)
+    seconds = take_turns(matrix_products(device, side), 5, device)
     return {name: 2e-9 * side**3 / statistics.median(values) for name, values in seconds.items()}
 
 
-def options(**changes: object) -> argparse.Namespace:
-    return argparse.Namespace(**(TRAINING | changes))
-
-
-def random_batch(count: int, size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(count, 3, size, size, generator=generator)
-    return x.to(device), torch.randint(classes, (count,), generator=generator).to(device)
+def options(**changes: object) -> Training:
+    """The settings of a training on CIFAR-10, some of them changed."""
+    return resolve(Training, changes)
 
 
 class Step:
@@ -123,17 +152,18 @@ class Step:
         self.model = build_model(arch, classes, width=width, image_size=size).to(device).train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4)
         self.generator = torch.Generator(device).manual_seed(0)
-        self.x, self.labels = random_batch(batch, size, classes, device)
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.rand(batch, 3, size, size, generator=generator).to(device)
+        self.labels = torch.randint(classes, (batch,), generator=generator).to(device)
 
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def ours(self, **changes: object) -> None:
-        o = options(**changes)
-        attacked = attack_batch(self.model, self.x, self.labels, o, self.generator, 1)
-        figures, _ = backward(partial(training_loss, self.model), self.x, self.labels, attacked, o)
-        figures.tolist()
+        settings = options(**changes)
+        attacked = attack_batch(self.model, self.x, self.labels, settings, self.generator, 1)
+        backward(partial(training_loss, self.model), self.x, self.labels, attacked, settings)
         self.update()
 
     def plain(self, steps: int = 10) -> None:
@@ -218,26 +248,20 @@ def loop_contrast(natural: Tensor, negative: Tensor) -> Tensor:
 # Each benchmark: (device, quick) -> rows of its table.
 
 
-def step(device: torch.device, quick: bool) -> list[dict]:
+def step(device: torch.device, quick: bool) -> Rows:
     """Seconds of a training step: ours against a plain one, which computes as the published scripts do."""
-    rows = []
+    rows, rates = [], machine_rates(device, quick)
+    rounds, steps = (1, 1) if quick else (5, 10)
     for arch, batch, size, classes in NETWORKS:
         batch, width = (4, 1 if arch.startswith("WRN") else 4) if quick else (batch, None)
-        rows += steps_of(Step(arch, batch, size, classes, width, device), arch, *((1, 1) if quick else (5, 10)))
+        job = Step(arch, batch, size, classes, width, device)
+        variants = {"ours fp32": partial(job.ours, num_steps=steps), "plain": partial(job.plain, steps)}
+        if arch == "ResNet18" or rates["bf16"] > rates["fp32"]:
+            variants["ours bf16"] = partial(job.ours, num_steps=steps, amp="bf16")
+        timed = {name: lambda i, variant=variant: variant() for name, variant in variants.items()}
+        for row in compared(take_turns(timed, rounds, device), "plain"):
+            rows.append({"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]})
     return rows
-
-
-def steps_of(job: Step, arch: str, rounds: int, attack_steps: int) -> list[dict]:
-    device = job.x.device
-    variants = {"ours fp32": lambda steps: job.ours(num_steps=steps), "plain": job.plain}
-    if arch == "ResNet18" or bfloat16_gain(device) > 1:
-        variants["ours bf16"] = lambda steps: job.ours(num_steps=steps, amp="bf16")
-    for warm_up in variants.values():
-        warm_up(1)
-    timed = {name: lambda i, variant=variant: variant(attack_steps) for name, variant in variants.items()}
-    rows = compared(take_turns(timed, rounds, device), "plain")
-    batch = len(job.x)
-    return [{"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]} for row in rows]
 
 
 def forward_flops(net: nn.Module, x: Tensor) -> int:
@@ -265,7 +289,7 @@ def convolution_share(run: Callable[[int], object], device: torch.device) -> flo
     return 100 * sum(t for key, t in times.items() if "convolution" in key) / sum(times.values())
 
 
-def share(device: torch.device, quick: bool) -> list[dict]:
+def share(device: torch.device, quick: bool) -> Rows:
     """GFLOP/s of an attack, ResNet-18, batch 64, and its share of the matrix-product rate of the same minutes.
 
     `plain` is the attack of the published scripts, on the network as it is trained.
@@ -284,32 +308,18 @@ def share(device: torch.device, quick: bool) -> list[dict]:
             "plain": lambda i: plain_pgd(job.model, job.x, job.labels, 1, steps),
             "ours bf16": attack(rounded),
         }
-        products = {
-            "fp32": matrix_product(device, torch.float32, side),
-            "bf16": matrix_product(device, torch.bfloat16, side),
-        }
-        take_turns(products | attacks_of, 1, device)
-        seconds = take_turns(products | attacks_of, 1 if quick else 5, device)
+        seconds = take_turns(matrix_products(device, side) | attacks_of, 1 if quick else 5, device)
         times = {name: statistics.median(values) for name, values in seconds.items()}
         rows = []
         for name, run in attacks_of.items():
-            yardstick = 2e-9 * side**3 / times["bf16" if "bf16" in name else "fp32"]
-            rows.append(
-                {
-                    "variant": name,
-                    "runs": len(seconds[name]),
-                    "seconds": times[name],
-                    "GFLOP": 1e-9 * flops,
-                    "GFLOP/s": 1e-9 * flops / times[name],
-                    "matrix product GFLOP/s": yardstick,
-                    "share %": 1e-7 * flops / times[name] / yardstick,
-                    "in convolutions %": convolution_share(run, device),
-                }
-            )
+            rate, yardstick = 1e-9 * flops / times[name], 2e-9 * side**3 / times["bf16" if "bf16" in name else "fp32"]
+            row = {"variant": name, "runs": len(seconds[name]), "seconds": times[name], "GFLOP": 1e-9 * flops}
+            row |= {"GFLOP/s": rate, "matrix product GFLOP/s": yardstick, "share %": 100 * rate / yardstick}
+            rows.append(row | {"in convolutions %": convolution_share(run, device)})
     return rows
 
 
-def together(device: torch.device, quick: bool) -> list[dict]:
+def together(device: torch.device, quick: bool) -> Rows:
     """Both attacks of a step as one batch against one after the other, on batches of growing size."""
     cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)] + [("WRN-34-10", 16, 32, None)]
     cases += [("PreActResNet18", 16, 64, None)]
@@ -327,12 +337,8 @@ def together(device: torch.device, quick: bool) -> list[dict]:
                 with mock.patch.object(attacks, "SMALL", small):
                     linf_pgd_together(net, both, EPS, STEP, 1 if quick else 4)
 
-            variants = {
-                "apart": lambda i, attack=attack: attack(0),
-                "as one": lambda i, attack=attack: attack(math.inf),
-            }
+            variants = {"apart": lambda i, run=attack: run(0), "as one": lambda i, run=attack: run(math.inf)}
             work = 2 * batch * size**2 * sum(p.numel() for p in net.parameters())
-            take_turns(variants, 1, device)
             seconds = take_turns(variants, 1 if quick else 5 if work > 2e11 else 25, device)
         used = "as one" if work <= attacks.SMALL else "apart"
         for row in compared(seconds, "apart"):
@@ -341,13 +347,13 @@ def together(device: torch.device, quick: bool) -> list[dict]:
     return rows
 
 
-def memory(device: torch.device, quick: bool) -> list[dict]:
+def memory(device: torch.device, quick: bool) -> Rows:
     """Peak memory of a process (of its tensors on CUDA) after 1, 2 and 10 training steps."""
     rows = []
     for arch, batch, size, classes in NETWORKS[:1] if quick else NETWORKS:
         batch, width = (4, 4) if quick else (batch, None)
         code = (
-            "import torch; from tests.benchmarks import Step; from utils.precision import peak_memory\n"
+            "import torch; from tests.benchmarks import Step; from utils.devices import peak_memory\n"
             f"device = torch.device('{device}'); job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
             "for i in range(10): job.ours(num_steps=1); print(peak_memory(device))"
         )
@@ -357,7 +363,7 @@ def memory(device: torch.device, quick: bool) -> list[dict]:
     return rows
 
 
-def negatives(device: torch.device, quick: bool) -> list[dict]:
+def negatives(device: torch.device, quick: bool) -> Rows:
     """Choosing hard negatives of a batch of 128, without their attack: tensor code against loops over the batch.
 
     A run of ours is 20 calls in a row, of which the figure is one: after each run of the loops its threads are asleep.
@@ -374,7 +380,7 @@ def negatives(device: torch.device, quick: bool) -> list[dict]:
         "ours": lambda i: [choose_negatives(logits, labels, "hard", generator) for _ in range(20)],
         "loops": lambda i: loop_hard_negatives(logits, labels),
     }
-    seconds = take_turns(variants, 2 if quick else 25, device)
+    seconds = take_turns(variants, 2 if quick else 25, device, warm_up=False)
     seconds["ours"] = [value / 20 for value in seconds["ours"]]
     return compared(seconds, "loops")
 
@@ -409,7 +415,7 @@ def published_evaluation_pgd(model: nn.Module, x: Tensor, labels: Tensor, steps:
     return adversarial.detach()
 
 
-def pgd(device: torch.device, quick: bool) -> list[dict]:
+def pgd(device: torch.device, quick: bool) -> Rows:
     """PGD-40 of 256 digits at 32x32 on ResNet-18, cross-entropy of the final logits, eps 8/255, started at the image.
 
     Attacks take turns batch by batch of 32, the seconds are those of one; accuracies are those of the same float32
@@ -420,12 +426,10 @@ def pgd(device: torch.device, quick: bool) -> list[dict]:
 
     batch, count, steps = (4, 8, 2) if quick else (32, 256, 40)
     model, test = trained_on_digits(4 if quick else None, 2 if quick else 44, device)
-    x, labels = as_input(test.images[:count]), test.labels[:count]
-    parts = [slice(i, i + batch) for i in range(0, count, batch)]
+    x, labels = as_input(test.images[:count]).split(batch), test.labels[:count].split(batch)
     peer = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
     attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=steps, random_start=False)
     foolbox_model = foolbox.PyTorchModel(model, bounds=(0, 1))
-
     with frozen(model) as exact, frozen(model, "bf16") as rounded:
         variants = {
             "ours fp32": lambda x, y: linf_pgd(x, cross_entropy(exact, y), EPS, STEP, steps, x),
@@ -434,52 +438,61 @@ def pgd(device: torch.device, quick: bool) -> list[dict]:
             "foolbox": lambda x, y: attack(foolbox_model, x, y, epsilons=EPS)[1],
             "ours bf16": lambda x, y: linf_pgd(x, cross_entropy(rounded, y), EPS, STEP, steps, x),
         }
-        found = {}
+        found = {name: {} for name in variants}  # by batch
 
         def variant(name: str) -> Callable[[int], None]:
-            return lambda i: found.setdefault(name, []).append(variants[name](x[parts[i]], labels[parts[i]]))
+            return lambda i: found[name].update({i: variants[name](x[i], labels[i])})
 
-        by_batch = {name: variant(name) for name in variants}
-        take_turns(by_batch, 1, device)
-        found.clear()
-        seconds = take_turns(by_batch, len(parts), device)
+        seconds = take_turns({name: variant(name) for name in variants}, len(x), device)
 
     def robust(name: str) -> float:
         with torch.no_grad():
-            right = [model(images).argmax(1) == labels[s] for images, s in zip(found[name], parts, strict=True)]
+            right = [model(images).argmax(1) == labels[i] for i, images in found[name].items()]
         return 100 * torch.cat(right).float().mean().item()
 
     return compared(seconds, "ours fp32", **{"robust accuracy %": robust})
 
 
-def growth(device: torch.device, quick: bool) -> list[dict]:
+def growth(device: torch.device, quick: bool) -> Rows:
     """How a step's time grows with batch and classes (ResNet-18 of width 16): the exponent fitted to its medians."""
     series = {"batch": (16, 32, 64, 128, 256), "classes": (10, 30, 100, 300, 1000)}
+    batch, side, width, steps, rounds = (8, 16, 4, 1, 1) if quick else (64, 32, 16, 10, 5)
     rows = []
     for what, values in series.items():
-        if quick:
-            values = values[:2]
-        jobs = {
-            value: Step("ResNet18", *((value, 32, 10) if what == "batch" else (64, 32, value)), 16, device)
-            if not quick
-            else Step("ResNet18", *((value, 16, 10) if what == "batch" else (8, 16, value)), 4, device)
-            for value in values
-        }
-        variants = {str(v): lambda i, job=job: job.ours(num_steps=1 if quick else 10) for v, job in jobs.items()}
-        for job in jobs.values():
-            job.ours(num_steps=1)
-        medians = {v: statistics.median(s) for v, s in take_turns(variants, 1 if quick else 5, device).items()}
+        values = values[: 2 if quick else None]
+        shapes = {v: (v, side, 10) if what == "batch" else (batch, side, v) for v in values}
+        jobs = {v: Step("ResNet18", *shape, width, device) for v, shape in shapes.items()}
+        variants = {str(v): lambda i, job=job: job.ours(num_steps=steps) for v, job in jobs.items()}
+        medians = {v: statistics.median(s) for v, s in take_turns(variants, rounds, device).items()}
         exponent = np.polyfit(np.log(values), np.log(list(medians.values())), 1)[0]
         rows += [{"over": what, "value": v, "seconds": s, "exponent": float(exponent)} for v, s in medians.items()]
     return rows
 
 
-def processes(device: torch.device, quick: bool) -> list[dict]:
+def rates_of(rates: dict[str, list[float]], unit: str, peer: str) -> Rows:
+    """A row a variant: the median of its images a second, of how many, and how many times that of `peer` it is."""
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return [
+        {"variant": name, "images/s": m, unit: len(rates[name]), f"times {peer}": m / medians[peer]}
+        for name, m in medians.items()
+    ]
+
+
+def processes(device: torch.device, quick: bool) -> Rows:
     """Images a second of 2 processes of one thread against 1, through torchrun and metrics.csv: medians over epochs."""
-    flags = ["--dataset", "digits", "--no-cuda", "--log-interval", "1000"]
+    epochs = "2" if quick else "4"
+    flags = [
+        "--dataset",
+        "digits",
+        "--no-cuda",
+        "--log-interval",
+        "1000",
+        "--epochs",
+        epochs,
+        "--eval-interval",
+        epochs,
+    ]
     flags += ["--width", "4" if quick else "16", "--limit-train", "64" if quick else "512", "--limit-test", "2"]
-    epochs = 2 if quick else 4
-    flags += ["--epochs", str(epochs), "--eval-interval", str(epochs)]
     script = str(ROOT / "train_CIFAR10_ResNet.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     commands = {"1 process": [sys.executable, script], "2 processes": [sys.executable, *torchrun, script]}
@@ -496,19 +509,10 @@ def processes(device: torch.device, quick: bool) -> list[dict]:
                 (file,) = Path(folder).glob("run*/metrics.csv")
                 with open(file) as table:
                     rates[name] += [float(row["train_images_per_second"]) for row in csv.DictReader(table)][1:]
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    return [
-        {
-            "variant": name,
-            "images/s": median,
-            "epochs": len(rates[name]),
-            "times 1 process": median / medians["1 process"],
-        }
-        for name, median in medians.items()
-    ]
+    return rates_of(rates, "epochs", "1 process")
 
 
-def data(device: torch.device, quick: bool) -> list[dict]:
+def data(device: torch.device, quick: bool) -> Rows:
     """Batches of 128 of CIFAR-10's shape, cropped and flipped: tensor code against torchvision and 2 workers.
 
     The workers' start is not counted.
@@ -548,43 +552,68 @@ def data(device: torch.device, quick: bool) -> list[dict]:
         wait(device)
         return time.perf_counter() - began, images
 
-    rates: dict[str, list[float]] = {"ours": [], "torchvision, 2 workers": []}
+    pipelines = {"ours": ours, "torchvision, 2 workers": torchvision}
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for _ in range(1 if quick else 5):
-        for name, pipeline in (("ours", ours), ("torchvision, 2 workers", torchvision)):
+        for name, pipeline in pipelines.items():
             seconds, images = pipeline()
             rates[name].append(images / seconds)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    slow = medians["torchvision, 2 workers"]
-    return [
-        {"variant": n, "images/s": m, "runs": len(rates[n]), "times torchvision": m / slow} for n, m in medians.items()
-    ]
+    return rates_of(rates, "runs", "torchvision, 2 workers")
 
 
-def compiled(device: torch.device, quick: bool) -> list[dict]:
+def compiled(device: torch.device, quick: bool) -> Rows:
     """A training step with --compile against one without, and what the first such step takes."""
     rows = []
     for network, batch, size, width in (("ResNet-18", 64, 32, None), ("the digits network", 128, 16, 12)):
-        batch, width = (4, 4) if quick else (batch, width)
-        steps = 1 if quick else 10
+        batch, width, steps = (4, 4, 1) if quick else (batch, width, 10)
         jobs = {name: Step("ResNet18", batch, size, 10, width, device) for name in ("eager", "compiled")}
         compile_for_training(jobs["compiled"].model, device)
         variants = {
-            "eager": lambda i, job=jobs["eager"], steps=steps: job.ours(num_steps=steps),
-            "compiled": lambda i, job=jobs["compiled"], steps=steps: job.ours(num_steps=steps, compile=True),
+            name: lambda i, job=job, how=(name == "compiled"), steps=steps: job.ours(num_steps=steps, compile=how)
+            for name, job in jobs.items()
         }
-        first = take_turns(variants, 1, device)
+        first = take_turns(variants, 1, device, warm_up=False)
         more = {"first step, seconds": lambda name, first=first: first[name][0]}
-        rows += [
-            {"network": network, "batch": batch, **row}
-            for row in compared(take_turns(variants, 1 if quick else 5, device), "eager", **more)
-        ]
+        seconds = take_turns(variants, 1 if quick else 5, device, warm_up=False)
+        rows += [{"network": network, "batch": batch, **row} for row in compared(seconds, "eager", **more)]
     return rows
 
 
-BENCHMARKS = {f.__name__: f for f in (step, share, together, memory, negatives, pgd, growth, processes, data, compiled)}
+def figures(device: torch.device, quick: bool) -> Rows:
+    """CPU minutes of what the figures compute of 10,000 random images at CIFAR-10's size, random ResNet-18.
+
+    Passes through the network are measured on 500 images and scaled; cluster numbers and UMAP see all 10,000 features.
+    """
+    from utils.features import clusters, embed, extract
+
+    whole, count = (100, 4) if quick else (10_000, 500)
+    labels, rows = torch.arange(whole) % 10, torch.arange(count)
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    split = Split(images, labels[:count], tuple("0123456789")).to(device)
+    features = torch.randn(whole, 512) + 2 * torch.randn(10, 512)[labels]
+    attack = attacks.pgd(cross_entropy, EPS, STEP, 10, start="normal", seed=1)
+    with frozen(build_model("ResNet18", 10, width=4 if quick else None).to(device)) as net:
+        jobs = {
+            "features": (whole / count, lambda: extract(net, split, rows, 200)),
+            "PGD-10 and features": (whole / count, lambda: extract(net, split, rows, 200, attack)),
+            "silhouette and neighbours": (1, lambda: clusters(features, labels)),
+            "UMAP's compilation, on 100": (1, lambda: embed(features[:100], 42)),
+            "UMAP": (1, lambda: embed(features, 42)),
+        }
+        found = []
+        for what, (scale, job) in jobs.items():
+            began = time.process_time()  # which other processes do not change much
+            job()
+            found.append({"what": what, "CPU minutes": (time.process_time() - began) * scale / 60})
+    return found
 
 
-def show(rows: list[dict]) -> None:
+NAMED = (compiled, figures)  # run by their names only
+BENCHMARKS = (step, share, together, memory, negatives, pgd, growth, processes, data, *NAMED)
+BENCHMARKS = {f.__name__: f for f in BENCHMARKS}
+
+
+def show(rows: Rows) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [
         [f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns] for row in rows
@@ -594,19 +623,40 @@ def show(rows: list[dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def processor() -> str:
-    """The CPU's name where the system tells it."""
+def machine(device: torch.device) -> dict[str, object]:
+    """Processor, where the system tells it, cores, threads and device."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def measured(name: str, device: torch.device, quick: bool) -> dict:
+    """Run a benchmark, print its table -> what the JSON says of it."""
+    rates, began = machine_rates(device, quick), time.perf_counter()
+    print(f"\n{name}: {BENCHMARKS[name].__doc__.splitlines()[0]}")
+    print(f"matrix product {rates['fp32']:.0f} GFLOP/s fp32, {rates['bf16']:.0f} GFLOP/s bf16", flush=True)
+    try:
+        rows = BENCHMARKS[name](device, quick)
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        rows = [{"failed": first_line(error)}]
+    show(rows)
+    seconds = time.perf_counter() - began
+    print(f"({seconds:.0f} s)", flush=True)
+    return {"matrix product GFLOP/s": rates, "rows": rows, "seconds": seconds}
 
 
 def main(argv: list[str] | None = None) -> None:
+    usage = __doc__.partition("\nMeasured")[0]
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.benchmarks"
+        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.benchmarks"
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
@@ -621,32 +671,12 @@ def main(argv: list[str] | None = None) -> None:
             given.out.open("a").close()  # before it is measured, not behind it
     except (UsageError, OSError) as error:
         parser.error(str(error))
-    record = {
-        "made": provenance(device, packages=("torchattacks", "foolbox")),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-        "quick": given.quick,
-        "benchmarks": {},
-    }
+    record = {"made": provenance(device, packages=("torchattacks", "foolbox")), "machine": machine(device)}
+    record |= {"quick": given.quick, "benchmarks": {}}
     print(in_one_line(record["made"]))
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
-    for name in given.names or [name for name in BENCHMARKS if name != "compiled"]:
-        rates = machine_rates(device, given.quick)
-        began = time.perf_counter()
-        print(f"\n{name}: {BENCHMARKS[name].__doc__.splitlines()[0]}")
-        print(f"matrix product {rates['fp32']:.0f} GFLOP/s fp32, {rates['bf16']:.0f} GFLOP/s bf16", flush=True)
-        try:
-            rows = BENCHMARKS[name](device, given.quick)
-        except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
-            rows = [{"failed": (str(error) or type(error).__name__).splitlines()[0]}]
-        show(rows)
-        seconds = time.perf_counter() - began
-        print(f"({seconds:.0f} s)", flush=True)
-        record["benchmarks"][name] = {"matrix product GFLOP/s": rates, "rows": rows, "seconds": seconds}
+    for name in given.names or [name for name, f in BENCHMARKS.items() if f not in NAMED]:
+        record["benchmarks"][name] = measured(name, device, given.quick)
         if given.out:
             given.out.write_text(json.dumps(record, indent=1) + "\n")
     if any("failed" in row for done in record["benchmarks"].values() for row in done["rows"]):

@@ -1,16 +1,43 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files, and what has to hold before PyTorch is loaded."""
+
+import functools
+import os
+import re
+
+# One thread a process: pytest runs a process for each core already, some tests start further ones, and threads that
+# wait by spinning would slow each other many times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import urllib.error
 import urllib.request
 import warnings
 
 import pytest
+import sklearn.datasets
 import torch
-import torch.nn.functional as F
 
-from models import build_model
-from tests.helpers import execute, files
-from utils.data import as_input, load_split
+from tests.helpers import digits_checkpoint, digits_network, digits_split, execute, files
+
+
+def pytest_configure(config):
+    """Hide CUDA devices unless `-m cuda` asks for them: figures are those of a CPU on every machine."""
+    if not re.search(r"(?<!not )\bcuda\b", config.getoption("markexpr", "")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digits_read_once():
+    """scikit-learn parses its file of digits at each call, in hundreds of short runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sklearn.datasets.load_digits", functools.cache(sklearn.datasets.load_digits))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whichever ran before it in this process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -21,6 +48,13 @@ def no_network(monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -45,24 +79,26 @@ def refused(tmp_path, capsys):
     return run
 
 
+def shorten_runs(patch):
+    """See `short_runs`; patch: a monkeypatch."""
+    from utils import training
+
+    real = training.pgd40_heads
+    patch.setattr(training, "pgd40_heads", lambda *args, **kwargs: real(*args, **kwargs | {"steps": 2}))
+    patch.setattr(training, "draw_curves", lambda rows, file: file.write_bytes(b"\x89PNG" + bytes(2000)))
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Training selects by 2 steps instead of 40, and draws no curves, which take half of a short run's time.
+
+    For tests of the loop; test_evaluation.py looks at the attack, test_figures.py at the curves.
+    """
+    shorten_runs(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small network that knows digits, with reverse attention, as a checkpoint; split and file."""
-    torch.manual_seed(0)
-    split = load_split("digits", "train", "", 16)
-    model = build_model("ResNet18", 10, width=4, image_size=16).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    for _ in range(3):
-        for images, labels in zip(split.images.split(64), split.labels.split(64), strict=True):
-            heads = model(as_input(images), labels, heads=True)
-            loss = F.cross_entropy(heads.final, labels) + 2 * F.cross_entropy(heads.auxiliary[0], labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    file = tmp_path_factory.mktemp("run") / "best_adv_model.pt"
-    content = {
-        "model": model.state_dict(), "arch": "ResNet18", "classes": list("0123456789"), "num_classes": 10,
-        "reverse_attention": True, "width": 4, "image_size": 16, "dataset": "digits", "recipe": {}, "epoch": 3,
-    }  # fmt: skip
-    torch.save(content, file)
-    return model, load_split("digits", "test", "", 16), file
+    """A small network that knows digits, with reverse attention; the test images; the network as a checkpoint file."""
+    file = digits_checkpoint(tmp_path_factory.mktemp("run") / "best_adv_model.pt")
+    return digits_network(), digits_split(), file

@@ -14,22 +14,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-RECIPE = {"arch": "ResNet18", "dataset": "cifar10", "model_dir": "./model/ANCRA"}
+from tests.helpers import ANCRA, RA, digits_split, environment
 
 
 class Nursery:
     """Runs jobs in children of one process. A context; `run` answers when the child has ended."""
 
     def __enter__(self):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        environment.pop("RANK", None)
+        alone = environment()
+        alone.pop("RANK", None)
+        command = [sys.executable, "-m", "tests.forks"]
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone, cwd=Path(__file__).parents[1]
         )
         return self
 
@@ -37,18 +36,15 @@ class Nursery:
         self.process.stdin.close()
         self.process.wait(20)
 
-    def run(self, argv, faults=(), out=None, kill=None, limits=(), user=None):
+    def run(self, argv, faults=(), out=None, user=None):
         """-> (exit status, minus the signal that ended it; standard error's lines; calls by point).
 
         faults: dictionaries, each waiting for those before it. {"at": a key of `points`, "call": n} says where, counted
         from 1 on and for a later one from the fault before; "when": before or after that call; and one of: "signal" its
         number, "errno" what to raise, "remove" or "lock" (against writing) a folder, "largest" size of a file.
-        kill: (signal, seconds), sent from outside. limits: (name, value) of `resource`. user: id to become.
+        user: id to become.
         """
-        job = {
-            "argv": list(map(str, argv)), "faults": list(faults), "out": str(out), "kill": kill, "limits": list(limits),
-            "user": user,
-        }  # fmt: skip
+        job = {"argv": list(map(str, argv)), "faults": list(faults), "out": str(out), "user": user}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
@@ -57,19 +53,19 @@ class Nursery:
 
 
 def points():
-    """Where faults can strike: name -> (object, attribute)."""
+    """Where faults can strike: name -> (object, attribute); besides them "write", each piece of a checkpoint."""
     import csv
 
     import torch
 
-    from utils import evaluation, training
+    from utils import attacks, training
 
     return {
         "attack": (training, "attack_batch"),
         "loss": (training, "training_loss"),
         "update": (torch.optim.SGD, "step"),
         "evaluation": (training, "verdicts"),
-        "evaluation attack": (evaluation, "linf_pgd"),
+        "evaluation attack": (attacks, "linf_pgd"),
         "table": (csv.DictWriter, "writerows"),
         "curves": (training, "draw_curves"),
         "save": (torch, "save"),
@@ -122,23 +118,21 @@ class Faults:
     def open(self, path, mode="r", **kwargs):
         """`open` for `utils.checkpoints`: a fault at a "write" finds half of its bytes on the disk."""
         file = open(path, mode, **kwargs)  # noqa: SIM115
-        if "w" not in mode:
-            return file
-        real = file.write
-
-        def write(content):
-            half = len(content) // 2
-            real(memoryview(content)[:half])
-            file.flush()
-            self.passing("write", "before")
-            return half + real(memoryview(content)[half:])
-
-        return Writer(file, write)
+        return Writer(file, self) if "w" in mode else file
 
 
 class Writer:
-    def __init__(self, file, write):
-        self.file, self.write = file, write
+    """A file that writes in halves and tells the faults between them."""
+
+    def __init__(self, file, faults):
+        self.file, self.faults = file, faults
+
+    def write(self, content):
+        half = len(content) // 2
+        self.file.write(memoryview(content)[:half])
+        self.file.flush()
+        self.faults.passing("write", "before")
+        return half + self.file.write(memoryview(content)[half:])
 
     def __enter__(self):
         return self
@@ -158,7 +152,8 @@ def child(job):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
         sys.stdin.close()
         from utils import checkpoints, training
-        from utils.options import guarded, parse_training
+        from utils.command import guarded
+        from utils.options import parse_training
 
         quick = training.pgd40_heads
         training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
@@ -167,15 +162,13 @@ def child(job):
         for name, (holder, attribute) in points().items():
             faults.patch(holder, attribute, name)
         checkpoints.open = faults.open
-        for name, value in job["limits"]:
-            resource.setrlimit(getattr(resource, name), (value, value))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if job["user"] is not None:
             os.setuid(job["user"])
-        sys.argv = ["train_CIFAR10_ResNet.py", *job["argv"]]
+        sys.argv = [ANCRA, *job["argv"]]
         try:
-            guarded(lambda: training.run(parse_training("", RECIPE, job["argv"])))
+            guarded(lambda: training.run(parse_training("", RA, job["argv"])))
         finally:
             if job["user"] is None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -191,15 +184,14 @@ def child(job):
 
 
 def main():
-    sys.path.insert(0, str(ROOT))
     import sklearn.datasets
     import torch
 
-    from utils import data, training  # noqa: F401
+    from utils import command, training  # noqa: F401
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user
-    data.load_split("digits", "train", "", 16)  # what is imported only now is imported once, here
+    digits_split("train")  # what is imported only now is imported once, here
     saved = io.BytesIO()
     torch.save({}, saved)
     torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
@@ -211,28 +203,18 @@ def main():
         pid = os.fork()
         if pid == 0:
             child(job)
-        if job["kill"]:
-            signum, seconds = job["kill"]
-            time.sleep(seconds)
-            os.kill(pid, signum)  # a child that has ended is a zombie still, so that this strikes nobody else
-        _, status = os.waitpid(pid, 0)
-        answer = {
-            "status": os.waitstatus_to_exitcode(status),
-            "calls": json.loads(calls.read_text()) if calls.exists() else {},
-        }
-        print(json.dumps(answer), flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        counted = json.loads(calls.read_text()) if calls.exists() else {}
+        print(json.dumps({"status": status, "calls": counted}), flush=True)
 
 
 def draw_moments(calls, count, seed):
     """`count` moments, (point, call, when), drawn evenly over the points, from the calls of an undisturbed run."""
-    rng = random.Random(seed)
-    names = sorted(calls)
-    drawn = []
+    rng, names, drawn = random.Random(seed), sorted(calls), []
     for i in range(count):
         name = names[i % len(names)]
-        drawn.append(
-            (name, rng.randint(1, calls[name]), rng.choice(("before", "after")) if name != "write" else "before")
-        )
+        when = rng.choice(("before", "after")) if name != "write" else "before"
+        drawn.append((name, rng.randint(1, calls[name]), when))
     return drawn
 
 

@@ -40,12 +40,7 @@ class GoldenNetwork:
     def __init__(self, name):
         self.arrays = np.load(FOLDER / f"{name}.npz")
         self.meta = json.loads(str(self.arrays["meta"]))
-        self.model = build_model(
-            ARCHS[name.removesuffix("_RA")],
-            self.meta["classes"],
-            reverse_attention=name.endswith("_RA"),
-            image_size=self.meta["size"],
-        )
+        self.model = self.outline(name)
         state = {
             key: torch.from_numpy(np.asarray(golden_value(key, tuple(value.shape)), np.float32))
             for key, value in self.model.state_dict().items()
@@ -59,6 +54,14 @@ class GoldenNetwork:
         self.y = torch.from_numpy(rs.randint(0, self.meta["classes"], shape[0]))
         noise = np.random.RandomState(self.meta["x_seed"] + 1).standard_normal(shape).astype(np.float32)
         self.start = self.x + 0.001 * torch.from_numpy(noise)
+
+    @staticmethod
+    def outline(name):
+        """The network of a golden file before it is filled."""
+        with np.load(FOLDER / f"{name}.npz") as arrays:
+            meta = json.loads(str(arrays["meta"]))
+        arch, ra = ARCHS[name.removesuffix("_RA")], name.endswith("_RA")
+        return build_model(arch, meta["classes"], reverse_attention=ra, image_size=meta["size"])
 
     def __getitem__(self, key):
         return torch.from_numpy(np.asarray(self.arrays[key]))

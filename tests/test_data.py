@@ -1,14 +1,9 @@
 """Data sets against small files written here in the published formats; augmentation; splits of the training data."""
 
-import hashlib
 import io
 import os
 import pickle
 import shutil
-import tarfile
-import urllib.error
-import urllib.request
-import zipfile
 
 import numpy as np
 import pytest
@@ -16,22 +11,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10
 
+from tests.helpers import (
+    CIFARS,
+    RunsCode,
+    md5,
+    pack_cifar,
+    pixels,
+    png,
+    settings,
+    write_cifar,
+    write_tiny_imagenet,
+)
 from utils import data, training
-from utils.data import Split, as_input, augment, load_split
-from utils.evaluation import subset
-from utils.options import UsageError, parse_training
+from utils.data import Split, as_input, augment, load_split, subset
+from utils.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Every download fails as it does without a network."""
-
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture
@@ -47,81 +44,22 @@ def decodes(monkeypatch):
     return decoded
 
 
-def md5(content):
-    return hashlib.md5(content).hexdigest()
-
-
-def pixels(seed, *shape):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def png(file, array, mode=None):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).convert(mode).save(file) if mode else Image.fromarray(array).save(file)
-
-
-class RunsCode:
-    """Pickles to something that makes a folder when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
+@pytest.mark.parametrize("dataset", ["svhn", "CIFAR10", "cifar-10", ""])
+def test_an_unknown_data_set_is_an_error(tmp_path, dataset):
+    with pytest.raises(UsageError, match="unknown data set") as caught:
+        load_split(dataset, "train", str(tmp_path), 32)
+    assert repr(dataset) in str(caught.value) and "cifar10" in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 # CIFAR
-
-
-CIFARS = {
-    "cifar10": (CIFAR10, "labels", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", 10),
-    "cifar100": (CIFAR100, "fine_labels", ["train"], "test", 100),
-}
-
-
-def write_cifar(monkeypatch, folder, dataset):
-    """Write a data set of 3 images a file and let torchvision expect its MD5s -> {part: (images NHWC, labels)}."""
-    source, key, train, test, classes = CIFARS[dataset]
-    root = folder / source.base_folder
-    root.mkdir(parents=True)
-    sums, written = {}, {"train": ([], []), "test": ([], [])}
-
-    def write(name, content):
-        text = pickle.dumps(content, protocol=2)
-        (root / name).write_bytes(text)
-        sums[name] = md5(text)
-
-    for seed, name in enumerate([*train, test]):
-        images = pixels(seed, 3, 32, 32, 3)
-        labels = [(7 * seed + i) % classes for i in range(3)]
-        write(name, {"data": images.transpose(0, 3, 1, 2).reshape(3, 3072), key: labels})
-        part = written["test" if name == test else "train"]
-        part[0].extend(images)
-        part[1].extend(labels)
-    meta = source.meta["filename"]
-    write(meta, {source.meta["key"]: [f"name{i}" for i in range(classes)]})
-    monkeypatch.setattr(source, "train_list", [[name, sums[name]] for name in train])
-    monkeypatch.setattr(source, "test_list", [[test, sums[test]]])
-    monkeypatch.setattr(source, "meta", source.meta | {"md5": sums[meta]})
-    return written
-
-
-def pack_cifar(monkeypatch, folder, dataset):
-    """Replace the unpacked folder by the archive that torchvision downloads."""
-    source = CIFARS[dataset][0]
-    archive = folder / source.filename
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder / source.base_folder, source.base_folder)
-    shutil.rmtree(folder / source.base_folder)
-    monkeypatch.setattr(source, "tgz_md5", md5(archive.read_bytes()))
-    return archive
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("part", ["train", "test"])
 @pytest.mark.parametrize("dataset", CIFARS)
 def test_cifar_is_what_was_written(monkeypatch, tmp_path, dataset, part, packed):
-    images, labels = write_cifar(monkeypatch, tmp_path, dataset)[part]
+    images, labels = write_cifar(monkeypatch, tmp_path, dataset)[0][part]
     if packed:
         pack_cifar(monkeypatch, tmp_path, dataset)
     split = load_split(dataset, part, str(tmp_path), 32)
@@ -150,15 +88,21 @@ def test_a_cifar_file_of_another_md5_is_never_unpickled(monkeypatch, tmp_path, n
     assert "cifar-10-python.tar.gz" in str(caught.value) and CIFAR10.tgz_md5 in str(caught.value)
 
 
-def test_a_truncated_cifar_archive_is_named_and_kept(monkeypatch, tmp_path):
-    write_cifar(monkeypatch, tmp_path, "cifar10")
-    archive = pack_cifar(monkeypatch, tmp_path, "cifar10")
-    half = archive.read_bytes()[: archive.stat().st_size // 2]
-    archive.write_bytes(half)
-    with pytest.raises(UsageError, match=CIFAR10.tgz_md5) as caught:
-        load_split("cifar10", "train", str(tmp_path), 32)
+@pytest.mark.parametrize("length", [0, 30, 0.5, -1])
+@pytest.mark.parametrize("dataset", ["cifar10", "tiny-imagenet"])
+def test_a_truncated_archive_is_named_with_what_was_expected_and_kept(monkeypatch, tmp_path, dataset, length):
+    if dataset == "cifar10":
+        write_cifar(monkeypatch, tmp_path)
+        archive = pack_cifar(monkeypatch, tmp_path)
+    else:
+        archive, _ = write_tiny_imagenet(monkeypatch, tmp_path)
+    whole = archive.read_bytes()
+    part = whole[: int(len(whole) * length) if isinstance(length, float) else length]
+    archive.write_bytes(part)
+    with pytest.raises(UsageError, match=md5(whole)) as caught:
+        load_split(dataset, "train", str(tmp_path), 32 if dataset == "cifar10" else 64)
     assert archive.name in str(caught.value) and "\n" not in str(caught.value)
-    assert archive.read_bytes() == half
+    assert archive.read_bytes() == part and [f.name for f in tmp_path.iterdir()] == [archive.name]
 
 
 @pytest.mark.parametrize("dataset, size", [("cifar10", 16), ("cifar100", 64), ("tiny-imagenet", 32)])
@@ -170,52 +114,6 @@ def test_a_data_set_with_a_size_of_its_own_takes_no_other(tmp_path, dataset, siz
 
 
 # Tiny-ImageNet
-
-
-WNIDS = ("n03", "n01", "n02")  # as in the file, unsorted
-
-
-def write_tiny_imagenet(monkeypatch, folder):
-    """Write the zip of 3 classes -> {part: (decoded images NHWC, labels)} in the order expected."""
-    expected = {"train": ([], []), "test": ([], [])}
-
-    def jpeg(seed):
-        array = pixels(seed, 64, 64) if seed == 1 else pixels(seed, 8, 8, 3).repeat(8, 0).repeat(8, 1)
-        out = io.BytesIO()
-        Image.fromarray(array).save(out, "JPEG")  # one of them greyscale, as some of the published ones are
-        return out.getvalue()
-
-    def decoded(content):
-        return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
-
-    archive = folder / "tiny-imagenet-200.zip"
-    with zipfile.ZipFile(archive, "w") as out:
-
-        def write(name, content):
-            out.writestr(f"tiny-imagenet-200/{name}", content)
-
-        write("wnids.txt", "".join(f"{wnid}\n" for wnid in WNIDS))
-        write("words.txt", "".join(f"{wnid}\tthing {wnid}\n" for wnid in WNIDS))
-        for label, wnid in enumerate(sorted(WNIDS)):
-            boxes = ""
-            for i in range(2):
-                content = jpeg(10 * label + i)
-                write(f"train/{wnid}/images/{wnid}_{i}.JPEG", content)
-                boxes += f"{wnid}_{i}.JPEG\t0\t0\t63\t63\n"
-                expected["train"][0].append(decoded(content))
-                expected["train"][1].append(label)
-            write(f"train/{wnid}/{wnid}_boxes.txt", boxes)
-        lines = ""
-        for i, wnid in enumerate(("n02", "n03", "n01", "n03")):
-            content = jpeg(100 + i)
-            write(f"val/images/val_{i}.JPEG", content)
-            lines += f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n"
-            expected["test"][0].append(decoded(content))
-            expected["test"][1].append(sorted(WNIDS).index(wnid))
-        write("val/val_annotations.txt", lines)
-    monkeypatch.setattr(data, "TINY_IMAGENET", ("http://localhost/tiny.zip", md5(archive.read_bytes())))
-    monkeypatch.setattr(data, "TINY_IMAGES", {"train": 6, "test": 4})
-    return archive, expected
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -240,20 +138,6 @@ def test_tiny_imagenet_is_decoded_once(monkeypatch, tmp_path, decodes):
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
 
 
-@pytest.mark.parametrize("length", [0, 30, 1000, -1])
-def test_a_truncated_tiny_imagenet_zip_is_named_with_what_was_expected(monkeypatch, tmp_path, length):
-    archive, _ = write_tiny_imagenet(monkeypatch, tmp_path)
-    part = archive.read_bytes()[:length]
-    archive.write_bytes(part)
-    with pytest.raises(UsageError) as caught:
-        load_split("tiny-imagenet", "train", str(tmp_path), 64)
-    for word in ("tiny-imagenet-200.zip", "248,100,043", data.TINY_IMAGENET[1]):
-        assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert archive.read_bytes() == part
-    assert [f.name for f in tmp_path.iterdir()] == [archive.name]
-
-
 def test_tiny_imagenet_is_unpacked_whole_or_not_at_all(monkeypatch, tmp_path):
     write_tiny_imagenet(monkeypatch, tmp_path)
 
@@ -269,16 +153,26 @@ def test_tiny_imagenet_is_unpacked_whole_or_not_at_all(monkeypatch, tmp_path):
     assert len(load_split("tiny-imagenet", "test", str(tmp_path), 64).labels) == 4
 
 
-@pytest.mark.parametrize("missing", ["wnids.txt", "train/n02", "val/val_annotations.txt", "val/images/val_2.JPEG"])
-def test_an_incomplete_tiny_imagenet_folder_names_what_is_missing(monkeypatch, tmp_path, missing):
-    write_tiny_imagenet(monkeypatch, tmp_path)
+NEEDED = ("wnids.txt", "train/n02", "train/n02/images", "train/n01/images/n01_0.JPEG")
+NEEDED += ("val/val_annotations.txt", "val/images/val_2.JPEG")
+
+
+@pytest.mark.parametrize("missing", NEEDED)
+def test_an_incomplete_tiny_imagenet_is_named_and_unpacked_anew_once_it_is_removed(monkeypatch, tmp_path, missing):
+    _, expected = write_tiny_imagenet(monkeypatch, tmp_path)
     part = "test" if missing.startswith("val") else "train"
     load_split("tiny-imagenet", part, str(tmp_path), 64)
-    gone = tmp_path / "tiny-imagenet-200" / missing
+    root = tmp_path / "tiny-imagenet-200"
+    gone = root / missing
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     with pytest.raises(UsageError) as caught:
         load_split("tiny-imagenet", part, str(tmp_path), 64)
-    assert str(gone) in str(caught.value) and "\n" not in str(caught.value)
+    line = str(caught.value)
+    assert str(root) in line and "\n" not in line
+    assert str(gone) in line or "5 images" in line
+    assert "remove it, and it is unpacked anew" in line or "listed as an image" in line
+    shutil.rmtree(root)
+    assert load_split("tiny-imagenet", part, str(tmp_path), 64).labels.tolist() == expected[part][1]
 
 
 # digits
@@ -430,34 +324,20 @@ def test_the_cache_tells_equal_names_of_two_classes_apart(tmp_path):
     assert np.array_equal(load_folder(tmp_path).images[0].permute(1, 2, 0), written["train", "dog", 0])
 
 
-@pytest.mark.parametrize("length", [0, 1, 10, 100, 0.5, 0.9, -1])
-def test_a_cut_off_cache_is_decoded_anew(tmp_path, decodes, length):
+def test_a_cache_that_is_cut_off_or_something_else_is_decoded_anew(tmp_path, decodes):
     write_folder(tmp_path)
     images = load_folder(tmp_path).images
     (cache,) = tmp_path.glob("*.pt")
-    content = cache.read_bytes()
-    cache.write_bytes(content[: int(len(content) * length) if isinstance(length, float) else length])
-    assert torch.equal(load_folder(tmp_path).images, images)
-    assert len(decodes) == 8
-    assert torch.equal(load_folder(tmp_path).images, images)
-    assert len(decodes) == 8  # the cache is whole again
-
-
-@pytest.mark.parametrize("content", [b"garbage", b"\x80\x02]q\x00.", b"PK\x03\x04 and no zip", bytes(5000)])
-def test_a_cache_that_is_something_else_is_decoded_anew(tmp_path, content):
-    write_folder(tmp_path)
-    images = load_folder(tmp_path).images
-    (cache,) = tmp_path.glob("*.pt")
-    cache.write_bytes(content)
-    assert torch.equal(load_folder(tmp_path).images, images)
-
-
-def test_a_cache_never_runs_code(tmp_path):
-    write_folder(tmp_path)
-    images = load_folder(tmp_path).images
-    (cache,) = tmp_path.glob("*.pt")
-    torch.save(RunsCode(tmp_path / "executed"), cache)
-    assert torch.equal(load_folder(tmp_path).images, images)
+    whole, code = cache.read_bytes(), io.BytesIO()
+    torch.save(RunsCode(tmp_path / "executed"), code)
+    cut_off = (whole[:n] for n in (0, 1, 10, 100, len(whole) // 2, len(whole) * 9 // 10, -1))
+    others = (b"garbage", b"\x80\x02]q\x00.", b"PK\x03\x04 and no zip", bytes(5000), code.getvalue())
+    for content in (*cut_off, *others):
+        cache.write_bytes(content)
+        decodes.clear()
+        for _ in range(2):  # the second time the cache is whole again
+            assert torch.equal(load_folder(tmp_path).images, images)
+            assert len(decodes) == 4
     assert not (tmp_path / "executed").exists()
 
 
@@ -508,11 +388,6 @@ def test_a_crop_is_a_window_of_the_padded_image(how, size, count):
     assert flips == 0 if how == "crop" else 0.3 * count < flips < 0.7 * count
 
 
-def test_no_augmentation_returns_the_images():
-    images = torch.from_numpy(pixels(0, 5, 3, 16, 16))
-    assert torch.equal(augment(images, "none", generator()), images)
-
-
 @pytest.mark.parametrize("how", ["crop", "crop-flip"])
 def test_augmentation_depends_on_its_generator_alone(how):
     images = torch.from_numpy(pixels(0, 40, 3, 16, 16))
@@ -527,9 +402,10 @@ def test_augmentation_depends_on_its_generator_alone(how):
     assert not torch.equal(augment(images, how, running), first)
 
 
-def test_a_batch_of_one_image_is_augmented():
-    images = torch.from_numpy(pixels(0, 1, 3, 16, 16))
-    assert augment(images, "crop-flip", generator()).shape == (1, 3, 16, 16)
+def test_one_image_is_augmented_and_without_augmentation_none_is():
+    images = torch.from_numpy(pixels(0, 5, 3, 16, 16))
+    assert augment(images[:1], "crop-flip", generator()).shape == (1, 3, 16, 16)
+    assert torch.equal(augment(images, "none", generator()), images)
 
 
 def test_input_is_float_in_zero_to_one():
@@ -556,8 +432,7 @@ def numbered(monkeypatch):
 
 def parts(*flags):
     """(training, selection, test) numbers as lists, after a check that images and labels still belong together."""
-    options = parse_training("", {}, ["--dataset", "digits", *flags])
-    splits = training.load_training_data(options)
+    splits = training.load_training_data(settings("--dataset", "digits", *flags))
     for split in splits:
         assert torch.equal(split.images[:, 0, 0, 0], split.labels.byte())
     return [split.labels.tolist() for split in splits]

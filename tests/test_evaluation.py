@@ -1,19 +1,31 @@
-"""Attacks of the evaluation, its verdicts and its script."""
+"""Attacks of the evaluation, the loop over a split, verdicts, and what the script makes of a checkpoint."""
 
-import itertools
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from utils.attacks import cross_entropy, frozen, image_noise, linf_pgd, margin
-from utils.data import as_input
-from utils.evaluation import percent, pgd40_heads, verdicts, white_box
-from utils.options import UsageError, parse_evaluation, parse_training
+from tests.helpers import checkpoint, digits_checkpoint, digits_split, image_folder
+from tests.tiny_networks import with_ra
+from utils.attacks import (
+    cross_entropy,
+    cross_entropy_over_heads,
+    frozen,
+    image_noise,
+    linf_pgd,
+    margin,
+    margins,
+    noise,
+    pgd,
+    pgd40_heads,
+)
+from utils.data import as_input, subset
+from utils.errors import UsageError
+from utils.evaluation import Subject, over_images, percent, verdicts
+from utils.options import parse
+from utils.recipes import Evaluation
 from utils.robustness import white_attack
-from utils.training import run
 
 EPS, STEP = 0.1, 0.02
 QUICK = ("--attacks", "natural,fgsm,pgd,cw")
@@ -35,10 +47,24 @@ def test_one_step_from_the_image_is_textbook_fgsm(trained):
     model, split, _ = trained
     x, y = as_input(split.images[:8]), split.labels[:8]
     with frozen(model) as net:
-        found = white_box(cross_entropy, EPS, EPS, 1, False, 0)(net, x, y, torch.arange(8))
+        found = pgd(cross_entropy, EPS, EPS, 1, start="image", seed=0)(net, x, y, torch.arange(8))
         z = x.clone().requires_grad_()
         F.cross_entropy(net(z), y).backward()
     assert torch.equal(found, (x + EPS * z.grad.sign()).clamp(0, 1).clamp(x - EPS, x + EPS))
+
+
+def test_starts_are_noise_of_the_images_numbers(trained):
+    """The published ones: uniform in the ball for the table, x + 0.001 N(0, 1) over heads for choosing epochs."""
+    model, split, _ = trained
+    x, y, numbers = as_input(split.images[:6]), split.labels[:6], torch.arange(100, 106)
+    with frozen(model) as net:
+        for attack, objective, start in (
+            (pgd(cross_entropy, EPS, STEP, 2, start="uniform", seed=3), cross_entropy(net, y), EPS),
+            (pgd40_heads(EPS, STEP, 2.0, 3, steps=2), cross_entropy_over_heads(net, y, 2.0), 0.001),
+        ):
+            kind = "uniform" if start == EPS else "normal"
+            x_0 = x + start * image_noise(x, numbers, 3, kind)
+            assert torch.equal(attack(net, x, y, numbers), linf_pgd(x, objective, EPS, STEP, 2, x_0))
 
 
 def test_margin_keeps_attacking_each_image(trained):
@@ -52,13 +78,14 @@ def test_margin_keeps_attacking_each_image(trained):
         alone = [torch.autograd.grad(margin(net, y[i : i + 1])(z[i : i + 1]), z)[0][i] for i in range(6)]
         logits = net(x)
         values = [row[torch.arange(10) != label].max() - row[label] for row, label in zip(logits, y, strict=True)]
+        assert torch.equal(margins(logits, y), torch.stack(values))
         assert float(margin(net, y)(x)) == pytest.approx(float(sum(values)), rel=1e-4)
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)
     assert together.flatten(1).abs().sum(1).min() > 0
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
-def test_noise_of_an_image_depends_on_seed_and_index_alone(kind):
+def test_noise_of_an_image_depends_on_seed_and_number_alone(kind):
     x = torch.zeros(5, 3, 16, 16)
     whole = image_noise(x, torch.arange(5), 1, kind)
     assert torch.equal(whole[3:], image_noise(x[:2], torch.tensor([3, 4]), 1, kind))
@@ -68,63 +95,86 @@ def test_noise_of_an_image_depends_on_seed_and_index_alone(kind):
     assert abs(many.mean()) < 0.02 and abs(many.std() - (1 if kind == "normal" else 3**-0.5)) < 0.02
 
 
-def test_verdicts_do_not_depend_on_the_batch_size(trained):
-    model, split, _ = trained
-    attack = pgd40_heads(0.05, STEP, 2, 1)
-    with frozen(model) as net:
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_loop_over_a_split_keeps_order_and_numbers(shared):
+    split, done = subset(digits_split(), 50), []
+    rows = torch.tensor([40, 3, 17, 8, 30])
+
+    def work(x, labels, numbers):
+        return x.mean((1, 2, 3)), labels, numbers
+
+    means, labels, numbers = over_images(split, rows, 2, work, done.append, shared)
+    assert torch.equal(numbers, split.numbers[rows]) and torch.equal(labels, split.labels[rows])
+    assert torch.allclose(means, as_input(split.images[rows]).mean((1, 2, 3)))
+    assert done == [2, 2, 1]
+
+
+def test_verdicts_do_not_depend_on_the_batch_size():
+    split, (half, seed) = digits_split(), (EPS / 2, 1)
+    attacks = [pgd40_heads(half, STEP, 2.0, seed, steps=10), noise(half, seed, 3)]
+    for objective, step, steps in ((cross_entropy, half, 1), (cross_entropy, STEP, 10), (margin, STEP, 5)):
+        attacks.append(pgd(objective, half, step, steps, start="uniform", seed=seed))
+    with frozen(with_ra()) as net:
         natural = verdicts(net, split, 100)
-        found = [verdicts(net, split, size, attack, natural) for size in (360, 77)]
-    assert (found[0] != found[1]).float().mean() <= 0.005
-    assert not (found[0] & ~natural).any()
-    assert percent(natural) > 80 and percent(found[0]) < percent(natural)
+        for attack in attacks:
+            found = [verdicts(net, split, size, attack, natural) for size in (360, 77)]
+            assert (found[0] != found[1]).float().mean() <= 0.005
+            assert not (found[0] & ~natural).any()
+            assert 0 < percent(found[0]) < percent(natural) or attack is attacks[1]
 
 
-def test_the_script_reports_the_attacks_in_a_table_and_a_log(trained, capsys):
-    _, _, file = trained
-    flags = ["--ckpt_url", str(file), "--limit-test", "60", "--epsilon", "0.05", *QUICK, "--num-steps", "10"]
-    white_attack(parse_evaluation("", flags))
+# The script
+
+
+def run(*flags):
+    white_attack(parse(Evaluation, "", [*map(str, flags)]))
+
+
+def test_a_table_and_a_log_beside_the_checkpoint_at_the_data_set_s_eps(tmp_path, capsys):
+    file = digits_checkpoint(tmp_path / "best_adv_model.pt")
+    flags = ("--ckpt_url", tmp_path, "--limit-test", "30", *QUICK, "--num-steps", "4")
+    run(*flags)
     table = capsys.readouterr().out
-    figures = dict(line.split()[:2] for line in table.splitlines()[4:8])
-    assert list(figures) == ["natural", "FGSM", "PGD-10", "CW-5"]
-    assert float(figures["natural"]) >= float(figures["FGSM"]) >= float(figures["PGD-10"])
+    assert "eps 0.1, step 0.02" in table
+    (start,) = [i for i, line in enumerate(table.splitlines()) if line.startswith("attack ")]
+    figures = dict(line.split()[:2] for line in table.splitlines()[start + 1 : start + 5])
+    assert list(figures) == ["natural", "FGSM", "PGD-4", "CW-2"]
+    assert all(float(figures["natural"]) >= float(figures[name]) for name in figures)
     assert table in (file.parent / "test.log").read_text()
-    white_attack(parse_evaluation("", [*flags, "--seed", "1"]))
-    assert (file.parent / "test.log").read_text().count("\nPGD-10") == 2
-
-
-def test_a_data_set_brings_its_own_eps_and_the_command_wins(trained, capsys):
-    _, _, file = trained
-    for flags, said in (([], "eps 0.1, step 0.02"), (["--epsilon", "8/255"], "eps 0.031373, step 0.02")):
-        white_attack(
-            parse_evaluation("", ["--ckpt_url", str(file), "--limit-test", "4", "--num-steps", "1", *QUICK, *flags])
-        )
-        assert said in capsys.readouterr().out
+    run(*flags, "--epsilon", "8/255")  # the command wins
+    assert "eps 0.031373, step 0.02" in capsys.readouterr().out
+    assert (file.parent / "test.log").read_text().count("\nPGD-4") == 2
 
 
 def test_a_checkpoint_knows_its_data_and_refuses_others(tmp_path, capsys):
-    for part, name in itertools.product(("train", "test"), ("cat", "dog")):
-        (tmp_path / "pets" / part / name).mkdir(parents=True)
-        for i in range(3):
-            noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
-            Image.fromarray(noise).save(tmp_path / "pets" / part / name / f"{i}.png")
-    flags = ["--dataset", "folder", "--data-dir", str(tmp_path / "pets"), "--model-dir", str(tmp_path / "run")]
-    flags += ["--image-size", "16", "--width", "4", "--epochs", "1", "--num-steps", "1"]
-    recipe = {"arch": "ResNet18", "dataset": "cifar10"}
-    run(parse_training("", recipe, flags))
-    (folder,) = tmp_path.glob("run*")
-    short = ["--ckpt_url", str(folder), "--num-steps", "1", *QUICK]
-    white_attack(parse_evaluation("", short))
+    pets = image_folder(tmp_path / "pets")
+    known = {"classes": ["cat", "dog"], "dataset": "folder", "recipe": {"data_dir": str(pets)}}
+    short = ("--ckpt_url", checkpoint(tmp_path / "run.pt", num_classes=2, **known), "--num-steps", "1", *QUICK)
+    run(*short)
     assert "folder, 6 test images" in capsys.readouterr().out
     for part in ("train", "test"):
-        (tmp_path / "pets" / part / "dog").rename(tmp_path / "pets" / part / "eel")
+        (pets / part / "dog").rename(pets / part / "eel")
     with pytest.raises(UsageError, match="other classes"):
-        white_attack(parse_evaluation("", short))
+        run(*short)
 
 
 def test_a_published_bare_state_dict_evaluates(trained, tmp_path, capsys):
-    model, _, _ = trained
-    bare = {f"module.{key}": value for key, value in model.state_dict().items()}
+    bare = {f"module.{key}": value for key, value in trained[0].state_dict().items()}
     torch.save(bare | {"module.sub_block1.layer.0.bn1.weight": torch.ones(1)}, tmp_path / "published.pt")
-    flags = ["--dataset", "digits", "--limit-test", "60", "--num-steps", "2", *QUICK]
-    white_attack(parse_evaluation("", ["--ckpt_url", str(tmp_path / "published.pt"), *flags]))
-    assert "ResNet18 with reverse attention, digits, 60 test images" in capsys.readouterr().out
+    flags = ("--dataset", "digits", "--limit-test", "20", "--num-steps", "2", *QUICK)
+    run("--ckpt_url", tmp_path / "published.pt", *flags)
+    assert "ResNet18 with reverse attention, digits, 20 test images" in capsys.readouterr().out
+
+
+def test_runs_are_named_by_method_and_ablation():
+    for ra, recipe, name in (
+        (True, {"method": "trades", "no_anc": False}, "ANCRA-TRADES"),
+        (True, {"method": "pgd", "no_anc": True}, "PGD-AT-RA"),
+        (False, {"method": "mart", "no_anc": False}, "MART-ANC"),
+        (False, {"method": "pgd", "no_anc": True}, "PGD-AT"),
+        (True, {"method": "pgd"}, "ANCRA-PGD"),
+        (True, {"method": ["?"]}, "best_adv_model"),
+        (True, None, "best_adv_model"),
+    ):
+        info = {"recipe": recipe, "reverse_attention": ra}
+        assert Subject(Path("run/best_adv_model.pt"), None, info, "digits", None, 0.1, 0.02).method == name

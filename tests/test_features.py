@@ -1,7 +1,6 @@
 """Features, distances, negatives, clusters, and feature_distance.py."""
 
-import json
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from models import ARCHS, build_model
-from tests.helpers import checkpoint, execute, image_folder
-from tests.test_data import write_tiny_imagenet
+from tests.helpers import checkpoint, digits_checkpoint, digits_split, execute, image_folder, write_tiny_imagenet
 from utils.attacks import frozen, image_noise
 from utils.data import Split, as_input, load_split
-from utils.evaluation import Subject
+from utils.errors import RunError, UsageError
 from utils.features import (
     BLOCK,
+    METRICS,
+    PAIRS,
     choose_in_blocks,
     class_names,
     clusters,
@@ -23,22 +23,20 @@ from utils.features import (
     distinct,
     extract,
     file_stem,
-    method_name,
     read_distances,
     summary,
     target_classes,
 )
-from utils.options import RunError, UsageError
+from utils.recipes import FEATURES
 
 SCRIPT = "feature_distance.py"
-KEYS = [f"{layer}_{pair}_{metric}" for layer in ("weighted", "unweighted") for pair in ("PP", "NP")
-        for metric in ("cosine", "L2")]  # fmt: skip
+KEYS = list(map("_".join, product(FEATURES, PAIRS, METRICS)))
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def run(here):
+    """A trained network's checkpoint in the current folder."""
+    return digits_checkpoint(here / "run.pt")
 
 
 def measured(run, target, *flags):
@@ -47,42 +45,33 @@ def measured(run, target, *flags):
     return read_distances(run.parent / "distances" / f"found-{target}.npz")
 
 
-def digits_by(model, numbers):
-    """Features of digits of these numbers by the network as it is, unfolded."""
-    with torch.no_grad():
-        return model(as_input(load_split("digits", "test", "", 16).images[torch.from_numpy(numbers)]), heads=True)
-
-
 # features of the networks
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_weighted_features_are_the_unweighted_ones_times_the_predicted_row(arch):
-    """Cell by cell for PreActResNet18, whose 64x64 images give 2x2 cells."""
+    """Cell by cell for PreActResNet18, whose 64x64 images give 2x2 cells; a plain network has one kind of features."""
     size = 64 if arch == "PreActResNet18" else 16
     torch.manual_seed(0)
-    model = build_model(arch, 5, width=1 if arch.startswith("WRN") else 4, image_size=size).double().train()
+    shape = {"width": 1 if arch.startswith("WRN") else 4, "image_size": size}
+    model = build_model(arch, 5, **shape).double().train()
     with torch.no_grad():  # in train mode, where the map of a fresh network does not fade
         heads = model(torch.rand(3, 3, size, size, dtype=torch.float64), heads=True)
         assert torch.allclose(model.classifier(heads.unweighted), heads.auxiliary[-1])
         rows = model.classifier.weight[heads.auxiliary[-1].argmax(1)]
     assert torch.allclose(heads.features, heads.unweighted * rows)
     assert heads.unweighted.max() > 0.1
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_plain_network_has_one_kind_of_features(arch):
-    model = build_model(arch, 5, reverse_attention=False, width=1 if arch.startswith("WRN") else 4, image_size=16)
-    heads = model.eval()(torch.rand(2, 3, 16, 16), heads=True)
+    plain = build_model(arch, 5, reverse_attention=False, **shape).train()
+    heads = plain(torch.rand(2, 3, size, size), heads=True)
     assert torch.equal(heads.features, heads.unweighted)
 
 
 def test_features_do_not_depend_on_the_batch_size_and_must_be_finite(trained):
     model, split, _ = trained
     with frozen(model) as net:
-        one, other = (extract(net, split, torch.arange(360), size) for size in (360, 7))
+        one, other = (extract(net, split, torch.arange(100, 360), size) for size in (360, 7))
         for a, b in zip(one, other, strict=True):
-            assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+            assert a.shape == b.shape and len(a) == 260 and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
         net.conv1.weight[0] = torch.nan
         with pytest.raises(RunError, match="not finite"):
             extract(net, split, torch.arange(360), 100)
@@ -128,38 +117,33 @@ def test_distances_against_numpy():
     assert summary(np.array([1.0, 2, 6])) == {"max": 6, "min": 1, "mean": 3, "variance": 7}
 
 
-def test_an_untouched_image_is_at_distance_0(trained, here):
-    run = here / "run.pt"
-    run.write_bytes(trained[2].read_bytes())
+def test_an_untouched_image_is_at_distance_0(run):
     settings, values = measured(run, 4, "--epsilon", "0", "--test-batch-size", "11")
     assert settings["epsilon"] == 0
-    for layer in ("weighted", "unweighted"):
+    for layer in FEATURES:
         assert np.abs(values[f"{layer}_PP_L2"]).max() <= 1e-6
         assert np.abs(values[f"{layer}_PP_cosine"] - 1).max() <= 1e-6
         assert values[f"{layer}_NP_L2"].min() > 0
 
 
 @pytest.mark.parametrize("target", [0, 7])
-def test_distances_of_a_class_are_those_of_its_images(trained, here, target):
+def test_distances_of_a_class_are_those_of_its_images(trained, run, target):
     """Recomputed by the unfolded network and a loop of its own, whatever the class."""
-    model, split, file = trained
-    run = here / "run.pt"
-    run.write_bytes(file.read_bytes())
+    model, split, _ = trained
     settings, values = measured(run, target, "--num-steps", "3")
-    indices, negatives = values["indices"], values["negatives"]
+    indices, negatives = (torch.from_numpy(values[key]) for key in ("indices", "negatives"))
     assert (settings["dataset"], settings["target"], settings["epsilon"]) == ("digits", target, 0.1)
-    assert np.array_equal(np.sort(indices), (split.labels == target).nonzero().squeeze(1).numpy())
+    assert torch.equal(indices.sort().values, (split.labels == target).nonzero().squeeze(1))
     assert (split.labels[negatives] != target).all()
-    natural, negative = digits_by(model.eval(), indices), digits_by(model, negatives)
     x = as_input(split.images[indices])
-    z = x + 0.001 * image_noise(x, torch.from_numpy(indices), 1, "normal")
+    z = x + 0.001 * image_noise(x, indices, 1, "normal")
     for _ in range(3):
         z.requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(model(z), split.labels[indices], reduction="sum"), z)
         z = (z.detach() + 0.02 * gradient.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
     with torch.no_grad():
-        adversarial = model(z, heads=True)
-    for pair, other in (("PP", adversarial), ("NP", negative)):
+        natural, *others = (model(images, heads=True) for images in (x, z, as_input(split.images[negatives])))
+    for pair, other in zip(PAIRS, others, strict=True):
         for layer, name in (("weighted", "features"), ("unweighted", "unweighted")):
             for metric, expected in compare(getattr(natural, name), getattr(other, name)).items():
                 close = np.isclose(values[f"{layer}_{pair}_{metric}"], expected, rtol=1e-2, atol=1e-3)
@@ -168,10 +152,7 @@ def test_distances_of_a_class_are_those_of_its_images(trained, here, target):
                     assert close.all()
 
 
-def test_one_class_or_all_at_any_batch_size_is_the_same(trained, here, capsys):
-    _, _, file = trained
-    run = here / "run.pt"
-    run.write_bytes(file.read_bytes())
+def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
     flags = ("--n-examples", "120", "--num-steps", "2", "--strategy", "hard")
     _, alone = measured(run, 3, *flags, "--test-batch-size", "9")
     assert execute(SCRIPT, "--model_dir", run, "--target_label", "all", "--name", "all", *flags) == 0
@@ -184,16 +165,13 @@ def test_one_class_or_all_at_any_batch_size_is_the_same(trained, here, capsys):
         assert np.isclose(alone[key], together[key], rtol=1e-2, atol=1e-3).mean() > 0.9, key
     said = capsys.readouterr().out
     assert "alignment" in said and "exclusion" in said and "unweighted" in said
-    labels = load_split("digits", "test", "", 16).labels
     first = np.random.default_rng(0).permutation(360)[:120]  # the images that --n-examples takes everywhere
-    expected = [number for number in first if labels[number] == 3]
+    expected = [number for number in first if digits_split().labels[number] == 3]
     assert together["indices"].tolist() == expected  # numbers in the whole test set, not among the 120
 
 
-def test_adversarial_negatives_look_more_like_the_class(trained, here):
-    run = here / "run.pt"
-    run.write_bytes(trained[2].read_bytes())
-    natural, pushed = (measured(run, 5, "--strategy", s)[1] for s in ("random", "random_adv"))
+def test_adversarial_negatives_look_more_like_the_class(run):
+    natural, pushed = (measured(run, 5, "--epsilon", "0.3", "--strategy", s)[1] for s in ("random", "random_adv"))
     assert np.array_equal(natural["negatives"], pushed["negatives"])
     assert pushed["unweighted_NP_cosine"].mean() > natural["unweighted_NP_cosine"].mean() + 0.05
 
@@ -206,7 +184,7 @@ def test_bare_state_dicts_of_every_network(here, arch, capsys):
     model = build_model(arch, 10, reverse_attention=False, width=width, image_size=16)
     torch.save(model.state_dict(), here / "plain.pt")
     flags = ("--dataset", "digits", "--n-examples", "12", "--num-steps", "1", "--arch", arch)
-    target = load_split("digits", "test", "", 16).labels[np.random.default_rng(0).permutation(360)[0]].item()
+    target = digits_split().labels[np.random.default_rng(0).permutation(360)[0]].item()
     run = here / "plain.pt"
     _, values = measured(run, target, *flags, "--no-ra")
     said = capsys.readouterr().out
@@ -223,8 +201,7 @@ def test_cluster_numbers_against_their_definitions():
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(60) % 3
     features = torch.randn(60, 8, generator=generator) + 2 * torch.randn(3, 8, generator=generator)[labels]
-    x = features.double().numpy()
-    distance = 1 - np.corrcoef(x)
+    distance = 1 - np.corrcoef(features.double().numpy())
     values, agreement = [], []
     for i, label in enumerate(labels.tolist()):
         means = [distance[i, (labels == k).numpy() & (np.arange(60) != i)].mean() for k in range(3)]
@@ -240,21 +217,7 @@ def test_cluster_numbers_against_their_definitions():
 # names
 
 
-def subject(ra, recipe, file="best_adv_model.pt"):
-    return Subject(Path("run") / file, None, {"recipe": recipe, "reverse_attention": ra}, "digits", None, 0.1, 0.02)
-
-
-def test_runs_are_named_by_method_and_ablation():
-    for ra, recipe, name in (
-        (True, {"method": "trades", "no_anc": False}, "ANCRA-TRADES"),
-        (True, {"method": "pgd", "no_anc": True}, "PGD-AT-RA"),
-        (False, {"method": "mart", "no_anc": False}, "MART-ANC"),
-        (False, {"method": "pgd", "no_anc": True}, "PGD-AT"),
-        (True, {"method": "pgd"}, "ANCRA-PGD"),
-        (True, {"method": ["?"]}, "best_adv_model"),
-        (True, None, "best_adv_model"),
-    ):
-        assert method_name(subject(ra, recipe)) == name
+def test_names_are_told_apart_and_fit_into_files():
     assert distinct(["a", "a"], ["b", "c"]) == ["b", "c"]
     assert distinct(["a", "a"], ["b", "b"]) == ["a 1", "a 2"]
     assert file_stem("a b/c", "", "../x") == "a_b_c-.._x"
@@ -264,11 +227,10 @@ def test_classes_by_name_number_and_word():
     words = ("goldfish, Carassius auratus", "crane", "crane, wading bird")
     split = Split(torch.zeros(3), torch.tensor([0, 1, 1]), ("n1", "n2", "n3"), words)
     assert class_names(split) == ["goldfish", "crane (n2)", "crane (n3)"]
-    assert (
-        target_classes("carassius auratus", split) == target_classes("n1", split) == target_classes("0", split) == [0]
-    )
+    for wanted in ("carassius auratus", "n1", "0"):
+        assert target_classes(wanted, split) == [0]
     assert target_classes("all", split) == [0, 1]
-    for wanted, said in (("crane", "1, 2"), ("goldfis", "did you mean goldfish"), ("3", "0 to 2"), ("-1", "0 to 2"),
+    for wanted, said in (("crane", "1, 2"), ("goldfis", "the first are goldfish"), ("3", "0 to 2"), ("-1", "0 to 2"),
                          ("n3", "no image"), ("٣", "no class")):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             target_classes(wanted, split)
@@ -301,22 +263,24 @@ def test_names_of_cifar_are_torchvision_s(monkeypatch):
 
 # bad input
 
+RUN_3 = ("--model_dir", "run.pt", "--target_label", "3")
+
 
 @pytest.mark.parametrize(
     "flags, said",
     [
         ((), "--model_dir is required"),
-        (("--model_dir", "run.pt"), "--target_label is required"),
-        (("--model_dir", "run.pt", "--target_label", "cat"), "no class 'cat'"),
-        (("--model_dir", "run.pt", "--target_label", "10"), "from 0 to 9, a name, or all; the first are 0, 1"),
-        (("--model_dir", "run.pt", "--target_label", "3", "--n-examples", "1"), "no image among the 1"),
-        (("--model_dir", "run.pt", "--target_label", "all", "--n-examples", "1"), "single class"),
-        (("--model_dir", "run.pt", "--target_label", "3", "--dataset", "cifar10"), "16"),
+        (RUN_3[:2], "--target_label is required"),
+        ((*RUN_3[:3], "cat"), "no class 'cat'"),
+        ((*RUN_3[:3], "10"), "from 0 to 9, a name, or all; the first are 0, 1"),
+        ((*RUN_3, "--n-examples", "1"), "no image among the 1"),
+        ((*RUN_3[:3], "all", "--n-examples", "1"), "single class"),
+        ((*RUN_3, "--dataset", "cifar10"), "16"),
         (("--model_dir", "five.pt", "--target_label", "3"), "5 classes"),
         (("--model_dir", "nowhere", "--target_label", "3"), "nowhere does not exist"),
-        (("--model_dir", "run.pt", "--target_label", "3", "--name", "a/b"), "--out"),
-        (("--model_dir", "run.pt", "--target_label", "3", "--strategy", "near"), "invalid choice"),
-        (("--model_dir", "run.pt", "--target_label", "3", "--out", "run.pt"), "run.pt cannot be written"),
+        ((*RUN_3, "--name", "a/b"), "--out"),
+        ((*RUN_3, "--strategy", "near"), "invalid choice"),
+        ((*RUN_3, "--out", "run.pt"), "run.pt cannot be written"),
     ],
 )
 def test_bad_input_of_feature_distance(here, refused, flags, said):
@@ -341,8 +305,6 @@ def test_a_folder_sorted_by_class_has_negatives_of_others(here):
     run = checkpoint(here / "run.pt", num_classes=2, classes=["cat", "dog"], dataset="folder")
     flags = ("--data-dir", root, "--num-steps", "1")
     assert execute(SCRIPT, "--model_dir", run, "--target_label", "cat", "--name", "pets", *flags) == 0
-    settings, values = read_distances(here / "distances" / "pets-0.npz")
-    assert settings["target_name"] == "cat" and values["indices"].tolist() == [0, 1, 2]
-    assert values["negatives"].tolist() == [3, 3, 3]
-    with np.load(here / "distances" / "pets-0.npz", allow_pickle=False) as content:
-        assert json.loads(str(content["settings"]))["strategy"] == "random"
+    settings, values = read_distances(here / "distances" / "pets-0.npz")  # by numpy without pickles
+    assert (settings["target_name"], settings["strategy"]) == ("cat", "random")
+    assert values["indices"].tolist() == [0, 1, 2] and values["negatives"].tolist() == [3, 3, 3]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import utils.training as training
-from utils.options import parse_training
+from tests.helpers import train
 
 FLAGS = (
     "--dataset=digits", "--width=1", "--limit-train=500", "--limit-test=20", "--batch-size=2", "--num-steps=1",
@@ -33,12 +33,11 @@ def test_two_thousand_steps_hold_no_more_memory_and_files(tmp_path, monkeypatch)
         return real(*args)
 
     monkeypatch.setattr(training, "attack_batch", counting)
-    training.run(parse_training("", {"arch": "ResNet18"}, [*FLAGS, "--model-dir", str(tmp_path / "run")]))
+    run = train(tmp_path, *FLAGS)
     assert len(memory) == 2000
     first, last = max(memory[400:500]), max(memory[1900:])
     print(f"{first / 1e6:.1f} MB at step 500, {last / 1e6:.1f} MB at step 2000; {max(files)} files")
     assert last <= 1.02 * first
     assert max(files[1000:]) <= max(files[:1000])  # matplotlib keeps two fonts open once it has drawn
     assert len(os.listdir("/proc/self/fd")) <= max(files) - 1  # the lock is released
-    (run,) = tmp_path.glob("run*")
     assert (run / "train.log").stat().st_size < 10_000

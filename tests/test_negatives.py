@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.golden_numbers import FOLDER
-from utils.negatives import choose_negatives
-from utils.options import STRATEGIES
+from utils.negatives import STRATEGIES, choose_negatives
 
 GOLDEN = np.load(FOLDER / "negatives.npz")
 

@@ -3,61 +3,28 @@
 import copy
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils.training as training
 from models import ARCHS, build_model
 from tests.golden_numbers import assert_near
-from utils import attacks, precision
-from utils.attacks import Bfloat16, cross_entropy, frozen
-from utils.data import as_input, load_split
-from utils.evaluation import pgd40_heads, verdicts, white_box
+from tests.helpers import RUN, a_few_steps, python, settings, some_batch, train
+from utils import attacks
+from utils.attacks import Bfloat16, cross_entropy, frozen, pgd, pgd40_heads
+from utils.devices import compile_for_training
+from utils.errors import RunError, UsageError
+from utils.evaluation import verdicts
 from utils.negatives import choose_negatives
-from utils.options import RunError, parse_training
+from utils.step import attack_batch, training_loss
 
-ROOT = Path(__file__).parent.parent
-RA = {"arch": "ResNet18", "dataset": "cifar10", "model_dir": "./model/ANCRA"}
-TINY = [
-    "--dataset=digits", "--width=4", "--limit-train=24", "--limit-test=12", "--batch-size=10", "--num-steps=2",
-    "--epochs=1", "--warmup-epochs=0",
-]  # fmt: skip
+ONE = ("--epochs", 1)
 
-
-def options(*flags):
-    return parse_training("", RA, [*TINY, *map(str, flags)])
-
-
-def train(tmp_path, *flags):
-    training.run(options("--model-dir", tmp_path / "run", *flags))
-    (found,) = tmp_path.glob("run*")
-    return found
-
-
-def some_batch(count=12, size=16, classes=4):
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, 3, size, size, generator=generator), torch.arange(count) % classes
-
-
-def a_few_steps(model, x, labels, steps=4):
-    """Train, so that BatchNorm's scales, shifts and statistics are no longer those of a new network."""
-    optimizer = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
-    for _ in range(steps):
-        heads = model(x, labels, heads=True)
-        loss = sum(F.cross_entropy(logits, labels) for logits in (heads.final, *heads.auxiliary))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 class Calls(TorchDispatchMode):
@@ -75,21 +42,11 @@ class Calls(TorchDispatchMode):
         return [args for operator, args in self.seen if operator == name]
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """A small network after three epochs of adversarial training on digits, in eval mode, and the test images."""
+def a_network(width=8):
+    """A ResNet-18 for 4 classes, a few steps trained, and a batch."""
     torch.manual_seed(0)
-    split, o = load_split("digits", "train", "", 16), options("--num-steps", 3, "--step-size", 0.04, "--no-anc")
-    model = build_model("ResNet18", 10, width=8, image_size=16).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
-    for epoch in range(1, 4):
-        for images, labels in zip(split.images.split(64), split.labels.split(64), strict=True):
-            attacked = training.attack_batch(model, as_input(images), labels, o, torch.Generator(), epoch)
-            loss, *_ = training.training_loss(model, as_input(images), labels, attacked, o)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.eval(), load_split("digits", "test", "", 16)
+    x, labels = some_batch()
+    return a_few_steps(build_model("ResNet18", 4, width=width, image_size=16), x, labels), x, labels
 
 
 # Attacks see the network that is trained
@@ -114,28 +71,26 @@ def test_folded_logits_are_the_trained_network_s(arch, reverse_attention):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["heads", "final"])
-def test_verdicts_of_pgd40_are_those_of_the_plain_network(digits, kind):
-    model, split = digits
+def test_verdicts_of_pgd40_are_those_of_the_plain_network(trained, kind):
+    model, split, _ = trained
     plain = copy.deepcopy(model).requires_grad_(False)
     attack = {
         "heads": pgd40_heads(0.1, 0.02, 2, 1),
-        "final": white_box(cross_entropy, 0.1, 0.02, 40, True, 1),
+        "final": pgd(cross_entropy, 0.1, 0.02, 40, start="uniform", seed=1),
     }[kind]
     with frozen(model) as net:
         folded, unfolded = (verdicts(n, split, 360, attack) for n in (net, plain))
-    assert 0.2 < folded.float().mean() < 0.95
+    assert 0 < folded.sum() < verdicts(plain, split, 360).sum()
     assert (folded != unfolded).float().mean() <= 0.005
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_an_attack_leaves_the_training_network_as_it_was(amp):
-    x, labels = some_batch()
-    model = build_model("ResNet18", 4, width=8, image_size=16)
-    a_few_steps(model, x, labels)
+    model, x, labels = a_network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = [p.grad.clone() for p in model.parameters()]
     with Calls() as calls:
-        training.attack_batch(model, x, labels, options("--amp", amp, "--strategy", "hard_adv"), torch.Generator(), 1)
+        attack_batch(model, x, labels, settings(*RUN, "--amp", amp, "--strategy", "hard_adv"), torch.Generator(), 1)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -174,7 +129,7 @@ def test_forwards_of_a_step(tmp_path, monkeypatch, flags, small, forwards, attac
 
     monkeypatch.setattr(training, "build_model", build)
     monkeypatch.setattr(training, "evaluate", lambda *args: (0, 0))
-    train(tmp_path, *flags)
+    train(tmp_path, *ONE, *flags)
     trained = sum(module is networks[0] for module in seen)
     assert (trained, len(seen) - trained) == (3 * forwards, 3 * attacked)  # three batches
 
@@ -205,54 +160,34 @@ def test_a_frozen_copy_is_gone_when_its_attack_is_over():
         gc.enable()
 
 
-def test_peak_memory_does_not_grow_over_an_epoch():
-    """A process of its own, whose peak is that of its steps: 3 of them, then 40 more; a copy kept a step adds 40 MB."""
-    code = """
-import torch
-from tests.benchmarks import Step
-from utils.precision import peak_memory
-job = Step("ResNet18", 12, 16, 4, 10, torch.device("cpu"))
-for step in range(43):
-    job.ours(num_steps=1)
-    if step in (2, 42):
-        print(peak_memory(torch.device("cpu")) // 10**6)
-"""
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    early, late = map(int, said.split())
-    assert late - early < 20
-
-
-def test_peak_memory_is_that_of_the_process_alone():
-    """Not that of the one that started it, and of memory that is no longer held, too."""
+def test_peak_memory_is_that_of_the_process_alone_and_does_not_grow():
+    """Not that of the one that started it, and of memory that is no longer held, too; a copy kept adds 3 MB a step."""
     held = b"1" * 1_500_000_000
     code = """
 import torch
-from utils.precision import peak_memory
-device = torch.device("cpu")
-before = peak_memory(device)
+from tests.benchmarks import Step
+from utils.devices import peak_memory
+device, job, said = torch.device("cpu"), Step("ResNet18", 12, 16, 4, 16, torch.device("cpu")), []
+for step in range(23):
+    job.ours(num_steps=1)
+    if step in (2, 22):
+        said.append(peak_memory(device))
 torch.ones(10**8)
-print(before, peak_memory(device))
+print(*said, peak_memory(device))
 """
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    before, after = map(int, said.split())
-    assert before < 10**9 < len(held)
-    assert after - before == pytest.approx(4 * 10**8, rel=0.1)
-
-
-def test_an_epoch_reports_its_peak_memory(tmp_path):
-    log = (train(tmp_path) / "train.log").read_text()
-    assert 0.1 < float(log.split("peak memory ")[1].split(" GB")[0]) < 1000
+    done = python("-c", code)
+    early, late, after = (int(peak) / 1e6 for peak in done.stdout.split())
+    assert early < 1000 < len(held) / 1e6
+    assert late - early < 20
+    assert after - late == pytest.approx(400, rel=0.1)
 
 
 # --amp bf16
 
 
 def test_bfloat16_is_the_network_s_business_alone():
-    x, labels = some_batch()
-    model = build_model("ResNet18", 4, width=8, image_size=16)
-    a_few_steps(model, x, labels)
-    exact = options()
-    rounded = options("--amp", "bf16")
+    model, x, labels = a_network()
+    exact, rounded = settings(*RUN), settings(*RUN, "--amp", "bf16")
     with frozen(model, "bf16") as net:
         assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Conv2d)} == {torch.bfloat16}
         assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Linear)} == {torch.float32}
@@ -261,11 +196,11 @@ def test_bfloat16_is_the_network_s_business_alone():
     with frozen(model) as net:
         assert_near(heads.final, net(x), 0.05)
         assert not torch.equal(heads.final, net(x))
-    attacked = training.attack_batch(model, x, labels, rounded, torch.Generator().manual_seed(0), 1)
-    for images in attacked[:2]:
+    attacked = attack_batch(model, x, labels, rounded, torch.Generator().manual_seed(0), 1)
+    for images in (attacked.adversarial, attacked.negative):
         assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
-    assert (attacked[0] - x).abs().max() <= rounded.epsilon + 1e-6
-    losses = [training.training_loss(copy.deepcopy(model), x, labels, attacked, o)[0] for o in (exact, rounded)]
+    assert (attacked.adversarial - x).abs().max() <= rounded.epsilon + 1e-6
+    losses = [training_loss(copy.deepcopy(model), x, labels, attacked, s).loss for s in (exact, rounded)]
     assert losses[1].dtype == torch.float32
     assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=0.05)
     losses[1].backward()
@@ -280,10 +215,12 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_evaluates_in_float32(tmp_pa
         return real(net, *args, **kwargs)
 
     monkeypatch.setattr(training, "verdicts", in_float32)
-    run = train(tmp_path, "--amp", "bf16")
+    run = train(tmp_path, *ONE, "--amp", "bf16")
     assert run.name.endswith("-amp-bf16")
     assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16 autocast over float32 weights"
-    assert "bfloat16 autocast" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bfloat16 autocast" in said
+    assert 0.1 < float(said.split("peak memory ")[1].split(" GB")[0]) < 1000  # of each epoch
     state = torch.load(run / "last_state.pt", weights_only=True)
     assert {v.dtype for v in state["model"].values()} == {torch.float32, torch.int64}
     assert {s["momentum_buffer"].dtype for s in state["optimizer"]["state"].values()} == {torch.float32}
@@ -291,23 +228,7 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_evaluates_in_float32(tmp_pa
 
 def test_what_is_not_finite_is_caught_in_bfloat16_too(tmp_path):
     with pytest.raises(RunError, match=r"not finite|the loss is"):
-        train(tmp_path, "--amp", "bf16", "--lr", "1e20")
-
-
-@pytest.mark.parametrize(("gain", "said"), [(1.9, False), (0.52, True)])
-def test_a_device_that_bfloat16_slows_down_is_named(tmp_path, monkeypatch, capsys, gain, said):
-    monkeypatch.setattr(training, "bfloat16_gain", lambda device: gain)
-    train(tmp_path, "--amp", "bf16")
-    line = (
-        "--amp bf16: matrix products in bfloat16 run at 0.52 times the rate of float32 here, so this is likely slower"
-    )
-    assert (line in capsys.readouterr().err) == said
-
-
-def test_the_gain_of_bfloat16_is_the_ratio_of_two_measured_times(monkeypatch):
-    seconds = iter([0, 4, 4, 5] * 3)  # each float32 product takes 4, each bfloat16 one 1
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(seconds))
-    assert precision.bfloat16_gain(torch.device("cpu")) == 4
+        train(tmp_path, *ONE, "--amp", "bf16", "--lr", "1e20")
 
 
 # --tf32 and --compile
@@ -328,22 +249,18 @@ def test_tf32_is_for_training_on_cuda_alone(tmp_path, monkeypatch, capsys):
 
     note("train_epoch")
     note("evaluate")
-    train(tmp_path, "--tf32")
+    train(tmp_path, *ONE, "--tf32")
     assert seen == {"train_epoch": [True, True], "evaluate": [False, False]}
     assert capsys.readouterr().err.splitlines()[-1].endswith("--tf32 accepted, no effect here")
-    train(tmp_path / "without")
+    train(tmp_path / "without", *ONE)
     assert seen["train_epoch"] == [False, False]
     assert "tf32" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_one_line(tmp_path):
-    environment = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_CIFAR10_ResNet.py", *TINY, "--compile", "--model-dir", tmp_path / "run"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = python("train_CIFAR10_ResNet.py", *RUN, "--compile", "--model-dir", tmp_path / "run", **environment)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("train_CIFAR10_ResNet.py: error: --compile: torch.compile does not work here")
@@ -351,11 +268,21 @@ def test_a_missing_compiler_is_one_line(tmp_path):
     assert not list(tmp_path.glob("run*"))
 
 
+def test_no_compilation_is_wrong_use_before_anything_is_written(tmp_path, monkeypatch):
+    def fail(function, **how):
+        raise RuntimeError("no compiler\nand much else")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UsageError, match=r"--compile: torch.compile does not work here \(no compiler\); install"):
+        train(tmp_path, "--compile")
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_compilation_leaves_keys_and_copies_alone(monkeypatch):
     model = build_model("ResNet18", 4, width=4, image_size=16)
     keys = list(model.state_dict())
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
-    precision.compile_for_training(model, torch.device("cpu"))
+    compile_for_training(model, torch.device("cpu"))
     assert model._compiled_call_impl is not None
     assert list(model.state_dict()) == keys
     with frozen(model) as net:  # that of the evaluation, not compiled

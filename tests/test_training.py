@@ -1,11 +1,10 @@
 """Runs on digits: what they write, and that a stopped run continues exactly."""
 
-import csv
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -13,69 +12,35 @@ import torch
 
 import utils.training as training
 from models import build_model
+from tests.conftest import shorten_runs
+from tests.helpers import PLAIN, RA, ROOT, SCRIPTS, assert_same_run, files, folder, metrics, python, settings, train
 from utils import runs
 from utils.checkpoints import load_model
-from utils.options import RunError, Stopped, UsageError, parse_evaluation, parse_training
+from utils.errors import RunError, Stopped, UsageError
+from utils.figures import draw_curves
+from utils.options import parse, parse_training
+from utils.recipes import Evaluation
+from utils.step import first_head_right
 
-ROOT = Path(__file__).parent.parent
-RA = {"arch": "ResNet18", "dataset": "cifar10", "model_dir": "./model/ANCRA"}
-PLAIN = RA | {"no_ra": True, "no_anc": True}
-TINY = [
-    "--dataset=digits", "--width=4", "--limit-train=24", "--limit-test=12", "--batch-size=10", "--num-steps=2",
-    "--epochs=2", "--warmup-epochs=0",
-]  # fmt: skip
+TWO = ("--milestones", 2)
 
-
-@pytest.fixture(autouse=True)
-def short_evaluation(monkeypatch):
-    """PGD-40 with 2 steps: these tests look at the loop, test_evaluation.py at the attack."""
-    real = training.pgd40_heads
-    monkeypatch.setattr(training, "pgd40_heads", lambda *args, **kwargs: real(*args, **kwargs, steps=2))
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 
-def train(tmp_path, *flags, recipe=RA):
-    options = parse_training("", recipe, [*TINY, "--model-dir", str(tmp_path / "run"), *map(str, flags)])
-    training.run(options)
-    return folder(tmp_path)
-
-
-def folder(tmp_path):
-    (found,) = tmp_path.glob("run*")
-    return found
-
-
-def metrics(run):
-    with open(run / "metrics.csv") as file:
-        return [{key: value for key, value in row.items() if "second" not in key} for row in csv.DictReader(file)]
-
-
-def assert_same_run(one, other):
-    states = [torch.load(run / "last_state.pt", weights_only=True) for run in (one, other)]
-    for key in ("model", "optimizer", "generator"):
-        assert_equal(states[0][key], states[1][key])
-    assert metrics(one) == metrics(other)
-    for name in ("model-wrn-last.pt", "best_adv_model.pt"):
-        assert_equal(*(torch.load(run / name, weights_only=True)["model"] for run in (one, other)))
-
-
-def assert_equal(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An undisturbed run of two epochs, whose rate falls in the second -> its folder, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_runs(patch)
+        return train(tmp_path_factory.mktemp("straight"), *TWO)
 
 
 @pytest.mark.parametrize("method", ["pgd", "trades", "mart"])
 @pytest.mark.parametrize("flags", [(), ("--no-ra",), ("--no-anc",), ("--no-ra", "--no-anc")])
 def test_every_method_with_and_without_each_part(tmp_path, method, flags):
-    rows = metrics(train(tmp_path, "--method", method, *flags))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(float(row["loss"]) > 0 for row in rows)
-    assert any(float(row["contrast"]) > 0 for row in rows) == ("--no-anc" not in flags)
+    (row,) = metrics(train(tmp_path, "--method", method, *flags, "--epochs", 1))
+    assert row["epoch"] == "1" and float(row["loss"]) > 0
+    assert (float(row["contrast"]) > 0) == ("--no-anc" not in flags)
 
 
 @pytest.mark.parametrize("strategy", [s + a for s in ("random", "soft", "hard", "easy") for a in ("", "_adv")])
@@ -94,7 +59,8 @@ def test_other_networks_and_objectives(tmp_path, arch, recipe):
     assert not model.training and model(torch.rand(2, 3, 16, 16)).shape == (2, 10)
 
 
-def test_what_a_run_writes(tmp_path, capsys):
+def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "draw_curves", draw_curves)
     run = train(tmp_path, "--save-freq", 2)
     said = capsys.readouterr().out
     published, special = run.name.split("-digits-")
@@ -108,31 +74,29 @@ def test_what_a_run_writes(tmp_path, capsys):
     record = json.loads((run / "run.json").read_text())
     assert record["settings"]["epsilon"] == 0.1 and record["seed"] == 1 and record["versions"]["torch"]
     rows = metrics(run)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     best = max(rows, key=lambda row: float(row["pgd40_heads_accuracy"]))
     assert load_model(run)[1]["epoch"] == int(best["epoch"])
     assert "trades, reverse attention" in said and "test_white_attack.py --ckpt_url" in said
     assert said.splitlines()[-4:] == (run / "train.log").read_text().splitlines()[-4:]
 
 
-def test_same_seed_same_run_and_another_seed_another(tmp_path):
-    one, two = train(tmp_path / "1"), train(tmp_path / "2")
-    assert_same_run(one, two)
-    other = train(tmp_path / "3", "--seed", 2)
-    assert metrics(other) != metrics(one)
+def test_same_seed_same_run_and_another_seed_another(straight, tmp_path):
+    assert_same_run(straight, train(tmp_path / "same", *TWO))
+    assert metrics(train(tmp_path / "other", *TWO, "--seed", 2)) != metrics(straight)
 
 
-def test_stop_between_epochs_and_resume(tmp_path, capsys):
-    straight = train(tmp_path / "1", "--epochs", 4, "--milestones", 3)
-    train(tmp_path / "2", "--epochs", 2, "--milestones", 3)
-    resumed = train(tmp_path / "2", "--epochs", 4, "--milestones", 3, "--resume")
+def test_stop_between_epochs_and_resume(straight, tmp_path, capsys):
+    train(tmp_path, *TWO, "--epochs", 1)
+    resumed = train(tmp_path, *TWO, "--epochs", 2, "--resume")
     assert_same_run(straight, resumed)
-    assert "--epochs: the run has 2, the command 4; the command's wins" in capsys.readouterr().out
+    assert [float(row["lr"]) for row in metrics(resumed)] == pytest.approx([0.03, 0.003])
+    assert "--epochs: the run has 1, the command 2; the command's wins" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("signum", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 @pytest.mark.parametrize("where", ["attack_batch", "verdicts"])
-def test_signals_inside_an_epoch_or_an_evaluation(tmp_path, monkeypatch, signum, word, where):
-    straight = train(tmp_path / "1")
+def test_signals_inside_an_epoch_or_an_evaluation(straight, tmp_path, monkeypatch, signum, word, where):
     real, calls = getattr(training, where), []
 
     def interrupting(*args, **kwargs):
@@ -143,26 +107,24 @@ def test_signals_inside_an_epoch_or_an_evaluation(tmp_path, monkeypatch, signum,
 
     monkeypatch.setattr(training, where, interrupting)
     with pytest.raises(Stopped, match=f"{word}; continue by: python .* --resume ") as stopped:
-        train(tmp_path / "2")
+        train(tmp_path, *TWO)
     assert stopped.value.args[0] == signum
     monkeypatch.setattr(training, where, real)
-    assert_same_run(straight, train(tmp_path / "2", "--resume", folder(tmp_path / "2")))
+    assert_same_run(straight, train(tmp_path, "--resume", folder(tmp_path)))
 
 
-def test_resume_says_which_settings_win(tmp_path, capsys):
-    run = train(tmp_path)
-    before = {f.name: f.read_bytes() for f in run.glob("*.pt")}
+def test_what_is_there_stays(straight, tmp_path, capsys):
+    """A second run does not overwrite the first; a resume says which settings win, and has nothing left to train."""
+    run = Path(shutil.copytree(straight, tmp_path / straight.name))
+    before = files(run)
+    with pytest.raises(UsageError, match=r"holds a run already; continue it by --resume, or name another --model-dir"):
+        train(tmp_path, *TWO)
+    assert files(run) == before
     train(tmp_path, "--lr", 5, "--resume", run)
     assert "--lr: the run has 0.03, the command 5.0; the run's wins" in capsys.readouterr().out
-    assert {f.name: f.read_bytes() for f in run.glob("*.pt")} == before
-
-
-def test_a_second_run_does_not_overwrite_the_first(tmp_path):
-    run = train(tmp_path)
-    before = {f.name: f.read_bytes() for f in run.iterdir()}
-    with pytest.raises(UsageError, match=r"holds a run already; continue it by --resume, or name another --model-dir"):
-        train(tmp_path)
-    assert {f.name: f.read_bytes() for f in run.iterdir()} == before
+    assert {file: content for file, content in files(run).items() if file.suffix == ".pt"} == {
+        file: content for file, content in before.items() if file.suffix == ".pt"
+    }
 
 
 def test_restart_from_weights_with_a_fresh_optimiser(tmp_path):
@@ -178,8 +140,8 @@ def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(
     real = training.training_loss
 
     def failing(model, x, *args):
-        loss, *rest = real(model, x, *args)
-        return (loss * float("nan") if len(x) == 4 and failing.armed else loss, *rest)
+        terms = real(model, x, *args)
+        return terms._replace(loss=terms.loss * float("nan")) if len(x) == 4 and failing.armed else terms
 
     failing.armed = False
     monkeypatch.setattr(training, "training_loss", failing)
@@ -215,22 +177,32 @@ def test_a_resume_with_other_data_is_refused_and_records_itself_otherwise(tmp_pa
     record = json.loads((run / "run.json").read_text())
     assert [r["settings"]["epochs"] for r in (*record["earlier"], record)] == [1, 2, 3]
     real = training.load_training_data
-    monkeypatch.setattr(training, "load_training_data", lambda o: (real(o)[0].take(torch.arange(20)), *real(o)[1:]))
+    monkeypatch.setattr(
+        training, "load_training_data", lambda s: real(s)._replace(train=real(s).train.take(torch.arange(20)))
+    )
     with pytest.raises(UsageError, match="was trained on 24 images of 10 classes"):
         train(tmp_path, "--epochs", 4, "--resume", run)
 
 
 def test_a_stop_in_the_final_report_leaves_the_last_state_as_it_is(tmp_path, monkeypatch):
-    flags = ("--val-size", 20, "--epochs", 3)
+    """The report evaluates the best epoch, here another than the last, whose network the last state holds."""
+    real, verdicts, evaluations = training.evaluate, training.verdicts, []
+
+    def falling(*args):
+        evaluations.append(1)
+        real(*args)
+        return 50.0, 50.0 - len(evaluations)
+
+    monkeypatch.setattr(training, "evaluate", falling)
+    flags = ("--val-size", 20, *TWO)
     straight = train(tmp_path / "1", *flags)
-    assert load_model(straight)[1]["epoch"] != 3  # the best epoch is another than the last
-    real, calls = training.verdicts, []
+    assert load_model(straight)[1]["epoch"] == 1 and len(evaluations) == 3
+    evaluations.clear()
 
     def interrupting(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 7:  # two in each of three epochs, then the report's
+        if len(evaluations) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(*args, **kwargs)
+        return verdicts(*args, **kwargs)
 
     monkeypatch.setattr(training, "verdicts", interrupting)
     with pytest.raises(Stopped):
@@ -239,7 +211,7 @@ def test_a_stop_in_the_final_report_leaves_the_last_state_as_it_is(tmp_path, mon
 
 
 def test_held_out_images_select_and_the_test_set_is_reported(tmp_path, capsys):
-    train(tmp_path, "--val-size", 20)
+    train(tmp_path, "--val-size", 20, "--epochs", 1)
     said = capsys.readouterr().out
     assert "on 20 held-out training images" in said and "best epoch on the test set" in said
 
@@ -250,21 +222,27 @@ def test_evaluation_every_few_epochs_and_after_the_last(tmp_path):
 
 
 def test_learning_rate_falls_at_absolute_milestones():
-    options = parse_training("", RA, ["--epochs", "80"])
-    rates = {epoch: training.learning_rate(options, epoch) for epoch in (1, 74, 75, 90, 100)}
+    rates = {epoch: training.learning_rate(settings("--epochs", 80), epoch) for epoch in (1, 74, 75, 90, 100)}
     assert rates == pytest.approx({1: 0.01, 74: 0.01, 75: 1e-3, 90: 1e-4, 100: 1e-5})
 
 
 def test_defaults_are_the_published_recipe():
-    options = parse_training("", RA, [])
     expected = {
         "batch_size": 128, "test_batch_size": 100, "epochs": 120, "lr": 0.01, "weight_decay": 2e-4, "momentum": 0.9,
         "epsilon": 8 / 255, "num_steps": 10, "step_size": 0.007, "strategy": "random_adv", "beta": 6, "alpha": 1,
         "zeta": 3, "cr_beta": 2, "seed": 1, "width": None, "augmentation": "crop-flip", "val_size": 0,
     }  # fmt: skip
-    assert {key: getattr(options, key) for key in expected} == expected
-    assert parse_training("", RA, ["--dataset", "cifar100"]).width is None
-    assert parse_evaluation("", ["--ckpt_url", "x"]).num_steps == 40
+    assert {key: getattr(settings(), key) for key in expected} == expected
+    assert settings("--dataset", "cifar100").width is None
+    assert settings("--method", "mart").beta == 5 and settings("--arch", "WRN-28-10").zeta == 6
+    given = settings("--method", "mart", "--beta", 6, "--arch", "WRN-28-10", "--zeta", 3)
+    assert given.beta == 6 and given.zeta == 3
+    assert parse(Evaluation, "", ["--ckpt_url", "x"]).num_steps == 40
+
+
+def test_settings_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        settings().lr = 1.0
 
 
 def test_accuracies_of_training_forwards_do_not_see_the_label():
@@ -272,13 +250,13 @@ def test_accuracies_of_training_forwards_do_not_see_the_label():
     model = build_model("ResNet18", 10, width=8, image_size=16).train()
     x, labels = torch.rand(64, 3, 16, 16), torch.randint(0, 10, (64,))
     heads, others = model(x, labels, heads=True), model(x, labels.roll(1), heads=True)
-    assert training.first_head_right(heads, labels) == training.first_head_right(others, labels)
+    assert first_head_right(heads, labels) == first_head_right(others, labels)
     assert not torch.equal(heads.final, others.final)
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in ROOT.glob("train_*.py")))
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("train_")])
 def test_scripts_take_their_recipe(script):
-    said = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
+    said = python(ROOT / script, "--help").stdout
     arch = "PreActResNet18" if "PreAct" in script else "WRN-34-10" if "Wide" in script else "ResNet18"
     assert f"network (default: {arch})" in " ".join(said.split())
     rate = "0.1" if "PreAct" in script else "0.01"

@@ -20,7 +20,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
 from models import Heads
-from utils.attacks import Attack, Objective, margins, pgd
+from utils.attacks import Attack, margins, pgd
 from utils.autoattack import Listener
 
 VERSION = 1  # raise it when a view or the attack changes, so that kept results are not reused
@@ -69,17 +69,14 @@ def transfer(surrogate: nn.Module) -> View:
 
 def views(reverse_attention: bool, auxiliary_weight: float, surrogate: nn.Module | None = None) -> dict[str, View]:
     """Every view of a network by name. auxiliary_weight: lambda of the loss over heads that it was trained with."""
-    if not reverse_attention:
-        known: dict[str, View] = {"final": plain}
-    else:
-        known = {
-            "final": plain,
+    known: dict[str, View] = {"final": plain}
+    half = auxiliary_weight / 2
+    if reverse_attention:
+        known |= {
             "auxiliary 1": of_heads(lambda heads: [(1, heads.auxiliary[0])]),
             "auxiliary 2": of_heads(lambda heads: [(1, heads.auxiliary[1])]),
             "mean auxiliary": of_heads(lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))]),
-            "over heads": of_heads(
-                lambda heads: [(1, heads.final), *((auxiliary_weight / 2, z) for z in heads.auxiliary)]
-            ),
+            "over heads": of_heads(lambda heads: [(1, heads.final), *((half, logits) for logits in heads.auxiliary)]),
             "smooth gates": smooth_gates,
         }
     if surrogate is not None:
@@ -137,19 +134,14 @@ def view_pgd(
     labels: Tensor,
     numbers: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor],
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-    seed: int,
-    draw: int = 0,
+    **how: float,
 ) -> tuple[Tensor, Tensor]:
     """PGD on a view from a uniform start, every iterate judged by the network's real prediction.
 
+    how: eps, step_size, steps, seed and draw, as `pgd` has them.
     Returns of each image the last iterate that fools the network, else the last one; and which iterates do, (n, steps).
     """
-    watched = Watched(net, view)
-    found, fooled = x.clone(), []
+    watched, found, fooled = Watched(net, view), x.clone(), []
 
     def judge(iterate: Tensor, wrong: Tensor) -> None:
         nonlocal found
@@ -157,14 +149,11 @@ def view_pgd(
             found = torch.where(wrong[:, None, None, None], iterate.detach(), found)
         fooled.append(wrong)
 
-    def objective(net: nn.Module, labels: Tensor) -> Objective:
-        def ascended(iterate: Tensor) -> Tensor:
-            judge(iterate, watched(iterate).argmax(1) != labels)
-            return watched.loss(lambda logits: criterion(logits, labels)).sum()
+    def ascended(iterate: Tensor) -> Tensor:
+        judge(iterate, watched(iterate).argmax(1) != labels)
+        return watched.loss(lambda logits: criterion(logits, labels)).sum()
 
-        return ascended
-
-    last = pgd(objective, eps, step_size, steps, start="uniform", seed=seed, draw=draw)(net, x, labels, numbers)
+    last = pgd(lambda net, labels: ascended, start="uniform", **how)(net, x, labels, numbers)
     with torch.no_grad():
         judge(last, net(last).argmax(1) != labels)
     iterates = torch.stack(fooled[1:], 1)
@@ -194,22 +183,20 @@ def adaptive(
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         watched = Watched(net, view)
         with torch.no_grad():
-            classes = net(x[:1]).shape[1]
+            targets = min(9, net(x[:1]).shape[1] - 1)
+        how = dict(eps=eps, step_size=step_size, steps=steps, seed=seed)
         library = dict(eps=eps, norm="Linf", n_iter=100, seed=seed, device=x.device, logger=logger)
 
-        def restart(criterion: Callable[[Tensor, Tensor], Tensor], draw: int) -> Callable[..., Tensor]:
-            settings = dict(eps=eps, step_size=step_size, steps=steps, seed=seed, draw=draw)
-            return lambda *images: view_pgd(net, view, *images, criterion, **settings)[0]
+        def restart(draw: int) -> Callable[..., Tensor]:
+            criterion = margins if draw % 2 else cross_entropies
+            return lambda *images: view_pgd(net, view, *images, criterion, draw=draw, **how)[0]
 
-        targets = min(9, classes - 1)
-        stages = {
-            f"PGD {draw + 1} of {restarts}": restart(cross_entropies if draw % 2 == 0 else margins, draw)
-            for draw in range(restarts)
-        }
-        stages["APGD-CE"] = lambda x, labels, _: ViewAPGD(watched, loss="dlr", **library).perturb(x, labels)
-        stages[f"APGD to {targets} targets"] = lambda x, labels, _: ViewAPGDTargeted(
-            watched, n_target_classes=targets, **library
-        ).perturb(x, labels)
+        def apgd(attack: type[APGDAttack], **own: object) -> Callable[..., Tensor]:
+            return lambda x, labels, _: attack(watched, **own, **library).perturb(x, labels)
+
+        stages = {f"PGD {draw + 1} of {restarts}": restart(draw) for draw in range(restarts)}
+        stages["APGD-CE"] = apgd(ViewAPGD, loss="dlr")
+        stages[f"APGD to {targets} targets"] = apgd(ViewAPGDTargeted, n_target_classes=targets)
         found, standing = x.clone(), torch.ones_like(labels, dtype=torch.bool)
         for name, stage in stages.items():
             rows = standing.nonzero().squeeze(1)

@@ -18,6 +18,7 @@ from models.reverse_attention import Gate
 from utils.losses import over_heads
 
 Objective = Callable[[Tensor], Tensor]
+ObjectiveOf = Callable[[nn.Module, Tensor], Objective]  # of a network and labels
 # An attack of an evaluation: (network, images (N, 3, H, W) in [0, 1], labels (N,), numbers (N,) in the test set) ->
 # adversarial images
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -64,15 +65,14 @@ def frozen(model: nn.Module, amp: str = "none", compiled: bool = False) -> Itera
             _fold(module, conv_name, bn_name)
     if isinstance(net, ReverseAttentionNetwork):  # a foreign network may use `view` on its maps
         net.to(memory_format=torch.channels_last)
-    if isinstance(net, ReverseAttentionNetwork) and net.classifier.weight.device.type == "cpu":
-        # Where maps are 4x4, channels-last convolutions on a CPU reach half to two thirds of the default format's rate.
-        for block in net.last_blocks():
-            block.to(memory_format=torch.contiguous_format)
-        net.last_blocks()[0].register_forward_pre_hook(_in_default_format)
-    if amp == "bf16":
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):  # cast once here, not by autocast in every pass
-                module.to(torch.bfloat16)
+        if net.classifier.weight.device.type == "cpu":
+            # Where maps are 4x4, channels-last convolutions on a CPU reach half to two thirds of the default's rate.
+            for block in net.last_blocks():
+                block.to(memory_format=torch.contiguous_format)
+            net.last_blocks()[0].register_forward_pre_hook(_in_default_format)
+    for module in net.modules():
+        if amp == "bf16" and isinstance(module, nn.Conv2d):  # cast once here, not by autocast in every pass
+            module.to(torch.bfloat16)
     if compiled:
         net.compile(options={"layout_optimization": False})
     yield Bfloat16(net) if amp == "bf16" else net
@@ -146,21 +146,15 @@ def linf_pgd_together(
             for x, start, objective in batches
         ]
     sizes = [len(batch.x) for batch in batches]
+    parts = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def added(x: Tensor) -> Tensor:
-        heads = split_heads(net(x, heads=True), sizes)
-        return torch.stack([batch.objective(part) for batch, part in zip(batches, heads, strict=True)]).sum()
+        final, auxiliary, features, _ = net(x, heads=True)
+        own = [Heads(final[part], tuple(logits[part] for logits in auxiliary), features[part]) for part in parts]
+        return torch.stack([batch.objective(heads) for batch, heads in zip(batches, own, strict=True)]).sum()
 
     x, start = torch.cat([batch.x for batch in batches]), torch.cat([batch.start for batch in batches])
     return list(linf_pgd(x, added, eps, step_size, steps, start).split(sizes))
-
-
-def split_heads(heads: Heads, sizes: list[int]) -> list[Heads]:
-    """Heads of a batch -> those of its parts of so many images each, in order, without `unweighted`."""
-    return [
-        Heads(heads.final[s], tuple(logits[s] for logits in heads.auxiliary), heads.features[s])
-        for s in (slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True))
-    ]
 
 
 def summed_cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -200,8 +194,7 @@ def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
 def image_noise(x: Tensor, numbers: Tensor, seed: int, kind: str, draw: int = 0) -> Tensor:
     """Noise like x (N, 3, H, W) for evaluation: `normal` N(0, 1) or `uniform` in [-1, 1).
 
-    Each image's noise depends on the seed, on its number in the test set and on the draw alone, not on the batch or the
-    device.
+    Each image's depends on the seed, on its number in the test set and on the draw alone, not on batch or device.
     """
     noise = np.empty(x.shape, np.float32)
     for row, number in zip(noise, numbers.tolist(), strict=True):
@@ -212,14 +205,7 @@ def image_noise(x: Tensor, numbers: Tensor, seed: int, kind: str, draw: int = 0)
 
 
 def pgd(
-    objective: Callable[[nn.Module, Tensor], Objective],
-    eps: float,
-    step_size: float,
-    steps: int,
-    *,
-    start: str,
-    seed: int,
-    draw: int = 0,
+    objective: ObjectiveOf, eps: float, step_size: float, steps: int, *, start: str, seed: int, draw: int = 0
 ) -> Attack:
     """`linf_pgd` on objective(net, labels), for evaluation: the last iterate counts.
 

@@ -46,17 +46,9 @@ def autoattack(
         if classes < 4:
             library.attacks_to_run = [name for name in library.attacks_to_run if name != "apgd-t"]
             warned(f"{classes} classes: no targeted DLR loss, APGD-T left out")
-        logger, listener = logging.getLogger("auto-attack"), Listener(warned, says)
-        before = logger.level, logger.propagate
-        logger.addHandler(listener)
-        logger.setLevel(logging.DEBUG)
-        logger.propagate = False
-        try:
-            adversarial, _ = library.run_standard_evaluation(x, labels, batch_size=BLOCK)
-        finally:
-            logger.removeHandler(listener)
-            logger.setLevel(before[0])
-            logger.propagate = before[1]
-        return adversarial
+        logger = logging.Logger("AutoAttack")
+        logger.addHandler(Listener(warned, says))
+        library.logger = library.apgd.logger = library.apgd_targeted.logger = logger
+        return library.run_standard_evaluation(x, labels, batch_size=BLOCK)[0]
 
     return attack

@@ -60,22 +60,18 @@ def read(path: Path) -> dict:
 
 def _check_archive(path: Path) -> None:
     """UsageError where a checkpoint, a zip file since torch 1.6, is damaged or larger inside; torch itself is lax."""
-    if not path.is_file():
-        if path.exists():
-            raise UsageError(f"{path} is no file; name a checkpoint file or a run folder")
-        return
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise UsageError(f"{path} is no file; name a checkpoint file or a run folder")
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
             return  # of older releases: `torch.load` compares every size with what it reads
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:  # torch never compresses: a bomb
-                raise UsageError(f"{path} is refused: it is compressed, as no checkpoint is; save a state dict instead")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):  # torch never does: a bomb
+            raise UsageError(f"{path} is refused: it is compressed, as no checkpoint is; save a state dict instead")
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise UsageError(f"{path} is damaged: it claims more than it holds; get it anew")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise UsageError(f"{path} is damaged: {_shown(damaged)} inside fails its checksum; get it anew")
+        if (damaged := archive.testzip()) is not None:
+            raise UsageError(f"{path} is damaged: {_shown(damaged)} inside fails its checksum; get it anew")
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -97,22 +93,21 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
     """
     path = checkpoint_file(path)
     content = read(path)
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    if isinstance(content.get("model"), dict):
-        state = _published(content["model"])
-        info = described(content, path)
-    else:
-        state, info = _published(content), dict.fromkeys(_DESCRIPTION)
+    ours = isinstance(content.get("model"), dict)
+    state = _published(content["model"] if ours else content)
+    info = described(content, path) if ours else dict.fromkeys(_DESCRIPTION)
     if info["arch"] is None:
-        info.update(_shape(path, state))
+        info |= _shape(path, state)
     for key, value in overrides.items():
         known = info.get(key)
-        if key in ("arch", "width", "image_size", "reverse_attention") and known is not None and value != known:
+        if value is None:
+            continue
+        if key in ("arch", "width", "image_size", "reverse_attention") and known not in (None, value):
             raise UsageError(f"{path} is a checkpoint with {key} {known}, not {value}; leave the flag out")
         info[key] = value
     if info["image_size"] is None:
-        known = info["dataset"] in DATASETS
-        info["image_size"] = dataset_defaults(info["dataset"]).image_size if known else Training.image_size
+        defaults = dataset_defaults(info["dataset"]) if info["dataset"] in DATASETS else Training
+        info["image_size"] = defaults.image_size
     if info["reverse_attention"] is None:
         info["reverse_attention"] = True
     model = outline(info, path)
@@ -167,19 +162,17 @@ def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         if not ordinary(value):
             raise UsageError(f"{path} does not fit this network: {key} is no ordinary tensor")
         if value.shape != own[key].shape:
-            hint = "; is it of another number of classes or width?"
-            shapes = f"{tuple(value.shape)}, not {tuple(own[key].shape)}"
-            raise UsageError(f"{path} does not fit this network: {key} is {shapes}{hint}")
-        wrong = flaw(key, value)
-        if wrong:
+            shapes = f"{tuple(value.shape)}, not {tuple(own[key].shape)}; is it of another number of classes or width?"
+            raise UsageError(f"{path} does not fit this network: {key} is {shapes}")
+        if wrong := flaw(key, value):
             raise UsageError(f"{path}: {key} {wrong}; the training that wrote it had failed, or the file is damaged")
 
 
 def ordinary(value: object) -> bool:
     """Whether a value out of a file is a dense tensor that holds as many numbers as its shape says."""
-    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_nested:
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
         return False
-    if value.is_meta or value.is_quantized:
+    if value.is_nested or value.is_meta or value.is_quantized:
         return False
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
@@ -193,10 +186,9 @@ def flaw(key: str, value: Tensor) -> str | None:
         return "is negative" if value.min() < 0 else None
     if not value.isfinite().all():
         return "is not finite"
-    variance = key.endswith("running_var")
+    variance, largest = key.endswith("running_var"), value.abs().max()
     if variance and value.min() < 0:
         return f"is a variance of {value.min():.3g}"
-    largest = value.abs().max()
     return f"reaches {largest:.3g}" if largest > LARGEST_WEIGHT ** (2 if variance else 1) else None
 
 

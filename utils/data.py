@@ -1,8 +1,8 @@
 """Data sets as uint8 tensors: decoded once, held on the device, augmented there by tensor code."""
 
 import hashlib
+import os
 import shutil
-import stat
 import warnings
 import zipfile
 import zlib
@@ -65,21 +65,19 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split
     if dataset not in LOADERS:
         raise UsageError(f"unknown data set {dataset!r}; known: {', '.join(LOADERS)}")
     split = LOADERS[dataset](dataset, part, Path(data_dir), image_size)
-    wrong = flaw(split)
-    if wrong:
+    wrong = _flaw(split, image_size)
+    if wrong is not None:
         raise UsageError(f"{dataset}, {part} part, in {data_dir}: {wrong}; get the data set anew")
     return split
 
 
-def flaw(split: Split) -> str | None:
+def _flaw(split: Split, size: int) -> str | None:
     """What in a split is not as `Split` says, None where all is. Checked once here, so that no step needs to."""
     images, labels, classes = split[:3]
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        return f"images are {images.dtype} of shape {tuple(images.shape)}, not uint8 of (N, 3, S, S)"
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+        return f"images are {images.dtype} of shape {tuple(images.shape)}, not uint8 of (N, 3, {size}, {size})"
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or not len(labels):
         return f"labels are {labels.dtype} of shape {tuple(labels.shape)}, not int64, one for each of {len(images)}"
-    if not len(images):
-        return "there is no image"
     outside = ((labels < 0) | (labels >= len(classes))).nonzero()
     if len(outside):
         return f"image {int(outside[0])} has label {int(labels[outside[0]])}, of {len(classes)} classes"
@@ -94,7 +92,7 @@ def require_same_on_ranks(where: str, *splits: Split) -> None:
     for split in splits:
         for part in (split.images.contiguous().numpy(), split.labels.numpy(), repr(split.classes).encode()):
             checksum = zlib.crc32(part, checksum)
-    if distributed.agreed(checksum) != -distributed.agreed(-checksum):  # the largest and the smallest of all
+    if len(set(distributed.gathered(checksum))) > 1:
         raise UsageError(f"{where} holds other data for one rank than for another; give each node the same files")
 
 
@@ -237,49 +235,44 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
 
 def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """DIR/train/<class>/* and DIR/test/<class>/* (or val), resized to size x size."""
-    names = {"train": ("train",), "test": ("test", "val")}
-    parts = {p: next((data_dir / n for n in names[p] if (data_dir / n).is_dir()), None) for p in names}
-    for p, found in parts.items():
-        if found is None:
-            mend = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/) inside"
-            raise UsageError(f"{data_dir} has no folder {' or '.join(names[p])}; {mend}")
-    inside = {p: [d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."] for p, root in parts.items()}
-    classes = {p: sorted(names) for p, names in inside.items()}
-    if len(classes["train"]) < 2:
-        raise UsageError(f"{parts['train']} holds {len(classes['train'])} class folder; at least 2 are needed")
-    if classes["train"] != classes["test"]:
-        odd = sorted(set(classes["train"]) ^ set(classes["test"]))
-        raise UsageError(f"classes of {parts['train']} and {parts['test']} differ: {', '.join(odd[:5])} is in one only")
-    files, labels = [], []
-    for label, name in enumerate(classes[part]):
-        inside = sorted(f for f in (parts[part] / name).iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
+    held_out = "test" if (data_dir / "test").is_dir() else "val"
+    roots = {"train": data_dir / "train", "test": data_dir / held_out}
+    if not all(root.is_dir() for root in roots.values()):
+        mend = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/) inside"
+        raise UsageError(f"{data_dir} has no folder train, or neither test nor val; {mend}")
+    train, test = ({d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."} for root in roots.values())
+    if len(train) < 2:
+        raise UsageError(f"{roots['train']} holds {len(train)} class folder; at least 2 are needed")
+    if train != test:
+        odd = ", ".join(sorted(train ^ test)[:5])
+        raise UsageError(f"classes of {roots['train']} and {roots['test']} differ: {odd} is in one only")
+    classes, files, labels = sorted(train), [], []
+    for label, name in enumerate(classes):
+        inside = sorted(f for f in (roots[part] / name).iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
         if not inside:
-            raise UsageError(f"{parts[part] / name} holds no image ({', '.join(sorted(IMAGE_ENDINGS))})")
+            raise UsageError(f"{roots[part] / name} holds no image ({', '.join(sorted(IMAGE_ENDINGS))})")
         files += inside
         labels += [label] * len(inside)
     images = _decoded(files, size, data_dir / f"decoded-{part}-{size}.pt")
-    return Split(images, torch.tensor(labels), tuple(classes[part]))
+    return Split(images, torch.tensor(labels), tuple(classes))
 
 
 def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
     """Decode image files into (N, 3, size, size) uint8, or read an earlier run's cache of the same files."""
-    try:
-        found = [(f.relative_to(cache.parent).as_posix(), f.stat()) for f in files]
-    except (OSError, ValueError) as error:
-        named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else first_line(error)
-        raise UsageError(f"{named}; it is listed as an image of this data set") from error
-    for file, (_, status) in zip(files, found, strict=True):
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
-            raise UsageError(f"{file}: not a file, though it has an image's name; remove it")
-    stats = [(name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in found]
-    key = hashlib.sha256(repr((size, stats)).encode()).hexdigest()
-    shape = (len(files), 3, size, size)
+    stats = []
+    for file in files:
+        if not os.path.isfile(file):  # to open a pipe would wait for ever
+            raise UsageError(f"{file}: not a file that can be read, though it is listed as an image of this data set")
+        status = file.stat()
+        stats.append((file.relative_to(cache.parent).as_posix(), status.st_size, status.st_mtime_ns, status.st_ino))
+    key, shape = hashlib.sha256(repr((size, stats)).encode()).hexdigest(), (len(files), 3, size, size)
     images = _cached(cache, key, shape)
+    if images is not None:
+        return images
     with ExitStack() as held:
-        if images is None:
-            with suppress(OSError):  # where the folder cannot be written there is nothing to wait for either
-                held.enter_context(locked(cache.with_name(f".{cache.name}.lock"), wait=True))
-                images = _cached(cache, key, shape)  # another process may have been faster
+        with suppress(OSError):  # where the folder cannot be written there is nothing to wait for either
+            held.enter_context(locked(cache.with_name(f".{cache.name}.lock"), wait=True))
+        images = _cached(cache, key, shape)  # another process may have been faster
         if images is None:
             images = torch.empty(shape, dtype=torch.uint8)
             with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():

@@ -65,49 +65,35 @@ class Probe:
     step_size: float
     seed: int
     batch_size: int
-    progress: Callable[[str], None]
-
-    @property
-    def right(self) -> Tensor:
-        return self.natural.nonzero().squeeze(1)
+    progress: Callable[[str], None] = lambda what: None  # is told of each part before it begins
 
     def each(self, what: str, work: Callable[..., Tensor], rows: Tensor | None = None) -> Tensor:
         """What work(images, labels, numbers) answers for the right images, or for those at `rows`."""
         self.progress(what)
-        rows = self.right if rows is None else rows
+        rows = self.natural.nonzero().squeeze(1) if rows is None else rows
         return over_images(self.split, rows, self.batch_size, lambda *batch: (work(*batch),))[0]
 
-    def pgd(self, what: str, view: View, eps: float, steps: int, draw: int = 0, rows: Tensor | None = None) -> Tensor:
+    def pgd(self, what: str, view: View, eps: float, steps: int, rows: Tensor | None = None, **how: object) -> Tensor:
         """Which iterates of PGD on a view fool the network -> (n, steps) bool. Steps grow with the ball."""
-        how = dict(eps=eps, step_size=self.step_size * eps / self.eps, steps=steps, seed=self.seed, draw=draw)
+        how = dict(eps=eps, step_size=self.step_size * eps / self.eps, steps=steps, seed=self.seed) | how
         return self.each(what, lambda *batch: view_pgd(self.net, view, *batch, cross_entropies, **how)[1], rows)
 
     def accuracy(self, fooled: Tensor) -> float:
         """Robust accuracy on the whole split in percent. fooled: of the right images."""
-        return 100 * (len(self.right) - fooled.sum().item()) / len(self.natural)
+        return 100 * (len(fooled) - fooled.sum().item()) / len(self.natural)
 
 
-def diagnose(
-    net: nn.Module,
-    split: Split,
-    natural: Tensor,
-    views: dict[str, View],
-    *,
-    eps: float,
-    step_size: float,
-    seed: int,
-    batch_size: int,
-    progress: Callable[[str], None] = lambda what: None,
-) -> Diagnosis:
-    """Look for the signs on a split. natural: (N,) bool, the images that are right without an attack.
+def diagnose(net: nn.Module, split: Split, natural: Tensor, views: dict[str, View], **how: object) -> Diagnosis:
+    """Look for the signs on a split. natural: (N,) bool, the images that are right without an attack. how: the rest of
+    `Probe`: eps, step_size, seed, batch_size, progress.
 
     Figures are shares of the whole split. The adaptive curves are the worst case, image by image, over the iterates of
-    PGD on every view, one start each: cheaper, and so weaker, than `--attacks adaptive`. progress(what) is called
-    before each part.
+    PGD on every view, one start each: cheaper, and so weaker, than `--attacks adaptive`.
     """
     if not natural.any():
         return Diagnosis([Sign("nothing to attack", False, "no image is right without an attack")], [], [])
-    probe = Probe(net, split, natural, eps, step_size, seed, batch_size, progress)
+    probe = Probe(net, split, natural, **how)
+    eps = probe.eps
     # robust accuracy against the number of steps, every iterate judged
     fooled = {name: probe.pgd(f"steps, {name}", view, eps, STEPS[-1]) for name, view in views.items()}
     final, so_far = fooled["final"], torch.stack([f.cummax(1).values for f in fooled.values()]).any(0)
@@ -119,70 +105,51 @@ def diagnose(
             worst = torch.stack([f.any(1) for f in found.values()]).any(0)
             by_eps.append((radius, probe.accuracy(found["final"][:, -1]), probe.accuracy(worst)))
     by_eps.sort()
-    signs = [*_signs_of_curves(probe, final, by_eps, by_steps), *_signs_of_attacks(probe, final)]
-    return Diagnosis(signs, by_eps, by_steps)
+    return Diagnosis(_signs(probe, final, by_eps, by_steps), by_eps, by_steps)
 
 
-def _signs_of_curves(probe: Probe, final: Tensor, by_eps: list[tuple], by_steps: list[tuple]) -> list[Sign]:
-    """final: which iterates of PGD on the final logits fool the right images."""
-    curve = [row[1] for row in by_eps]
-    rise = max(after - before for before, after in itertools.pairwise(curve))
-    pgd40, adaptive40 = by_steps[STEPS.index(40)][1:]
-    final40 = probe.accuracy(final[:, :40].any(1))  # any iterate counts, as it does for the views
-    return [
-        Sign(
-            "the final logits hide what the views show",
-            final40 - adaptive40 > 2,
-            f"iterates of PGD-40 on the final logits leave {final40:.1f} %, on every view {adaptive40:.1f} %",
-        ),
-        Sign("eps 1 leaves images right", curve[-1] > 1, f"PGD-40 at eps 1: {curve[-1]:.1f} %"),
-        Sign("a larger eps raises accuracy", rise > 1, f"largest rise along the curve: {max(rise, 0):.1f} points"),
-        Sign(
-            "more steps still help",
-            pgd40 - by_steps[-1][1] > 1,
-            f"PGD-40 {pgd40:.1f} %, PGD-200 {by_steps[-1][1]:.1f} %",
-        ),
-    ]
-
-
-def _signs_of_attacks(probe: Probe, final: Tensor) -> list[Sign]:
-    """Other attacks than PGD-40 on the final logits, of which `final` says which iterates fool the right images."""
+def _signs(probe: Probe, final: Tensor, by_eps: list[tuple], by_steps: list[tuple]) -> list[Sign]:
+    """The signs in the curves and in other attacks. final: which iterates of PGD fool the right images, (n, steps)."""
     net, eps, seed, pgd = probe.net, probe.eps, probe.seed, final[:, 39]
     restarts = pgd.clone()
     for draw in range(1, RESTARTS):
-        restarts |= probe.pgd(f"restart {draw + 1}", plain, eps, 40, draw)[:, -1]
+        restarts |= probe.pgd(f"restart {draw + 1}", plain, eps, 40, draw=draw)[:, -1]
     draws = noise(eps, seed)
-    random = probe.each("noise", lambda x, labels, numbers: net(draws(net, x, labels, numbers)).argmax(1) != labels)
+    noisy = probe.each("noise", lambda x, labels, numbers: net(draws(net, x, labels, numbers)).argmax(1) != labels)
     box = probe.each("Square", lambda x, labels, _: square(net, x, labels, eps, seed))
-    how = dict(eps=eps, step_size=eps, steps=1, seed=seed)
-    step = probe.each("FGSM", lambda *batch: view_pgd(net, plain, *batch, cross_entropies, **how)[1][:, 0])
+    step = probe.pgd("FGSM", plain, eps, 1, step_size=eps)[:, 0]
     flat = probe.each("gradients", lambda x, labels, _: no_gradient(net, x, labels))
     wrong, mended = (~probe.natural).nonzero().squeeze(1), 0
     if len(wrong):
-        mended = int((~probe.pgd("wrong images", plain, eps, 40, 0, wrong)[:, -1]).sum())
-    pgd40, one_step, by_noise = (probe.accuracy(fooled) for fooled in (pgd, step, random))
-    box_only = pgd40 - probe.accuracy(pgd | box)
+        mended = int((~probe.pgd("wrong images", plain, eps, 40, wrong)[:, -1]).sum())
+    once, many, fgsm, by_noise, by_box = map(probe.accuracy, (pgd, restarts, step, noisy, box))
+    best = probe.accuracy(final[:, :40].any(1))  # any iterate counts, as it does for the views
+    of_views, pgd200, full = by_steps[STEPS.index(40)][2], by_steps[-1][1], by_eps[-1][1]
+    rise = max(after[1] - before[1] for before, after in itertools.pairwise(by_eps))
+    missed = once - probe.accuracy(pgd | box)
     return [
-        Sign("one step beats many", one_step < pgd40, f"FGSM {one_step:.1f} %, PGD-40 {pgd40:.1f} %"),
         Sign(
-            "restarts still help",
-            pgd40 - probe.accuracy(restarts) > 3,
-            f"PGD-40 once {pgd40:.1f} %, {RESTARTS} starts {probe.accuracy(restarts):.1f} %",
+            "the final logits hide what the views show",
+            best - of_views > 2,
+            f"iterates of PGD-40 on the final logits leave {best:.1f} %, on every view {of_views:.1f} %",
         ),
+        Sign("eps 1 leaves images right", full > 1, f"PGD-40 at eps 1: {full:.1f} %"),
+        Sign("a larger eps raises accuracy", rise > 1, f"largest rise along the curve: {max(rise, 0):.1f} points"),
+        Sign("more steps still help", once - pgd200 > 1, f"PGD-40 {once:.1f} %, PGD-200 {pgd200:.1f} %"),
+        Sign("one step beats many", fgsm < once, f"FGSM {fgsm:.1f} %, PGD-40 {once:.1f} %"),
+        Sign("restarts still help", once - many > 3, f"PGD-40 once {once:.1f} %, {RESTARTS} starts {many:.1f} %"),
         Sign(
             "random noise beats PGD",
-            by_noise < pgd40,
-            f"noise, {NOISE_DRAWS} draws, {by_noise:.1f} %, PGD-40 {pgd40:.1f} %",
+            by_noise < once,
+            f"noise, {NOISE_DRAWS} draws, {by_noise:.1f} %, PGD-40 {once:.1f} %",
         ),
         Sign(
             "black-box finds what white-box misses",
-            box_only > 1,
-            f"Square alone {probe.accuracy(box):.1f} %; it fools {box_only:.1f} % of images that PGD-40 leaves right",
+            missed > 1,
+            f"Square alone {by_box:.1f} %; it fools {missed:.1f} % of images that PGD-40 leaves right",
         ),
         Sign(
-            "gradients vanish",
-            bool(flat.any()),
-            f"exactly zero at {int(flat.sum())} of {len(flat)} images that are right",
+            "gradients vanish", bool(flat.any()), f"exactly zero at {flat.sum()} of {len(flat)} images that are right"
         ),
         Sign(
             "attacks mend wrong images",

@@ -67,8 +67,7 @@ def started() -> Iterator[None]:
     if not several_processes():
         yield
         return
-    store = None
-    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    store, nccl = None, torch.cuda.is_available() and dist.is_nccl_available()
     together = False  # whether the ranks end at the same place: NCCL's group ends by all of them, or waits
     try:
         store, rank, count = next(dist.rendezvous("env://"))
@@ -77,22 +76,17 @@ def started() -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
         yield
         together = True
-    except Stopped as stop:
+    except (Stopped, SystemExit) as stop:
         together = True
-        if rank:
+        if isinstance(stop, Stopped) and rank:
             raise SystemExit(128 + stop.args[0]) from None
-        raise
-    except SystemExit:
-        together = True
         raise
     except (UsageError, RunError, OSError, RuntimeError) as error:
         if _said_already(store):
             time.sleep(GRACE)  # the launcher ends this process as soon as the one that speaks has ended
             raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error))):
-            lost = (
-                f"rank {os.environ['RANK']} lost another rank, which ended or cannot be reached ({first_line(error)})"
-            )
+            lost = f"rank {os.environ['RANK']} lost another rank, which ended or is out of reach ({first_line(error)})"
             mend = "what was saved is intact; continue by the same command, a training with --resume"
             raise RunError(f"{lost}; {mend}") from error
         raise
@@ -118,8 +112,7 @@ def _unused_part(store: dist.Store, rank: int, count: int) -> dist.Store:
         store.set(f"{attempt} heard by {rank}", "")
         return dist.PrefixStore(attempt, store)
     waiting, until = set(range(1, count)), time.monotonic() + 1800
-    while waiting:
-        waiting = {r for r in waiting if not store.check([f"{name} heard by {r}"])}
+    while waiting := {r for r in waiting if not store.check([f"{name} heard by {r}"])}:
         for r in waiting:
             if store.check([f"asks {r}"]):  # by an earlier attempt perhaps: ask again until it is heard
                 store.set(f"answer to {store.get(f'asks {r}').decode()}", name)
@@ -292,11 +285,6 @@ def share_buffers(model: nn.Module) -> None:
     if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-
-
-def sync_batchnorm(model: nn.Module) -> nn.Module:
-    """A network whose BatchNorm normalises over the batches of all ranks; the network itself without ranks."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world() > 1 else model
 
 
 class _Step(nn.Module):

@@ -133,18 +133,17 @@ class Subject(NamedTuple):
         return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}"
 
 
-def part_to_look_at(settings: Checkpoint, dataset: str, data_dir: str, side: int) -> tuple[Split, int]:
-    """The test images that a script looks at, on the CPU, and how many the data set has."""
+def looked_at(
+    settings: Checkpoint, dataset: str, data_dir: str, side: int, device: torch.device
+) -> tuple[str, Split, float, float, int]:
+    """What a `Subject` holds of its data set, from `dataset` on: eps and step are its own, unless the command's."""
     with distributed.first_of_the_node_first():
         split = load_split(dataset, "test", data_dir, side)
     require_same_on_ranks(f"{dataset} in {data_dir}", split)
-    return subset(split, settings.n_examples), len(split.labels)
-
-
-def attack_settings(settings: Checkpoint, dataset: str) -> tuple[float, float]:
-    """eps and step size: the data set's own, unless the command gave them."""
     own = dataset_defaults(dataset)
-    return tuple(getattr(own if getattr(settings, key) is None else settings, key) for key in ("epsilon", "step_size"))
+    eps = own.epsilon if settings.epsilon is None else settings.epsilon
+    step_size = own.step_size if settings.step_size is None else settings.step_size
+    return dataset, subset(split, settings.n_examples).to(device), eps, step_size, len(split.labels)
 
 
 def load_subject(settings: Checkpoint, path: str) -> Subject:
@@ -160,18 +159,19 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     if info["dataset"] is None and distributed.first():
         print(f"a bare state dict, taken as {info['arch']} on {dataset}; --dataset and --no-ra say otherwise")
     if dataset not in DATASETS:
-        known = f"name one of {', '.join(DATASETS)} by --dataset"
-        raise UsageError(f"{file} was trained on {dataset!r}, unknown here; {known}")
+        known = ", ".join(DATASETS)
+        raise UsageError(f"{file} was trained on {dataset!r}, unknown here; name one of {known} by --dataset")
     own = info["recipe"].get("data_dir") if isinstance(info["recipe"], dict) else None
     found = isinstance(own, str) and "\0" not in own and Path(own).is_dir()  # as the training's, here too
     data_dir = settings.data_dir or (own if found else Training.data_dir)
-    split, of = part_to_look_at(settings, dataset, data_dir, info["image_size"])
-    if len(split.classes) != info["num_classes"]:
-        both = f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}"
+    subject = Subject(file, model, info, *looked_at(settings, dataset, data_dir, info["image_size"], device))
+    classes = subject.split.classes
+    if len(classes) != info["num_classes"]:
+        both = f"{file} has {info['num_classes']} classes and {dataset} has {len(classes)}"
         raise UsageError(f"{both}; name the data set it was trained on by --dataset")
-    if info["classes"] is not None and list(split.classes) != info["classes"]:
+    if info["classes"] is not None and list(classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
-    return Subject(file, model, info, dataset, split.to(device), *attack_settings(settings, dataset), of)
+    return subject
 
 
 class _Callable(nn.Module):
@@ -179,10 +179,7 @@ class _Callable(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        self.forward = function
 
 
 def foreign_subject(settings: Evaluation) -> Subject:
@@ -200,26 +197,24 @@ def foreign_subject(settings: Evaluation) -> Subject:
     if not callable(built):
         raise UsageError(f"{named} returns a {type(built).__name__}, not a network")
     model = built if isinstance(built, nn.Module) else _Callable(built)
-    dataset = settings.dataset or Training.dataset
-    device = pick_device(settings.device, settings.no_cuda)
-    side = settings.image_size or dataset_defaults(dataset).image_size
-    split, of = part_to_look_at(settings, dataset, settings.data_dir or Training.data_dir, side)
-    split = split.to(device)
-    try:
-        model = model.to(device).eval()
-        answer = copy.deepcopy(model)(as_input(split.images[:2]).requires_grad_())  # attacks see a copy, too
-    except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{named} fails on images {tuple(split.images[:2].shape)}: {said}") from error
-    if not isinstance(answer, Tensor) or answer.shape != (len(split.labels[:2]), len(split.classes)):
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise UsageError(f"{named} answers with {got}; logits (N, {len(split.classes)}) are needed")
-    blind = {"natural", "noise"}.issuperset(settings.attacks) and not settings.diagnostics
-    if not answer.requires_grad and not blind:
-        raise UsageError(
-            f"{named} answers without a gradient with respect to the images; only --attacks natural,noise does without"
-        )
     # one that answers with heads, as those of `models` do, has their views
     ra = getattr(model, "reverse_attention", None) is True
     info = {"arch": settings.model, "reverse_attention": ra, "recipe": None}
-    return Subject(Path(settings.model), model, info, dataset, split, *attack_settings(settings, dataset), of)
+    device, dataset = pick_device(settings.device, settings.no_cuda), settings.dataset or Training.dataset
+    side = settings.image_size or dataset_defaults(dataset).image_size
+    data = looked_at(settings, dataset, settings.data_dir or Training.data_dir, side, device)
+    subject = Subject(Path(settings.model), model, info, *data)
+    images, classes = as_input(subject.split.images[:2]), len(subject.split.classes)
+    try:
+        model.to(device).eval()
+        answer = copy.deepcopy(model)(images.requires_grad_())  # attacks see a copy, too
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{named} fails on images {tuple(images.shape)}: {said}") from error
+    if not isinstance(answer, Tensor) or answer.shape != (len(images), classes):
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise UsageError(f"{named} answers with {got}; logits (N, {classes}) are needed")
+    blind = {"natural", "noise"}.issuperset(settings.attacks) and not settings.diagnostics
+    if not answer.requires_grad and not blind:
+        raise UsageError(f"{named} answers without a gradient of the images; only --attacks natural,noise does without")
+    return subject

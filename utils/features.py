@@ -35,6 +35,7 @@ NEIGHBOURS = 12
 PAIRS = {"PP": "image and its PGD example", "NP": "image and a negative"}
 OTHER_OUT = "name another folder by --out"
 METRICS = {"cosine": "cosine similarity", "L2": "L2 distance"}
+Values = dict[str, np.ndarray]  # of M images, (M,) each, by `layer_pair_metric`
 
 
 class Features(NamedTuple):
@@ -74,14 +75,10 @@ def pgd_on(subject: Subject, settings: Distances | Umap) -> Callable[..., Attack
     return partial(pgd, eps=subject.eps, step_size=subject.step_size, steps=steps, start="normal", seed=seed)
 
 
-def towards(auxiliary_weight: float) -> Callable[[nn.Module, Tensor], Objective]:
+def towards(net: nn.Module, labels: Tensor, auxiliary_weight: float) -> Objective:
     """What adversarial negatives ascend: less the cross-entropy over heads of the anchors' labels, as in training."""
-
-    def objective(net: nn.Module, labels: Tensor) -> Objective:
-        loss = cross_entropy_over_heads(net, labels, auxiliary_weight)
-        return lambda x: -loss(x)
-
-    return objective
+    loss = cross_entropy_over_heads(net, labels, auxiliary_weight)
+    return lambda x: -loss(x)
 
 
 def choose_in_blocks(labels: Tensor, logits: Tensor | None, strategy: str, seed: int) -> Tensor:
@@ -147,10 +144,9 @@ def embed(features: Tensor, seed: int) -> np.ndarray:
 
 def class_names(split: Split) -> list[str]:
     """Names of classes for people: words for wnids, the first of several synonyms unless two classes share it."""
-    names = [name.split(",")[0] for name in split.words or split.classes]
-    return [
-        name if names.count(name) == 1 else f"{name} ({code})" for name, code in zip(names, split.classes, strict=True)
-    ]
+    first = [words.split(",")[0] for words in split.words or split.classes]
+    named = zip(first, split.classes, strict=True)
+    return [name if first.count(name) == 1 else f"{name} ({code})" for name, code in named]
 
 
 def target_classes(wanted: str, split: Split) -> list[int]:
@@ -158,20 +154,15 @@ def target_classes(wanted: str, split: Split) -> list[int]:
     present, names = split.labels.unique().tolist(), class_names(split)
     if wanted == "all":
         return present
-    spoken = [
-        (code, *words.split(",")) for code, words in zip(split.classes, split.words or split.classes, strict=True)
-    ]
-    asked = wanted.strip().casefold()
-    found = [k for k, words in enumerate(spoken) if asked in (word.strip().casefold() for word in words)]
-    if wanted in split.classes:
-        found = [split.classes.index(wanted)]
-    elif not found and re.fullmatch("[0-9]+", wanted) and int(wanted) < len(names):
-        found = [int(wanted)]
-    if len(found) > 1:
-        raise UsageError(f"--target_label {wanted!r} names the classes {', '.join(map(str, found))}; give one number")
+    asked, spoken = wanted.strip().casefold(), [words.casefold().split(",") for words in split.words or split.classes]
+    exactly = [k for k, name in enumerate(split.classes) if wanted == name]
+    by_word = [k for k, words in enumerate(spoken) if asked in map(str.strip, words)]
+    found = exactly or by_word or [k for k in range(len(names)) if wanted == str(k)]
     if not found:
         known = f"a number from 0 to {len(names) - 1}, a name, or all; the first are {', '.join(names[:5])}"
         raise UsageError(f"no class {wanted!r}: give {known}")
+    if len(found) > 1:
+        raise UsageError(f"{wanted!r} names several classes, {', '.join(map(str, found))}; give one number")
     if found[0] not in present:
         none = f"class {names[found[0]]!r} has no image among the {len(split.labels)} test images"
         raise UsageError(f"{none}; raise --n-examples or name another class")
@@ -180,10 +171,8 @@ def target_classes(wanted: str, split: Split) -> list[int]:
 
 def distinct(*candidates: Sequence[str]) -> list[str]:
     """The first of several lists of names in which no name comes twice; where there is none, the first one numbered."""
-    for names in candidates:
-        if len(set(names)) == len(names):
-            return list(names)
-    return [f"{name} {i}" for i, name in enumerate(candidates[0], 1)]
+    numbered = [f"{name} {i}" for i, name in enumerate(candidates[0], 1)]
+    return next((list(names) for names in candidates if len(set(names)) == len(names)), numbered)
 
 
 def file_stem(*parts: str) -> str:
@@ -200,36 +189,25 @@ def prepare_files(files: Iterable[Path], subjects: Sequence[Subject]) -> None:
         require_writable(file.parent, OTHER_OUT)
         stored = read_arrays(file)[0].get("checkpoints") if file.exists() else own
         if not isinstance(stored, list) or [Path(str(path)).resolve() for path in stored] != own:
-            said = f"{file} holds figures of another run"
-            raise UsageError(f"{said}; tell this one apart by --name, or name another --out")
+            raise UsageError(f"{file} holds figures of another run; tell this one apart by --name or --out")
 
 
 def origin(subjects: Sequence[Subject], settings: Distances | Umap) -> dict:
     """What every npz file says of the checkpoints, the attack and the computer that it comes from."""
-    first = subjects[0]
-    return {
-        "checkpoints": [str(subject.file) for subject in subjects],
-        "dataset": first.dataset,
-        "features": settings.features,
-        "epsilon": first.eps,
-        "step_size": first.step_size,
-        "num_steps": settings.num_steps,
-        "seed": settings.seed,
-        "provenance": provenance(first.split.labels.device, settings.seed),
-    }
+    first, seed = subjects[0], settings.seed
+    about = {"checkpoints": [str(s.file) for s in subjects], "dataset": first.dataset, "features": settings.features}
+    about |= {"epsilon": first.eps, "step_size": first.step_size, "num_steps": settings.num_steps, "seed": seed}
+    return about | {"provenance": provenance(first.split.labels.device, seed)}
 
 
-def read_distances(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
+def read_distances(file: Path) -> tuple[dict, Values]:
     """Settings and values of a file of feature_distance.py, checked; UsageError naming it."""
     settings, arrays = read_arrays(file)
     kinds = {"name": str, "method": str, "dataset": str, "target": int, "target_name": str, "features": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(settings.get(key), kind)]
-    for key in map("_".join, product(FEATURES, PAIRS, METRICS)):
-        values = arrays.get(key, np.array([]))
-        if values.dtype.kind != "f" or values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-            wrong.append(key)
-    if wrong or settings["features"] not in FEATURES:
-        raise UsageError(f"{file} has no usable {(wrong or ['features'])[0]}; write it anew by feature_distance.py")
+    told = all(isinstance(settings.get(key), kind) for key, kind in kinds.items()) and settings["features"] in FEATURES
+    distances = [arrays.get(key, np.array([])) for key in map("_".join, product(FEATURES, PAIRS, METRICS))]
+    if not told or not all(d.dtype.kind == "f" and d.ndim == 1 and d.size and np.isfinite(d).all() for d in distances):
+        raise UsageError(f"{file} is none of feature_distance.py, or a damaged one; write it anew by that")
     return settings, arrays
 
 
@@ -248,20 +226,18 @@ def feature_distance(settings: Distances) -> None:
     if not distributed.first():
         return
 
-    found = {target: {key: of_all[labels == target] for key, of_all in values.items()} for target in targets}
     about = {"name": name, "method": subject.method, "strategy": settings.strategy, **origin([subject], settings)}
     about |= {key: subject.info[key] for key in ("arch", "reverse_attention")}
     about["test_images"] = len(subject.split.labels)
-    for target, file in files.items():
-        write_arrays(file, about | {"target": target, "target_name": names[target]}, **found[target])
-
     print(f"{name}: {subject.described()}")
     print(
         f"PP: PGD-{settings.num_steps}, eps {subject.eps:.5g}, step {subject.step_size:.5g}, on the final logits; "
         f"NP: {settings.strategy} negatives; seed {settings.seed}"
     )
     for target, file in files.items():
-        print_distances(f"class {target} ({names[target]})", found[target], subject.info, settings.features)
+        found = {key: of_all[labels == target] for key, of_all in values.items()}
+        write_arrays(file, about | {"target": target, "target_name": names[target]}, **found)
+        print_distances(f"class {target} ({names[target]})", found, subject.info, settings.features)
         print(f"saved {file}")
     if len(files) > 1:
         print_distances("all of these classes", values, subject.info, settings.features)
@@ -269,10 +245,8 @@ def feature_distance(settings: Distances) -> None:
     print(f"draw by: python draw_hist.py{elsewhere}")
 
 
-def measure_distances(
-    subject: Subject, targets: list[int], settings: Distances
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Of the M images of some classes: their labels (M,), and all that their files are to hold, (M,) each."""
+def measure_distances(subject: Subject, targets: list[int], settings: Distances) -> tuple[np.ndarray, Values]:
+    """Of the M images of some classes: their labels (M,), and all that their files are to hold."""
     split, labels, numbers = subject.split, subject.split.labels.cpu(), numbers_of(subject.split)
     size, attack = settings.test_batch_size, pgd_on(subject, settings)
     strategy, _, pushed = settings.strategy.partition("_")
@@ -287,7 +261,7 @@ def measure_distances(
         # the negatives' images with their anchors' labels, to be pushed to, and numbers, that is noise
         anchors, shown = (split.take(of.to(split.labels.device)) for of in (rows, negatives))
         shown = shown._replace(labels=anchors.labels, numbers=numbers[rows])
-        push = attack(towards(subject.auxiliary_weight)) if pushed else None
+        push = attack(partial(towards, auxiliary_weight=subject.auxiliary_weight)) if pushed else None
         others["NP"] = extract(net, shown, torch.arange(len(rows)), size, push, "negatives")
     values = {"indices": numbers[rows].numpy(), "negatives": numbers[negatives].numpy()}
     for layer, (pair, other) in product(FEATURES, others.items()):
@@ -296,7 +270,7 @@ def measure_distances(
     return labels[rows].numpy(), values
 
 
-def print_distances(title: str, values: dict[str, np.ndarray], info: dict, chosen: str) -> None:
+def print_distances(title: str, values: Values, info: dict, chosen: str) -> None:
     """A class's table, weighted and unweighted features side by side, and what it says of alignment and exclusion."""
     layers = FEATURES if info["reverse_attention"] else FEATURES[:1]
     heads = ("weighted by the predicted class", "unweighted") if len(layers) > 1 else ("nothing is weighted",)
@@ -324,7 +298,7 @@ class Entry(NamedTuple):
     file: Path
     label: str | None
     settings: dict
-    values: dict[str, np.ndarray]
+    values: Values
 
 
 def draw_hist(settings: Histograms) -> None:
@@ -337,10 +311,9 @@ def draw_hist(settings: Histograms) -> None:
     if settings.show:
         require_display()
     folder = require_writable(Path(settings.out), OTHER_OUT)
-    with tqdm(total=4 * len(groups), desc="drawing", unit="figure", leave=False, disable=None) as bar:
-        for group, pair, metric in product(groups, PAIRS, METRICS):
-            draw_group(group, pair, metric, settings, folder)
-            bar.update()
+    figures = list(product(groups, PAIRS, METRICS))
+    for group, pair, metric in tqdm(figures, "drawing", unit="figure", leave=False, disable=None):
+        draw_group(group, pair, metric, settings, folder)
     if settings.show:
         show_figures()
 
@@ -351,8 +324,9 @@ def groups_of(settings: Histograms) -> list[list[Entry]]:
     for path in map(Path, settings.distances or ("./distances",)):
         inside = [path] if path.is_file() else sorted(path.glob("*.npz"))
         if not inside:
-            first = "first run: python feature_distance.py --model_dir RUN --target_label all"
-            raise UsageError(f"{path}: no distances there; {first}")
+            raise UsageError(
+                f"{path}: no distances there; first run feature_distance.py --model_dir RUN --target_label all"
+            )
         files += inside
     if settings.labels and len(settings.labels) != len(files):
         raise UsageError(f"--labels has {len(settings.labels)} names and there are {len(files)} files of distances")
@@ -391,8 +365,8 @@ def draw_group(group: list[Entry], pair: str, metric: str, settings: Histograms,
     title = f"{pair}: {PAIRS[pair]}\n{common['dataset']}, class {common['target_name']}"
     title += f", {layer} features" if any(e.settings.get("reverse_attention") for e in group) else ""
     figure = draw_histogram(values, METRICS[metric], title, settings.show)
-    stem = file_stem("hist", common["dataset"], str(common["target"]), pair, metric)
-    stem += "-unweighted" if layer == "unweighted" else ""
+    which = "unweighted" if layer == "unweighted" else ""
+    stem = file_stem("hist", common["dataset"], str(common["target"]), pair, metric, which)
     tqdm.write(f"saved {' and '.join(map(str, save_figure(figure, folder / stem)))}")
 
 
@@ -406,7 +380,7 @@ def draw_umap(settings: Umap) -> None:
     labels = split.labels.cpu()
     refuse_few(labels)
     methods = [subject.method for subject in subjects]
-    names = list(settings.labels or ()) or distinct(methods, [f"{s.method} {s.file.stem}" for s in subjects])
+    names = list(settings.labels or distinct(methods, [f"{s.method} {s.file.stem}" for s in subjects]))
     which = ("adversarial" if settings.adversarial else "", "unweighted" if settings.features == "unweighted" else "")
     stem = settings.name or file_stem("umap", "_".join(names), dataset, *which)
     if settings.show:
@@ -417,7 +391,7 @@ def draw_umap(settings: Umap) -> None:
     if not distributed.first():
         return
 
-    panels = []
+    panels, numbers = [], {}
     for subject, name, kinds in zip(subjects, names, extracted, strict=True):
         print(f"{name}: {subject.file}, {subject.described()}")
         measured = measure_clusters(subject, kinds, labels)
@@ -426,14 +400,11 @@ def draw_umap(settings: Umap) -> None:
         if not np.isfinite(points).all():
             raise RunError(f"UMAP cannot place every image of {name}; take more images by --n-examples")
         panels.append((name, points, measured))
+        for layer, kind, silhouette, agreement in measured:
+            numbers[f"{name}, {layer}, {kind}"] = {"silhouette": silhouette, "agreement": agreement}
     kinds, weighed = list(extracted[0]), any(subject.info["reverse_attention"] for subject in subjects)
     embedded = f"{settings.features} features" if weighed else "features"
     figure = draw_embedding(panels, labels.numpy(), class_names(split), kinds, embedded, settings.show)
-    numbers = {
-        f"{name}, {layer}, {kind}": {"silhouette": silhouette, "agreement": agreement}
-        for name, _, measured in panels
-        for layer, kind, silhouette, agreement in measured
-    }
     about = {"names": names, "kinds": kinds, "measured": numbers, **origin(subjects, settings)}
     arrays = {"indices": numbers_of(split).numpy(), "labels": labels.numpy()}
     arrays |= {f"embedding_{i}": points for i, (_, points, _) in enumerate(panels)}
@@ -445,10 +416,8 @@ def draw_umap(settings: Umap) -> None:
 
 def load_subjects(settings: Umap) -> list[Subject]:
     """The runs to draw; UsageError where they are not of the same test images."""
-    subjects = []
-    for path in settings.model_dir:
-        subjects.append(load_subject(settings, path))
-        first, other = subjects[0], subjects[-1]
+    first, *others = subjects = [load_subject(settings, path) for path in settings.model_dir]
+    for other in others:
         same = first.dataset == other.dataset and first.split.classes == other.split.classes
         if not same or not torch.equal(first.split.labels, other.split.labels):
             both = f"{first.file} is of {first.dataset} and {other.file} of {other.dataset}, other test images"
@@ -460,8 +429,7 @@ def refuse_few(labels: Tensor) -> None:
     """UsageError where test images are too few, or of too few classes, for UMAP and the numbers beside it."""
     count, classes = len(labels), len(labels.unique())
     if count <= NEIGHBOURS + 2:
-        need = f"UMAP with {NEIGHBOURS} neighbours needs at least {NEIGHBOURS + 3} test images"
-        raise UsageError(f"{need}, not {count}; raise --n-examples")
+        raise UsageError(f"UMAP needs at least {NEIGHBOURS + 3} test images, not {count}; raise --n-examples")
     if not 1 < classes < count:
         found = f"{count} test images of {classes} {'class' if classes == 1 else 'classes'} form no clusters"
         raise UsageError(f"{found}; at least two classes and one of two images are needed; raise --n-examples")

@@ -2,9 +2,9 @@
 tell apart, PNG of 200 dpi and PDF with embedded fonts.
 """
 
-import io
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +127,11 @@ def require_display() -> None:
     import matplotlib.pyplot as plt
 
     try:
-        backend = plt.get_backend().lower()
-        plt.switch_backend(backend)
+        plt.switch_backend(plt.get_backend())
+        if plt.get_backend().lower() in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
+            raise RuntimeError("there is no display")
     except (ImportError, RuntimeError) as error:
         raise UsageError(f"--show: no window can be opened here ({error}); leave it out") from error
-    if backend in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
-        raise UsageError("--show: no window can be opened here, there is no display; leave it out")
 
 
 def show_figures() -> None:
@@ -145,22 +144,16 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write stem.png (200 dpi) and stem.pdf (vector, fonts embedded), the same bytes for the same figure."""
     files = [stem.with_name(stem.name + ending) for ending in (".png", ".pdf")]
     for file, metadata in zip(files, ({"Software": None}, {"CreationDate": None}), strict=True):
-        drawn = io.BytesIO()
+        draw = partial(figure.savefig, format=file.suffix[1:], dpi=200, metadata=metadata)
         with matplotlib.rc_context(STYLE), warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", UserWarning)
             try:
-                figure.savefig(drawn, format=file.suffix[1:], dpi=200, metadata=metadata)
+                write_atomically(file, draw)
             except ValueError as error:
-                if "Parse" not in str(error):
-                    raise
-                raise UsageError(f"a name between $ signs is no formula: {str(error).splitlines()[-1]}") from error
-        boxes = [warning for warning in said if str(warning.message).startswith("Glyph")]
-        for warning in said:
-            if warning not in boxes:
-                warnings.warn(warning.message, stacklevel=2)
-        if boxes:  # one line instead of one a letter
-            print(f"note: {file.name}: the font lacks letters of a name and shows boxes; --labels names runs otherwise")
-        write_atomically(file, lambda temporary, drawn=drawn: temporary.write_bytes(drawn.getvalue()))
+                why = str(error).splitlines()[-1]
+                raise UsageError(f"{file} cannot be drawn ({why}); a name between $ signs is a formula") from error
+        if said:  # of letters that the font lacks there is one a letter; one a file says enough
+            print(f"note: {file.name}: {said[0].message} (--labels names runs otherwise)")
     return files
 
 

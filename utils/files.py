@@ -5,11 +5,10 @@ import json
 import os
 import tempfile
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -61,37 +60,41 @@ def locked(file: Path, wait: bool) -> Iterator[None]:
     wait: until no other process holds it, saying so. Errors: TimeoutError where one does and wait is False; OSError
     where the file cannot be made.
     """
-    said = False
-    while True:
-        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl is not None:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(opened), os.stat(file)):
-                break
-        except FileNotFoundError:
-            pass  # as above, where it is another file: the holder before removed it between our open and our lock
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                print(f"{file.parent}: this file system knows no locks; let one process at a time write there")
-                break
-            if not isinstance(error, BlockingIOError):
-                os.close(opened)
-                raise
-            if not wait:
-                os.close(opened)
-                raise TimeoutError(f"{file} is held by another process") from None
+    held = said = False
+    while not held:
+        with open(file, "a") as opened:  # closing it releases the lock
+            free = _lock(opened)
+            if not free and not wait:
+                raise TimeoutError(f"{file} is held by another process")
+            if free:
+                with suppress(FileNotFoundError):  # where its holder removed it between our open and our lock
+                    held = os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
+            if held:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        os.unlink(file)
+        if not free:  # asked anew, not waited for: a forked process holds its parent's locks too
             if not said:
                 print(f"waiting for another process ({file})")
             said = True
             time.sleep(0.1)
-        os.close(opened)
+
+
+def _lock(file: TextIO) -> bool:
+    """Whether the lock of an open file is ours now, or the file system knows none, which is said."""
+    if fcntl is None:
+        return True
     try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.unlink(file)
-        os.close(opened)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"{Path(file.name).parent}: this file system knows no locks; let one process at a time write there")
+    return True
 
 
 def require_writable(folder: Path, mend: str) -> Path:
@@ -136,9 +139,6 @@ def read_arrays(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
         raise UsageError(f"{file} does not exist; write it by feature_distance.py") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror or error})") from error
-    except (
-        ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, RuntimeError,
-        zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
+    except Exception as error:  # bytes of a stranger make numpy and zipfile raise nearly anything
         raise UsageError(f"{file} is none of this repository's npz files, or a truncated one; remove it") from error
     return settings, arrays

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from utils.errors import GRACE, first_process
@@ -26,24 +28,21 @@ def _wrong(message: str) -> NoReturn:
 
 def _number(kind: Kind, text: str) -> float:
     """A real number; fractions such as 8/255 will do."""
-    try:
+    with suppress(ValueError, ZeroDivisionError):
         over, _, under = text.partition("/")
         value = float(over) / float(under) if under else float(over)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if kind.low <= value <= kind.high and math.isfinite(value) and not (kind.above and value == kind.low):
-        return value
+        if kind.low <= value <= kind.high and math.isfinite(value) and not (kind.above and value == kind.low):
+            return value
     high = "" if kind.high == math.inf else f" and at most {kind.high:g}"
     _wrong(f"{text!r} is not a number {'above' if kind.above else 'of at least'} {kind.low:g}{high}")
 
 
 def _whole(kind: Kind, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = kind.low - 1
+    with suppress(ValueError):
+        if kind.low <= int(text) <= kind.high:
+            return int(text)
     bound = f"of at least {kind.low}" if kind.high == 2**31 - 1 else f"from {kind.low} to {kind.high}"
-    return value if kind.low <= value <= kind.high else _wrong(f"{text!r} is not a whole number {bound}")
+    _wrong(f"{text!r} is not a whole number {bound}")
 
 
 def _side(kind: Kind, text: str) -> int:
@@ -113,8 +112,7 @@ class Parser(argparse.ArgumentParser):
 
     def _flag(self, name: str, about: Setting, default: object) -> None:
         first = [f"--{name.replace('_', '-')}", *about.also]
-        long = [flag for flag in first if flag.startswith("--")]
-        others = [f"--{flag[2:].replace(old, new)}" for flag in long for old, new in ("_-", "-_")]
+        others = [f"--{flag[2:].replace(old, new)}" for flag in first if flag[:2] == "--" for old, new in ("_-", "-_")]
         spellings = dict.fromkeys([*first, *others])
         text, how = about.help + "; required" * about.required, {"nargs": "+"} if about.several else {}
         if isinstance(about.kind, tuple):
@@ -122,7 +120,8 @@ class Parser(argparse.ArgumentParser):
         elif about.kind.name == "switch":
             how["action"] = "store_true"
         else:
-            how |= {"type": _reader(about.kind), "metavar": METAVARS.get(about.kind.name, "N")}
+            how["type"] = partial(READERS[about.kind.name], about.kind)
+            how["metavar"] = METAVARS.get(about.kind.name, "N")
             if about.kind.name in ("truth", "path or own"):
                 how |= {"nargs": "?", "const": True}
         others = [f"{_shown(names)}: {_shown(v)}" for names, v in about.by.items() if v != default]
@@ -130,16 +129,14 @@ class Parser(argparse.ArgumentParser):
             text += f" (default: {'; '.join([_shown(default), *others])})"
         self.add_argument(*spellings, dest=name, help=text.replace("%", "%%"), **how)
 
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
-        for arg in args or ():
+    def read(self, argv: list[str]) -> dict[str, Any]:
+        """What a command line gives, by setting. Exits with status 2 where it is wrong."""
+        for arg in argv:
             flag, _, value = arg.partition("=")
             if value == "--" and flag.startswith("-"):  # argparse takes it for no value at all and says nothing
                 self.error(f"argument {flag}: expected a value, not '--'")
-        given = super().parse_args(args, namespace)
-        for name, value in vars(given).items():
-            if isinstance(value, list):
-                setattr(given, name, tuple(value))
-        return given
+        given = vars(self.parse_args(argv))
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
     def error(self, message: str) -> NoReturn:
         if not first_process():
@@ -154,10 +151,6 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: {idle} accepted, no effect here", file=sys.stderr)
 
 
-def _reader(kind: Kind) -> Callable[[str], Any]:
-    return lambda text: READERS[kind.name](kind, text)
-
-
 def _shown(value: object) -> str:
     return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
@@ -165,11 +158,13 @@ def _shown(value: object) -> str:
 def fits(name: str, value: object) -> bool:
     """Whether a training command can have given a setting this stored value; a file's values may be anything."""
     kind = described(Training)[name].kind
-    if value is None or type(value) is bool:
-        return getattr(Training, name) is None if value is None else kind in (SWITCH, TRUTH)
+    if value is None:
+        return getattr(Training, name) is None
+    if kind in (SWITCH, TRUTH):
+        return type(value) is bool
     if type(value) is list and all(type(part) is int for part in value):
         value = tuple(value)
-    if type(value) not in (int, float, str, tuple) or kind in (SWITCH, TRUTH):
+    if type(value) not in (int, float, str, tuple):
         return False
     try:
         return value in kind if isinstance(kind, tuple) else READERS[kind.name](kind, _shown(value)) == value
@@ -180,19 +175,15 @@ def fits(name: str, value: object) -> bool:
 def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command:
     """Parse a training script's command line. script: its own defaults. Exits with status 2 where it is wrong."""
     parser = Parser(Training, doc, script)
-    given = vars(parser.parse_args(argv))
+    given = parser.read(argv)
     settings = resolve(Training, given, script)
-    if settings.restart_epoch and not settings.ckpt_url:
-        parser.error("--restart_epoch needs --ckpt_url FILE, the weights to start from")
-    if settings.ckpt_url and not settings.restart_epoch:
-        parser.error("--ckpt_url needs --restart_epoch N, the epoch its weights come from")
+    if bool(settings.restart_epoch) != bool(settings.ckpt_url):
+        parser.error("--restart_epoch N and --ckpt_url FILE, the weights of epoch N, need each other")
     if settings.restart_epoch and settings.resume is not None:
         parser.error("--restart_epoch starts a run from weights, --resume continues one; give one of them")
     if settings.restart_epoch >= settings.epochs:
         parser.error(f"--restart_epoch {settings.restart_epoch} leaves nothing to train; --epochs is {settings.epochs}")
-    idle: tuple[str, ...] = ()
-    if settings.no_anc:
-        idle += ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs")
+    idle = ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs") * settings.no_anc
     idle += ("beta",) * (settings.method == "pgd") + ("cr_beta",) * settings.no_ra
     parser.say_idle(idle, given)
     return Command(settings, given, script)
@@ -201,7 +192,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
 def parse(cls: type[S], doc: str, argv: list[str]) -> S:
     """Parse the command line of a script of another class of settings. Exits with status 2 where it is wrong."""
     parser = Parser(cls, doc)
-    given = vars(parser.parse_args(argv))
+    given = parser.read(argv)
     for name, about in described(cls).items():
         if about.required and name not in given:
             parser.error(f"--{name} is required: {about.help}")

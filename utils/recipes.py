@@ -81,15 +81,11 @@ class Training:
     batch_size: int = setting(128, whole(2), "images a training step")
     test_batch_size: int = setting(100, whole(1), "images a batch of evaluation", free=True)
     epochs: int = setting(120, whole(1), "epochs to train", by={"digits": 16}, free=True)
-    milestones: tuple[int, ...] = setting(
-        (75, 90, 100), EPOCHS, "epochs from whose start on lr is divided by 10", by={"digits": (11, 14)}
-    )
+    milestones: tuple[int, ...] = setting((75, 90, 100), EPOCHS, "where lr is divided by 10", by={"digits": (11, 14)})
     lr: float = setting(0.01, number(0, above=True), "learning rate of SGD", by={"digits": 0.03})
     momentum: float = setting(0.9, number(0, 1), "momentum of SGD")
     weight_decay: float = setting(2e-4, number(0), "weight decay, on every parameter", also=("--wd",))
-    epsilon: float = setting(
-        8 / 255, number(0, 1), "L-infinity radius of attacks, images in [0, 1]; 8/255 works", by={"digits": 0.1}
-    )
+    epsilon: float = setting(8 / 255, number(0, 1), "L-infinity radius on [0, 1]; 8/255 works", by={"digits": 0.1})
     num_steps: int = setting(10, whole(1), "steps of a training attack")
     step_size: float = setting(0.007, number(0, 1, above=True), "size of an attack step", by={"digits": 0.02})
     inner: str = setting("ce", ("ce", "kl"), "what the untargeted training attack ascends")
@@ -107,18 +103,14 @@ class Training:
         "channels of the first stage (64 as published), or a WRN's widen factor (10)",
         by={"digits": 12, ("digits", "WRN-34-10"): 1, ("digits", "WRN-28-10"): 1},
     )
-    image_size: int = setting(
-        32, SIDE, "side of the images of digits and folder", by={"tiny-imagenet": 64, "digits": 16}
-    )
+    image_size: int = setting(32, SIDE, "side of digits' and folder's images", by={"tiny-imagenet": 64, "digits": 16})
     augmentation: str = setting(
         "crop-flip",
         AUGMENTATIONS,
         "crop: random shifts by an eighth of the side, zero-padded",
         by={"tiny-imagenet": "none", "digits": "none"},
     )
-    val_size: int = setting(
-        0, whole(0), "hold out N training images and select the best epoch on them, not on the test set"
-    )
+    val_size: int = setting(0, whole(0), "select the best epoch on N held-out training images, not on the test set")
     limit_train: int | None = setting(None, whole(2), "train on N images only, for trials")
     limit_test: int | None = setting(None, whole(1), "evaluate on N images only, for trials")
     eval_interval: int = setting(1, whole(1), "evaluate every N epochs, and after the last", free=True)
@@ -126,18 +118,12 @@ class Training:
     save_freq: int = setting(10, whole(1), "keep a checkpoint every N epochs", also=("-s",), free=True)
     seed: int = setting(1, whole(0), "seed of all that is random")
     data_dir: str = setting(
-        "./data",
-        PATH,
-        "where data sets lie or are downloaded to; for `folder`, the one with train/<class>/ and test/<class>/ or "
-        "val/<class>/",
-        free=True,
+        "./data", PATH, "where data sets go; for `folder`: train/<class>/ and test/<class>/ or val/<class>/", free=True
     )
     model_dir: str = setting("./model/ANCRA", PATH, "beginning of the run folder's name")
     restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
     ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch")
-    resume: str | bool | None = setting(
-        None, PATH_OR_OWN, "continue this run, or the one of PATH (a run folder or its last_state.pt)"
-    )
+    resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
     amp: str = setting("none", ("none", "bf16"), "precision of training's attacks and forwards; evaluation is float32")
     tf32: bool = setting(False, SWITCH, "train with TF32 on CUDA; evaluation is float32")
     compile: bool = setting(False, TRUTH, "train through torch.compile; needs a C++ compiler", free=True)
@@ -167,13 +153,9 @@ class Checkpoint:
     arch: str | None = again("arch", None)
     width: int | None = again("width", None)
     no_ra: bool = again("no_ra", False)
-    n_examples: int | None = setting(
-        None, whole(1), "take N test images only, the first after a fixed shuffle", also=("--limit-test",)
-    )
+    n_examples: int | None = setting(None, whole(1), "first N test images of a fixed shuffle", also=("--limit-test",))
     test_batch_size: int = again("test_batch_size", 200, help="images a batch")
-    epsilon: float | None = again(
-        "epsilon", None, help="L-infinity radius, images in [0, 1]; 8/255 works (default: the data set's)"
-    )
+    epsilon: float | None = again("epsilon", None, help="L-infinity radius on [0, 1] (default: the data set's)")
     step_size: float | None = again("step_size", None, help="size of an attack step (default: the data set's)")
     seed: int = again("seed", 1)
     device: str = again("device", "auto")
@@ -225,9 +207,7 @@ class Histograms:
     )
     labels: tuple[str, ...] | None = setting(None, WORD, "legend, one for each FILE (default: method)", several=True)
     dataset: str | None = again("dataset", None, help="take the files of one data set only")
-    features: str | None = setting(
-        None, FEATURES, "which of the two that each file holds (default: the files' own choice)"
-    )
+    features: str | None = setting(None, FEATURES, "which of a file's two (default: the file's own choice)")
     out: str = setting("./figure", PATH, "folder of the figures")
     show: bool = setting(False, SWITCH, "also open a window")
 

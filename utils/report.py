@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed
@@ -84,35 +84,6 @@ def refuse_unwritable(log: Path, saved: str | None) -> None:
             raise UsageError(f"--save-adversarial {saved} is a folder; name a file in it")
 
 
-def write(
-    settings: Evaluation,
-    subject: Subject,
-    net: nn.Module,
-    rows: dict[str, Row],
-    worst: Worst,
-    diagnosis: Diagnosis | None,
-    origin: dict,
-    folder: Path,
-    say: Say,
-) -> None:
-    """Table, JSON, picture and the images of --save-adversarial."""
-    attacked = len(rows) > 1
-    rows = rows | worst_cases(rows)
-    if diagnosis is not None:
-        write_diagnosis(diagnosis, folder, say)
-    write_json(folder / "white_attack.json", description(settings, subject, origin), rows, diagnosis)
-    for line in table(rows, subject):
-        say(line)
-    if attacked:
-        picture, shown = folder / "adversarial_examples.png", examples(net, subject.split, worst, rows["natural"].right)
-        draw = partial(draw_examples, *shown, subject.eps, subject.split.classes)
-        write_atomically(picture, lambda file: draw(file))
-        say(f"picture    {picture}")
-    if settings.save_adversarial:
-        right = list(rows.values())[-1].right  # the worst case, where there are several attacks
-        say(save_adversarial(Path(settings.save_adversarial), net, subject.split, worst, right, subject.eps))
-
-
 def worst_cases(rows: dict[str, Row]) -> dict[str, Row]:
     """The worst case, image by image, over the views of the adaptive attack and over all attacks of the run."""
 
@@ -145,13 +116,22 @@ def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
     yield f"| {named} | " + " | ".join(f"{percent(row.right):.2f}" for row in rows.values()) + " |"
 
 
-def description(settings: Evaluation, subject: Subject, origin: dict) -> dict:
-    """What white_attack.json says of the network, the images and the settings."""
-    known = ("arch", "width", "reverse_attention", "epoch", "image_size", "recipe")
+def write_json(
+    file: Path,
+    settings: Evaluation,
+    subject: Subject,
+    rows: dict[str, Row],
+    diagnosis: Diagnosis | None,
+    origin: dict,
+) -> None:
+    """white_attack.json: this evaluation, and those before it under `earlier`. origin: its provenance.
+
+    verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
+    """
+    split, known = subject.split, ("arch", "width", "reverse_attention", "epoch", "image_size", "recipe")
     said = ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")
     said += ("test_batch_size", "n_examples", "diagnostics")
-    split = subject.split
-    return {
+    record = {
         "provenance": origin,
         "checkpoint": str(subject.file),
         "network": {"method": subject.method} | {key: subject.info.get(key) for key in known},
@@ -161,93 +141,74 @@ def description(settings: Evaluation, subject: Subject, origin: dict) -> dict:
         "settings": {"eps": subject.eps, "step_size": subject.step_size}
         | {key: getattr(settings, key) for key in said}
         | {"auxiliary_weight": subject.auxiliary_weight},
-    }
-
-
-def write_json(file: Path, record: dict, rows: dict[str, Row], diagnosis: Diagnosis | None) -> None:
-    """white_attack.json: this evaluation, and those before it under `earlier`.
-
-    verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
-    """
-    record["attacks"] = {
-        name: {
-            "robust_accuracy": percent(row.right),
-            "interval_95": wilson(row.right),
-            "images": len(row.right),
-            "seconds": round(row.seconds, 2),
-            "notes": row.notes,
-            "verdicts": "".join("01"[right] for right in row.right.tolist()),
-        }
-        for name, row in rows.items()
+        "attacks": {
+            name: {
+                "robust_accuracy": percent(row.right),
+                "interval_95": wilson(row.right),
+                "images": len(row.right),
+                "seconds": round(row.seconds, 2),
+                "notes": row.notes,
+                "verdicts": "".join("01"[right] for right in row.right.tolist()),
+            }
+            for name, row in rows.items()
+        },
     }
     if diagnosis is not None:
         record["diagnostics"] = diagnosis._asdict() | {"signs": [sign._asdict() for sign in diagnosis.signs]}
     write_record(file, record)
 
 
-def examples(net: nn.Module, split: Split, worst: Worst, natural: Tensor, count: int = 8) -> tuple[Tensor, ...]:
-    """Images for the picture, fooled ones first -> natural, adversarial (n, 3, S, S), probabilities of both, labels."""
-    fooled = natural & worst.fooled
-    chosen = torch.cat([fooled.nonzero().squeeze(1), (~fooled).nonzero().squeeze(1)])[:count]
-    batch = split.take(chosen.to(split.labels.device))
-    pair = as_input(batch.images), worst.images[chosen].to(batch.images.device)
+def write_picture(file: Path, subject: Subject, worst: Worst, count: int = 8) -> str:
+    """Draw images and the worst found for each, fooled ones first -> a line that says so."""
+    chosen, device = (~worst.fooled).int().argsort(stable=True)[:count], subject.split.labels.device
+    batch = subject.split.take(chosen.to(device))
+    pair = as_input(batch.images), worst.images[chosen].to(device)
     with torch.no_grad():
-        probabilities = [net(x).softmax(1).cpu() for x in pair]
-    return (*(x.cpu() for x in pair), *probabilities, batch.labels.cpu())
+        probabilities = [subject.model(x).softmax(1).cpu() for x in pair]
+    shown = (*(x.cpu() for x in pair), *probabilities, batch.labels.cpu(), subject.eps, batch.classes)
+    write_atomically(file, lambda part: draw_examples(*shown, part))
+    return f"picture    {file}"
 
 
-def save_adversarial(file: Path, net: nn.Module, split: Split, worst: Worst, right: Tensor, eps: float) -> str:
-    """Write the worst image found for each one to an npz, after what is written was read and tried again.
+def save_adversarial(file: Path, subject: Subject, worst: Worst, right: Tensor) -> str:
+    """Write the worst image found for each one to an npz -> a line that says so.
 
     images: (N, 3, S, S) float32 in [0, 1] and in the ball. labels: (N,). right: (N,) the verdicts on just these images,
     those of the table's worst case but for an image on the edge of two classes, judged in another batch by rounding.
     """
-    images, labels = worst.images, split.labels.cpu()
+    images, split, eps = worst.images, subject.split, subject.eps
     off = (images - as_input(split.images.cpu())).abs().amax().item()
     if off > eps + 1e-6 or images.min() < 0 or images.max() > 1:
         raise RunError(f"an attack left the ball of {eps:.5g} (by {off - eps:.2g}) or [0, 1]; nothing is saved")
-
-    def still_right(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            answers = [net(x.to(split.labels.device)).argmax(1).cpu() for x in images.split(BLOCK)]
-        return torch.cat(answers) == labels
-
-    found = still_right(images)
+    with torch.no_grad():
+        logits = torch.cat([subject.model(x.to(split.labels.device)) for x in images.split(BLOCK)])
+    found = (logits.argmax(1) == split.labels).cpu()
+    content = {"images": images.numpy(), "labels": split.labels.cpu().numpy(), "right": found.numpy()}
 
     def write(part: Path) -> None:
-        content = {"images": images.numpy(), "labels": labels.numpy(), "right": found.numpy(), "eps": np.float32(eps)}
         with open(part, "wb") as out:
-            np.savez_compressed(out, **content)
-        with np.load(part) as stored:
-            if not torch.equal(still_right(torch.from_numpy(stored["images"])), found):
-                raise RunError(f"{file}: the network answers otherwise to images read again; nothing is saved")
+            np.savez_compressed(out, **content, eps=np.float32(eps))
 
     write_atomically(file, write)
     differ = int((found != right).sum())
-    return (
-        f"saved      {file}: {len(labels)} images, {int((~found).sum())} of which the network gets wrong, read again"
-        + (f"; {differ} of them judged otherwise than in the table, by rounding" if differ else "")
+    return f"saved      {file}: {len(images)} images, {int((~found).sum())} of which the network gets wrong" + (
+        f"; {differ} of them judged otherwise than in the table, by rounding" if differ else ""
     )
 
 
 def run_diagnostics(
-    net: nn.Module, subject: Subject, natural: Tensor, views: dict[str, View], settings: Evaluation
+    subject: Subject, natural: Tensor, views: dict[str, View], settings: Evaluation, folder: Path, say: Say
 ) -> Diagnosis:
-    """--diagnostics: look for the signs of masking, with a bar that names the part under way."""
+    """--diagnostics: the signs of masking, a line each, and two pictures; a bar names the part under way."""
     style = dict(desc="diagnostics", bar_format="{desc}: {postfix} {elapsed}", leave=False, disable=distributed.quiet())
     how = dict(eps=subject.eps, step_size=subject.step_size, seed=settings.seed, batch_size=settings.test_batch_size)
     with tqdm(**style) as bar:
-        return diagnose(net, subject.split, natural, views, progress=bar.set_postfix_str, **how)
-
-
-def write_diagnosis(diagnosis: Diagnosis, folder: Path, say: Say) -> None:
-    """The signs of masking, a line each, and two pictures."""
-    for sign in diagnosis.signs:
+        found = diagnose(subject.model, subject.split, natural, views, progress=bar.set_postfix_str, **how)
+    for sign in found.signs:
         say(f"{'SIGN' if sign.raised else 'ok':<5} {sign.name}: {sign.figure}")
-    for curve, label, name in (
-        (diagnosis.by_eps, "eps", "robust_vs_eps.png"),
-        (diagnosis.by_steps, "steps", "robust_vs_steps.png"),
-    ):
-        if curve:
-            write_atomically(folder / name, partial(draw_robustness, curve, label))
-            say(f"picture    {folder / name}")
+    for curve, label in (found.by_eps, "eps"), (found.by_steps, "steps"):
+        if curve and distributed.first():
+            picture = folder / f"robust_vs_{label}.png"
+            write_atomically(picture, partial(draw_robustness, curve, label))
+            say(f"picture    {picture}")
+    return found

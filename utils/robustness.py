@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -70,6 +70,10 @@ def planned_attacks(
 
     shared = {LIBRARY: metadata.version(LIBRARY), "attacks": attacks.VERSION}
     ball = {"eps": eps, "seed": seed, "start": "uniform" if settings.random else "image"}
+    on_view = dict(eps=eps, step_size=step, steps=steps, restarts=settings.restarts, seed=seed)
+    also = {"over heads": {"auxiliary weight": subject.auxiliary_weight}}
+    if surrogate is not None:
+        also["surrogate"] = {"surrogate": fingerprint(surrogate)}
     plans = {
         "natural": {"natural": Planned(lambda warned, says: None, {}, attacks.VERSION)},
         "fgsm": {"FGSM": quick(partial(pgd, cross_entropy), step_size=eps, steps=1, **ball)},
@@ -77,13 +81,11 @@ def planned_attacks(
         "cw": {f"CW-{half}": quick(partial(pgd, margin), step_size=step, steps=half, **ball)},
         "noise": {f"noise, {NOISE_DRAWS} draws": quick(noise, eps=eps, seed=seed, draws=NOISE_DRAWS)},
         "autoattack": {"AutoAttack": long(autoattack, AUTOATTACK_VERSION, {}, eps=eps, seed=seed)},
-        "adaptive": {},
+        "adaptive": {
+            report.ADAPTIVE + name: long(partial(adaptive, view), ADAPTIVE_VERSION, also.get(name, {}), **on_view)
+            for name, view in ways.items()
+        },
     }
-    how = dict(eps=eps, step_size=step, steps=steps, restarts=settings.restarts, seed=seed)
-    for name, view in ways.items():
-        also = {"auxiliary weight": subject.auxiliary_weight} if name == "over heads" else {}
-        also = {"surrogate": fingerprint(surrogate)} if name == "surrogate" else also
-        plans["adaptive"][report.ADAPTIVE + name] = long(partial(adaptive, view), ADAPTIVE_VERSION, also, **how)
     wanted = {"natural", *settings.attacks}
     return {name: plan for flag, group in plans.items() if flag in wanted for name, plan in group.items()}
 
@@ -162,7 +164,7 @@ class Kept:
             digest.update(_bytes(tensor))
         return self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{digest.hexdigest()[:24]}.npz"
 
-    def load(self, file: Path, natural: Tensor | None, shape: tuple[int, ...]) -> Found | None:
+    def load(self, file: Path, natural: Tensor | None, shape: torch.Size) -> Found | None:
         """None where there is nothing, or nothing that can be right: cut off, or foreign."""
         try:
             settings, arrays = read_arrays(file)
@@ -203,107 +205,107 @@ def attack_block(
 
 
 def run_attacks(
-    net: nn.Module, split: Split, plans: dict[str, Planned], kept: Kept, batch_size: int, say: Callable[[str], None]
+    subject: Subject, plans: dict[str, Planned], kept: Kept, batch_size: int, say: Callable[[str], None]
 ) -> tuple[dict[str, Row], Worst]:
-    """Every attack on every block, ranks taking turns; what was finished before, by whatever command, is taken over.
-
-    Rows and worst images are whole on the first rank only.
-    """
+    """Every attack on every block, ranks taking turns; what was finished before, by whatever command, is taken over."""
+    split = subject.split
     blocks = torch.arange(len(split.labels)).split(BLOCK)
     own = range(distributed.rank(), len(blocks), distributed.world())
     worst, finished, timed = Worst(split), [], False
     with tqdm(total=len(own) * len(plans), unit="attack", leave=False, disable=distributed.quiet()) as bar:
-        for i in own:
-            here, natural, began, computed = blocks[i], None, time.perf_counter(), False
+        for left, i in zip(reversed(range(len(own))), own, strict=True):
+            here, natural, seconds = blocks[i], None, 0.0
             block = split.take(here.to(split.labels.device))._replace(numbers=numbers_of(split)[here])
             for name, plan in plans.items():
                 bar.set_description(name)
                 bar.set_postfix_str("")
                 file = kept.file(name, plan, block)
-                found = kept.load(file, natural, tuple(block.images.shape))
+                found = kept.load(file, natural, block.images.shape)
                 if found is None:
-                    found, computed = attack_block(net, block, plan, natural, batch_size, bar.set_postfix_str), True
+                    found = attack_block(subject.model, block, plan, natural, batch_size, bar.set_postfix_str)
                     kept.save(file, found)
+                    seconds += found.seconds
                 if natural is None:
                     natural = found.right
                 worst.take(here[natural & ~found.right], found.images, found.margins)
                 finished.append((i, name, found._replace(images=None, margins=None)))
                 bar.update()
-            if computed and not timed and i != own[-1]:
-                minutes = (time.perf_counter() - began) * (len(own) - 1 - own.index(i)) / 60
+            if seconds and left and not timed:
+                minutes, timed = seconds * left / 60, True
                 say(f"block {i + 1} of {len(blocks)} is done; about {minutes:.0f} min more, less what is kept already")
-                timed = True
     worst.join()
     everything = sorted((f for one in distributed.gathered(finished) for f in one), key=lambda f: f[0])
     return {name: joined_row([found for _, own, found in everything if own == name]) for name in plans}, worst
 
 
 def joined_row(blocks: list[Found]) -> Row:
-    """An attack's line of the table, from its blocks in order. Notes alike but for their digits are said once."""
-    alike: dict[str, list[str]] = {}
-    for note in (note for block in blocks for note in dict.fromkeys(block.notes)):
-        alike.setdefault("".join(c for c in note if not c.isdigit()), []).append(note)
-    several = len(blocks) > 1
-    notes = [f"in {len(n)} of {len(blocks)} blocks, first: {n[0]}" if several else n[0] for n in alike.values()]
-    kept = [block.made for block in blocks if block.made]
+    """An attack's line of the table, from its blocks in order. Notes alike but for their numbers are said once."""
+    alike: dict[str, tuple[str, set[int]]] = {}  # by what they say but for numbers: the first, and the blocks' numbers
+    for i, block in enumerate(blocks):
+        for note in block.notes:
+            alike.setdefault(re.sub(r"\d+", "", note), (note, set()))[1].add(i)
+    whole, kept = f"of {len(blocks)} blocks", [block.made for block in blocks if block.made]
+    notes = [f"in {len(of)} {whole}, first: {n}" if len(blocks) > 1 else n for n, of in alike.values()]
     if kept:
-        notes.append(
-            f"{len(kept)} of {len(blocks)} blocks of {BLOCK} images kept from an earlier evaluation ({kept[0]})"
-        )
+        notes.append(f"{len(kept)} {whole} of {BLOCK} images kept from an earlier evaluation ({kept[0]})")
     return Row(torch.cat([block.right for block in blocks]), sum(block.seconds for block in blocks), notes)
 
 
 def load_surrogate(path: str, subject: Subject) -> nn.Module:
     """The network of --surrogate, on the device of the subject; UsageError where it does not take its images."""
-    surrogate, info = load_model(path, subject.split.labels.device)
-    if info["num_classes"] != len(subject.split.classes) or info["dataset"] not in (None, subject.dataset):
+    split = subject.split
+    surrogate, info = load_model(path, split.labels.device)
+    classes, dataset, side = info["num_classes"], info["dataset"], info["image_size"]
+    fits = side == split.images.shape[-1] or not info["arch"].startswith("PreAct")  # others take any size
+    if not fits or classes != len(split.classes) or dataset not in (None, subject.dataset):
         raise UsageError(
-            f"--surrogate {path} is a network of {info['num_classes']} classes of {info['dataset'] or 'unknown data'}; "
-            f"name one of {subject.dataset}, {len(subject.split.classes)} classes"
+            f"--surrogate {path} is a network of {classes} classes of {dataset or 'unknown data'}, side {side}; "
+            f"name one of {subject.dataset}, {len(split.classes)} classes, side {split.images.shape[-1]}"
         )
-    if info["image_size"] != subject.split.images.shape[-1] and info["arch"].startswith("PreAct"):
-        raise UsageError(f"--surrogate {path} takes images of side {info['image_size']}; name one of the same data set")
     return surrogate
 
 
 def white_attack(settings: Evaluation) -> None:
     """Evaluate a network under the attacks of --attacks: table, white_attack.json, test.log and a picture."""
     subject = foreign_subject(settings) if settings.model else load_subject(settings, settings.ckpt_url)
-    split = subject.split
     surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
     if settings.diagnostics and subject.eps == 0:
         raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
-    folder = Path(settings.log_path or subject.file).parent
-    log = Path(settings.log_path) if settings.log_path else folder / "test.log"
+    log = Path(settings.log_path or subject.file.parent / "test.log")
     distributed.from_first(lambda: report.refuse_unwritable(log, settings.save_adversarial))  # before the attacks
-    say, origin = open_log(log), provenance(split.labels.device, settings.seed, [LIBRARY])
+    say, origin = open_log(log), provenance(subject.split.labels.device, settings.seed, [LIBRARY])
 
     def stop(signum: int, frame: object) -> None:
         again = f"{distributed.launcher()} {shlex.join(sys.argv)}"
         raise Stopped(signum, f"stopped; finished blocks are kept, and the same command goes on: {again}")
 
-    foreign = (settings.model.partition(":")[0], as_input(split.images[:FEW])) if settings.model else ()
-    with stop_signals(stop), ExitStack() as stack:
-        net = stack.enter_context(frozen(subject.model))
-        attacked = None if surrogate is None else stack.enter_context(frozen(surrogate))
+    foreign = (settings.model.partition(":")[0], as_input(subject.split.images[:FEW])) if settings.model else ()
+    kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
+    other = nullcontext() if surrogate is None else frozen(surrogate)
+    with stop_signals(stop), frozen(subject.model) as net, other as attacked:
+        subject = subject._replace(model=net)
         ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, attacked)
+        plans = planned_attacks(settings, subject, ways, surrogate)
         say(in_one_line(origin))
         say(f"{subject.file}: {subject.described()}")
-        say(
-            f"eps {subject.eps:.5g}, step {subject.step_size:.5g}, {'random' if settings.random else 'natural'} start, "
-            f"seed {settings.seed}"
-        )
-        plans = planned_attacks(settings, subject, ways, surrogate)
-        if any(LIBRARY in plan.depends for plan in plans.values()) or settings.diagnostics:
+        start = "random" if settings.random else "natural"
+        say(f"eps {subject.eps:.5g}, step {subject.step_size:.5g}, {start} start, seed {settings.seed}")
+        if settings.diagnostics or any(LIBRARY in plan.depends for plan in plans.values()):
             say(
                 f"AutoAttack, adaptive attacks and diagnostics take long: blocks of {BLOCK} images, each kept in "
-                f"{folder / 'white_attack.blocks'} when it is finished; --n-examples N takes fewer"
+                f"{kept.folder} when it is finished; --n-examples N takes fewer"
             )
-        now = f"{origin['started']}, {origin['device']}"
-        kept = Kept(folder, fingerprint(subject.model, *foreign), now)
-        rows, worst = run_attacks(net, split, plans, kept, settings.test_batch_size, say)
-        diagnosis = None
+        rows, worst = run_attacks(subject, plans, kept, settings.test_batch_size, say)
+        natural, diagnosis = rows["natural"].right, None
         if settings.diagnostics:
-            diagnosis = report.run_diagnostics(net, subject, rows["natural"].right, ways, settings)
+            diagnosis = report.run_diagnostics(subject, natural, ways, settings, log.parent, say)
         if distributed.first():
-            report.write(settings, subject, net, rows, worst, diagnosis, origin, folder, say)
+            rows |= report.worst_cases(rows)
+            report.write_json(log.with_name("white_attack.json"), settings, subject, rows, diagnosis, origin)
+            for line in report.table(rows, subject):
+                say(line)
+            if len(rows) > 1:
+                say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst))
+            if settings.save_adversarial:
+                right = [*rows.values()][-1].right  # the worst case, where there are several attacks
+                say(report.save_adversarial(Path(settings.save_adversarial), subject, worst, right))

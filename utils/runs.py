@@ -1,8 +1,6 @@
 """Run folders: their names, who may write to them, their log, and what a resumed run takes from them."""
 
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +24,9 @@ VERSION = 1  # of last_state.pt; raised when an older one can no longer be conti
 FIGURES = ("lr", "loss", "contrast", "train_natural_accuracy_first_head", "train_robust_accuracy_first_head")
 FIGURES += ("natural_accuracy", "pgd40_heads_accuracy", "train_images_per_second", "seconds")
 ROW = {"epoch": 1} | dict.fromkeys(FIGURES, 0.0)  # of metrics.csv, with values of the types that it holds
+NO_NATURAL = {"train_natural_accuracy_first_head": None}
+NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
+ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
 SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
 
 
@@ -132,8 +133,8 @@ def alike(value: object, template: object) -> bool:
     if isinstance(template, Tensor):
         same = ordinary(value) and value.dtype == template.dtype and value.shape == template.shape
         return same and bool(value.isfinite().all())
-    if type(value) is not type(template):
-        return False
+    if template is None or type(value) is not type(template):
+        return value is template
     if isinstance(template, dict):
         return value.keys() == template.keys() and all(alike(value[key], template[key]) for key in template)
     return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
@@ -141,31 +142,28 @@ def alike(value: object, template: object) -> bool:
 
 def usable(state: dict, parameters: list[Tensor], images: int) -> bool:
     """Whether optimiser and progress out of a file are those of a run with these parameters over so many images."""
+    momenta = {index: {"momentum_buffer": parameter} for index, parameter in enumerate(parameters)}
+    everything = torch.arange(images)
     try:
         for index, entry in state["optimizer"]["state"].items():
-            momentum = {"momentum_buffer": parameters[index]} if type(index) is int and index >= 0 else {}
-            if entry != {"momentum_buffer": None} and not alike(entry, momentum):
+            if entry != {"momentum_buffer": None} and not alike(entry, momenta[index]):
                 return False
-        progress = dict(state["progress"])
-        order, rows, sums = (progress.pop(key) for key in ("order", "rows", "sums"))
-        whole = [{key: ROW[key] if v is None and key != "epoch" else v for key, v in row.items()} for row in rows]
-        if not all(alike(row, ROW) for row in whole) or not alike(progress, {"epoch": 1, "done": 0}):
+        progress = state["progress"]
+        order, done, rows = progress["order"], progress["done"], progress["rows"]
+        if type(rows) is not list or not all(any(alike(row, known) for known in ROWS) for row in rows):
             return False
-        epochs = [0, *(row["epoch"] for row in rows), progress["epoch"]]
-        if epochs != sorted(set(epochs)) or epochs[-1] >= 2**31 or (rows and epochs[-2] != epochs[-1] - 1):
+        begun = {"order": None, "sums": {}} if order is None else {"order": everything, "sums": SUMS}
+        if not alike(progress | {"rows": None}, {"epoch": 1, "done": 0, "rows": None} | begun):
+            return False
+        epochs = [row["epoch"] for row in rows] + [progress["epoch"]]
+        if epochs[0] < 1 or epochs[-1] >= 2**31 or epochs != list(range(epochs[0], epochs[0] + len(epochs))):
             return False
         if order is None:
-            return progress["done"] == 0 and sums == {}
-        everything = torch.arange(images)
-        if not alike(order, everything) or not torch.equal(order.sort().values, everything) or not alike(sums, SUMS):
-            return False
-        return 0 <= progress["done"] <= images and (not progress["done"] or sums["seconds"] > 0)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+            return done == 0
+        timed = not done or progress["sums"]["seconds"] > 0
+        return timed and 0 <= done <= images and torch.equal(order.sort().values, everything)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         return False
-
-
-def resume_command(folder: Path) -> str:
-    return f"{distributed.launcher()} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(folder))}"
 
 
 def open_log(file: Path) -> Callable[[str], None]:

@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +30,6 @@ from utils.recipes import Training, stored
 from utils.runs import Start, open_log, prepare
 from utils.step import Figures, attack_batch, backward, training_loss
 
-Log = Callable[[str], None]
-
 
 class Data(NamedTuple):
     """The images of a run. selection: those that choose the best epoch, the test images without --val-size."""
@@ -46,18 +43,16 @@ def run(command: Command) -> None:
     """Train as a command says. Errors: UsageError, RunError, Stopped; whatever was saved stays loadable."""
     with ExitStack() as held:
         start = distributed.from_first(lambda: prepare(command, held))
-        job, data = begin(start, held)
-        log = open_log(job.folder / "train.log")
-        announce(job, data, start, log)
+        job, data = set_up(start, held)
+        announce(job, data, start)
         del start  # it holds a copy of the network
         train, selection = data.train.to(job.device), data.selection.to(job.device)
-        stop = StopRequest(job)
-        with stop_signals(stop.note):
+        with stop_signals(job.note_stop):
             while job.progress["epoch"] <= job.settings.epochs:
                 with tf32(job.settings.tf32):
-                    train_epoch(job, train, log, stop.check)
-                finish_epoch(job, selection, log, stop.check)
-            report(job, data.test, log, stop.check)
+                    train_epoch(job, train)
+                finish_epoch(job, selection)
+            report(job, data.test)
 
 
 class Run:
@@ -70,6 +65,8 @@ class Run:
     def __init__(self, settings: Training, folder: Path, device: torch.device, data: Split) -> None:
         self.settings, self.folder, self.device, self.classes = settings, folder, device, data.classes
         self.training_images = len(data.labels)
+        self.log = open_log(folder / "train.log")
+        self.stop = 0  # the signal that asks for a stop
         self.provenance = distributed.from_first(lambda: provenance(device, settings.seed))
         torch.manual_seed(settings.seed)
         size = {"width": settings.width, "image_size": settings.image_size}
@@ -77,10 +74,13 @@ class Run:
             model = build_model(settings.arch, len(data.classes), reverse_attention=not settings.no_ra, **size)
         except ValueError as error:  # an image size that this network does not take
             raise UsageError(str(error)) from error
-        self.model = (distributed.sync_batchnorm(model) if settings.sync_bn else model).to(device)
+        if settings.sync_bn and distributed.world() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.to(device)
         if settings.compile:
             compile_for_training(self.model, device)
-        self.loss = distributed.parallel(self.model, training_loss)
+        self.training_loss = distributed.parallel(self.model, training_loss)  # without its first argument
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -96,8 +96,7 @@ class Run:
         """The network and what it is, as `load_model` reads it; RunError where its weights are absurd."""
         settings = self.settings
         for key, value in self.model.state_dict().items():
-            wrong = flaw(key, value)
-            if wrong:
+            if wrong := flaw(key, value):
                 raise RunError(f"{key} {wrong} in epoch {self.progress['epoch']}; {self.last_good}; lower --lr")
         said = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "dataset")}
         return said | {
@@ -120,8 +119,6 @@ class Run:
             raise UsageError(f"{self.folder} cannot be written ({error.strerror}); name another --model-dir") from error
 
     def save_state(self) -> None:
-        if not distributed.first():
-            return
         state = {
             "version": runs.VERSION,
             "optimizer": self.optimizer.state_dict(),
@@ -148,8 +145,30 @@ class Run:
             if distributed.first():
                 print("the run was saved on another kind of device: its random draws do not carry over")
 
+    def note_stop(self, signum: int, frame: object) -> None:
+        """The first signal waits for the next step, a second does not."""
+        self.stop = signum
+        if distributed.world() == 1:  # torchrun may say it again, and ends the process itself after 30 seconds
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
-def begin(start: Start, held: ExitStack) -> tuple[Run, Data]:
+    def check_stop(self) -> None:
+        """Between steps, on all ranks alike: save and raise Stopped where a signal has come to any of them."""
+        signum = distributed.agreed(self.stop)
+        if not signum:
+            return
+        again = f"{distributed.launcher()} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
+        line = f"{'interrupted' if signum == signal.SIGINT else 'terminated'}; continue by: {again}"
+
+        def save_and_log() -> None:
+            self.save_state()
+            with suppress(OSError), open(self.folder / "train.log", "a") as out:  # the state is saved, that counts
+                out.write(line + "\n")
+
+        distributed.from_first(save_and_log)  # the others end after it only
+        raise Stopped(signum, line)
+
+
+def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     """The run with its data, at its start or where it was left, on its device; held: gets the folder's lock."""
     settings, state = start.settings, start.state
     device = pick_device(settings.device, settings.no_cuda)
@@ -160,15 +179,14 @@ def begin(start: Start, held: ExitStack) -> tuple[Run, Data]:
         data = load_training_data(settings)
     where = f"{settings.dataset} in {settings.data_dir}"
     require_same_on_ranks(where, *data)
-    weights, file = None, Path(settings.ckpt_url or "")
-    if state is None and settings.restart_epoch:
-        weights = distributed.from_first(lambda: read(file))
     job = Run(settings, start.folder, device, data.train)
     if state is None:
-        if weights is not None:
+        if settings.restart_epoch:
+            file = Path(settings.ckpt_url)
+            weights = distributed.from_first(lambda: read(file))
             load_state(job.model, weights.get("model", weights), file)
         distributed.from_first(lambda: job.take_folder(held))
-    elif state["classes"] != list(data.train.classes) or state["training_images"] != len(data.train.labels):
+    elif state["classes"] != list(data.train.classes) or state["training_images"] != job.training_images:
         own = f"{state['training_images']} images of {len(state['classes'])} classes"
         raise UsageError(f"{start.file} was trained on {own}, and {where} differs; name the run's own --data-dir")
     else:
@@ -191,38 +209,45 @@ def load_training_data(settings: Training) -> Data:
     return Data(train, selection, test)
 
 
-def announce(job: Run, data: Data, start: Start, log: Log) -> None:
-    """Say and record what will run, on the first rank."""
+def announce(job: Run, data: Data, start: Start) -> None:
+    """Say what will run and record it in run.json, on the first rank."""
     if not distributed.first():
         return
-    settings, device = job.settings, job.device
-    idle = ["--tf32"] if settings.tf32 and device.type != "cuda" else []
-    idle += ["--sync-bn"] if settings.sync_bn and distributed.world() == 1 else []
+    settings, ranks = job.settings, distributed.world()
+    idle = ["--tf32"] if settings.tf32 and job.device.type != "cuda" else []
+    idle += ["--sync-bn"] if settings.sync_bn and ranks == 1 else []
     if idle:
         print(f"{Path(sys.argv[0]).name}: {', '.join(idle)} accepted, no effect here", file=sys.stderr)
-    log(in_one_line(job.provenance))
-    log(describe(job, data))
-    write_run_json(job, data)
+    job.log(in_one_line(job.provenance))
+    job.log(describe(job, data))
+    record = {
+        "settings": stored(settings),
+        "precision": precision(settings, job.device),
+        "parameters": job.parameters,
+        "classes": list(job.classes),
+        "training_images": job.training_images,
+        "evaluation_images": len(data.selection.labels),
+        "ranks": ranks,
+    }
+    write_record(job.folder / "run.json", job.provenance | record)
     if start.state is not None:
-        log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done")
-        before, now = start.state.get("ranks", 1), distributed.world()
-        if before != now:
+        job.log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done")
+        if start.state["ranks"] != ranks:
             carried = "weights, optimiser, random draws and position carry over; BatchNorm sees other slices"
-            log(f"ranks      {before} before, {now} now: {carried}")
+            job.log(f"ranks      {start.state['ranks']} before, {ranks} now: {carried}")
 
 
 def describe(job: Run, data: Data) -> str:
     """What will run, as one block."""
     s = job.settings
-    parameters = sum(p.numel() for p in job.model.parameters())
     parts = [] if s.no_ra else ["reverse attention"]
     parts += [] if s.no_anc else [f"asymmetric negative contrast ({s.strategy}, alpha {s.alpha}, zeta {s.zeta})"]
     ranks = f", {distributed.world()} ranks" if distributed.world() > 1 else ""
     selected = f"{s.val_size} held-out training images" if s.val_size else "the test set"
     lines = {
         "method": f"{s.method}, {' and '.join(parts) or 'plain'}; beta {s.beta}, inner {s.inner}",
-        "network": f"{s.arch}, width {s.width or 'as published'}, {parameters:,} parameters",
-        "data": f"{s.dataset}, {len(job.classes)} classes, {len(data.train.labels)} training images, side "
+        "network": f"{s.arch}, width {s.width or 'as published'}, {job.parameters:,} parameters",
+        "data": f"{s.dataset}, {len(job.classes)} classes, {job.training_images} training images, side "
         f"{s.image_size}, augmentation {s.augmentation}",
         "selection": f"by pgd40_heads on {selected} ({len(data.selection.labels)} images)",
         "attack": f"L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
@@ -234,52 +259,12 @@ def describe(job: Run, data: Data) -> str:
     return "\n".join(f"{name:<11}{line}" for name, line in lines.items())
 
 
-def write_run_json(job: Run, data: Data) -> None:
-    """run.json: what runs, where and by which command."""
-    record = job.provenance | {
-        "settings": stored(job.settings),
-        "precision": precision(job.settings, job.device),
-        "parameters": sum(p.numel() for p in job.model.parameters()),
-        "classes": list(job.classes),
-        "training_images": len(data.train.labels),
-        "evaluation_images": len(data.selection.labels),
-        "ranks": distributed.world(),
-    }
-    write_record(job.folder / "run.json", record)
-
-
-class StopRequest:
-    """Which signal asked the run to stop: the first waits for the next step, a second does not."""
-
-    def __init__(self, job: Run) -> None:
-        self.job, self.signum = job, 0
-
-    def note(self, signum: int, frame: object) -> None:
-        self.signum = signum
-        if distributed.world() == 1:  # torchrun may say it again, and ends the process itself after 30 seconds
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-
-    def check(self) -> None:
-        """Between steps, on all ranks alike: save and raise Stopped where a signal has come to any of them."""
-        signum = distributed.agreed(self.signum)
-        if signum:
-            word = "interrupted" if signum == signal.SIGINT else "terminated"
-            line = f"{word}; continue by: {runs.resume_command(self.job.folder)}"
-            distributed.from_first(lambda: self._save(line))  # the others end after it only
-            raise Stopped(signum, line)
-
-    def _save(self, line: str) -> None:
-        self.job.save_state()
-        with suppress(OSError), open(self.job.folder / "train.log", "a") as out:  # the state is saved, that counts
-            out.write(line + "\n")
-
-
 def learning_rate(settings: Training, epoch: int) -> float:
     """lr, divided by 10 at the start of each milestone epoch."""
     return settings.lr * 0.1 ** sum(epoch >= milestone for milestone in settings.milestones)
 
 
-def train_epoch(job: Run, train: Split, log: Log, check_stop: Callable[[], None]) -> None:
+def train_epoch(job: Run, train: Split) -> None:
     """The rest of the epoch under way, all of it where it has just begun."""
     settings, progress, epoch = job.settings, job.progress, job.progress["epoch"]
     if progress["order"] is None:
@@ -296,7 +281,7 @@ def train_epoch(job: Run, train: Split, log: Log, check_stop: Callable[[], None]
             batch = train.take(indices.to(job.device))
             x, labels = as_input(augment(batch.images, settings.augmentation, job.generator)), batch.labels
             attacked = attack_batch(job.model, x, labels, settings, job.generator, epoch)
-            figures = backward(job.loss, x, labels, attacked, settings)
+            figures = backward(job.training_loss, x, labels, attacked, settings)
             number = progress["done"] // settings.batch_size + 1
             if not math.isfinite(figures.loss):
                 where = f"the loss is {figures.loss} in epoch {epoch}, batch {number}"
@@ -310,8 +295,8 @@ def train_epoch(job: Run, train: Split, log: Log, check_stop: Callable[[], None]
             natural, robust = shown(natural_share(sums)), f"{100 * sums['robust'] / done:.1f}%"
             bar.set_postfix(loss=f"{sums['loss'] / done:.3f}", nat=natural, rob=robust)
             if number % settings.log_interval == 0:
-                log(f"epoch {epoch} [{done}/{total}] loss {figures.loss:.4f} contrast {figures.contrast:.4f}")
-            check_stop()
+                job.log(f"epoch {epoch} [{done}/{total}] loss {figures.loss:.4f} contrast {figures.contrast:.4f}")
+            job.check_stop()
 
 
 def add_up(sums: dict[str, float], figures: Figures, images: int, seconds: float) -> None:
@@ -334,36 +319,37 @@ def shown(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.2f} %"
 
 
-def evaluate(model: nn.Module, split: Split, settings: Training, check_stop: Callable[[], None]) -> tuple[float, float]:
-    """Natural and PGD-40-over-heads accuracy of a network, in percent."""
+def evaluate(job: Run, model: nn.Module, split: Split) -> tuple[float, float]:
+    """Natural and PGD-40-over-heads accuracy of a network, the run's own or its best, in percent."""
+    settings = job.settings
     attack = pgd40_heads(settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
-    style = dict(desc="evaluation", unit="img", leave=False, disable=distributed.quiet())
-    with frozen(model) as net, tqdm(total=None, **style) as bar:
+    with frozen(model) as net, tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
 
         def progress(images: int) -> None:
             bar.update(images)
-            check_stop()
+            job.check_stop()
 
         natural = verdicts(net, split, settings.test_batch_size, progress=progress)
         robust = verdicts(net, split, settings.test_batch_size, attack, natural, progress)
     return percent(natural), percent(robust)
 
 
-def finish_epoch(job: Run, selection: Split, log: Log, check_stop: Callable[[], None]) -> None:
+def finish_epoch(job: Run, selection: Split) -> None:
     """Evaluate, log and write everything of an epoch; last_state.pt last, so that it is never ahead of the others."""
     distributed.share_buffers(job.model)
     settings, progress, checkpoint = job.settings, job.progress, job.checkpoint()
     epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
     began, accuracies = time.perf_counter(), (None, None)
     if epoch % settings.eval_interval == 0 or epoch == settings.epochs:
-        accuracies = evaluate(job.model, selection, settings, check_stop)
+        accuracies = evaluate(job, job.model, selection)
     shares = natural_share(sums), 100 * sums["robust"] / total
     took = total / sums["seconds"], sums["seconds"] + time.perf_counter() - began
     losses = learning_rate(settings, epoch), sums["loss"] / total, sums["contrast"] / total
     row = dict(zip(runs.ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
     best = best_row(progress["rows"])
     progress["rows"].append(row)
-    log(epoch_line(job, row))
+    job.log(epoch_line(job, row))
+    progress.update(epoch=epoch + 1, order=None, done=0, sums={})
     if distributed.first():
         write_metrics(job)
         save(job.folder / LAST, checkpoint)
@@ -371,8 +357,7 @@ def finish_epoch(job: Run, selection: Split, log: Log, check_stop: Callable[[], 
             save(job.folder / f"model-{epoch}.pt", checkpoint)
         if best_row(progress["rows"]) is not best:
             save(job.folder / BEST, checkpoint)
-    progress.update(epoch=epoch + 1, order=None, done=0, sums={})
-    job.save_state()
+        job.save_state()
 
 
 def epoch_line(job: Run, row: dict) -> str:
@@ -409,24 +394,24 @@ def best_row(rows: list[dict]) -> dict | None:
     return max(evaluated, key=lambda row: row["pgd40_heads_accuracy"], default=None)
 
 
-def report(job: Run, test: Split, log: Log, check_stop: Callable[[], None]) -> None:
+def report(job: Run, test: Split) -> None:
     """The last and the best epoch's figures, and where everything is."""
     rows, folder, settings = job.progress["rows"], job.folder, job.settings
     if not rows:
-        log("nothing left to train")
+        job.log("nothing left to train")
         return
     where = f"{settings.val_size} held-out training images" if settings.val_size else "the test set"
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
         if row and row["natural_accuracy"] is not None:
-            log(
+            job.log(
                 f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
                 f"{row['pgd40_heads_accuracy']:.2f} % on {where} at eps {settings.epsilon:.4g}"
             )
     if settings.val_size:
         best, _ = distributed.from_first(lambda: load_model(folder / BEST))  # not into job.model, which a stop saves
-        natural, robust = evaluate(best.to(job.device), test.to(job.device), settings, check_stop)
-        log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
-    log(
+        natural, robust = evaluate(job, best.to(job.device), test.to(job.device))
+        job.log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
+    job.log(
         f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
         f"python test_white_attack.py --ckpt_url {shlex.quote(str(folder / BEST))}"
     )
