@@ -481,6 +481,7 @@ def forked(job):
     pid = os.fork()
     if pid == 0:
         status = 1
+        signal.alarm(120)  # a hang is a failure
         with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
             job()
             status = 0

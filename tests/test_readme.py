@@ -255,7 +255,7 @@ def blur(eps: float) -> Attack:
 
     return attack
 """
-RADIUS = '8 / 255, number(0, 1), "L-infinity radius of attacks, images in [0, 1]; 8/255 works", by={'
+RADIUS = 'epsilon: float = setting(8 / 255, number(0, 1), "L-infinity radius on [0, 1]; 8/255 works", by={'
 MODELS = "from models.reverse_attention import Heads, ReverseAttentionNetwork\n"
 BEFORE, AFTER = "before", "after"
 
@@ -285,7 +285,7 @@ CHANGES = {
     ],
     "a data set": [
         ("utils/data.py", BEFORE, "\nLOADERS = {", DATA_SET),
-        ("utils/data.py", AFTER, "\nLOADERS = {\n", '    "stripes": _stripes,\n'),
+        ("utils/data.py", AFTER, "\nLOADERS = {", '"stripes": _stripes, '),
         ("utils/recipes.py", AFTER, 'DATASETS = ("cifar10", ', '"stripes", '),
         ("utils/recipes.py", AFTER, RADIUS, '"stripes": 0.05, '),
     ],

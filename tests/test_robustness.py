@@ -305,7 +305,7 @@ ALL = {"natural", "noise, 100 draws", "AutoAttack"} | QUICK | VIEWS
         ("another number", ALL),
         ("another network", ALL),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, set) else str(value),
 )
 def test_what_is_kept_belongs_to_network_images_attack_and_its_settings(flags, anew, tmp_path, monkeypatch):
     """Whatever matters to an attack makes another file of its block, and nothing else does."""

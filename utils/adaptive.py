@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models import Heads
 from utils.attacks import Attack, margins, pgd
-from utils.autoattack import Listener
+from utils.autoattack import Listener, Says
 
 VERSION = 1  # raise it when a view or the attack changes, so that kept results are not reused
 
@@ -133,12 +133,12 @@ def view_pgd(
     x: Tensor,
     labels: Tensor,
     numbers: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Callable[..., Tensor],
     **how: float,
 ) -> tuple[Tensor, Tensor]:
     """PGD on a view from a uniform start, every iterate judged by the network's real prediction.
 
-    how: eps, step_size, steps, seed and draw, as `pgd` has them.
+    criterion: logits (N, C), labels (N,) -> (N,), to ascend. how: eps, step_size, steps, seed and draw, of `pgd`.
     Returns of each image the last iterate that fools the network, else the last one; and which iterates do, (n, steps).
     """
     watched, found, fooled = Watched(net, view), x.clone(), []
@@ -161,15 +161,7 @@ def view_pgd(
 
 
 def adaptive(
-    view: View,
-    *,
-    eps: float,
-    step_size: float,
-    steps: int,
-    restarts: int,
-    seed: int,
-    warned: Callable[[str], None] = lambda line: None,
-    says: Callable[[str], None] = lambda line: None,
+    view: View, *, eps: float, step_size: float, steps: int, restarts: int, seed: int, warned: Says, says: Says
 ) -> Attack:
     """The attack on one view, for `evaluation.verdicts`: PGD with restarts, APGD-CE, targeted APGD on the margin.
 

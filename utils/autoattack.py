@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from utils.attacks import Attack
 
 VERSION = 1  # raise it when results change, so that kept ones are not reused
+Says = Callable[[str], None]  # takes a line
 BLOCK = 250  # images a call, whatever --test-batch-size: the start noise of a block is drawn for all of it at once
 
 
 class Listener(logging.Handler):
     """Hands the library's warnings to one function and its other lines to another."""
 
-    def __init__(self, warned: Callable[[str], None], says: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, warned: Says, says: Says = lambda line: None) -> None:
         super().__init__()
         self.warned, self.says = warned, says
 
@@ -24,9 +25,7 @@ class Listener(logging.Handler):
         (self.warned if record.levelno >= logging.WARNING else self.says)(line)
 
 
-def autoattack(
-    eps: float, seed: int, warned: Callable[[str], None], says: Callable[[str], None] = lambda line: None
-) -> Attack:
+def autoattack(eps: float, seed: int, warned: Says, says: Says) -> Attack:
     """AutoAttack, standard version, L-infinity (Croce & Hein, arXiv 2003.01690): an attack for `evaluation.verdicts`.
 
     Standard is APGD-CE, targeted APGD-DLR, targeted FAB and Square with 5,000 queries. It targets 9 classes; with fewer

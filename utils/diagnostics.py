@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from utils.adaptive import View, cross_entropies, plain, view_pgd
 from utils.attacks import NOISE_DRAWS, noise
+from utils.autoattack import Says
 from utils.data import Split
 from utils.evaluation import over_images, percent
 
@@ -65,7 +66,7 @@ class Probe:
     step_size: float
     seed: int
     batch_size: int
-    progress: Callable[[str], None] = lambda what: None  # is told of each part before it begins
+    progress: Says = lambda what: None  # is told of each part before it begins
 
     def each(self, what: str, work: Callable[..., Tensor], rows: Tensor | None = None) -> Tensor:
         """What work(images, labels, numbers) answers for the right images, or for those at `rows`."""

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,20 +21,16 @@ from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, dataset_de
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Progress = Callable[[int], None]  # is told of the images of each batch that is done
 
 
 def over_images(
-    split: Split,
-    rows: Tensor,
-    batch_size: int,
-    work: Work,
-    progress: Callable[[int], None] = lambda images: None,
-    shared: bool = True,
+    split: Split, rows: Tensor, batch_size: int, work: Work, progress: Progress | None = None, shared: bool = True
 ) -> tuple[Tensor, ...]:
     """What `work` answers to the images at `rows` (M,), M > 0, of a split, batch by batch -> (M, ...) each, on the CPU.
 
-    progress(images) is called after each batch. shared: ranks share the images, batch_size for each of them at a time,
-    and all return all answers; otherwise this process alone goes over them.
+    shared: ranks share the images, batch_size for each of them at a time, and all return all answers; otherwise this
+    process alone goes over them.
     """
     device, numbers, answers = split.labels.device, numbers_of(split), []
     ranks = distributed.world() if shared else 1
@@ -45,7 +40,8 @@ def over_images(
             batch = split.take(rows[own].to(device))
             found = work(as_input(batch.images), batch.labels, numbers[rows[own]])
             answers.append((own, *(part.cpu() for part in found)))
-        progress(len(positions))
+        if progress is not None:
+            progress(len(positions))
     everyone = distributed.gathered(answers) if shared else [answers]
     positions, *whole = (torch.cat(part) for part in zip(*(a for one in everyone for a in one), strict=True))
     return tuple(part[positions.argsort()] for part in whole)
@@ -70,19 +66,19 @@ def verdicts(
     batch_size: int,
     attack: Callable[..., Tensor] | None = None,
     candidates: Tensor | None = None,
-    progress: Callable[[int], None] = lambda images: None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Which images of a split the network classifies right, attacked or not -> (N,) bool on the CPU.
 
     net: what `frozen` yields. attack: an `attacks.Attack`. candidates: (N,) bool, the images worth attacking, those
-    right without the attack; the others count as wrong, so that the figure stays one of the whole split. progress: as
-    in `over_images`.
+    right without the attack; the others count as wrong, so that the figure stays one of the whole split.
     """
     right = torch.zeros(len(split.labels), dtype=torch.bool)
     rows = torch.arange(len(right)) if candidates is None else candidates.nonzero().squeeze(1)
     if len(rows):
-        judged = partial(right_or_not, net, attack)
-        (right[rows],) = over_images(split, rows, batch_size, lambda *batch: judged(*batch)[:1], progress)
+        (right[rows],) = over_images(
+            split, rows, batch_size, lambda *batch: right_or_not(net, attack, *batch)[:1], progress
+        )
     return right
 
 

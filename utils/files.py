@@ -60,41 +60,37 @@ def locked(file: Path, wait: bool) -> Iterator[None]:
     wait: until no other process holds it, saying so. Errors: TimeoutError where one does and wait is False; OSError
     where the file cannot be made.
     """
-    held = said = False
-    while not held:
+    said = False
+    while True:
         with open(file, "a") as opened:  # closing it releases the lock
-            free = _lock(opened)
-            if not free and not wait:
-                raise TimeoutError(f"{file} is held by another process")
-            if free:
-                with suppress(FileNotFoundError):  # where its holder removed it between our open and our lock
-                    held = os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
-            if held:
+            if _lock(opened, file):
                 try:
                     yield
+                    return
                 finally:
                     with suppress(OSError):
                         os.unlink(file)
-        if not free:  # asked anew, not waited for: a forked process holds its parent's locks too
-            if not said:
-                print(f"waiting for another process ({file})")
-            said = True
-            time.sleep(0.1)
+        if not wait:
+            raise TimeoutError(f"{file} is held by another process")
+        if not said:
+            print(f"waiting for another process ({file})")
+        said = True
+        time.sleep(0.1)  # asked anew, not waited for: a forked process holds its parent's locks too
 
 
-def _lock(file: TextIO) -> bool:
-    """Whether the lock of an open file is ours now, or the file system knows none, which is said."""
-    if fcntl is None:
-        return True
+def _lock(opened: TextIO, file: Path) -> bool:
+    """Lock an open file; False where another process holds it, or removed it between our open and our lock."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl is not None:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
+    except (BlockingIOError, FileNotFoundError):
         return False
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        print(f"{Path(file.name).parent}: this file system knows no locks; let one process at a time write there")
-    return True
+        print(f"{file.parent}: this file system knows no locks; let one process at a time write there")
+        return True
 
 
 def require_writable(folder: Path, mend: str) -> Path:

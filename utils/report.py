@@ -1,7 +1,7 @@
 """What an evaluation leaves behind: the table, white_attack.json, pictures, and the adversarial images."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.adaptive import View
-from utils.autoattack import BLOCK
+from utils.autoattack import BLOCK, Says
 from utils.data import Split, as_input
 from utils.diagnostics import Diagnosis, diagnose
 from utils.errors import RunError, UsageError
@@ -23,7 +23,6 @@ from utils.files import require_writable, write_atomically, write_record
 from utils.recipes import Evaluation
 
 ADAPTIVE = "adaptive: "
-Say = Callable[[str], None]
 
 
 class Row(NamedTuple):
@@ -117,12 +116,7 @@ def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
 
 
 def write_json(
-    file: Path,
-    settings: Evaluation,
-    subject: Subject,
-    rows: dict[str, Row],
-    diagnosis: Diagnosis | None,
-    origin: dict,
+    file: Path, settings: Evaluation, subject: Subject, rows: dict[str, Row], diagnosis: Diagnosis | None, origin: dict
 ) -> None:
     """white_attack.json: this evaluation, and those before it under `earlier`. origin: its provenance.
 
@@ -197,7 +191,7 @@ def save_adversarial(file: Path, subject: Subject, worst: Worst, right: Tensor) 
 
 
 def run_diagnostics(
-    subject: Subject, natural: Tensor, views: dict[str, View], settings: Evaluation, folder: Path, say: Say
+    subject: Subject, natural: Tensor, views: dict[str, View], settings: Evaluation, folder: Path, say: Says
 ) -> Diagnosis:
     """--diagnostics: the signs of masking, a line each, and two pictures; a bar names the part under way."""
     style = dict(desc="diagnostics", bar_format="{desc}: {postfix} {elapsed}", leave=False, disable=distributed.quiet())

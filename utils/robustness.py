@@ -23,7 +23,7 @@ from utils import attacks, distributed, report
 from utils.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.adaptive import View, adaptive, views
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, frozen, margin, margins, noise, pgd
-from utils.autoattack import BLOCK, autoattack
+from utils.autoattack import BLOCK, Says, autoattack
 from utils.autoattack import VERSION as AUTOATTACK_VERSION
 from utils.checkpoints import load_model
 from utils.data import Split, as_input, numbers_of
@@ -183,7 +183,7 @@ class Kept:
 
 
 def attack_block(
-    net: nn.Module, block: Split, plan: Planned, natural: Tensor | None, batch_size: int, says: Callable[[str], None]
+    net: nn.Module, block: Split, plan: Planned, natural: Tensor | None, batch_size: int, says: Says
 ) -> Found:
     """Attack the images of a block that are right without an attack, all of them where natural is None."""
     began, notes = time.perf_counter(), []
@@ -191,21 +191,17 @@ def attack_block(
     rows = torch.arange(len(block.labels)) if natural is None else natural.nonzero().squeeze(1)
     right = torch.zeros(len(block.labels), dtype=torch.bool)
     images, found = as_input(block.images[:0]).cpu(), torch.zeros(0)
-
-    def work(x: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
-        verdict, x, logits = right_or_not(net, attack, x, labels, numbers)
-        return verdict, x, margins(logits, labels)
-
     if len(rows):
         size = BLOCK if LIBRARY in plan.depends else batch_size  # a library draws the noise of a block at once
-        right[rows], x, by = over_images(block, rows, size, work, shared=False)
+        right[rows], x, logits = over_images(block, rows, size, partial(right_or_not, net, attack), shared=False)
         if natural is not None:
-            images, found = x[~right[rows]], by[~right[rows]]
+            fooled = ~right[rows]
+            images, found = x[fooled], margins(logits, block.labels.cpu()[rows])[fooled]
     return Found(right, images, found, time.perf_counter() - began, notes)
 
 
 def run_attacks(
-    subject: Subject, plans: dict[str, Planned], kept: Kept, batch_size: int, say: Callable[[str], None]
+    subject: Subject, plans: dict[str, Planned], kept: Kept, batch_size: int, say: Says
 ) -> tuple[dict[str, Row], Worst]:
     """Every attack on every block, ranks taking turns; what was finished before, by whatever command, is taken over."""
     split = subject.split
@@ -296,9 +292,9 @@ def white_attack(settings: Evaluation) -> None:
                 f"{kept.folder} when it is finished; --n-examples N takes fewer"
             )
         rows, worst = run_attacks(subject, plans, kept, settings.test_batch_size, say)
-        natural, diagnosis = rows["natural"].right, None
+        diagnosis = None
         if settings.diagnostics:
-            diagnosis = report.run_diagnostics(subject, natural, ways, settings, log.parent, say)
+            diagnosis = report.run_diagnostics(subject, rows["natural"].right, ways, settings, log.parent, say)
         if distributed.first():
             rows |= report.worst_cases(rows)
             report.write_json(log.with_name("white_attack.json"), settings, subject, rows, diagnosis, origin)
