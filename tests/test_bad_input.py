@@ -33,7 +33,18 @@ from tests.helpers import (
 )
 from tests.helpers import state as state_of
 from utils.options import parse, parse_training
-from utils.recipes import Distances, Evaluation, Histograms, Kind, Training, Umap, described
+from utils.recipes import (
+    PATH_OR_OWN,
+    SWITCH,
+    TRUTH,
+    Distances,
+    Evaluation,
+    Histograms,
+    Kind,
+    Training,
+    Umap,
+    described,
+)
 from utils.runs import run_folder
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -60,18 +71,20 @@ WRONG = {  # by kind of setting
 
 @pytest.mark.parametrize("cls", [Training, Evaluation, Distances, Histograms, Umap])
 def test_every_flag_refuses_wrong_values_in_one_line(monkeypatch, capsys, cls):
-    """Every setting there is, so that new ones are covered, in both spellings."""
+    """Every setting there is, so that new ones are covered, under each of its names, in both spellings."""
     monkeypatch.setattr(sys, "argv", ["script.py"])
     for name, about in described(cls).items():
+        assert about.help
         wrong = WRONG[about.kind.name] if isinstance(about.kind, Kind) else ["", "nonsense", about.kind[0] + "x"]
-        for value in wrong:
-            for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
-                with pytest.raises(SystemExit) as stop:
-                    argv = [f"{flag}={value}"]
-                    parse_training("", RA, argv) if cls is Training else parse(cls, "", argv)
-                line = capsys.readouterr().err.removesuffix("\n")
-                assert stop.value.code == 2 and line.isprintable(), (flag, value, line)
-                assert line.startswith("script.py: error: ") and name in line.replace("-", "_"), (flag, value, line)
+        names = [name, *(flag[2:] for flag in about.also if flag.startswith("--"))]
+        flags = {f"--{n.replace(*change)}" for n in names for change in (("-", "_"), ("_", "-"))}
+        bare = [] if about.kind in (SWITCH, TRUTH, PATH_OR_OWN) else [[flag] for flag in flags]
+        for argv in (*bare, *([f"{flag}={value}"] for flag in flags for value in wrong)):
+            with pytest.raises(SystemExit) as stop:
+                parse_training("", RA, argv) if cls is Training else parse(cls, "", argv)
+            line = capsys.readouterr().err.removesuffix("\n")
+            assert stop.value.code == 2 and line.isprintable(), (argv, line)
+            assert line.startswith("script.py: error: ") and any(flag in line for flag in flags), (argv, line)
 
 
 OUT_OF_RANGE = {

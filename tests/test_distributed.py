@@ -643,7 +643,7 @@ def test_scripts_of_several_ranks_find_what_one_process_finds(ranks, tmp_path, c
 @pytest.mark.slow
 def test_blocks_of_the_adaptive_attack_are_shared_by_torchrun(tmp_path):
     """360 images are two blocks, one for each rank; what both keep is the same."""
-    flags = ("--attacks", "adaptive", "--num-steps", "5", "--restarts", "1", "--device", "cpu")
+    flags = ("--attacks", "adaptive", "--num-steps", "5", "--restarts", "1", "--epsilon", "0.2", "--device", "cpu")
     for name in "12":
         file = digits_checkpoint(tmp_path / name / "net.pt")
         argv = (ROOT / ATTACK, "--ckpt_url", file, *flags, "--save-adversarial", file.parent / "worst.npz")

@@ -92,13 +92,13 @@ def shorten(patch):
         standard(self, version)
         self.fab.n_iter, self.square.n_queries = 5, 50
         for apgd in (self.apgd, self.apgd_targeted):
-            apgd.n_iter = apgd.n_iter_orig = 10
+            apgd.n_iter = apgd.n_iter_orig = 6
 
     patch.setattr(AutoAttack, "_set_version", brief)
     for name in ("ViewAPGD", "ViewAPGDTargeted"):
         of_view = getattr(utils.adaptive, name)
         patch.setattr(
-            utils.adaptive, name, lambda *args, of_view=of_view, **kwargs: of_view(*args, **kwargs | {"n_iter": 10})
+            utils.adaptive, name, lambda *args, of_view=of_view, **kwargs: of_view(*args, **kwargs | {"n_iter": 6})
         )
 
 
@@ -599,7 +599,7 @@ def signs(model, count, monkeypatch):
 def test_diagnostics_raise_signs_for_vanishing_gradients(monkeypatch):
     monkeypatch.setattr(utils.diagnostics, "RADII", (0.5, 2))
     monkeypatch.setattr(utils.diagnostics, "STEPS", (1, 40))
-    raised, found = signs(scaled(), 40, monkeypatch)
+    raised, found = signs(scaled(), 30, monkeypatch)
     assert {"gradients vanish", "eps 1 leaves images right", "black-box finds what white-box misses"} <= raised
     assert all(sign.figure for sign in found.signs)
 
