@@ -6,9 +6,7 @@
     python test_white_attack.py --model package.module:function --dataset cifar10      any classifier of [0, 1] images
 
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
-`python test_white_attack.py --ckpt_url model/ANCRA-*digits --attacks all`, after `python train_CIFAR10_ResNet.py
---dataset digits`, finds on 360 images at eps 0.1:
-DIGITS: natural .. %, PGD-40 .. %, AutoAttack .. %, adaptive .. %, .. s on 2 cores of ..
+README's first table says what it finds for digits, and by which commands.
 """
 
 from utils.command import main

@@ -5,8 +5,8 @@
     python train_CIFAR10_ResNet.py --method mart         another objective: pgd, trades, mart
     python train_CIFAR10_ResNet.py --resume              continue where the run stopped
 
-The second attains on 360 test images at eps 0.1, in its best epoch:
-DIGITS: natural .. %, PGD-40 over heads .. %, .. s on 2 cores of ..
+The second attained with the first release, on 360 test images at eps 0.1, in its best epoch, natural 96.67 % and PGD-40
+over heads 82.22 %, in 157 s on 2 CPU cores.
 """
 
 from utils.command import train

@@ -5,8 +5,7 @@
     python train_WideResNet_baseline.py --method mart         another objective: pgd, trades, mart
     python train_WideResNet_baseline.py --resume              continue where the run stopped
 
-The second attains on 360 test images at eps 0.1, in its best epoch:
-DIGITS: natural .. %, PGD-40 .. %, .. s on 2 cores of ..
+What the second attains has not been measured with this version.
 """
 
 from utils.command import train
