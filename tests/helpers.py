@@ -1,7 +1,8 @@
 """What several test files use, once. Nothing here trains a network and hopes.
 
 scripts     ROOT SCRIPTS ANCRA BASELINE ATTACK; execute(script, *argv) in this process; python(*argv) in another;
-            environment(**extra) for other processes; free_port() for their meetings
+            environment(**extra) for other processes; free_port() for their meetings; made_once(factory, name, make),
+            a folder for all processes of a session
 flags       TINY, DIGITS, EVALUATE, folder_flags(root) for scripts; RUN for `train`; recipes RA and PLAIN
 settings    settings(*flags, recipe=RA) -> Training
 runs        train(parent, *flags, recipe=RA) in this process -> its folder; folder(parent); metrics(run); state(run)
@@ -41,6 +42,7 @@ from PIL import Image
 
 from models import build_model
 from utils.data import load_split
+from utils.files import locked
 from utils.options import parse_training
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +96,18 @@ def free_port():
             except OSError:
                 continue
         return port
+
+
+def made_once(tmp_path_factory, name, make):
+    """A folder that make(folder) fills, once in a session: whichever of its processes needs it first."""
+    parent = tmp_path_factory.getbasetemp()
+    parent = parent.parent if "PYTEST_XDIST_WORKER" in os.environ else parent
+    with locked(parent / f"{name}.lock", wait=True):
+        if not (parent / name / "made").exists():
+            (parent / name).mkdir(exist_ok=True)
+            make(parent / name)
+            (parent / name / "made").touch()
+    return parent / name
 
 
 # flags and settings

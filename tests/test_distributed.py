@@ -36,6 +36,7 @@ from tests.helpers import (
     environment,
     folder,
     free_port,
+    made_once,
     metrics,
     python,
     settings,
@@ -236,7 +237,7 @@ class Forked:
         self.count, self.parent = count, parent
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.test_distributed", str(count), str(parent), *map(str, argv)],
-            env=environment(**port, LOCAL_WORLD_SIZE=str(count)), cwd=ROOT,
+            env=environment(**port, LOCAL_WORLD_SIZE=str(count)), cwd=ROOT, start_new_session=True,
         )  # fmt: skip
 
     def poll(self):
@@ -250,9 +251,14 @@ class Forked:
         try:
             self.process.wait(120)
         finally:
-            self.process.kill()
-        said = [tuple((self.parent / f"{name}.{r}").read_text() for name in ("out", "err")) for r in range(self.count)]
-        return json.loads((self.parent / "statuses.json").read_text()), said
+            with contextlib.suppress(ProcessLookupError):  # all of them have ended
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return json.loads((self.parent / "statuses.json").read_text()), said_by(self.count, self.parent)
+
+
+def said_by(count, parent):
+    """What each of `Forked` ranks wrote to standard output and standard error."""
+    return [tuple((parent / f"{name}.{rank}").read_text() for name in ("out", "err")) for rank in range(count)]
 
 
 def finish(processes, timeout=120):
@@ -299,11 +305,16 @@ def one_thread():
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     """All that a launch of 3 or 2 ranks finds -> that, their number, what each said, the folder they wrote to."""
-    parent = tmp_path_factory.mktemp("ranks")
-    digits_checkpoint(parent / "net.pt")
-    statuses, said = Forked(request.param, parent).finish()
-    assert statuses == [0] * request.param, said
-    return torch.load(parent / "found.pt", weights_only=True), request.param, said, parent
+    count = request.param
+
+    def launch(parent):
+        digits_checkpoint(parent / "net.pt")
+        statuses, said = Forked(count, parent).finish()
+        assert statuses == [0] * count, said
+
+    parent = made_once(tmp_path_factory, f"{count}-ranks", launch)
+    said = said_by(count, parent)
+    return torch.load(parent / "found.pt", weights_only=True), count, said, parent
 
 
 @pytest.fixture(scope="module")
@@ -685,7 +696,7 @@ def run_rank(rank, parent, argv):
     try:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(parent / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT, 0o644), stream)
+            os.dup2(os.open(parent / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
         if argv:
             sys.argv = argv
             runpy.run_path(argv[0], run_name="__main__")
