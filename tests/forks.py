@@ -14,10 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
-from tests.helpers import ANCRA, RA, digits_split, environment
+from tests.helpers import ANCRA, RA, digits_split, end_forked, environment
 
 
 class Nursery:
@@ -145,42 +145,30 @@ class Writer:
 
 
 def child(job):
-    """Run the job's command; never returns."""
-    status = 70
-    try:
-        for stream, name in ((1, os.devnull), (2, f"{job['out']}.err")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
-        sys.stdin.close()
-        from utils import checkpoints, training
-        from utils.command import guarded
-        from utils.options import parse_training
+    """Run the job's command with its faults, in a forked child that ends with it."""
+    sys.stdin.close()
+    from utils import checkpoints, training
+    from utils.command import guarded
+    from utils.options import parse_training
 
-        quick = training.pgd40_heads
-        training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
-        training.draw_curves = lambda rows, file: file.write_bytes(b"\x89PNG" + bytes(2000))
-        faults = Faults(job["faults"])
-        for name, (holder, attribute) in points().items():
-            faults.patch(holder, attribute, name)
-        checkpoints.open = faults.open
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if job["user"] is not None:
-            os.setuid(job["user"])
-        sys.argv = [ANCRA, *job["argv"]]
-        try:
-            guarded(lambda: training.run(parse_training("", RA, job["argv"])))
-        finally:
-            if job["user"] is None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            Path(f"{job['out']}.calls").write_text(json.dumps(faults.calls))
-    except SystemExit as stop:
-        status = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
+    quick = training.pgd40_heads
+    training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
+    training.draw_curves = lambda rows, file: file.write_bytes(b"\x89PNG" + bytes(2000))
+    faults = Faults(job["faults"])
+    for name, (holder, attribute) in points().items():
+        faults.patch(holder, attribute, name)
+    checkpoints.open = faults.open
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if job["user"] is not None:
+        os.setuid(job["user"])
+    sys.argv = [ANCRA, *job["argv"]]
+    try:
+        guarded(lambda: training.run(parse_training("", RA, job["argv"])))
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        if job["user"] is None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        Path(f"{job['out']}.calls").write_text(json.dumps(faults.calls))
 
 
 def main():
@@ -202,7 +190,7 @@ def main():
         calls.unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
-            child(job)
+            end_forked(partial(child, job), os.devnull, f"{job['out']}.err")
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         counted = json.loads(calls.read_text()) if calls.exists() else {}
         print(json.dumps({"status": status, "calls": counted}), flush=True)

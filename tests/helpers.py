@@ -2,7 +2,7 @@
 
 scripts     ROOT SCRIPTS ANCRA BASELINE ATTACK; execute(script, *argv) in this process; python(*argv) in another;
             environment(**extra) for other processes; free_port() for their meetings; made_once(factory, name, make),
-            a folder for all processes of a session
+            a folder for all processes of a session; end_forked(work), the end of a forked child
 flags       TINY, DIGITS, EVALUATE, folder_flags(root) for scripts; RUN for `train`; recipes RA and PLAIN
 settings    settings(*flags, recipe=RA) -> Training
 runs        train(parent, *flags, recipe=RA) in this process -> its folder; folder(parent); metrics(run); state(run)
@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -108,6 +109,24 @@ def made_once(tmp_path_factory, name, make):
             make(parent / name)
             (parent / name / "made").touch()
     return parent / name
+
+
+def end_forked(work, out, err):
+    """Do `work` in a forked child, its streams in two files, and end the child as a script ends; never returns."""
+    status = 70
+    try:
+        for stream, file in ((1, out), (2, err)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+        work()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    except BaseException:  # what it is stands in `err`, and the status says that it was none of a script's
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 # flags and settings

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -33,6 +32,7 @@ from tests.helpers import (
     digits_checkpoint,
     digits_network,
     digits_split,
+    end_forked,
     environment,
     folder,
     free_port,
@@ -692,25 +692,16 @@ def work(parent):
 
 def run_rank(rank, parent, argv):
     """A forked rank; never returns."""
-    status = 70
-    try:
+
+    def ranked():
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(parent / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
         if argv:
             sys.argv = argv
             runpy.run_path(argv[0], run_name="__main__")
         else:
             work(parent)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+
+    end_forked(ranked, parent / f"out.{rank}", parent / f"err.{rank}")
 
 
 def main():

@@ -134,6 +134,5 @@ def backward(
     (terms.loss * (weight * world())).backward()  # every term is a mean; gradients are averaged over ranks
     parts = [terms.loss.detach(), terms.contrast.detach(), first_head_right(terms.adversarial, labels[own])]
     parts += [] if terms.natural is None else [first_head_right(terms.natural, labels[own])]
-    loss, contrast, *shares = total(torch.stack(parts) * weight).tolist()  # one wait for the device
-    robust, natural = (*(round(share * len(x)) for share in shares), None)[:2]
-    return Figures(loss, contrast, natural, robust)
+    loss, contrast, robust, *natural = total(torch.stack(parts) * weight).tolist()  # one wait for the device
+    return Figures(loss, contrast, round(natural[0] * len(x)) if natural else None, round(robust * len(x)))
