@@ -31,11 +31,11 @@ compiled   a step 1.01 (ResNet-18, batch 64) and 0.99 (digits network) times as 
 
 Convolutions run near the machine's rate already, so what folding and the memory format save is a share of the rest. In
 PreActResNet and WideResNet half of the BatchNorms follow no convolution and cannot be folded. The plain step also gains
-by our networks, whose ReLUs work in place. This CPU multiplies bfloat16 at half the rate of float32, so --amp bf16
-cannot pay on it; a CPU with AMX or a GPU was not at hand, and --tf32 has not been measured.
+by our networks, whose ReLUs work in place. This CPU multiplies bfloat16 at half the rate of float32, so --precision
+bf16 cannot pay on it.
 
-What --amp bf16 changes: the best epoch's accuracies in %, float32 / bfloat16, on the 360 test images of digits, eps 0.1
-    OMP_NUM_THREADS=1 python train_CIFAR10_ResNet.py --dataset digits --seed SEED --amp none    (and --amp bf16)
+What --precision bf16 changes: the best epoch's accuracies in %, float32 / bfloat16, on digits' 360 test images, eps 0.1
+    OMP_NUM_THREADS=1 python train_CIFAR10_ResNet.py --dataset digits --seed SEED (and --precision bf16)
     OMP_NUM_THREADS=1 python test_white_attack.py --ckpt_url RUN --attacks natural,pgd,autoattack
 seed 1     natural 96.67 / 96.39   PGD-40 91.11 / 88.61   AutoAttack 84.44 / 82.78
 seed 2             96.39 / 96.94          91.11 / 89.72              82.50 / 85.28
@@ -67,16 +67,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import Heads, build_model
+from models import build_model
 from utils import attacks
 from utils.attacks import (
+    Standing,
     ToAttack,
     cross_entropy,
     cross_entropy_over_heads,
     frozen,
     linf_pgd,
     linf_pgd_together,
-    summed_cross_entropy,
 )
 from utils.data import Split, as_input, augment, batches, load_split
 from utils.devices import compile_for_training, pick_device
@@ -85,7 +85,7 @@ from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
 from utils.provenance import in_one_line, provenance
 from utils.recipes import Training, resolve
-from utils.step import attack_batch, backward, training_loss
+from utils.step import attack_batch, away_from_labels, backward, towards_labels, training_loss
 
 ROOT = Path(__file__).parent.parent
 EPS, STEP = 8 / 255, 0.007
@@ -154,7 +154,15 @@ class Step:
         self.generator = torch.Generator(device).manual_seed(0)
         generator = torch.Generator().manual_seed(0)
         self.x = torch.rand(batch, 3, size, size, generator=generator).to(device)
-        self.labels = torch.randint(classes, (batch,), generator=generator).to(device)
+        self.host_labels = torch.randint(classes, (batch,), generator=generator)
+        self.labels = self.host_labels.to(device)
+        self.kept: dict[tuple, Standing] = {}
+
+    def standing(self, settings: Training) -> Standing:
+        how = settings.precision, settings.compile, settings.cuda_graph and self.x.is_cuda
+        if how not in self.kept:
+            self.kept[how] = Standing(self.model, *how)
+        return self.kept[how]
 
     def update(self) -> None:
         self.optimizer.step()
@@ -162,7 +170,7 @@ class Step:
 
     def ours(self, **changes: object) -> None:
         settings = options(**changes)
-        attacked = attack_batch(self.model, self.x, self.labels, settings, self.generator, 1)
+        attacked = attack_batch(self.standing(settings), self.x, self.host_labels, settings, self.generator, 1)
         backward(partial(training_loss, self.model), self.x, self.labels, attacked, settings)
         self.update()
 
@@ -257,7 +265,7 @@ def step(device: torch.device, quick: bool) -> Rows:
         job = Step(arch, batch, size, classes, width, device)
         variants = {"ours fp32": partial(job.ours, num_steps=steps), "plain": partial(job.plain, steps)}
         if arch == "ResNet18" or rates["bf16"] > rates["fp32"]:
-            variants["ours bf16"] = partial(job.ours, num_steps=steps, amp="bf16")
+            variants["ours bf16"] = partial(job.ours, num_steps=steps, precision="bf16")
         timed = {name: lambda i, variant=variant: variant() for name, variant in variants.items()}
         for row in compared(take_turns(timed, rounds, device), "plain"):
             rows.append({"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]})
@@ -330,12 +338,9 @@ def together(device: torch.device, quick: bool) -> Rows:
         with frozen(job.model) as net:
 
             def attack(small: float, job: Step = job, net: nn.Module = net) -> None:
-                def ascended(heads: Heads) -> Tensor:
-                    return over_heads(summed_cross_entropy(job.labels), heads, auxiliary_weight=2.0)
-
-                both = [ToAttack(job.x, job.x, ascended), ToAttack(job.x, job.x, lambda heads: -ascended(heads))]
+                both = [ToAttack(job.x, job.x, towards, job.labels) for towards in (away_from_labels, towards_labels)]
                 with mock.patch.object(attacks, "SMALL", small):
-                    linf_pgd_together(net, both, EPS, STEP, 1 if quick else 4)
+                    linf_pgd_together(net, both, 2.0, EPS, STEP, 1 if quick else 4)
 
             variants = {"apart": lambda i, run=attack: run(0), "as one": lambda i, run=attack: run(math.inf)}
             work = 2 * batch * size**2 * sum(p.numel() for p in net.parameters())

@@ -44,7 +44,7 @@ from tests.helpers import (
     train,
 )
 from utils import distributed, options, robustness
-from utils.attacks import frozen, pgd40_heads
+from utils.attacks import Standing, frozen, pgd40_heads
 from utils.data import Split, require_same_on_ranks
 from utils.errors import UsageError
 from utils.evaluation import verdicts
@@ -113,10 +113,10 @@ def step(flags, count, train=False):
     model = network(settings).train(train)
     loss_of = distributed.parallel(model, training_loss)
     x, labels = images_of(settings, count)
-    attacked = attack_batch(model, x, labels, settings, torch.Generator().manual_seed(2), 1)
+    attacked = attack_batch(Standing(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
     figures = backward(loss_of, x, labels, attacked, settings)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return gradients | dict(model.named_buffers()) | {"figures": list(figures)}
+    return gradients | dict(model.named_buffers()) | {"figures": figures.tolist()}
 
 
 def steps():
@@ -146,7 +146,7 @@ def shared():
     settings = some_settings()
     model = network(settings).train()
     x, labels = images_of(settings, 7)
-    attacked = attack_batch(model, x, labels, settings, torch.Generator().manual_seed(2), 1)
+    attacked = attack_batch(Standing(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
     backward(distributed.parallel(model, training_loss), x, labels, attacked, settings)
 
     def spread():
@@ -164,7 +164,7 @@ def communications():
     counts = {}
     for strategy in ("random_adv", "hard_adv"):
         settings = some_settings("--strategy", strategy)
-        batch = network(settings), *images_of(settings, 7), settings, torch.Generator().manual_seed(2), 1
+        batch = Standing(network(settings)), *images_of(settings, 7), settings, torch.Generator().manual_seed(2), 1
         with (
             mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced,
             mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as sent,
@@ -516,7 +516,7 @@ def test_two_nodes_write_one_run(tmp_path):
         (tmp_path / name).mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}", "--rdzv-id=1", "--local-addr=127.0.0.1"]
-        command += [SCRIPT, *SHORT, "--model-dir", tmp_path / name / "run", "--amp=bf16"]
+        command += [SCRIPT, *SHORT, "--model-dir", tmp_path / name / "run", "--precision=bf16"]
         nodes.append(
             subprocess.Popen(
                 list(map(str, command)), env=environment(), cwd=tmp_path / name, stdout=subprocess.PIPE,

@@ -1,7 +1,6 @@
 """Networks against the official ones' numbers, on the plain network and on the one that attacks see."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from utils.attacks import (
     frozen,
     linf_pgd_together,
     pgd40_heads,
-    summed_cross_entropy,
 )
 from utils.evaluation import percent, verdicts
 from utils.losses import over_heads
+from utils.step import away_from_labels, towards_labels
 
 EPS = 8 / 255
 RA = ["ResNet18_RA", "PreActResNet18_RA", "WRN34_10_RA", "WRN28_10_RA"]
@@ -101,13 +100,11 @@ def test_training_attacks_end_where_the_official_ones_do(golden, name, small, mo
     monkeypatch.setattr(attacks, "SMALL", small)
     g = golden(name)
 
-    def ascended(heads, sign, labels):
-        return sign * over_heads(summed_cross_entropy(labels), heads, auxiliary_weight=2)
-
     kinds = {"pgd_untargeted": (1, g.y), "pgd_targeted": (-1, (g.y + 1) % g.meta["classes"])}
-    batches = [ToAttack(g.x, g.start, partial(ascended, sign=sign, labels=y)) for sign, y in kinds.values()]
+    objectives = {1: away_from_labels, -1: towards_labels}
+    batches = [ToAttack(g.x, g.start, objectives[sign], labels) for sign, labels in kinds.values()]
     with frozen(g.model) as net:
-        both = linf_pgd_together(net, batches, EPS, 0.007, 10)
+        both = linf_pgd_together(net, batches, 2, EPS, 0.007, 10)
         for (kind, (sign, labels)), found in zip(kinds.items(), both, strict=True):
             with torch.no_grad():
                 values = [cross_entropy_over_heads(net, labels, 2)(images) for images in (found, g[kind], g.x)]

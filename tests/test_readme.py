@@ -238,9 +238,11 @@ def _stripes(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     return Split(images, torch.arange(64) % 2, ("rows", "columns"))
 
 '''
-TRAINING_ATTACK = """        elif settings.inner == "margin":
-            print("USED: a training attack")
-            untargeted = partial(over, lambda logits: margins(logits, labels[own]).sum())
+TRAINING_ATTACK = """def outdone(heads: Heads, labels: Tensor, auxiliary_weight: float) -> Tensor:
+    print("USED: a training attack")
+    return over_heads(lambda logits: margins(logits, labels).sum(), heads, auxiliary_weight=auxiliary_weight)
+
+
 """
 VIEW = """            "two": of_heads(
                 lambda heads: print("USED: a view") or [(1, heads.final), (1, heads.auxiliary[0])]
@@ -290,8 +292,14 @@ CHANGES = {
         ("utils/recipes.py", AFTER, RADIUS, '"stripes": 0.05, '),
     ],
     "a training attack": [
-        ("utils/step.py", AFTER, "            untargeted = partial(over, kl_divergence, natural)\n", TRAINING_ATTACK),
-        ("utils/step.py", AFTER, "linf_pgd_together, ", "margins, "),
+        ("utils/step.py", BEFORE, "def attack_batch(", TRAINING_ATTACK),
+        (
+            "utils/step.py",
+            AFTER,
+            '    untargeted = {"ce": (away_from_labels, labels[own]), ',
+            '"margin": (outdone, labels[own]), ',
+        ),
+        ("utils/step.py", AFTER, "gaussian_start, ", "margins, "),
         ("utils/recipes.py", AFTER, 'inner: str = setting("ce", ("ce", ', '"margin", '),
     ],
     "a view": [("utils/adaptive.py", BEFORE, '            "smooth gates": smooth_gates,', VIEW)],

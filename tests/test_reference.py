@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from models import Heads, build_model
 from utils import attacks
+from utils.attacks import Standing
 from utils.negatives import choose_negatives
 from utils.recipes import METHODS, Training
 from utils.step import Attacked, attack_batch, training_loss
@@ -404,6 +405,7 @@ def compare_steps(o, *, arch="ResNet18", width=4, labels=(0, 1, 2, 0, 1, 4), ima
     reference = Reference(copy.deepcopy(model), arch, not o.no_ra)
     optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     generator, same = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    standing = Standing(model)
     found, contrasts = {}, []
 
     def note(what, value, expected):
@@ -413,7 +415,7 @@ def compare_steps(o, *, arch="ResNet18", width=4, labels=(0, 1, 2, 0, 1, 4), ima
         x, y = batch(labels, image_size, step)
         images, loss, contrast, gradients = reference.step(x, y, o, same, epoch, wrong)
         contrasts.append(contrast.item())
-        attacked = attack_batch(model, x, y, o, generator, epoch)
+        attacked = attack_batch(standing, x, y, o, generator, epoch)
         terms = training_loss(model, x, y, attacked, o)
         optimizer.zero_grad()
         terms.loss.backward()

@@ -15,10 +15,10 @@ from models import ARCHS, build_model
 from tests.golden_numbers import assert_near
 from tests.helpers import RUN, a_few_steps, python, settings, some_batch, train
 from utils import attacks
-from utils.attacks import Bfloat16, cross_entropy, frozen, pgd, pgd40_heads
+from utils.attacks import Bfloat16, Standing, cross_entropy, frozen, pgd, pgd40_heads
 from utils.devices import compile_for_training
 from utils.errors import RunError, UsageError
-from utils.evaluation import verdicts
+from utils.evaluation import right_or_not, verdicts
 from utils.negatives import choose_negatives
 from utils.step import attack_batch, training_loss
 
@@ -84,13 +84,14 @@ def test_verdicts_of_pgd40_are_those_of_the_plain_network(trained, kind):
     assert (folded != unfolded).float().mean() <= 0.005
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_an_attack_leaves_the_training_network_as_it_was(amp):
+@pytest.mark.parametrize("precision", ["default", "bf16"])
+def test_an_attack_leaves_the_training_network_as_it_was(precision):
     model, x, labels = a_network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     gradients = [p.grad.clone() for p in model.parameters()]
     with Calls() as calls:
-        attack_batch(model, x, labels, settings(*RUN, "--amp", amp, "--strategy", "hard_adv"), torch.Generator(), 1)
+        s = settings(*RUN, "--precision", precision, "--strategy", "hard_adv")
+        attack_batch(Standing(model, precision), x, labels, s, torch.Generator(), 1)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -150,8 +151,8 @@ def test_a_frozen_copy_is_gone_when_its_attack_is_over():
     model = build_model("ResNet18", 4, width=4, image_size=16)
     gc.disable()
     try:
-        for amp in ("none", "bf16"):
-            with frozen(model, amp) as net:
+        for precision in ("default", "bf16"):
+            with frozen(model, precision) as net:
                 copies = weakref.ref(net)
                 net(some_batch()[0])
             del net
@@ -182,12 +183,12 @@ print(*said, peak_memory(device))
     assert after - late == pytest.approx(400, rel=0.1)
 
 
-# --amp bf16
+# --precision bf16
 
 
 def test_bfloat16_is_the_network_s_business_alone():
     model, x, labels = a_network()
-    exact, rounded = settings(*RUN), settings(*RUN, "--amp", "bf16")
+    exact, rounded = settings(*RUN), settings(*RUN, "--precision", "bf16")
     with frozen(model, "bf16") as net:
         assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Conv2d)} == {torch.bfloat16}
         assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Linear)} == {torch.float32}
@@ -196,7 +197,7 @@ def test_bfloat16_is_the_network_s_business_alone():
     with frozen(model) as net:
         assert_near(heads.final, net(x), 0.05)
         assert not torch.equal(heads.final, net(x))
-    attacked = attack_batch(model, x, labels, rounded, torch.Generator().manual_seed(0), 1)
+    attacked = attack_batch(Standing(model, "bf16"), x, labels, rounded, torch.Generator().manual_seed(0), 1)
     for images in (attacked.adversarial, attacked.negative):
         assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
     assert (attacked.adversarial - x).abs().max() <= rounded.epsilon + 1e-6
@@ -216,7 +217,7 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_evaluates_in_float32(tmp_pa
 
     monkeypatch.setattr(training, "verdicts", in_float32)
     run = train(tmp_path, *ONE, "--amp", "bf16")
-    assert run.name.endswith("-amp-bf16")
+    assert run.name.endswith("-precision-bf16")
     assert json.loads((run / "run.json").read_text())["precision"] == "bfloat16 autocast over float32 weights"
     said = capsys.readouterr().out
     assert "bfloat16 autocast" in said
@@ -228,33 +229,49 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_evaluates_in_float32(tmp_pa
 
 def test_what_is_not_finite_is_caught_in_bfloat16_too(tmp_path):
     with pytest.raises(RunError, match=r"not finite|the loss is"):
-        train(tmp_path, *ONE, "--amp", "bf16", "--lr", "1e20")
+        train(tmp_path, *ONE, "--precision", "bf16", "--lr", "1e20")
 
 
-# --tf32 and --compile
+# --precision tf32, --compile
 
 
-def test_tf32_is_for_training_on_cuda_alone(tmp_path, monkeypatch, capsys):
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    seen = {}
+@pytest.mark.parametrize(
+    ("precision", "seen"), [("default", (True, False)), ("fp32", (False, False)), ("tf32", (True, True))]
+)
+def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(tmp_path, monkeypatch, precision, seen):
+    """The switches of a CUDA device, which a CPU does not heed."""
+
+    def switches():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    noted, real = {}, {"attack_batch": training.attack_batch, "linf_pgd": attacks.linf_pgd}
 
     def note(name):
-        real = getattr(training, name)
-
         def noting(*args, **kwargs):
-            seen[name] = [switch.allow_tf32 for switch in switches]
-            return real(*args, **kwargs)
+            noted.setdefault(name, set()).add(switches())
+            return real[name](*args, **kwargs)
 
-        monkeypatch.setattr(training, name, noting)
+        return noting
 
-    note("train_epoch")
-    note("evaluate")
-    train(tmp_path, *ONE, "--tf32")
-    assert seen == {"train_epoch": [True, True], "evaluate": [False, False]}
-    assert capsys.readouterr().err.splitlines()[-1].endswith("--tf32 accepted, no effect here")
-    train(tmp_path / "without", *ONE)
-    assert seen["train_epoch"] == [False, False]
-    assert "tf32" not in capsys.readouterr().err
+    def network(*args, **kwargs):
+        with torch.no_grad():
+            noted.setdefault("verdict", set()).add(switches())
+        return real["net"](*args, **kwargs)
+
+    monkeypatch.setattr(training, "attack_batch", note("attack_batch"))
+    monkeypatch.setattr(attacks, "linf_pgd", note("linf_pgd"))
+    train(tmp_path, *ONE, "--precision", precision)
+    assert noted == {"attack_batch": {seen}, "linf_pgd": {seen}}
+    assert switches() == (True, False)
+
+    real["net"] = lambda x: x.flatten(1)[:, :4]
+    logits = right_or_not(network, None, *some_batch(4), torch.arange(4))[2]
+    assert noted["verdict"] == {(False, False)} and logits.shape == (4, 4)
+
+
+def test_tf32_says_where_it_has_no_effect(tmp_path, capsys):
+    train(tmp_path, *ONE, "--precision", "tf32")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--precision tf32 accepted, no effect here")
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import Gate
+from utils.graphs import Graphed
 from utils.losses import over_heads
 
 Objective = Callable[[Tensor], Tensor]
@@ -26,9 +26,8 @@ Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 NOISE_DRAWS = 100
 VERSION = 1  # of what is here; raise it when results change, so that no kept verdict is reused
 
-# Parameters times pixels, a rough measure of a pass's work, up to which several batches are attacked as one. Below it
-# that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.benchmarks together`, 2 CPU cores, float32. On
-# other devices it is unmeasured; one batch takes the memory of two attacks.
+# Parameters times pixels, a rough measure of a pass's work, up to which a CPU attacks several batches as one. Below it
+# that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.benchmarks together`, 2 CPU cores, float32.
 SMALL = 2.5e11
 
 
@@ -48,50 +47,113 @@ class Bfloat16(nn.Module):
         return Heads(out.final.float(), auxiliary, out.features.float(), out.unweighted.float())
 
 
-@contextmanager
-def frozen(model: nn.Module, amp: str = "none", compiled: bool = False) -> Iterator[nn.Module]:
-    """Yield the network that attacks call: `model` in eval mode, its parameters without gradients.
+class Affine(nn.Module):
+    """A BatchNorm in eval mode as what it is then. On CUDA PyTorch's own gives gradients in another memory format."""
 
-    It is a copy, so that `model` itself, its mode, its statistics and its gradients stay untouched whatever happens.
-    In the copy of a network of `models` each BatchNorm that follows a convolution is folded into it and the memory
-    format is channels-last; logits agree with the unfolded network's up to rounding. Weights are those at entry: enter
-    anew after each update.
-    amp: `none`, or `bf16` for convolutions and classifier in bfloat16; images and logits are float32 either way.
-    compiled: through torch.compile; the copies of one network share its graphs, so only the first one takes long.
+    def __init__(self, channels: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.zeros_like(channels)[:, None, None], False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, x, self.weight)
+
+
+class Standing:
+    """The network that attacks see, kept: a copy in eval mode whose weights `refresh` takes from `model`, in place.
+
+    The copy's parameters want no gradients, and `model` itself, its mode, its statistics and its gradients stay
+    untouched. In the copy of a network of `models` each BatchNorm that follows a convolution is folded into it and the
+    memory format is channels-last; logits agree with the unfolded network's up to rounding.
+    precision: `bf16` for convolutions and classifier in bfloat16, anything else is `model`'s own; images and logits are
+    float32 either way. compiled: through torch.compile. graph: attacks are replayed as one CUDA graph.
     """
-    net = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in list(net.modules()):
-        for conv_name, bn_name in getattr(module, "conv_bn", ()):
-            _fold(module, conv_name, bn_name)
-    if isinstance(net, ReverseAttentionNetwork):  # a foreign network may use `view` on its maps
-        net.to(memory_format=torch.channels_last)
-        if net.classifier.weight.device.type == "cpu":
-            # Where maps are 4x4, channels-last convolutions on a CPU reach half to two thirds of the default's rate.
-            for block in net.last_blocks():
-                block.to(memory_format=torch.contiguous_format)
-            net.last_blocks()[0].register_forward_pre_hook(_in_default_format)
-    for module in net.modules():
-        if amp == "bf16" and isinstance(module, nn.Conv2d):  # cast once here, not by autocast in every pass
-            module.to(torch.bfloat16)
-    if compiled:
-        net.compile(options={"layout_optimization": False})
-    yield Bfloat16(net) if amp == "bf16" else net
+
+    def __init__(
+        self, model: nn.Module, precision: str = "default", compiled: bool = False, graph: bool = False
+    ) -> None:
+        net = copy.deepcopy(model).eval().requires_grad_(False)
+        self._folds = []  # (convolution of `model` or None, BatchNorm behind it, the layer that both become)
+        for name, module in [*net.named_modules()]:
+            for conv_name, bn_name in getattr(module, "conv_bn", ()):
+                self._fold(model.get_submodule(name), module, conv_name, bn_name)
+        if isinstance(net, ReverseAttentionNetwork):  # a foreign network may use `view` on its maps
+            if net.classifier.weight.is_cuda:
+                for name, module in [*net.named_modules()]:
+                    if isinstance(module, nn.BatchNorm2d):
+                        net.set_submodule(name, Affine(module.running_mean))
+                        self._folds.append((None, model.get_submodule(name), net.get_submodule(name)))
+            _to_channels_last(net)
+        for module in net.modules():
+            if precision == "bf16" and isinstance(module, nn.Conv2d | Affine):  # cast here, not in every pass
+                module.to(torch.bfloat16)
+        folded = {id(tensor) for *_, into in self._folds for tensor in (into.weight, into.bias)}
+        own = model.state_dict(keep_vars=True)
+        kept = [(t, own[key]) for key, t in net.state_dict(keep_vars=True).items() if id(t) not in folded]
+        self._copies = [list(tensors) for tensors in zip(*kept, strict=True)]
+        self._refold()
+        if compiled:
+            net.compile(options={"layout_optimization": next(net.parameters()).is_cuda})
+        self.net = Bfloat16(net) if precision == "bf16" else net
+        self.linf_pgd_together = Graphed(linf_pgd_together) if graph else linf_pgd_together
+
+    def _fold(self, source: nn.Module, block: nn.Module, conv_name: str, bn_name: str) -> None:
+        """Make one convolution of two layers; nothing to do where the block has no such pair."""
+        try:
+            conv, bn = source.get_submodule(conv_name), source.get_submodule(bn_name)
+        except AttributeError:  # a block whose shortcut is the identity
+            return
+        into = block.get_submodule(conv_name)
+        into.bias = nn.Parameter(torch.zeros_like(bn.bias), requires_grad=False)
+        block.set_submodule(bn_name, nn.Identity())
+        self._folds.append((conv, bn, into))
+
+    @torch.no_grad()
+    def _refold(self) -> None:
+        """Write every BatchNorm in eval mode, with the convolution before it if any, into the layer that it became."""
+        if not self._folds:
+            return
+        convs, norms, into = zip(*self._folds, strict=True)
+        factors = [bn.weight for bn in norms]
+        inverse = torch._foreach_add([bn.running_var for bn in norms], [bn.eps for bn in norms])
+        torch._foreach_rsqrt_(inverse)
+        scales = torch._foreach_mul(factors, inverse)
+        shifts = torch._foreach_neg([bn.running_mean for bn in norms])
+        torch._foreach_mul_(shifts, inverse)
+        torch._foreach_mul_(shifts, factors)
+        torch._foreach_add_(shifts, [bn.bias for bn in norms])
+        weights = [
+            scale if conv is None else conv.weight * scale[:, None, None, None]
+            for conv, scale in zip(convs, scales, strict=True)
+        ]
+        for name, values in (("weight", weights), ("bias", shifts)):
+            own = [getattr(layer, name) for layer in into]
+            torch._foreach_copy_(own, [value.view_as(target) for value, target in zip(values, own, strict=True)])
+
+    @torch.no_grad()
+    def refresh(self) -> nn.Module:
+        """The network to attack, with `model`'s present weights and statistics."""
+        self._refold()
+        torch._foreach_copy_(*self._copies)
+        return self.net
+
+
+def _to_channels_last(net: ReverseAttentionNetwork) -> None:
+    net.to(memory_format=torch.channels_last)
+    if net.classifier.weight.device.type == "cpu":
+        # Where maps are 4x4, channels-last convolutions on a CPU reach half to two thirds of the default's rate.
+        for block in net.last_blocks():
+            block.to(memory_format=torch.contiguous_format)
+        net.last_blocks()[0].register_forward_pre_hook(_in_default_format)
 
 
 def _in_default_format(block: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0].contiguous(),)
 
 
-def _fold(block: nn.Module, conv_name: str, bn_name: str) -> None:
-    """Fold a BatchNorm in eval mode into the convolution before it; nothing to do where the block has no such pair."""
-    try:
-        conv, bn = block.get_submodule(conv_name), block.get_submodule(bn_name)
-    except AttributeError:  # a block whose shortcut is the identity
-        return
-    conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-    )
-    block.set_submodule(bn_name, nn.Identity())
+@contextmanager
+def frozen(model: nn.Module, precision: str = "default", compiled: bool = False) -> Iterator[nn.Module]:
+    """Yield the network that attacks call, that of a `Standing`: a copy of `model` with its weights at entry."""
+    yield Standing(model, precision, compiled).net
 
 
 def linf_pgd(
@@ -124,26 +186,35 @@ def linf_pgd(
 
 
 class ToAttack(NamedTuple):
-    """Images (N, 3, H, W) to attack, where to start, and what to ascend, a function of the network's heads on them."""
+    """Images to attack, and what to ascend there: objective(the network's heads on them, target, auxiliary_weight).
+
+    x: (N, 3, H, W). start: where to start, like x. target: labels (N,), or the heads of other images.
+    """
 
     x: Tensor
     start: Tensor
-    objective: Callable[[Heads], Tensor]
+    objective: Callable[[Heads, Tensor | Heads, float], Tensor]
+    target: Tensor | Heads
 
 
 def linf_pgd_together(
-    net: nn.Module, batches: list[ToAttack], eps: float, step_size: float, steps: int
+    net: nn.Module, batches: list[ToAttack], auxiliary_weight: float, eps: float, step_size: float, steps: int
 ) -> list[Tensor]:
     """`linf_pgd` on several batches of images, each with its own objective -> the adversarial images of each.
 
-    As one batch where that is faster: while there is little work, a step costs the calling of its operators. The
-    objectives are added, and no image's gradient knows of another's, so that only rounding can differ.
+    As one batch on CUDA, where it takes less memory than the training forwards that follow, and elsewhere while there
+    is so little work that a step costs the calling of its operators. The objectives are added, and no image's gradient
+    knows of another's, so that only rounding can differ.
     """
-    pixels = sum(batch.x[:, 0].numel() for batch in batches)
-    if len(batches) == 1 or pixels * sum(p.numel() for p in net.parameters()) > SMALL:
+
+    def ascended(batch: ToAttack, heads: Heads) -> Tensor:
+        return batch.objective(heads, batch.target, auxiliary_weight)
+
+    small = sum(batch.x[:, 0].numel() for batch in batches) * sum(p.numel() for p in net.parameters()) <= SMALL
+    if len(batches) == 1 or not (small or batches[0].x.is_cuda):
         return [
-            linf_pgd(x, lambda x, of=objective: of(net(x, heads=True)), eps, step_size, steps, start)
-            for x, start, objective in batches
+            linf_pgd(batch.x, lambda x, of=batch: ascended(of, net(x, heads=True)), eps, step_size, steps, batch.start)
+            for batch in batches
         ]
     sizes = [len(batch.x) for batch in batches]
     parts = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
@@ -151,7 +222,7 @@ def linf_pgd_together(
     def added(x: Tensor) -> Tensor:
         final, auxiliary, features, _ = net(x, heads=True)
         own = [Heads(final[part], tuple(logits[part] for logits in auxiliary), features[part]) for part in parts]
-        return torch.stack([batch.objective(heads) for batch, heads in zip(batches, own, strict=True)]).sum()
+        return torch.stack([ascended(batch, heads) for batch, heads in zip(batches, own, strict=True)]).sum()
 
     x, start = torch.cat([batch.x for batch in batches]), torch.cat([batch.start for batch in batches])
     return list(linf_pgd(x, added, eps, step_size, steps, start).split(sizes))

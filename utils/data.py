@@ -48,9 +48,13 @@ class Split(NamedTuple):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, indices: Tensor) -> "Split":
-        """The images at `indices` (n,), int64, on the images' device."""
-        numbers = None if self.numbers is None else self.numbers[indices.to(self.numbers.device)]
-        return self._replace(images=self.images.index_select(0, indices), labels=self.labels[indices], numbers=numbers)
+        """The images at `indices` (n,), int64, and what belongs to them, each on its own device."""
+
+        def taken(values: Tensor) -> Tensor:
+            return values.index_select(0, indices.to(values.device, non_blocking=True))
+
+        numbers = None if self.numbers is None else taken(self.numbers)
+        return self._replace(images=taken(self.images), labels=taken(self.labels), numbers=numbers)
 
 
 def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split:

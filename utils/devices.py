@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils import distributed
 from utils.errors import UsageError, first_line
@@ -15,7 +15,6 @@ from utils.recipes import Training
 
 def pick_device(device: str, no_cuda: bool) -> torch.device:
     """The device of --device and --no-cuda; UsageError where it is unknown or not there."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a CUDA device too
     if device == "auto":
         return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu"))
     try:
@@ -32,38 +31,68 @@ def pick_device(device: str, no_cuda: bool) -> torch.device:
     return distributed.own_device(picked)
 
 
+def for_training(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
+    """A network on its device, on CUDA in the memory format of the card's matrix units, which float32 does not use."""
+    fast = device.type == "cuda" and precision != "fp32"
+    return model.to(device, memory_format=torch.channels_last if fast else torch.preserve_format)
+
+
 def compile_for_training(model: nn.Module, device: torch.device) -> None:
     """Run a network's forwards through torch.compile, in place: state-dict keys stay. UsageError without a compiler.
 
-    Not in inductor's own choice of channels-last: PyTorch 2.14's weight gradient of a channels-last 1x1 convolution of
-    stride 2 with 8 to 12 channels and an odd batch writes outside its memory on a CPU.
+    On a CPU not in inductor's own choice of channels-last: PyTorch 2.14's weight gradient of a channels-last 1x1
+    convolution of stride 2 with 8 to 12 channels and an odd batch writes outside its memory there.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
-        mend = "install a C++ compiler, or leave --compile out"
-        raise UsageError(f"--compile: torch.compile does not work here ({first_line(error)}); {mend}") from error
-    model.compile(options={"layout_optimization": False})
+        needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
+        said = f"--compile: torch.compile does not work here ({first_line(error)})"
+        raise UsageError(f"{said}; install {needed}, or leave --compile out") from error
+    model.compile(options={"layout_optimization": device.type == "cuda"})
 
 
 @contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    """TF32 in the matrix products and convolutions of a CUDA device, and float32 again afterwards."""
+def computing(precision: str) -> Iterator[None]:
+    """What float32 convolutions and matrix products are computed in on CUDA, for the body.
+
+    `fp32`: float32. `tf32`: TF32. Anything else: as it was, which is PyTorch's own unless somebody has changed it,
+    TF32 in convolutions and float32 in matrix products.
+    """
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    for switch in switches:
-        switch.allow_tf32 = enabled
+    before = [switch.allow_tf32 for switch in switches]
     try:
+        for switch in switches if precision in ("fp32", "tf32") else ():
+            switch.allow_tf32 = precision == "tf32"
         yield
     finally:
-        for switch in switches:
-            switch.allow_tf32 = False
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 def precision(settings: Training, device: torch.device) -> str:
-    """What training computes in; evaluation is float32 whatever it says."""
-    if settings.amp == "bf16":
+    """What training computes in; the verdicts of evaluation are float32 whatever it says."""
+    if settings.precision == "bf16":
         return "bfloat16 autocast over float32 weights"
-    return "TF32" if settings.tf32 and device.type == "cuda" else "float32"
+    if device.type != "cuda" or settings.precision == "fp32":
+        return "float32"
+    return "TF32" if settings.precision == "tf32" else "TF32 in convolutions, float32 in matrix products"
+
+
+class Sent:
+    """Figures on their way from a device to the host, so that the host need not wait until all other work is done."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.copied = values.to("cpu", non_blocking=True), None
+        if values.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def arrived(self) -> list[float]:
+        """The figures, as soon as they are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values.tolist()
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from utils import distributed
 from utils.checkpoints import checkpoint_file, load_model
 from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks, subset
-from utils.devices import pick_device
+from utils.devices import computing, pick_device
 from utils.errors import RunError, UsageError, first_line
 from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, dataset_defaults
 
@@ -50,10 +50,13 @@ def over_images(
 def right_or_not(
     net: nn.Module, attack: Callable[..., Tensor] | None, x: Tensor, labels: Tensor, numbers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attack images as one batch -> (n,) bool, right or not; the images that the network was given; its logits."""
+    """Attack images as one batch -> (n,) bool, right or not; the images that the network was given; its logits.
+
+    Whatever the attack computes in, the logits are float32.
+    """
     if attack is not None:
         x = attack(net, x, labels, numbers)
-    with torch.no_grad():
+    with torch.no_grad(), computing("fp32"):
         logits = net(x)
     if not logits.isfinite().all():
         raise RunError("the network answers with logits that are not finite; its training has diverged")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from utils import distributed
 from utils.attacks import Attack, Objective, cross_entropy, cross_entropy_over_heads, frozen, pgd
 from utils.data import Split, numbers_of, shuffled
+from utils.devices import computing
 from utils.errors import RunError, UsageError
 from utils.evaluation import Subject, load_subject, over_images
 from utils.figures import draw_embedding, draw_histogram, require_display, save_figure, show_figures
@@ -197,6 +198,7 @@ def origin(subjects: Sequence[Subject], settings: Distances | Umap) -> dict:
     first, seed = subjects[0], settings.seed
     about = {"checkpoints": [str(s.file) for s in subjects], "dataset": first.dataset, "features": settings.features}
     about |= {"epsilon": first.eps, "step_size": first.step_size, "num_steps": settings.num_steps, "seed": seed}
+    about["precision"] = settings.precision
     return about | {"provenance": provenance(first.split.labels.device, seed)}
 
 
@@ -251,7 +253,7 @@ def measure_distances(subject: Subject, targets: list[int], settings: Distances)
     size, attack = settings.test_batch_size, pgd_on(subject, settings)
     strategy, _, pushed = settings.strategy.partition("_")
     rows = torch.isin(labels, torch.tensor(targets)).nonzero().squeeze(1)
-    with frozen(subject.model) as net:
+    with frozen(subject.model) as net, computing(settings.precision):
         logits = None
         if strategy != "random":
             logits = extract(net, split, torch.arange(len(labels)), size, None, "predictions").logits
@@ -441,7 +443,7 @@ def extract_kinds(subject: Subject, name: str, settings: Umap) -> dict[str, Feat
     if settings.adversarial:
         attacks[f"PGD-{settings.num_steps}"] = pgd_on(subject, settings)(cross_entropy)
     every, size = torch.arange(len(subject.split.labels)), settings.test_batch_size
-    with frozen(subject.model) as net:
+    with frozen(subject.model) as net, computing(settings.precision):
         return {kind: extract(net, subject.split, every, size, by, f"{name} {kind}") for kind, by in attacks.items()}
 
 

@@ -20,11 +20,17 @@ def _draw(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _random_negatives(
-    labels: Tensor, present: Tensor, sizes: Tensor, generator: torch.Generator, classes: int, per_class: int
+    labels: Tensor,
+    present: Tensor,
+    sizes: Tensor,
+    largest: int,
+    generator: torch.Generator,
+    classes: int,
+    per_class: int,
 ) -> Tensor:
     """(N, classes * per_class) indices: distinct other classes first, then distinct images of each.
 
-    present, sizes: the classes in the batch, sorted, and how many images each has.
+    present, sizes: the classes in the batch, sorted, and how many images each has, `largest` at most.
     """
     other = labels[:, None] != present
     rich = other & (sizes >= per_class)
@@ -32,7 +38,7 @@ def _random_negatives(
     chosen = _draw(eligible, classes, generator)  # (N, classes), indices into present
     by_class = labels.argsort(stable=True)  # images of one class in a row
     first = sizes.cumsum(0) - sizes
-    member = torch.arange(int(sizes.max()), device=labels.device) < sizes[chosen][..., None]
+    member = torch.arange(largest, device=labels.device) < sizes[chosen][..., None]
     images = _draw(member, per_class, generator) + first[chosen][..., None]
     return by_class[images].flatten(1)
 
@@ -50,7 +56,8 @@ def choose_negatives(
     logits: (N, C) of the eval-mode network on natural images; None will do for the random strategy. labels: (N,).
     strategy: `random`, or for predictions c(.) those images j of another class with
     `soft` c(j) = c(n), `hard` c(j) = y_n, `easy` c(j) neither; of these the K with the largest logit of class y_n,
-    filled up at random where there are fewer. generator: on the labels' device.
+    filled up at random where there are fewer. generator: on the device of the logits and of the answer; where
+    that is not the host but labels are, nothing here waits for it.
     Random draws `classes` other classes with at least `per_class` images each and `per_class` images of each; where the
     batch has too few such classes every other class will do, and where it still has too few classes or images, some are
     drawn again. What fills up may repeat an image that was already taken.
@@ -62,7 +69,9 @@ def choose_negatives(
     present, sizes = labels.unique(return_counts=True)
     if len(present) < 2:
         return None
-    chosen = _random_negatives(labels, present, sizes, generator, classes, per_class)
+    largest = int(sizes.max())
+    labels, present, sizes = (t.to(generator.device, non_blocking=True) for t in (labels, present, sizes))
+    chosen = _random_negatives(labels, present, sizes, largest, generator, classes, per_class)
     if strategy == "random":
         return chosen
     predictions = logits.argmax(1)

@@ -1,12 +1,16 @@
 """Where an output file comes from: command, commit, versions, device, seed."""
 
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+
+import torch
 
 ALWAYS = ("torch", "torchvision", "numpy")
 WHERE_IMPORTED = {"scikit-learn": "sklearn", "umap-learn": "umap", "pyautoattack": "pyautoattack", "pillow": "PIL"}
@@ -18,6 +22,7 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
     device: the torch device that computed. packages: names on PyPI whose versions matter besides those of Python,
     torch, torchvision, numpy and of whatever of scikit-learn, umap-learn, pyautoattack and pillow is imported by now.
     """
+    card = {"card": _card(device)} if torch.device(device).type == "cuda" else {}
     imported = [name for name, module in WHERE_IMPORTED.items() if module in sys.modules]
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -25,6 +30,7 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
         "versions": {"python": sys.version.split()[0]}
         | {name: _version(name) for name in dict.fromkeys((*ALWAYS, *imported, *packages))},
         "device": str(device),
+        **card,
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
     }
@@ -33,7 +39,8 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
 def in_one_line(record: dict) -> str:
     """A provenance as one line, for a log."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    made = f"commit {record['commit']}, {versions}, {record['device']}, seed {record['seed']}"
+    device = ", ".join([record["device"], *map(str, record.get("card", {}).values())])
+    made = f"commit {record['commit']}, {versions}, {device}, seed {record['seed']}"
     return f"{record['started']}  {record['command']}  {made}"
 
 
@@ -50,6 +57,20 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _card(device: object) -> dict:
+    """A CUDA device: its name, memory, driver, and the versions of CUDA and cuDNN."""
+    about, driver = torch.cuda.get_device_properties(torch.device(device)), None
+    with suppress(OSError):  # Linux
+        driver = re.search(r"\d+\.[\d.]+", Path("/proc/driver/nvidia/version").read_text())
+    return {
+        "name": about.name,
+        "memory": f"{about.total_memory / 1e9:.0f} GB",
+        "driver": f"driver {driver.group() if driver else 'unknown'}",
+        "cuda": f"CUDA {torch.version.cuda}",
+        "cudnn": f"cuDNN {torch.backends.cudnn.version()}",
+    }
 
 
 def _version(name: str) -> str | None:

@@ -15,6 +15,7 @@ DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
 STRATEGIES = ("random", "soft", "hard", "easy")
 CHOICES_OF_NEGATIVES = tuple(strategy + adversarial for strategy in STRATEGIES for adversarial in ("", "_adv"))
 AUGMENTATIONS = ("crop-flip", "crop", "none")
+PRECISIONS = ("default", "fp32", "tf32", "bf16")
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
 FEATURES = ("weighted", "unweighted")
 LARGEST_SIDE = 1024
@@ -124,9 +125,15 @@ class Training:
     restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
     ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch")
     resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
-    amp: str = setting("none", ("none", "bf16"), "precision of training's attacks and forwards; evaluation is float32")
-    tf32: bool = setting(False, SWITCH, "train with TF32 on CUDA; evaluation is float32")
-    compile: bool = setting(False, TRUTH, "train through torch.compile; needs a C++ compiler", free=True)
+    precision: str = setting(
+        "default",
+        PRECISIONS,
+        "of training: PyTorch's own (on CUDA TF32 in convolutions), float32, TF32 in matrix products too, or bfloat16 "
+        "autocast; the verdicts of evaluation are float32 whatever it is",
+        also=("--amp",),
+    )
+    compile: bool = setting(False, TRUTH, "train through torch.compile; needs a compiler", free=True)
+    cuda_graph: bool = setting(True, TRUTH, "replay the training attack as one CUDA graph; same images", free=True)
     device: str = setting("auto", PATH, "auto, cpu, cuda or cuda:N", free=True)
     no_cuda: bool = setting(False, SWITCH, "use the CPU", free=True)
     sync_bn: bool = setting(False, SWITCH, "under torchrun: BatchNorm over the batches of all ranks; CUDA only")
@@ -158,6 +165,13 @@ class Checkpoint:
     epsilon: float | None = again("epsilon", None, help="L-infinity radius on [0, 1] (default: the data set's)")
     step_size: float | None = again("step_size", None, help="size of an attack step (default: the data set's)")
     seed: int = again("seed", 1)
+    precision: str = again(
+        "precision",
+        "default",
+        kind=PRECISIONS[:3],
+        also=(),
+        help="of attacks on CUDA: PyTorch's own (TF32 in convolutions), float32, or TF32; verdicts are float32",
+    )
     device: str = again("device", "auto")
     no_cuda: bool = again("no_cuda", False)
 

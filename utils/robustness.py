@@ -27,6 +27,7 @@ from utils.autoattack import BLOCK, Says, autoattack
 from utils.autoattack import VERSION as AUTOATTACK_VERSION
 from utils.checkpoints import load_model
 from utils.data import Split, as_input, numbers_of
+from utils.devices import computing
 from utils.errors import Stopped, UsageError, stop_signals
 from utils.evaluation import Subject, foreign_subject, load_subject, over_images, right_or_not
 from utils.files import read_arrays, write_arrays
@@ -62,11 +63,13 @@ def planned_attacks(
     eps, step, seed, steps = subject.eps, subject.step_size, settings.seed, settings.num_steps
     half = max(1, steps // 2)
 
+    searched = {} if settings.precision == "default" else {"precision": settings.precision}
+
     def quick(attack: Callable[..., Attack], **how: object) -> Planned:
-        return Planned(lambda warned, says: attack(**how), how, attacks.VERSION)
+        return Planned(lambda warned, says: attack(**how), how | searched, attacks.VERSION)
 
     def long(attack: Callable[..., Attack], version: int, also: dict, **how: object) -> Planned:
-        return Planned(partial(attack, **how), how | also | shared, version)
+        return Planned(partial(attack, **how), how | also | shared | searched, version)
 
     shared = {LIBRARY: metadata.version(LIBRARY), "attacks": attacks.VERSION}
     ball = {"eps": eps, "seed": seed, "start": "uniform" if settings.random else "image"}
@@ -278,7 +281,7 @@ def white_attack(settings: Evaluation) -> None:
     foreign = (settings.model.partition(":")[0], as_input(subject.split.images[:FEW])) if settings.model else ()
     kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
     other = nullcontext() if surrogate is None else frozen(surrogate)
-    with stop_signals(stop), frozen(subject.model) as net, other as attacked:
+    with stop_signals(stop), computing(settings.precision), frozen(subject.model) as net, other as attacked:
         subject = subject._replace(model=net)
         ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, attacked)
         plans = planned_attacks(settings, subject, ways, surrogate)

@@ -27,6 +27,7 @@ ROW = {"epoch": 1} | dict.fromkeys(FIGURES, 0.0)  # of metrics.csv, with values 
 NO_NATURAL = {"train_natural_accuracy_first_head": None}
 NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
 ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
+SINCE_FIRST_RELEASE = {"cuda_graph"}  # settings
 SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
 
 
@@ -91,6 +92,8 @@ def prepare(command: Command, held: ExitStack) -> Start:
         raise UsageError(f"--resume: {file} does not exist; start the run without --resume, or name its folder")
     take_folder(file.parent, held)  # before reading, so that no other process writes a newer state in between
     state = read(file)
+    if isinstance(state.get("recipe"), dict):
+        state["recipe"] = of_today(state["recipe"])
     require_state(state, file)
     settings = resumed_settings(command, state["recipe"])
     network = {key: getattr(settings, key) for key in ("arch", "width", "image_size")}
@@ -112,6 +115,15 @@ def require_state(state: dict, file: Path) -> None:
     wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:
         raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
+
+
+def of_today(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Stored settings of an older version of this code in the words of this one; settings new since then are off."""
+    recipe = dict(recipe)
+    if {"amp", "tf32"} <= recipe.keys():
+        amp, tf32 = recipe.pop("amp"), recipe.pop("tf32")
+        recipe["precision"] = "bf16" if amp == "bf16" else "tf32" if tf32 is True else "fp32"
+    return {key: value for key, value in stored(Training()).items() if key in SINCE_FIRST_RELEASE} | recipe
 
 
 def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:

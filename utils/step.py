@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Heads
-from utils.attacks import Bfloat16, ToAttack, frozen, gaussian_start, linf_pgd_together, summed_cross_entropy
+from utils.attacks import Bfloat16, Standing, ToAttack, gaussian_start, summed_cross_entropy
 from utils.distributed import joined, own_slice, own_weight, total, world
 from utils.losses import asymmetric_negative_contrast, kl_divergence, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
@@ -40,60 +40,72 @@ class Terms(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Of a step over the whole batch: loss and contrast, and how many predictions of the first head are right.
+    """Of a step over the whole batch: loss, contrast, and the shares of right predictions of the first head.
 
     natural is None where the method needs no natural forward.
     """
 
     loss: float
     contrast: float
-    natural: int | None
-    robust: int
+    robust: float
+    natural: float | None = None
+
+
+def away_from_labels(heads: Heads, labels: Tensor, auxiliary_weight: float) -> Tensor:
+    """What PGD, TRADES and MART ascend: cross-entropy over heads, summed over images."""
+    return over_heads(summed_cross_entropy(labels), heads, auxiliary_weight=auxiliary_weight)
+
+
+def towards_labels(heads: Heads, labels: Tensor, auxiliary_weight: float) -> Tensor:
+    """What pushes a negative to look like its anchor's class."""
+    return -away_from_labels(heads, labels, auxiliary_weight)
+
+
+def away_from_natural(heads: Heads, natural: Heads, auxiliary_weight: float) -> Tensor:
+    """The other attack of TRADES, `--inner kl`: KL from the heads of the natural images."""
+    return over_heads(kl_divergence, natural, heads, auxiliary_weight=auxiliary_weight)
 
 
 def attack_batch(
-    model: nn.Module, x: Tensor, labels: Tensor, settings: Training, generator: torch.Generator, epoch: int
+    standing: Standing, x: Tensor, labels: Tensor, settings: Training, generator: torch.Generator, epoch: int
 ) -> Attacked:
-    """Adversarial examples and negatives of this rank's slice of a batch x (N, 3, H, W), labels (N,).
+    """Adversarial examples and negatives of this rank's slice of a batch x (N, 3, H, W), labels (N,), best on the host.
 
-    Random draws are those of the whole batch, on every rank the same.
+    standing: of the network that is trained. Random draws are those of the whole batch, on every rank the same.
     """
     strategy, _, adversarial_negatives = settings.strategy.partition("_")
     if epoch <= settings.warmup_epochs:
         strategy = "random"
-    own, over = own_slice(len(x)), partial(over_heads, auxiliary_weight=settings.cr_beta)
-    with frozen(model, settings.amp, settings.compile) as net:
-        natural, chosen = None, None
-        if settings.inner == "kl" or not (settings.no_anc or strategy == "random"):
-            with torch.no_grad():
-                natural = net(x[own], heads=True)
-        if not settings.no_anc:
-            logits = None if strategy == "random" else joined(natural.final, len(x))
-            count = settings.sample_class_number, settings.sample_number
-            chosen = choose_negatives(logits, labels, strategy, generator, *count)
+    own, net = own_slice(len(x)), standing.refresh()
+    natural, chosen = None, None
+    if settings.inner == "kl" or not (settings.no_anc or strategy == "random"):
+        with torch.no_grad():
+            natural = net(x[own], heads=True)
+    if not settings.no_anc:
+        logits = None if strategy == "random" else joined(natural.final, len(x))
+        count = settings.sample_class_number, settings.sample_number
+        chosen = choose_negatives(logits, labels, strategy, generator, *count)
 
-        if settings.inner == "kl":
-            untargeted = partial(over, kl_divergence, natural)
-        else:
-            untargeted = partial(over, summed_cross_entropy(labels[own]))
-        attacks = [ToAttack(x[own], gaussian_start(x, generator)[own], untargeted)]
-        negative, negative_labels = None, None
-        if chosen is not None:
-            count, chosen = chosen.shape[1], chosen.flatten()
-            pairs = slice(own.start * count, own.stop * count)  # all those of this rank's anchors
-            candidates = x[chosen]
-            negative, negative_labels = candidates[pairs], labels[chosen[pairs]]
-            if adversarial_negatives:
-                anchors_class = summed_cross_entropy(labels.repeat_interleave(count)[pairs])
-                start = gaussian_start(candidates, generator)[pairs]
-                attacks.append(ToAttack(negative, start, lambda heads: -over(anchors_class, heads)))
-        adversarial, *pushed = linf_pgd_together(net, attacks, settings.epsilon, settings.step_size, settings.num_steps)
+    labels = labels.to(x.device, non_blocking=True)
+    untargeted = {"ce": (away_from_labels, labels[own]), "kl": (away_from_natural, natural)}
+    attacks = [ToAttack(x[own], gaussian_start(x, generator)[own], *untargeted[settings.inner])]
+    negative, negative_labels = None, None
+    if chosen is not None:
+        count, chosen = chosen.shape[1], chosen.flatten()
+        pairs = slice(own.start * count, own.stop * count)  # all those of this rank's anchors
+        candidates = x[chosen]
+        negative, negative_labels = candidates[pairs], labels[chosen[pairs]]
+        if adversarial_negatives:
+            start, anchors_class = gaussian_start(candidates, generator)[pairs], labels.repeat_interleave(count)[pairs]
+            attacks.append(ToAttack(negative, start, towards_labels, anchors_class))
+    how = settings.cr_beta, settings.epsilon, settings.step_size, settings.num_steps
+    adversarial, *pushed = standing.linf_pgd_together(net, attacks, *how)
     return Attacked(adversarial, pushed[0] if pushed else negative, negative_labels)
 
 
 def training_loss(model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacked, settings: Training) -> Terms:
     """Loss of a batch by separate training forwards, gated by labels, in the order natural, adversarial, negative."""
-    model = Bfloat16(model) if settings.amp == "bf16" else model
+    model = Bfloat16(model) if settings.precision == "bf16" else model
     over = partial(over_heads, auxiliary_weight=settings.cr_beta)
     natural = None
     if settings.method != "pgd" or attacked.negative is not None:
@@ -124,15 +136,15 @@ def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
 
 def backward(
     loss_of: Callable[..., Terms], x: Tensor, labels: Tensor, attacked: Attacked, settings: Training
-) -> Figures:
+) -> Tensor:
     """Gradients of a batch's loss, computed by each rank on its slice and the same on all of them.
 
     loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of this rank's slice.
+    Returns the values of `Figures`, natural only where there is one, as a tensor on the device: nothing waits here.
     """
     own, weight = own_slice(len(x)), own_weight(len(x))
     terms = loss_of(x[own], labels[own], attacked, settings)
     (terms.loss * (weight * world())).backward()  # every term is a mean; gradients are averaged over ranks
     parts = [terms.loss.detach(), terms.contrast.detach(), first_head_right(terms.adversarial, labels[own])]
     parts += [] if terms.natural is None else [first_head_right(terms.natural, labels[own])]
-    loss, contrast, robust, *natural = total(torch.stack(parts) * weight).tolist()  # one wait for the device
-    return Figures(loss, contrast, round(natural[0] * len(x)) if natural else None, round(robust * len(x)))
+    return total(torch.stack(parts) * weight)

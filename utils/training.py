@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from models import build_model
 from utils import distributed, runs
-from utils.attacks import frozen, pgd40_heads
+from utils.attacks import Standing, frozen, pgd40_heads
 from utils.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, read, save
 from utils.data import Split, as_input, augment, batches, load_split, require_same_on_ranks, shuffled, subset
-from utils.devices import compile_for_training, peak_memory, pick_device, precision, tf32
+from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
 from utils.errors import RunError, Stopped, UsageError, stop_signals
 from utils.evaluation import percent, verdicts
 from utils.figures import draw_curves
@@ -47,10 +47,10 @@ def run(command: Command) -> None:
         announce(job, data, start)
         del start  # it holds a copy of the network
         train, selection = data.train.to(job.device), data.selection.to(job.device)
-        with stop_signals(job.note_stop):
+        train = train._replace(labels=data.train.labels)  # on the host, where choosing negatives counts them
+        with stop_signals(job.note_stop), computing(job.settings.precision):
             while job.progress["epoch"] <= job.settings.epochs:
-                with tf32(job.settings.tf32):
-                    train_epoch(job, train)
+                train_epoch(job, train)
                 finish_epoch(job, selection)
             report(job, data.test)
 
@@ -76,15 +76,18 @@ class Run:
             raise UsageError(str(error)) from error
         if settings.sync_bn and distributed.world() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = model.to(device)
+        self.model = for_training(model, device, settings.precision)
         if settings.compile:
             compile_for_training(self.model, device)
+        graph = settings.cuda_graph and device.type == "cuda"
+        self.standing = Standing(self.model, settings.precision, settings.compile, graph)
         self.training_loss = distributed.parallel(self.model, training_loss)  # without its first argument
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.late: Late | None = None
         self.progress = {"epoch": settings.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
 
     @property
@@ -156,6 +159,7 @@ class Run:
         signum = distributed.agreed(self.stop)
         if not signum:
             return
+        take_up(self)
         again = f"{distributed.launcher()} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
         line = f"{'interrupted' if signum == signal.SIGINT else 'terminated'}; continue by: {again}"
 
@@ -214,7 +218,7 @@ def announce(job: Run, data: Data, start: Start) -> None:
     if not distributed.first():
         return
     settings, ranks = job.settings, distributed.world()
-    idle = ["--tf32"] if settings.tf32 and job.device.type != "cuda" else []
+    idle = ["--precision tf32"] if settings.precision == "tf32" and job.device.type != "cuda" else []
     idle += ["--sync-bn"] if settings.sync_bn and ranks == 1 else []
     if idle:
         print(f"{Path(sys.argv[0]).name}: {', '.join(idle)} accepted, no effect here", file=sys.stderr)
@@ -274,40 +278,70 @@ def train_epoch(job: Run, train: Split) -> None:
         group["lr"] = learning_rate(settings, epoch)
     order, sums, total = progress["order"], progress["sums"], len(progress["order"])
     job.model.train()
+    began = time.perf_counter()
     style = dict(unit="img", leave=False, disable=distributed.quiet(), desc=f"epoch {epoch}/{settings.epochs}")
     with tqdm(total=total, initial=progress["done"], **style) as bar:
         for indices in batches(order[progress["done"] :], settings.batch_size):
-            began = time.perf_counter()
-            batch = train.take(indices.to(job.device))
+            batch = train.take(indices)
             x, labels = as_input(augment(batch.images, settings.augmentation, job.generator)), batch.labels
-            attacked = attack_batch(job.model, x, labels, settings, job.generator, epoch)
-            figures = backward(job.training_loss, x, labels, attacked, settings)
-            number = progress["done"] // settings.batch_size + 1
-            if not math.isfinite(figures.loss):
-                where = f"the loss is {figures.loss} in epoch {epoch}, batch {number}"
-                raise RunError(f"{where}; {job.last_good}; lower --lr, or look at the data")
+            attacked = attack_batch(job.standing, x, labels, settings, job.generator, epoch)
+            figures = backward(job.training_loss, x, labels.to(job.device, non_blocking=True), attacked, settings)
+            norms = torch._foreach_norm([p.grad for p in job.model.parameters() if p.grad is not None])
+            sent = Sent(torch.cat([figures, torch.stack(norms).sum()[None]]))
             job.optimizer.step()
             job.optimizer.zero_grad()  # now, so that no gradients take memory beside the next attack
+            take_up(job)
             progress["done"] += len(indices)
-            add_up(sums, figures, len(indices), time.perf_counter() - began)
-            done = progress["done"]
+            job.late = Late(progress["done"], len(indices), sent)
+            sums["seconds"] += time.perf_counter() - began
+            began = time.perf_counter()
             bar.update(len(indices))
-            natural, robust = shown(natural_share(sums)), f"{100 * sums['robust'] / done:.1f}%"
-            bar.set_postfix(loss=f"{sums['loss'] / done:.3f}", nat=natural, rob=robust)
-            if number % settings.log_interval == 0:
-                job.log(f"epoch {epoch} [{done}/{total}] loss {figures.loss:.4f} contrast {figures.contrast:.4f}")
+            bar.set_postfix_str(postfix(job), refresh=False)
             job.check_stop()
+    take_up(job)
 
 
-def add_up(sums: dict[str, float], figures: Figures, images: int, seconds: float) -> None:
-    """Add a step's figures to those of the epoch so far."""
+class Late(NamedTuple):
+    """A step whose figures are still under way: how many images of the epoch it ended with, its own images."""
+
+    done: int
+    images: int
+    sent: Sent
+
+
+def take_up(job: Run) -> None:
+    """Add the figures of the last step to those of the epoch. Errors: RunError where they are not finite.
+
+    That is a step later than they were computed, so that the device never waits for the host to read them.
+    """
+    if job.late is None:
+        return
+    (done, images, sent), job.late = job.late, None
+    *values, norm = sent.arrived()
+    figures, settings, epoch = Figures(*values), job.settings, job.progress["epoch"]
+    number = -(-done // settings.batch_size)
+    for what, value in (("the loss", figures.loss), ("the norm of its gradients", norm)):
+        if not math.isfinite(value):
+            where = f"{what} is {value} in epoch {epoch}, batch {number}"
+            raise RunError(f"{where}; {job.last_good}; lower --lr, or look at the data")
+    sums = job.progress["sums"]
     sums["loss"] += figures.loss * images
     sums["contrast"] += figures.contrast * images
-    sums["robust"] += figures.robust
-    sums["seconds"] += seconds
+    sums["robust"] += round(figures.robust * images)
     if figures.natural is not None:
-        sums["natural"] += figures.natural
+        sums["natural"] += round(figures.natural * images)
         sums["natural_images"] += images
+    if number % settings.log_interval == 0:
+        total = len(job.progress["order"])
+        job.log(f"epoch {epoch} [{done}/{total}] loss {figures.loss:.4f} contrast {figures.contrast:.4f}")
+
+
+def postfix(job: Run) -> str:
+    """What the progress bar says of the epoch so far, up to the step before the last."""
+    sums, done = job.progress["sums"], job.progress["done"] - job.late.images
+    if not done:
+        return ""
+    return f"loss={sums['loss'] / done:.3f}, nat={shown(natural_share(sums))}, rob={100 * sums['robust'] / done:.1f}%"
 
 
 def natural_share(sums: dict[str, float]) -> float | None:
