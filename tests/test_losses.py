@@ -62,6 +62,22 @@ def test_trades_and_mart_as_released(tag, loss):
     assert_near(adversarial.grad, array(tag, "grad_adv"))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 104.0, 1e4, 1e20])
+def test_values_and_gradients_are_finite_whatever_the_logits(scale):
+    """Also where a probability underflows to 0, and where logits are larger than float16 can say."""
+    labels, generator = torch.tensor([0, 1, 2, 0]), torch.Generator().manual_seed(0)
+    for loss in (
+        lambda one, other: trades_loss(one, other, labels, 6.0),
+        lambda one, other: mart_loss(one, other, labels, 5.0),
+        lambda one, other: pgd_loss(one, labels) + pgd_loss(other, labels),
+        lambda one, other: asymmetric_negative_contrast(one, other, 0.5),
+    ):
+        one, other = ((scale * torch.randn(4, 10, generator=generator)).requires_grad_() for _ in range(2))
+        value = loss(one, other)
+        value.backward()
+        assert value.isfinite() and one.grad.isfinite().all() and other.grad.isfinite().all()
+
+
 def test_alpha_one_moves_negatives_only_and_alpha_zero_anchors_only():
     for alpha, moved in ((1, "negative"), (0, "natural")):
         natural, negative = (torch.tensor([[2.0, 0, 1]], requires_grad=True) for _ in range(2))

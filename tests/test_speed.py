@@ -135,6 +135,26 @@ def test_forwards_of_a_step(tmp_path, monkeypatch, flags, small, forwards, attac
     assert (trained, len(seen) - trained) == (3 * forwards, 3 * attacked)  # three batches
 
 
+@pytest.mark.parametrize("arch", ["PreActResNet18", "WRN-28-10"])
+@pytest.mark.parametrize("on_a_card", [False, True])
+def test_a_standing_network_takes_over_what_an_update_changed(monkeypatch, arch, on_a_card):
+    """Weights and statistics, folded or not; with the layers that a CUDA device gets, too."""
+    torch.manual_seed(0)
+    x, labels = some_batch(size=32)
+    model = build_model(arch, 4, width=1 if arch.startswith("WRN") else 4, image_size=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "affine_norms", lambda net: on_a_card)
+        standing = Standing(model)
+    kinds = [sum(isinstance(m, kind) for m in standing.net.modules()) for kind in (attacks.Affine, nn.BatchNorm2d)]
+    assert kinds[0 if on_a_card else 1] > 0 == kinds[1 if on_a_card else 0]
+    places = [tensor.data_ptr() for tensor in standing.net.state_dict().values()]
+    for _ in range(2):
+        a_few_steps(model, x, labels, steps=2)
+        with torch.no_grad():
+            assert_near(standing.refresh()(x), model.eval()(x), 1e-5)
+    assert [tensor.data_ptr() for tensor in standing.net.state_dict().values()] == places  # as a CUDA graph needs it
+
+
 def test_choosing_negatives_waits_for_the_device_a_fixed_number_of_times():
     counts = []
     for count in (16, 128):

@@ -1,6 +1,7 @@
 """Runs on digits: what they write, and that a stopped run continues exactly."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,20 @@ import torch
 import utils.training as training
 from models import build_model
 from tests.conftest import shorten_runs
-from tests.helpers import PLAIN, RA, ROOT, SCRIPTS, assert_same_run, files, folder, metrics, python, settings, train
+from tests.helpers import (
+    PLAIN,
+    RA,
+    ROOT,
+    SCRIPTS,
+    assert_same_run,
+    files,
+    folder,
+    metrics,
+    python,
+    settings,
+    state,
+    train,
+)
 from utils import runs
 from utils.checkpoints import load_model
 from utils.errors import RunError, Stopped, UsageError
@@ -111,6 +125,39 @@ def test_signals_inside_an_epoch_or_an_evaluation(straight, tmp_path, monkeypatc
     assert stopped.value.args[0] == signum
     monkeypatch.setattr(training, where, real)
     assert_same_run(straight, train(tmp_path, "--resume", folder(tmp_path)))
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_what_is_not_finite_names_its_own_batch(tmp_path, monkeypatch, wrong):
+    """Figures are read a step late; a loss may be finite and its gradient not, as the root of 0 is."""
+    real, calls = training.training_loss, []
+
+    def failing(model, *args):
+        terms = real(model, *args)
+        calls.append(1)
+        if len(calls) == 2:
+            zero = 0 * model.classifier.bias.sum()
+            terms = terms._replace(loss=terms.loss + (zero + math.nan if wrong == "loss" else zero.sqrt()))
+        return terms
+
+    monkeypatch.setattr(training, "training_loss", failing)
+    what = {"loss": "the loss is nan", "gradient": "the norm of its gradients is nan"}[wrong]
+    with pytest.raises(RunError, match=rf"{what} in epoch 1, batch 2; the last good checkpoint is .*last_state.pt"):
+        train(tmp_path, *TWO)
+    saved = state(folder(tmp_path))
+    assert all(value.isfinite().all() for value in saved["model"].values()) and saved["progress"]["done"] == 0
+
+
+@pytest.mark.parametrize(("amp", "tf32", "precision"), [("none", False, "fp32"), ("bf16", False, "bf16")])
+def test_a_run_of_the_first_release_goes_on(tmp_path, amp, tf32, precision):
+    """Its settings had other names and were fewer."""
+    run = train(tmp_path, *TWO, "--epochs", 1)
+    saved = torch.load(run / "last_state.pt", weights_only=True)
+    del saved["recipe"]["precision"], saved["recipe"]["cuda_graph"]
+    saved["recipe"] |= {"amp": amp, "tf32": tf32, "test_batch_size": 100}
+    torch.save(saved, run / "last_state.pt")
+    train(tmp_path, "--epochs", 2, "--resume", run)
+    assert state(run)["recipe"]["precision"] == precision and [row["epoch"] for row in metrics(run)] == ["1", "2"]
 
 
 def test_what_is_there_stays(straight, tmp_path, capsys):

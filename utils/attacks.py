@@ -77,7 +77,7 @@ class Standing:
             for conv_name, bn_name in getattr(module, "conv_bn", ()):
                 self._fold(model.get_submodule(name), module, conv_name, bn_name)
         if isinstance(net, ReverseAttentionNetwork):  # a foreign network may use `view` on its maps
-            if net.classifier.weight.is_cuda:
+            if affine_norms(net):
                 for name, module in [*net.named_modules()]:
                     if isinstance(module, nn.BatchNorm2d):
                         net.set_submodule(name, Affine(module.running_mean))
@@ -135,6 +135,11 @@ class Standing:
         self._refold()
         torch._foreach_copy_(*self._copies)
         return self.net
+
+
+def affine_norms(net: ReverseAttentionNetwork) -> bool:
+    """Whether a BatchNorm that no convolution absorbs becomes an `Affine`."""
+    return net.classifier.weight.is_cuda
 
 
 def _to_channels_last(net: ReverseAttentionNetwork) -> None:

@@ -49,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import GRACE, RunError, Stopped, UsageError, first_line, several_processes
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)
+PATIENCE, PATIENCE_OF_NCCL = timedelta(days=7), timedelta(minutes=30)
 # How PyTorch's errors of communication read where they have no type of their own, as gloo's
 LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|c10d|TCPStore", re.IGNORECASE)
 
@@ -59,9 +59,9 @@ def started() -> Iterator[None]:
     """Join the other ranks for the body of a script; nothing to do where torchrun has not started several.
 
     CPU tensors go by gloo, CUDA tensors by NCCL, with PyTorch's own handling of NCCL's errors, which ends the
-    process. Ranks wait for one another for days, since blocks of an evaluation take hours; a rank that ends is
-    noticed at once. An error that several ranks meet is said by one of them, whichever comes first; a stop, which
-    all have agreed on, by the first rank. The others end in silence, with the same status.
+    process, after 30 minutes. By gloo ranks wait for one another for days, since blocks of an evaluation take hours;
+    a rank that ends is noticed at once. An error that several ranks meet is said by one of them, whichever comes first;
+    a stop, which all have agreed on, by the first rank. The others end in silence, with the same status.
     Errors: RunError where another rank ended or cannot be reached.
     """
     if not several_processes():
@@ -74,6 +74,8 @@ def started() -> Iterator[None]:
         store = _unused_part(store, rank, count)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        if nccl:  # by which only training steps go
+            dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(PATIENCE_OF_NCCL)
         yield
         together = True
     except (Stopped, SystemExit) as stop:

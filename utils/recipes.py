@@ -80,7 +80,9 @@ class Training:
     no_ra: bool = setting(False, SWITCH, "without reverse attention")
     no_anc: bool = setting(False, SWITCH, "without asymmetric negative contrast")
     batch_size: int = setting(128, whole(2), "images a training step")
-    test_batch_size: int = setting(100, whole(1), "images a batch of evaluation", free=True)
+    test_batch_size: int | None = setting(
+        None, whole(1), "images a batch of evaluation (default: 100, on CUDA 250)", free=True
+    )
     epochs: int = setting(120, whole(1), "epochs to train", by={"digits": 16}, free=True)
     milestones: tuple[int, ...] = setting((75, 90, 100), EPOCHS, "where lr is divided by 10", by={"digits": (11, 14)})
     lr: float = setting(0.01, number(0, above=True), "learning rate of SGD", by={"digits": 0.03})

@@ -357,14 +357,15 @@ def evaluate(job: Run, model: nn.Module, split: Split) -> tuple[float, float]:
     """Natural and PGD-40-over-heads accuracy of a network, the run's own or its best, in percent."""
     settings = job.settings
     attack = pgd40_heads(settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
+    size = settings.test_batch_size or (250 if job.device.type == "cuda" else 100)
     with frozen(model) as net, tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
 
         def progress(images: int) -> None:
             bar.update(images)
             job.check_stop()
 
-        natural = verdicts(net, split, settings.test_batch_size, progress=progress)
-        robust = verdicts(net, split, settings.test_batch_size, attack, natural, progress)
+        natural = verdicts(net, split, size, progress=progress)
+        robust = verdicts(net, split, size, attack, natural, progress)
     return percent(natural), percent(robust)
 
 
