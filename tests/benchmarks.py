@@ -1,7 +1,8 @@
 """How fast it is, measured on your machine.
 
 python -m tests.benchmarks                      all but the last two, 40 minutes on 2 CPU cores
-python -m tests.benchmarks step pgd             some: step share together memory negatives pgd growth processes data
+python -m tests.benchmarks step pgd             some: step share together companions memory negatives pgd growth
+                                                processes data
 python -m tests.benchmarks compiled             what --compile brings, 5 minutes more
 python -m tests.benchmarks figures              CPU time of what the figures' scripts compute
 python -m tests.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark
@@ -58,6 +59,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -78,6 +80,7 @@ from utils.attacks import (
     linf_pgd,
     linf_pgd_together,
 )
+from utils.companions import Average, adversarial_weights
 from utils.data import Split, as_input, augment, batches, load_split
 from utils.devices import compile_for_training, pick_device
 from utils.errors import UsageError, first_line
@@ -352,6 +355,25 @@ def together(device: torch.device, quick: bool) -> Rows:
     return rows
 
 
+def companions(device: torch.device, quick: bool) -> Rows:
+    """Seconds of a step of the digits network, batch 128, with AWP and with averaged weights."""
+    job = Step("ResNet18", 8 if quick else 128, 16, 10, 4 if quick else 12, device)
+    settings, average = options(num_steps=1 if quick else 10), Average(job.model)
+    variants = {"alone": {}, "--awp 0.005": {"awp": 0.005}, "--ema 0.995": {"ema": 0.995}}
+
+    def run(awp: float = 0.0, ema: float = 0.0) -> None:
+        attacked = attack_batch(job.standing(settings), job.x, job.host_labels, settings, job.generator, 1)
+        gradients = partial(backward, partial(training_loss, job.model), job.x, job.labels, attacked, settings)
+        with adversarial_weights(job.model, gradients, awp) if awp else nullcontext():
+            gradients()
+            job.update()
+        if ema:
+            average.update(job.model, ema)
+
+    timed = {name: lambda i, how=how: run(**how) for name, how in variants.items()}
+    return compared(take_turns(timed, 1 if quick else 15, device), "alone")
+
+
 def memory(device: torch.device, quick: bool) -> Rows:
     """Peak memory of a process (of its tensors on CUDA) after 1, 2 and 10 training steps."""
     rows = []
@@ -614,7 +636,7 @@ def figures(device: torch.device, quick: bool) -> Rows:
 
 
 NAMED = (compiled, figures)  # run by their names only
-BENCHMARKS = (step, share, together, memory, negatives, pgd, growth, processes, data, *NAMED)
+BENCHMARKS = (step, share, together, companions, memory, negatives, pgd, growth, processes, data, *NAMED)
 BENCHMARKS = {f.__name__: f for f in BENCHMARKS}
 
 

@@ -14,6 +14,7 @@ QUICK = (
     "step",
     "share",
     "together",
+    "companions",
     "memory",
     "negatives",
     "pgd",

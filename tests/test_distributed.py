@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -45,6 +46,7 @@ from tests.helpers import (
 )
 from utils import distributed, options, robustness
 from utils.attacks import Standing, frozen, pgd40_heads
+from utils.companions import Average, adversarial_weights
 from utils.data import Split, require_same_on_ranks
 from utils.errors import UsageError
 from utils.evaluation import verdicts
@@ -116,7 +118,13 @@ def step(flags, count, train=False):
     attacked = attack_batch(Standing(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
     figures = backward(loss_of, x, labels, attacked, settings)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return gradients | dict(model.named_buffers()) | {"figures": figures.tolist()}
+    return gradients | dict(model.named_buffers()) | {"figures": counted(figures, count)}
+
+
+def counted(figures, count):
+    """A step's figures, with numbers of right images for their shares."""
+    loss, contrast, *shares = figures.tolist()
+    return [loss, contrast, *(round(share * count) for share in shares)]
 
 
 def steps():
@@ -126,6 +134,25 @@ def steps():
 def small_batches():
     """Training steps of 1 and 2 images with BatchNorm in train mode: of fewer images than ranks each rank takes all."""
     return {count: step(("--method=trades",), count, train=True) for count in (1, 2)}
+
+
+def companions():
+    """Two steps with adversarial weights and averaged ones -> weights, average, statistics, in float64."""
+    settings = some_settings("--method=trades")
+    model = network(settings)
+    loss_of, average = distributed.parallel(model, training_loss), Average(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    x, labels = images_of(settings, 7)
+    for _ in range(2):
+        attacked = attack_batch(Standing(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
+        gradients = partial(backward, loss_of, x, labels, attacked, settings)
+        with adversarial_weights(model, gradients, 0.05):
+            figures = gradients()
+            optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, 0.9)
+    averaged = {f"average of {name}": value for name, value in average.model.state_dict().items()}
+    return {"figures": counted(figures, 7)} | averaged | model.state_dict()
 
 
 def judged():
@@ -321,7 +348,7 @@ def ranks(request, tmp_path_factory):
 def alone():
     """The same work by this one process."""
     with one_thread():
-        return {f.__name__: f() for f in (steps, small_batches, judged)}
+        return {f.__name__: f() for f in (steps, small_batches, companions, judged)}
 
 
 def assert_same_step(found, expected):
@@ -341,6 +368,10 @@ def test_a_step_of_several_ranks_is_that_of_one_process(ranks, alone, case):
     if not any(word in case for word in ("--no-anc", "hard", "soft", ", 1 images")):
         assert expected["figures"][1] > 0  # the contrast is part of what is compared
     assert_same_step(found, expected)
+
+
+def test_adversarial_and_averaged_weights_of_several_ranks_are_those_of_one_process(ranks, alone):
+    assert_same_step(ranks[0]["companions"], alone["companions"])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -684,7 +715,9 @@ def test_a_umap_by_two_ranks_is_that_of_one_process(trained, tmp_path):
 def work(parent):
     """All that the fixture `ranks` shows, as one rank."""
     with distributed.started():
-        found = {f.__name__: f() for f in (steps, small_batches, judged, shared, communications, small_things)}
+        found = {
+            f.__name__: f() for f in (steps, small_batches, companions, judged, shared, communications, small_things)
+        }
         evaluate_and_measure(parent)
         if distributed.first():
             torch.save(found, parent / "found.pt")

@@ -244,9 +244,7 @@ TRAINING_ATTACK = """def outdone(heads: Heads, labels: Tensor, auxiliary_weight:
 
 
 """
-VIEW = """            "two": of_heads(
-                lambda heads: print("USED: a view") or [(1, heads.final), (1, heads.auxiliary[0])]
-            ),
+VIEW = """        add("two", lambda heads: print("USED: a view") or [(1, heads.final), (1, heads.auxiliary[0])])
 """
 BLUR = """
 
@@ -302,7 +300,7 @@ CHANGES = {
         ("utils/step.py", AFTER, "gaussian_start, ", "margins, "),
         ("utils/recipes.py", AFTER, 'inner: str = setting("ce", ("ce", ', '"margin", '),
     ],
-    "a view": [("utils/adaptive.py", BEFORE, '            "smooth gates": smooth_gates,', VIEW)],
+    "a view": [("utils/adaptive.py", BEFORE, '        if gate in ("label", "predicted"):', VIEW)],
     "an attack of the evaluation": [
         ("utils/attacks.py", "", "", BLUR),
         ("utils/robustness.py", AFTER, "import NOISE_DRAWS, Attack, ", "blur, "),

@@ -36,24 +36,28 @@ def plain(net: nn.Module, x: Tensor) -> Seen:
     return logits, [(1, logits)]
 
 
-def of_heads(attacked: Callable[[Heads], list[tuple[float, Tensor]]]) -> View:
-    """A view from a function of the heads of one forward."""
+def of_heads(attacked: Callable[[Heads], list[tuple[float, Tensor]]], predict: str = "final") -> View:
+    """A view from a function of the heads of one forward. predict: the head that answers."""
 
     def view(net: nn.Module, x: Tensor) -> Seen:
         heads = net(x, heads=True)
-        return heads.final, attacked(heads)
+        return heads.of(predict), attacked(heads)
 
     return view
 
 
-def smooth_gates(net: nn.Module, x: Tensor) -> Seen:
+def smooth_gates(predict: str) -> View:
     """The final logits under gates that mix the rows of W by softmax of the auxiliary logits, for gradients only.
 
     The gates' own gradients come along, so that this view attacks both decisions at once. Two forwards a step.
     """
-    heads = net(x, heads=True)
-    gates = tuple((logits / 0.3).softmax(1) for logits in heads.auxiliary)
-    return heads.final, [(1, net(x, gates))]
+
+    def view(net: nn.Module, x: Tensor) -> Seen:
+        heads = net(x, heads=True)
+        gates = tuple((logits / 0.3).softmax(1) for logits in heads.auxiliary)
+        return heads.of(predict), [(1, net(x, (None, *gates)[-2:], heads=True).final)]
+
+    return view
 
 
 def transfer(surrogate: nn.Module) -> View:
@@ -67,18 +71,35 @@ def transfer(surrogate: nn.Module) -> View:
     return view
 
 
-def views(reverse_attention: bool, auxiliary_weight: float, surrogate: nn.Module | None = None) -> dict[str, View]:
-    """Every view of a network by name. auxiliary_weight: lambda of the loss over heads that it was trained with."""
+def views(
+    reverse_attention: bool,
+    auxiliary_weight: float,
+    surrogate: nn.Module | None = None,
+    *,
+    gate: str = "label",
+    blocks: int = 2,
+    predict: str = "final",
+) -> dict[str, View]:
+    """Every view of a network by name. auxiliary_weight: lambda of the loss over heads that it was trained with.
+
+    gate, blocks, predict: of a network with reverse attention; a gate that is smooth, or none, needs no smoothing.
+    """
     known: dict[str, View] = {"final": plain}
-    half = auxiliary_weight / 2
+
+    def add(name: str, attacked: Callable[[Heads], list[tuple[float, Tensor]]]) -> None:
+        known[name] = of_heads(attacked, predict)
+
     if reverse_attention:
-        known |= {
-            "auxiliary 1": of_heads(lambda heads: [(1, heads.auxiliary[0])]),
-            "auxiliary 2": of_heads(lambda heads: [(1, heads.auxiliary[1])]),
-            "mean auxiliary": of_heads(lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))]),
-            "over heads": of_heads(lambda heads: [(1, heads.final), *((half, logits) for logits in heads.auxiliary)]),
-            "smooth gates": smooth_gates,
-        }
+        if predict != "final":
+            add("final", lambda heads: [(1, heads.final)])
+        for i in range(blocks):
+            add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
+        if blocks > 1:
+            add("mean auxiliary", lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))])
+        weight = auxiliary_weight / blocks
+        add("over heads", lambda heads: [(1, heads.final), *((weight, logits) for logits in heads.auxiliary)])
+        if gate in ("label", "predicted"):
+            known["smooth gates"] = smooth_gates(predict)
     if surrogate is not None:
         known["surrogate"] = transfer(surrogate)
     return known

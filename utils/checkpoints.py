@@ -102,7 +102,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
         known = info.get(key)
         if value is None:
             continue
-        if key in ("arch", "width", "image_size", "reverse_attention") and known not in (None, value):
+        if key != "dataset" and known not in (None, value):
             raise UsageError(f"{path} is a checkpoint with {key} {known}, not {value}; leave the flag out")
         info[key] = value
     if info["image_size"] is None:
@@ -117,7 +117,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
 
 
 _DESCRIPTION = {"arch": str, "classes": list, "num_classes": int, "reverse_attention": bool, "width": int}
-_DESCRIPTION |= {"image_size": int, "dataset": str, "recipe": dict, "epoch": int}
+_DESCRIPTION |= {"image_size": int, "dataset": str, "recipe": dict, "epoch": int, "gate": str, "ra_blocks": int}
 
 
 def described(content: dict, path: Path) -> dict:
@@ -136,6 +136,7 @@ def outline(info: dict, path: Path) -> nn.Module:
     if type(info["image_size"]) is int and info["image_size"] > LARGEST_SIDE:
         raise UsageError(f"{path} is of images of side {info['image_size']}, more than {LARGEST_SIDE}")
     how = {key: info[key] for key in ("reverse_attention", "width", "image_size")}
+    how |= {key: info[key] for key in ("gate", "ra_blocks") if info[key] is not None}
     try:
         with torch.device("meta"):
             return build_model(info["arch"], info["num_classes"], **how)

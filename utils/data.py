@@ -118,6 +118,41 @@ def subset(split: Split, limit: int | None) -> Split:
     return split.take(numbers)._replace(numbers=numbers)
 
 
+def load_extra(path: str, like: Split) -> Split:
+    """Additional training images of an npz, for the classes of `like`, held on the host as they are stored.
+
+    The format is that of the releases of generated data: `image` uint8 (M, S, S, 3), `label` int (M,).
+    Errors: UsageError where it is another, or other images.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [name for name in ("image", "label") if name not in file]:
+                raise UsageError(f"--extra-data {path} has no array {missing[0]!r}; it needs `image` and `label`")
+            images, labels = file["image"], file["label"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+        raise UsageError(f"--extra-data {path} is no npz of plain arrays ({first_line(error)})") from error
+    side, classes = like.images.shape[-1], len(like.classes)
+    if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3) or not len(images):
+        got = f"{images.dtype} {images.shape}"
+        raise UsageError(f"--extra-data {path}: image is {got}, not uint8 (M, {side}, {side}, 3)")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise UsageError(f"--extra-data {path}: label is {labels.dtype} {labels.shape}, not int ({len(images)},)")
+    if sorted(set(labels.tolist())) != list(range(classes)):
+        some = f"{len(set(labels.tolist()))} classes from {labels.min()} to {labels.max()}"
+        raise UsageError(f"--extra-data {path} has labels of {some}, and the data set {classes} classes from 0")
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # a view
+    return like._replace(images=images, labels=torch.from_numpy(labels.astype(np.int64)), numbers=None)
+
+
+def with_extra(batch: Split, extra: Split, count: int, seeds: tuple[int, ...]) -> Split:
+    """A batch and `count` images of `extra`, drawn with replacement and shuffled together, as `seeds` alone say."""
+    draw = np.random.default_rng(seeds)
+    more = extra.take(torch.from_numpy(draw.integers(len(extra.labels), size=count)))
+    images = torch.cat([batch.images, more.images.to(batch.images.device, non_blocking=True)])
+    both = batch._replace(images=images, labels=torch.cat([batch.labels, more.labels.to(batch.labels.device)]))
+    return both.take(torch.from_numpy(draw.permutation(len(both.labels))))
+
+
 def batches(order: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Indices of one batch after the other; the last, smaller one is kept. No indices, no batch."""
     if len(order):

@@ -17,7 +17,7 @@ from utils.checkpoints import checkpoint_file, load_model
 from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks, subset
 from utils.devices import computing, pick_device
 from utils.errors import RunError, UsageError, first_line
-from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, dataset_defaults
+from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, combined, dataset_defaults
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -115,9 +115,10 @@ class Subject(NamedTuple):
             return self.file.stem
         method = "PGD-AT" if method == "pgd" else method.upper()
         ra, anc = self.info["reverse_attention"], not self.recipe.get("no_anc")
-        if ra and anc:
-            return "ANCRA-" + method.removesuffix("-AT")
-        return method + ("-RA" if ra else "-ANC" if anc else "")
+        name = (
+            "ANCRA-" + method.removesuffix("-AT") if ra and anc else method + ("-RA" if ra else "-ANC" if anc else "")
+        )
+        return ", ".join([name, *combined(self.recipe)])
 
     @property
     def auxiliary_weight(self) -> float:
@@ -152,8 +153,9 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     Errors: UsageError where checkpoint and data set do not match.
     """
     device, file = pick_device(settings.device, settings.no_cuda), checkpoint_file(path)
-    said = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "dataset")}
+    said = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "dataset", "gate", "ra_blocks")}
     model, info = load_model(file, device, reverse_attention=False if settings.no_ra else None, **said)
+    answer_by(model, settings.predict, file)
     dataset = info["dataset"] or Training.dataset
     if info["dataset"] is None and distributed.first():
         print(f"a bare state dict, taken as {info['arch']} on {dataset}; --dataset and --no-ra say otherwise")
@@ -171,6 +173,14 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     if info["classes"] is not None and list(classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
     return subject
+
+
+def answer_by(model: nn.Module, predict: str, file: Path) -> None:
+    """Let a network answer with the logits of one of its heads; UsageError where it has none of that name."""
+    names = ["final", "auxiliary1", "auxiliary2"][: 1 + model.ra_blocks * model.reverse_attention]
+    if predict not in names:
+        raise UsageError(f"--predict {predict}: {file} has {', '.join(names)} alone")
+    model.predict = predict
 
 
 class _Callable(nn.Module):

@@ -39,14 +39,17 @@ def kl_divergence(natural: Tensor, adversarial: Tensor) -> Tensor:
     return F.kl_div(log_adversarial, log_natural, reduction="batchmean", log_target=True)
 
 
-def pgd_loss(adversarial: Tensor, labels: Tensor) -> Tensor:
+def pgd_loss(adversarial: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of adversarial examples (PGD adversarial training: Madry et al., arXiv 1706.06083, eq. 2.1)."""
-    return F.cross_entropy(adversarial, labels)
+    return F.cross_entropy(adversarial, labels, label_smoothing=label_smoothing)
 
 
-def trades_loss(natural: Tensor, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
+def trades_loss(
+    natural: Tensor, adversarial: Tensor, labels: Tensor, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
     """CE(natural, labels) + beta * KL(natural || adversarial) (TRADES: Zhang et al., arXiv 1901.08573, eq. 5)."""
-    return F.cross_entropy(natural, labels) + beta * kl_divergence(natural, adversarial)
+    accurate = F.cross_entropy(natural, labels, label_smoothing=label_smoothing)
+    return accurate + beta * kl_divergence(natural, adversarial)
 
 
 def mart_loss(natural: Tensor, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:

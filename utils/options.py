@@ -31,9 +31,10 @@ def _number(kind: Kind, text: str) -> float:
     with suppress(ValueError, ZeroDivisionError):
         over, _, under = text.partition("/")
         value = float(over) / float(under) if under else float(over)
-        if kind.low <= value <= kind.high and math.isfinite(value) and not (kind.above and value == kind.low):
+        excluded = [kind.low] * kind.above + [kind.high] * kind.below
+        if kind.low <= value <= kind.high and math.isfinite(value) and value not in excluded:
             return value
-    high = "" if kind.high == math.inf else f" and at most {kind.high:g}"
+    high = "" if kind.high == math.inf else f" and {'below' if kind.below else 'at most'} {kind.high:g}"
     _wrong(f"{text!r} is not a number {'above' if kind.above else 'of at least'} {kind.low:g}{high}")
 
 
@@ -183,8 +184,21 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
         parser.error("--restart_epoch starts a run from weights, --resume continues one; give one of them")
     if settings.restart_epoch >= settings.epochs:
         parser.error(f"--restart_epoch {settings.restart_epoch} leaves nothing to train; --epochs is {settings.epochs}")
+    if settings.label_smoothing and settings.method == "mart":
+        parser.error("--label-smoothing is of the cross-entropy of pgd and trades; mart has another, leave it out")
+    if settings.warmup_lr >= settings.epochs:
+        parser.error(
+            f"--warmup-lr {settings.warmup_lr} leaves no epoch at the full rate; --epochs is {settings.epochs}"
+        )
+    extra = round(settings.batch_size * settings.extra_fraction)
+    if settings.extra_data and not 0 < extra < settings.batch_size:
+        parser.error(
+            f"--extra-fraction {settings.extra_fraction} takes {extra} of {settings.batch_size} images a batch"
+        )
     idle = ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs") * settings.no_anc
-    idle += ("beta",) * (settings.method == "pgd") + ("cr_beta",) * settings.no_ra
+    idle += ("beta",) * (settings.method == "pgd") + ("cr_beta", "gate", "ra_blocks") * settings.no_ra
+    idle += ("awp_warmup",) * (not settings.awp) + ("extra_fraction",) * (not settings.extra_data)
+    idle += ("milestones",) * (settings.lr_schedule != "milestones")
     parser.say_idle(idle, given)
     return Command(settings, given, script)
 

@@ -15,28 +15,38 @@ DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
 STRATEGIES = ("random", "soft", "hard", "easy")
 CHOICES_OF_NEGATIVES = tuple(strategy + adversarial for strategy in STRATEGIES for adversarial in ("", "_adv"))
 AUGMENTATIONS = ("crop-flip", "crop", "none")
+SCHEDULES = ("milestones", "cosine", "cyclic", "piecewise")
+PREDICTIONS = ("final", "auxiliary1", "auxiliary2")
+GATES = ("label", "predicted", "soft", "none")
 PRECISIONS = ("default", "fp32", "tf32", "bf16")
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
 FEATURES = ("weighted", "unweighted")
 LARGEST_SIDE = 1024
+# Settings that combine the method with something else, and what a run is called that has one
+COMPANIONS = {"awp": "AWP", "ema": "EMA", "extra_data": "extra data", "label_smoothing": "label smoothing"}
+COMPANIONS |= {"lr_schedule": "schedule", "warmup_lr": "lr warm-up", "gate": "gate", "ra_blocks": "RA blocks"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a setting takes. name: how `options` reads them; numbers lie in [low, high], or `above` low."""
+    """The values that a setting takes. name: how `options` reads them; numbers lie in [low, high].
+
+    above, below: they do not reach these.
+    """
 
     name: str
     low: float = 0
     high: float = math.inf
     above: bool = False
+    below: bool = False
 
 
 def whole(low: int = 0, high: int = 2**31 - 1) -> Kind:
     return Kind("whole", low, high)
 
 
-def number(low: float = 0, high: float = math.inf, above: bool = False) -> Kind:
-    return Kind("number", low, high, above)
+def number(low: float = 0, high: float = math.inf, above: bool = False, below: bool = False) -> Kind:
+    return Kind("number", low, high, above, below)
 
 
 EPOCHS, SIDE, SWITCH, TRUTH = Kind("epochs"), Kind("side", 16, LARGEST_SIDE), Kind("switch"), Kind("truth")
@@ -100,6 +110,29 @@ class Training:
     warmup_epochs: int = setting(10, whole(0), "epochs in which every strategy chooses at random")
     sample_class_number: int = setting(1, whole(1, 1000), "classes of negatives an anchor")
     sample_number: int = setting(1, whole(1, 1000), "negatives of each class")
+    awp: float = setting(0.0, number(0), "adversarial weight perturbation; 0.005 for trades and mart, 0.01 for pgd")
+    awp_warmup: int = setting(10, whole(0), "epochs without --awp", by={"pgd": 0})
+    ema: float = setting(
+        0.0, number(0, 1, below=True), "average the weights, 0.995, and evaluate, select and save the average"
+    )
+    lr_schedule: str = setting("milestones", SCHEDULES, "cosine, cyclic: step by step; piecewise: at 1/2, 3/4")
+    warmup_lr: int = setting(0, whole(0), "epochs in which the learning rate rises from 0")
+    label_smoothing: float = setting(
+        0.0, number(0, 1, below=True), "of the cross-entropy of pgd, and of trades on natural images; 0.1"
+    )
+    extra_data: str | None = setting(None, PATH, "npz of generated images: image (M, S, S, 3) uint8, label (M,)")
+    extra_fraction: float = setting(
+        0.7,
+        number(0, 1, above=True, below=True),
+        "share of --extra-data in a batch; an epoch sees each other image once (releases count all images of a batch)",
+    )
+    gate: str = setting(
+        "label",
+        GATES,
+        "row of W that weights a map: of the label in training and the prediction else, of the prediction, of all by "
+        "softmax, or none at all",
+    )
+    ra_blocks: int = setting(2, whole(1, 2), "last blocks with reverse attention; the first WRN code had 1")
     width: int | None = setting(
         None,
         whole(1, 1024),
@@ -162,6 +195,9 @@ class Checkpoint:
     arch: str | None = again("arch", None)
     width: int | None = again("width", None)
     no_ra: bool = again("no_ra", False)
+    gate: str | None = again("gate", None)
+    ra_blocks: int | None = again("ra_blocks", None)
+    predict: str = setting("final", PREDICTIONS, "head whose logits are the network's answer")
     n_examples: int | None = setting(None, whole(1), "first N test images of a fixed shuffle", also=("--limit-test",))
     test_batch_size: int = again("test_batch_size", 200, help="images a batch")
     epsilon: float | None = again("epsilon", None, help="L-infinity radius on [0, 1] (default: the data set's)")
@@ -265,6 +301,12 @@ def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = 
             if chosen.issuperset((names,) if isinstance(names, str) else names):
                 values[name] = default
     return cls(**values | dict(given))
+
+
+def combined(recipe: Mapping[str, Any]) -> list[str]:
+    """What stored settings combine the method with, in words: `AWP 0.005`."""
+    plain = asdict(Training())
+    return [f"{word} {recipe[key]}" for key, word in COMPANIONS.items() if recipe.get(key, plain[key]) != plain[key]]
 
 
 def dataset_defaults(dataset: str) -> Training:

@@ -124,7 +124,7 @@ def write_json(
     """
     split, known = subject.split, ("arch", "width", "reverse_attention", "epoch", "image_size", "recipe")
     said = ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")
-    said += ("test_batch_size", "n_examples", "diagnostics", "precision")
+    said += ("test_batch_size", "n_examples", "diagnostics", "precision", "predict")
     record = {
         "provenance": origin,
         "checkpoint": str(subject.file),

@@ -283,7 +283,9 @@ def white_attack(settings: Evaluation) -> None:
     other = nullcontext() if surrogate is None else frozen(surrogate)
     with stop_signals(stop), computing(settings.precision), frozen(subject.model) as net, other as attacked:
         subject = subject._replace(model=net)
-        ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, attacked)
+        own = {key: subject.info.get(key) for key in ("gate", "ra_blocks")}
+        how = {"gate": own["gate"] or "label", "blocks": own["ra_blocks"] or 2, "predict": settings.predict}
+        ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, attacked, **how)
         plans = planned_attacks(settings, subject, ways, surrogate)
         say(in_one_line(origin))
         say(f"{subject.file}: {subject.described()}")

@@ -16,7 +16,7 @@ from utils.checkpoints import STATE, check_state, described, ordinary, outline, 
 from utils.errors import UsageError
 from utils.files import locked, remove_leftovers, require_writable
 from utils.options import Command, fits
-from utils.recipes import Training, resolve, stored
+from utils.recipes import PATH, Training, resolve, stored
 from utils.recipes import described as known_settings
 
 VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
@@ -27,7 +27,8 @@ ROW = {"epoch": 1} | dict.fromkeys(FIGURES, 0.0)  # of metrics.csv, with values 
 NO_NATURAL = {"train_natural_accuracy_first_head": None}
 NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
 ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
-SINCE_FIRST_RELEASE = {"cuda_graph"}  # settings
+SINCE_FIRST_RELEASE = {"cuda_graph", "awp", "awp_warmup", "ema", "lr_schedule", "warmup_lr", "label_smoothing"}
+SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks"}
 SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
 
 
@@ -51,6 +52,7 @@ def run_folder(command: Command) -> Path:
     said = {"model_dir", "strategy", "alpha", "beta", "zeta", "seed", "ckpt_url", *own}
     for key, value in stored(s).items():
         if key not in said and not known_settings(Training)[key].free and value != usual[key]:
+            value = Path(value).stem if known_settings(Training)[key].kind is PATH else value
             name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
     return Path(name)
 
@@ -96,7 +98,7 @@ def prepare(command: Command, held: ExitStack) -> Start:
         state["recipe"] = of_today(state["recipe"])
     require_state(state, file)
     settings = resumed_settings(command, state["recipe"])
-    network = {key: getattr(settings, key) for key in ("arch", "width", "image_size")}
+    network = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "gate", "ra_blocks")}
     network |= {"num_classes": len(state["classes"]), "reverse_attention": not settings.no_ra}
     check_state(outline(network, file), state["model"], file)
     return Start(settings, file.parent, state, file)
@@ -111,6 +113,8 @@ def require_state(state: dict, file: Path) -> None:
         raise UsageError(f"{file} was written by another version of this code; its settings do not match")
     needed = {"model": dict, "recipe": dict, "progress": dict, "optimizer": dict, "generator": Tensor, "classes": list}
     needed |= {"training_images": int, "ranks": int}
+    if isinstance(recipe, dict) and recipe.get("ema"):
+        needed |= {"average": dict, "average_steps": int}
     wrong = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
     wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:

@@ -112,10 +112,11 @@ def training_loss(model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacke
         natural = model(x, labels, heads=True)
     adversarial = model(attacked.adversarial, labels, heads=True)
     if settings.method == "pgd":
-        loss = over(lambda adv: pgd_loss(adv, labels), adversarial)
+        loss = over(lambda adv: pgd_loss(adv, labels, settings.label_smoothing), adversarial)
     else:
         objective = {"trades": trades_loss, "mart": mart_loss}[settings.method]
-        loss = over(lambda nat, adv: objective(nat, adv, labels, settings.beta), natural, adversarial)
+        how = settings.beta, *((settings.label_smoothing,) if settings.label_smoothing else ())
+        loss = over(lambda nat, adv: objective(nat, adv, labels, *how), natural, adversarial)
     contrast = loss.new_zeros(())
     if attacked.negative is not None:
         negative = model(attacked.negative, attacked.negative_labels, heads=True)

@@ -6,19 +6,32 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import build_model
 from utils import distributed, runs
 from utils.attacks import Standing, frozen, pgd40_heads
 from utils.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, read, save
-from utils.data import Split, as_input, augment, batches, load_split, require_same_on_ranks, shuffled, subset
+from utils.companions import Average, adversarial_weights, learning_rate
+from utils.data import (
+    Split,
+    as_input,
+    augment,
+    batches,
+    load_extra,
+    load_split,
+    require_same_on_ranks,
+    shuffled,
+    subset,
+    with_extra,
+)
 from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
 from utils.errors import RunError, Stopped, UsageError, stop_signals
 from utils.evaluation import percent, verdicts
@@ -26,17 +39,21 @@ from utils.figures import draw_curves
 from utils.files import write_atomically, write_record
 from utils.options import Command
 from utils.provenance import in_one_line, provenance
-from utils.recipes import Training, stored
+from utils.recipes import Training, combined, stored
 from utils.runs import Start, open_log, prepare
 from utils.step import Figures, attack_batch, backward, training_loss
 
 
 class Data(NamedTuple):
-    """The images of a run. selection: those that choose the best epoch, the test images without --val-size."""
+    """The images of a run. selection: those that choose the best epoch, the test images without --val-size.
+
+    extra: those of --extra-data, on the host.
+    """
 
     train: Split
     selection: Split
     test: Split
+    extra: Split | None = None
 
 
 def run(command: Command) -> None:
@@ -50,7 +67,7 @@ def run(command: Command) -> None:
         train = train._replace(labels=data.train.labels)  # on the host, where choosing negatives counts them
         with stop_signals(job.note_stop), computing(job.settings.precision):
             while job.progress["epoch"] <= job.settings.epochs:
-                train_epoch(job, train)
+                train_epoch(job, train, data.extra)
                 finish_epoch(job, selection)
             report(job, data.test)
 
@@ -69,9 +86,9 @@ class Run:
         self.stop = 0  # the signal that asks for a stop
         self.provenance = distributed.from_first(lambda: provenance(device, settings.seed))
         torch.manual_seed(settings.seed)
-        size = {"width": settings.width, "image_size": settings.image_size}
+        how = {key: getattr(settings, key) for key in ("width", "image_size", "gate", "ra_blocks")}
         try:
-            model = build_model(settings.arch, len(data.classes), reverse_attention=not settings.no_ra, **size)
+            model = build_model(settings.arch, len(data.classes), reverse_attention=not settings.no_ra, **how)
         except ValueError as error:  # an image size that this network does not take
             raise UsageError(str(error)) from error
         if settings.sync_bn and distributed.world() > 1:
@@ -81,6 +98,7 @@ class Run:
             compile_for_training(self.model, device)
         graph = settings.cuda_graph and device.type == "cuda"
         self.standing = Standing(self.model, settings.precision, settings.compile, graph)
+        self.average = Average(self.model) if settings.ema else None
         self.training_loss = distributed.parallel(self.model, training_loss)  # without its first argument
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = torch.optim.SGD(
@@ -88,6 +106,8 @@ class Run:
         )
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.late: Late | None = None
+        extra = round(settings.batch_size * settings.extra_fraction) if settings.extra_data else 0
+        self.own_images = settings.batch_size - extra  # of a batch, the others are from --extra-data
         self.progress = {"epoch": settings.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
 
     @property
@@ -95,15 +115,20 @@ class Run:
         state = self.folder / STATE
         return f"the last good checkpoint is {state}" if state.exists() else "there is no checkpoint yet"
 
-    def checkpoint(self) -> dict:
-        """The network and what it is, as `load_model` reads it; RunError where its weights are absurd."""
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated, selected and saved: the trained one, or with --ema its average."""
+        return self.model if self.average is None else self.average.model
+
+    def checkpoint(self, model: nn.Module) -> dict:
+        """A network of the run and what it is, as `load_model` reads it; RunError where its weights are absurd."""
         settings = self.settings
-        for key, value in self.model.state_dict().items():
+        for key, value in model.state_dict().items():
             if wrong := flaw(key, value):
                 raise RunError(f"{key} {wrong} in epoch {self.progress['epoch']}; {self.last_good}; lower --lr")
-        said = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "dataset")}
-        return said | {
-            "model": self.model.state_dict(),
+        said = ("arch", "width", "image_size", "dataset", "gate", "ra_blocks")
+        return {key: getattr(settings, key) for key in said} | {
+            "model": model.state_dict(),
             "classes": list(self.classes),
             "num_classes": len(self.classes),
             "reverse_attention": not settings.no_ra,
@@ -132,7 +157,9 @@ class Run:
             "ranks": distributed.world(),
             "launch": distributed.launch(),
         }
-        save(self.folder / STATE, self.checkpoint() | state)
+        if self.average is not None:
+            state |= {"average": self.average.model.state_dict(), "average_steps": self.average.steps}
+        save(self.folder / STATE, self.checkpoint(self.model) | state)
 
     def restore(self, state: dict, file: Path) -> None:
         """Continue from what `save_state` wrote; generator states carry over on the same kind of device only."""
@@ -142,6 +169,9 @@ class Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.progress = state["progress"]
+        if self.average is not None:
+            load_state(self.average.model, state.get("average"), file)
+            self.average.steps = state["average_steps"]
         try:
             self.generator.set_state(state["generator"])
         except (RuntimeError, TypeError):
@@ -182,7 +212,7 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     with distributed.first_of_the_node_first():
         data = load_training_data(settings)
     where = f"{settings.dataset} in {settings.data_dir}"
-    require_same_on_ranks(where, *data)
+    require_same_on_ranks(where, *filter(None, data))
     job = Run(settings, start.folder, device, data.train)
     if state is None:
         if settings.restart_epoch:
@@ -210,7 +240,8 @@ def load_training_data(settings: Training) -> Data:
         selection, order = train.take(order[: settings.val_size]), order[settings.val_size :]
     if settings.val_size or settings.limit_train is not None:
         train = train.take(order[: settings.limit_train])
-    return Data(train, selection, test)
+    extra = None if settings.extra_data is None else load_extra(settings.extra_data, train)
+    return Data(train, selection, test, extra)
 
 
 def announce(job: Run, data: Data, start: Start) -> None:
@@ -255,6 +286,7 @@ def describe(job: Run, data: Data) -> str:
         f"{s.image_size}, augmentation {s.augmentation}",
         "selection": f"by pgd40_heads on {selected} ({len(data.selection.labels)} images)",
         "attack": f"L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
+        "with": ", ".join(combined(stored(s))) or "nothing else",
         "optimiser": f"SGD lr {s.lr}, x0.1 at {list(s.milestones)}, momentum {s.momentum}, weight decay "
         f"{s.weight_decay}; {s.epochs} epochs, batch {s.batch_size}, seed {s.seed}",
         "device": f"{job.device}, {precision(s, job.device)}{', compiled' if s.compile else ''}{ranks}",
@@ -263,42 +295,57 @@ def describe(job: Run, data: Data) -> str:
     return "\n".join(f"{name:<11}{line}" for name, line in lines.items())
 
 
-def learning_rate(settings: Training, epoch: int) -> float:
-    """lr, divided by 10 at the start of each milestone epoch."""
-    return settings.lr * 0.1 ** sum(epoch >= milestone for milestone in settings.milestones)
+def rate(settings: Training, done: float) -> float:
+    """The learning rate behind so many epochs."""
+    s = settings
+    return learning_rate(s.lr_schedule, s.lr, s.epochs, done, milestones=s.milestones, warmup=s.warmup_lr)
 
 
-def train_epoch(job: Run, train: Split) -> None:
+def train_epoch(job: Run, train: Split, extra: Split | None = None) -> None:
     """The rest of the epoch under way, all of it where it has just begun."""
     settings, progress, epoch = job.settings, job.progress, job.progress["epoch"]
     if progress["order"] is None:
         order = torch.randperm(len(train.labels), generator=job.generator, device=job.device)
         progress.update(order=order.cpu(), done=0, sums=dict(runs.SUMS))
-    for group in job.optimizer.param_groups:
-        group["lr"] = learning_rate(settings, epoch)
     order, sums, total = progress["order"], progress["sums"], len(progress["order"])
     job.model.train()
     began = time.perf_counter()
     style = dict(unit="img", leave=False, disable=distributed.quiet(), desc=f"epoch {epoch}/{settings.epochs}")
     with tqdm(total=total, initial=progress["done"], **style) as bar:
-        for indices in batches(order[progress["done"] :], settings.batch_size):
+        for indices in batches(order[progress["done"] :], job.own_images):
+            for group in job.optimizer.param_groups:
+                group["lr"] = rate(settings, epoch - 1 + progress["done"] / total)
             batch = train.take(indices)
-            x, labels = as_input(augment(batch.images, settings.augmentation, job.generator)), batch.labels
-            attacked = attack_batch(job.standing, x, labels, settings, job.generator, epoch)
-            figures = backward(job.training_loss, x, labels.to(job.device, non_blocking=True), attacked, settings)
-            norms = torch._foreach_norm([p.grad for p in job.model.parameters() if p.grad is not None])
-            sent = Sent(torch.cat([figures, torch.stack(norms).sum()[None]]))
-            job.optimizer.step()
-            job.optimizer.zero_grad()  # now, so that no gradients take memory beside the next attack
+            if extra is not None:
+                seeds = settings.seed, epoch, progress["done"]
+                batch = with_extra(batch, extra, settings.batch_size - job.own_images, seeds)
+            figures = train_step(job, batch, epoch)
             take_up(job)
             progress["done"] += len(indices)
-            job.late = Late(progress["done"], len(indices), sent)
+            job.late = Late(progress["done"], len(indices), Sent(figures))
             sums["seconds"] += time.perf_counter() - began
             began = time.perf_counter()
             bar.update(len(indices))
             bar.set_postfix_str(postfix(job), refresh=False)
             job.check_stop()
     take_up(job)
+
+
+def train_step(job: Run, batch: Split, epoch: int) -> Tensor:
+    """Attack a batch, train on it -> the values of `Figures` and the norm of all gradients, on the device."""
+    settings, labels = job.settings, batch.labels.to(job.device, non_blocking=True)
+    x = as_input(augment(batch.images, settings.augmentation, job.generator))
+    attacked = attack_batch(job.standing, x, batch.labels, settings, job.generator, epoch)
+    gradients = partial(backward, job.training_loss, x, labels, attacked, settings)
+    perturbs = settings.awp and epoch > settings.awp_warmup
+    with adversarial_weights(job.model, gradients, settings.awp) if perturbs else nullcontext():
+        figures = gradients()
+        norms = torch._foreach_norm([p.grad for p in job.model.parameters() if p.grad is not None])
+        job.optimizer.step()
+    job.optimizer.zero_grad()  # now, so that no gradients take memory beside the next attack
+    if job.average is not None:
+        job.average.update(job.model, settings.ema)
+    return torch.cat([figures, torch.stack(norms).sum()[None]])
 
 
 class Late(NamedTuple):
@@ -319,7 +366,7 @@ def take_up(job: Run) -> None:
     (done, images, sent), job.late = job.late, None
     *values, norm = sent.arrived()
     figures, settings, epoch = Figures(*values), job.settings, job.progress["epoch"]
-    number = -(-done // settings.batch_size)
+    number = -(-done // job.own_images)
     for what, value in (("the loss", figures.loss), ("the norm of its gradients", norm)):
         if not math.isfinite(value):
             where = f"{what} is {value} in epoch {epoch}, batch {number}"
@@ -372,14 +419,16 @@ def evaluate(job: Run, model: nn.Module, split: Split) -> tuple[float, float]:
 def finish_epoch(job: Run, selection: Split) -> None:
     """Evaluate, log and write everything of an epoch; last_state.pt last, so that it is never ahead of the others."""
     distributed.share_buffers(job.model)
-    settings, progress, checkpoint = job.settings, job.progress, job.checkpoint()
+    if job.average is not None:
+        job.average.take_statistics(job.model)
+    settings, progress, checkpoint = job.settings, job.progress, job.checkpoint(job.evaluated)
     epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
     began, accuracies = time.perf_counter(), (None, None)
     if epoch % settings.eval_interval == 0 or epoch == settings.epochs:
-        accuracies = evaluate(job, job.model, selection)
+        accuracies = evaluate(job, job.evaluated, selection)
     shares = natural_share(sums), 100 * sums["robust"] / total
     took = total / sums["seconds"], sums["seconds"] + time.perf_counter() - began
-    losses = learning_rate(settings, epoch), sums["loss"] / total, sums["contrast"] / total
+    losses = job.optimizer.param_groups[0]["lr"], sums["loss"] / total, sums["contrast"] / total
     row = dict(zip(runs.ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
     best = best_row(progress["rows"])
     progress["rows"].append(row)

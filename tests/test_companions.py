@@ -1,0 +1,350 @@
+"""AWP, averaged weights, schedules, extra data, label smoothing, gates: each against a derivation of its own."""
+
+import copy
+import math
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import utils.training as training
+from models import GATES, build_model
+from tests.helpers import ANCRA, ATTACK, assert_equal, digits_checkpoint, digits_split, execute, folder, settings, train
+from tests.test_reference import deviation
+from utils.adaptive import views
+from utils.checkpoints import load_model
+from utils.companions import Average, adversarial_weights, learning_rate
+from utils.data import load_extra, with_extra
+from utils.errors import Stopped, UsageError
+from utils.losses import pgd_loss, trades_loss
+from utils.step import Attacked, training_loss
+
+# Adversarial weight perturbation
+
+
+def awp_case(no_ra, method="trades"):
+    torch.manual_seed(0)
+    model = build_model("ResNet18", 4, reverse_attention=not no_ra, width=2, image_size=16).double().train()
+    draw = partial(torch.rand, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    labels = torch.tensor([0, 1, 2, 3, 1, 2])
+    attacked = Attacked(draw(6, 3, 16, 16), draw(6, 3, 16, 16), labels.roll(1))
+    return model, draw(6, 3, 16, 16), labels, attacked, replace(settings(), method=method, no_ra=no_ra)
+
+
+def ours(model, x, labels, attacked, s, gamma):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
+
+    def gradients():
+        training_loss(model, x, labels, attacked, s).loss.backward()
+
+    for _ in range(2):
+        with adversarial_weights(model, gradients, gamma):
+            gradients()
+            optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def derived(model, x, labels, attacked, s, gamma, restored="after"):
+    """Two steps by hand: functional calls, a momentum of its own, and no statistics of the first forwards."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    statistics = {name: b.clone() for name, b in model.named_buffers()}
+    momentum = {name: torch.zeros_like(w) for name, w in weights.items()}
+
+    def gradients(at):
+        moving = {name: w.clone().requires_grad_() for name, w in at.items()}
+        buffers = {name: b.clone() for name, b in statistics.items()}
+
+        def network(images, gate=None, heads=False):
+            return functional_call(model, moving | buffers, (images, gate, heads))
+
+        loss = training_loss(network, x, labels, attacked, s).loss
+        return dict(zip(moving, torch.autograd.grad(loss, list(moving.values())), strict=True)), buffers
+
+    for _ in range(2):
+        first, _ = gradients(weights)
+        moves = {name: gamma * weights[name].norm() / (g.norm() + 1e-20) * g for name, g in first.items() if g.ndim > 1}
+        moved = {name: w + moves.get(name, 0) for name, w in weights.items()}
+        second, statistics = gradients(moved)
+        at = moved if restored == "after" else weights
+        for name, gradient in second.items():
+            momentum[name] = 0.9 * momentum[name] + gradient + 2e-4 * at[name]
+            weights[name] = at[name] - 0.1 * momentum[name] - (moves.get(name, 0) if restored == "after" else 0)
+    return weights | statistics
+
+
+@pytest.mark.parametrize(("no_ra", "method"), [(False, "trades"), (True, "trades"), (False, "mart"), (False, "pgd")])
+def test_a_step_with_adversarial_weights(no_ra, method):
+    case = awp_case(no_ra, method)
+    start = copy.deepcopy(case[0].state_dict())
+    expected = derived(copy.deepcopy(case[0]), *case[1:], 0.01)
+    found = ours(*case, 0.01)
+    assert max(deviation(found[name], value) for name, value in expected.items()) < 1e-9
+    # what would be wrong, or no AWP at all, is far from it
+    for wrong in (
+        derived(awp_case(no_ra, method)[0], *case[1:], 0.01, restored="before"),
+        derived(awp_case(no_ra, method)[0], *case[1:], 0.0),
+    ):
+        assert max(deviation(found[name], wrong[name]) for name in dict(case[0].named_parameters())) > 1e-6
+    assert any(not torch.equal(start[name], value) for name, value in found.items())
+
+
+def test_weights_come_back_whatever_happens_inside():
+    model, *case = awp_case(False)
+    before = copy.deepcopy(model.state_dict())
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        adversarial_weights(model, lambda: training_loss(model, *case).loss.backward(), 0.1),
+    ):
+        assert not torch.equal(before["conv1.weight"], model.conv1.weight)
+        raise RuntimeError("inside")
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, before[name], rtol=0, atol=1e-12), name
+
+
+# Averaged weights
+
+
+def test_an_average_over_five_steps():
+    model, tau = build_model("ResNet18", 4, width=2, image_size=16), 0.3
+    average = Average(model)
+    expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    for t in range(5):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+        model.train()(torch.rand(4, 3, 16, 16))
+        average.update(model, tau)
+        decay = min(tau, (1 + t) / (10 + t))
+        for name, p in model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach().double()
+    for name, p in average.model.named_parameters():
+        assert torch.allclose(p.double(), expected[name], atol=1e-5) and not p.requires_grad
+    mean = average.model.bn1.running_mean.clone()
+    assert not torch.equal(mean, model.bn1.running_mean)
+    average.take_statistics(model)
+    model(torch.rand(4, 3, 16, 16))  # a copy, not an alias
+    assert not torch.equal(average.model.bn1.running_mean, model.bn1.running_mean)
+    assert not torch.equal(average.model.bn1.running_mean, mean)
+
+
+# Schedules
+
+
+def test_learning_rates_at_ten_points():
+    at = [0, 0.5, 1, 2.5, 4, 5, 7.5, 8, 9.5, 9.99]
+    published = [learning_rate("milestones", 1.0, 10, t, milestones=(4, 9)) for t in at]
+    assert published == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
+    assert [learning_rate("piecewise", 1.0, 10, t) for t in at] == pytest.approx([1] * 5 + [0.1] + [0.01] * 4)
+    cosine = [learning_rate("cosine", 2.0, 10, t) for t in at]
+    assert cosine == pytest.approx([1 + math.cos(math.pi * t / 10) for t in at])
+    cyclic = [learning_rate("cyclic", 1.0, 10, t) for t in at]
+    assert cyclic == pytest.approx([0, 0.2, 0.4, 1, 0.8, 2 / 3, 1 / 3, 8 / 30, 2 / 30, 0.04 / 30])
+    warm = [learning_rate("cosine", 1.0, 10, t, warmup=2) for t in (0, 0.5, 1, 1.5, 2, 6, 10)]
+    assert warm == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.5, 0])
+    assert learning_rate("milestones", 1.0, 10, 5, milestones=(2,), warmup=2) == pytest.approx(0.1)
+
+
+# Extra data
+
+
+def extra_file(path, count=40, side=16, classes=10, **changes):
+    draw = np.random.default_rng(0)
+    arrays = {"image": draw.integers(0, 256, (count, side, side, 3), np.uint8), "label": np.arange(count) % classes}
+    np.savez(path, **{name: array for name, array in (arrays | changes).items() if array is not None})
+    return path
+
+
+def test_a_batch_of_extra_data_image_by_image(tmp_path):
+    train_part, file = digits_split("train", 64), extra_file(tmp_path / "extra.npz")
+    extra, stored = load_extra(str(file), train_part), np.load(file)
+    batch = train_part.take(torch.arange(6))
+    both = with_extra(batch, extra, 14, (1, 2, 0))
+    assert_equal(both, with_extra(batch, extra, 14, (1, 2, 0)))
+    assert not torch.equal(both.images, with_extra(batch, extra, 14, (1, 2, 6)).images)
+    draw = np.random.default_rng((1, 2, 0))
+    chosen, order = draw.integers(40, size=14), draw.permutation(20)
+    for place, source in enumerate(order):
+        if source < 6:
+            image, label = batch.images[source], batch.labels[source]
+        else:
+            image = torch.from_numpy(stored["image"][chosen[source - 6]]).permute(2, 0, 1)
+            label = stored["label"][chosen[source - 6]]
+        assert torch.equal(both.images[place], image) and both.labels[place] == int(label)
+
+
+def test_an_epoch_sees_each_original_image_once(tmp_path, monkeypatch, short_runs):
+    seen, real = [], training.train_step
+
+    def noting(job, batch, epoch):
+        seen.append(len(batch.labels))
+        return real(job, batch, epoch)
+
+    monkeypatch.setattr(training, "train_step", noting)
+    flags = ("--extra-data", extra_file(tmp_path / "extra.npz"), "--extra-fraction", 0.6, "--batch-size", 10)
+    run = train(tmp_path, "--epochs", 1, "--limit-train", 30, *flags)
+    assert seen == [10] * 7 + [8]  # 6 of each are extra; 2 of the 30 are left at the end
+    assert "extra_fraction-0.6" in run.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image": None}, "has no array 'image'"),
+        ({"label": None}, "has no array 'label'"),
+        ({"side": 32}, r"image is uint8 \(40, 32, 32, 3\), not uint8 \(M, 16, 16, 3\)"),
+        ({"image": np.zeros((40, 16, 16, 3))}, "image is float64"),
+        ({"label": np.arange(40) % 12}, "12 classes from 0 to 11, and the data set 10"),
+        ({"label": np.arange(40) % 10 - 1}, "10 classes from -1 to 8"),
+        ({"classes": 4}, "labels of 4 classes from 0 to 3, and the data set 10"),
+        ({"label": np.arange(40) / 2}, "label is float64"),
+        ({"label": np.arange(39) % 10}, r"label is int64 \(39,\), not int \(40,\)"),
+        ({"label": np.array([{}] * 40)}, "no npz of plain arrays"),
+    ],
+)
+def test_extra_data_that_does_not_fit(tmp_path, changes, said):
+    file = extra_file(tmp_path / "extra.npz", **changes)
+    with pytest.raises(UsageError, match=said):
+        load_extra(str(file), digits_split("train", 64))
+
+
+def test_extra_data_that_is_no_npz(tmp_path, refused):
+    for content in (b"", b"PK\3\4 cut off", b"\x93NUMPY", b"text"):
+        (tmp_path / "extra.npz").write_bytes(content)
+        refused(ANCRA, "--dataset=digits", "--extra-data", tmp_path / "extra.npz", "--model-dir", tmp_path / "run")
+    refused(ANCRA, "--dataset=digits", "--extra-data", tmp_path / "none.npz", "--model-dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--extra-data=x.npz", "--extra-fraction=0"), "not a number above 0 and below 1"),
+        (("--extra-data=x.npz", "--extra-fraction=1"), "not a number above 0 and below 1"),
+        (("--extra-data=x.npz", "--extra-fraction=0.999"), "takes 128 of 128 images a batch"),
+        (("--awp=-0.1",), "not a number of at least 0"),
+        (("--ema=1",), "below 1"),
+        (("--ema=-0.5",), "at least 0"),
+        (("--label-smoothing=1",), "below 1"),
+        (("--method=mart", "--label-smoothing=0.1"), "mart has another"),
+        (("--warmup-lr=16",), "leaves no epoch"),
+        (("--gate=hard",), "invalid choice"),
+        (("--ra-blocks=3",), "from 1 to 2"),
+    ],
+)
+def test_wrong_companions(refused, flags, said):
+    refused(ANCRA, "--dataset=digits", *flags, mentions=(said,))
+
+
+def test_label_smoothing_is_of_cross_entropy_alone():
+    natural, adversarial, labels = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
+    smooth = 0.9 * F.cross_entropy(natural, labels) - 0.1 * F.log_softmax(natural, 1).mean()
+    plain = trades_loss(natural, adversarial, labels, 6.0) - F.cross_entropy(natural, labels)
+    assert trades_loss(natural, adversarial, labels, 6.0, 0.1).item() == pytest.approx(
+        (smooth + plain).item(), rel=1e-5
+    )
+    assert pgd_loss(natural, labels, 0.1).item() == pytest.approx(smooth.item(), rel=1e-5)
+
+
+# All at once
+
+
+EVERYTHING = (
+    "--awp=0.01",
+    "--awp-warmup=0",
+    "--ema=0.9",
+    "--lr-schedule=cosine",
+    "--warmup-lr=1",
+    "--label-smoothing=0.1",
+)
+
+
+def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkeypatch, short_runs):
+    flags = (*EVERYTHING, "--extra-data", extra_file(tmp_path / "extra.npz"), "--gate=soft", "--epochs=2")
+    straight = train(tmp_path / "1", *flags)
+    real, calls = training.train_step, []
+
+    def stopping(job, batch, epoch):
+        calls.append(1)
+        if len(calls) == 2:
+            job.stop = 15
+        return real(job, batch, epoch)
+
+    monkeypatch.setattr(training, "train_step", stopping)
+    with pytest.raises(Stopped):
+        train(tmp_path / "2", *flags)
+    monkeypatch.setattr(training, "train_step", real)
+    train(tmp_path / "2", "--resume", folder(tmp_path / "2"))
+    one, other = (torch.load(run / "last_state.pt", weights_only=True) for run in (straight, folder(tmp_path / "2")))
+    for key in ("model", "average", "average_steps", "generator", "optimizer"):
+        assert_equal(one[key], other[key], key)
+    best = load_model(straight / "model-wrn-last.pt")[0].state_dict()
+    assert_equal(best, one["average"], "what is saved is the average")
+    assert not torch.equal(best["conv1.weight"], one["model"]["conv1.weight"])
+    for word in ("awp-0.01", "ema-0.9", "lr_schedule-cosine", "gate-soft"):
+        assert word in straight.name
+
+
+# Gates, heads that answer, blocks
+
+
+def test_gates_by_their_definitions():
+    torch.manual_seed(0)
+    x, labels = torch.rand(5, 3, 16, 16), torch.arange(5) % 4
+    model = build_model("ResNet18", 4, width=4, image_size=16).eval()
+    published = model(x, labels, heads=True), model(x, heads=True)
+    probabilities = published[1].auxiliary[0].softmax(1)
+    for gate in GATES:
+        model.gate = gate
+        trained, attacked = model(x, labels, heads=True), model(x, heads=True)
+        if gate == "label":
+            assert_equal((trained.final, attacked.final), (published[0].final, published[1].final))
+            continue
+        assert_equal(trained.final, attacked.final)  # no label leaks
+        if gate == "predicted":
+            assert_equal(attacked.final, published[1].final)
+        if gate == "none":
+            assert_equal(attacked.features, attacked.unweighted)
+            assert_equal(attacked.final, attacked.auxiliary[1])
+        if gate == "soft":
+            first = model(x, (probabilities, attacked.auxiliary[1].softmax(1)), heads=True)
+            assert torch.allclose(first.final, attacked.final, atol=1e-6)
+            (gradient,) = torch.autograd.grad(
+                model(x.requires_grad_(), heads=True).final.sum(), model.fc.weight, allow_unused=False
+            )
+            assert gradient.abs().sum() > 0
+
+
+def test_a_head_that_answers_and_one_block(tmp_path):
+    x = torch.rand(3, 3, 16, 16)
+    model = build_model("PreActResNet18", 4, width=4, image_size=16).eval()
+    heads = model(x, heads=True)
+    for name, logits in {
+        "final": heads.final,
+        "auxiliary1": heads.auxiliary[0],
+        "auxiliary2": heads.auxiliary[1],
+    }.items():
+        model.predict = name
+        assert_equal(model(x), logits)
+        assert_equal(model(x, heads=True).final, heads.final)
+        for view in views(True, 2.0, predict=name).values():
+            assert_equal(view(model, x)[0], logits)
+    one = build_model("PreActResNet18", 4, width=4, image_size=16, ra_blocks=1).eval()
+    one.load_state_dict(model.state_dict())
+    assert len(one(x, heads=True).auxiliary) == 1
+    plain = build_model("PreActResNet18", 4, width=4, image_size=16, reverse_attention=False).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.allclose(one(x, heads=True).auxiliary[0], plain(x), atol=1e-6)  # its map comes before any weighting
+    assert list(views(True, 2.0, blocks=1)) == ["final", "auxiliary 1", "over heads", "smooth gates"]
+    assert "smooth gates" not in views(True, 2.0, gate="soft")
+
+
+def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
+    file = digits_checkpoint(tmp_path / "best_adv_model.pt")
+    flags = ("--n-examples=8", "--num-steps=2", "--attacks=natural,pgd,adaptive", "--restarts=1", "--device=cpu")
+    assert execute(ATTACK, "--ckpt_url", file, *flags, "--predict=auxiliary1") == 0
+    plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
+    refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))
