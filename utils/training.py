@@ -286,7 +286,7 @@ def describe(job: Run, data: Data) -> str:
         f"{s.image_size}, augmentation {s.augmentation}",
         "selection": f"by pgd40_heads on {selected} ({len(data.selection.labels)} images)",
         "attack": f"L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
-        "with": ", ".join(combined(stored(s))) or "nothing else",
+        **({"with": ", ".join(more)} if (more := combined(stored(s))) else {}),
         "optimiser": f"SGD lr {s.lr}, x0.1 at {list(s.milestones)}, momentum {s.momentum}, weight decay "
         f"{s.weight_decay}; {s.epochs} epochs, batch {s.batch_size}, seed {s.seed}",
         "device": f"{job.device}, {precision(s, job.device)}{', compiled' if s.compile else ''}{ranks}",
@@ -428,7 +428,8 @@ def finish_epoch(job: Run, selection: Split) -> None:
         accuracies = evaluate(job, job.evaluated, selection)
     shares = natural_share(sums), 100 * sums["robust"] / total
     took = total / sums["seconds"], sums["seconds"] + time.perf_counter() - began
-    losses = job.optimizer.param_groups[0]["lr"], sums["loss"] / total, sums["contrast"] / total
+    last = (total - 1) // job.own_images * job.own_images  # how many images the last step came behind
+    losses = rate(settings, epoch - 1 + last / total), sums["loss"] / total, sums["contrast"] / total
     row = dict(zip(runs.ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
     best = best_row(progress["rows"])
     progress["rows"].append(row)
