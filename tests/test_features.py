@@ -254,6 +254,8 @@ def test_names_of_cifar_are_torchvision_s(monkeypatch):
     import torchvision.datasets
 
     class Stub:
+        base_folder = "cifar-10-batches-py"
+
         def __init__(self, *args, **kwargs):
             self.data, self.targets, self.classes = np.zeros((2, 32, 32, 3), np.uint8), [0, 3], list("abcd")
 

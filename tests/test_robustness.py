@@ -162,8 +162,9 @@ def test_the_whole_of_standard_autoattack_is_autoattack_called_directly(tmp_path
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_few_classes_are_attacked_and_the_table_says_what_was_left_out(classes, tmp_path, monkeypatch, brief_library):
     def few(*args):
-        split = load_split(*args)
-        return split.take((split.labels < classes).nonzero().squeeze(1))._replace(classes=split.classes[:classes])
+        split = load_split(*args[:4])
+        split = split.take((split.labels < classes).nonzero().squeeze(1))._replace(classes=split.classes[:classes])
+        return subset(split, args[4])
 
     monkeypatch.setattr(utils.evaluation, "load_split", few)
     flags = ("--attacks", "autoattack,adaptive", "--n-examples", "30", "--restarts", "1", "--epsilon", "0.25")

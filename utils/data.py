@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import re
 import shutil
 import warnings
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -27,15 +28,20 @@ from utils.files import locked
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 TINY_IMAGES = {"train": 100_000, "test": 10_000}
 MOST_PIXELS = 2**26  # of an image file; larger than any camera's
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM")  # Pillow would take others too, whatever a file's name says
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+IMAGE_ENDINGS |= {".ppm", ".pgm", ".pbm", ".pnm"}
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # Pillow would take others, whatever the name says
+DECODING = 2  # raised when image files become other tensors, so that caches from before are not taken
+PARTS = {"train": "train(ing)?", "val": "val(id|idation)?", "test": "test(ing)?"}  # how people name a folder's parts
+LAYOUT = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/, or a training --val-size)"
 
 
 class Split(NamedTuple):
     """images: (N, 3, S, S) uint8. labels: (N,) int64, indices into classes, the names of the classes.
 
     words: what people call the classes, synonyms between commas, where the names are codes (wnids); otherwise empty.
-    numbers: (N,) the images' places in the whole part, where this is a subset of it; otherwise None.
+    numbers: (N,) the images' places in the whole part, where this is a subset of it; otherwise None. whole: how many
+    images that part has, then. note: what was left out of a folder, where anything was.
     """
 
     images: Tensor
@@ -43,6 +49,8 @@ class Split(NamedTuple):
     classes: tuple[str, ...]
     words: tuple[str, ...] = ()
     numbers: Tensor | None = None
+    whole: int = 0
+    note: str = ""
 
     def to(self, device: torch.device) -> "Split":
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
@@ -57,22 +65,44 @@ class Split(NamedTuple):
         return self._replace(images=taken(self.images), labels=taken(self.labels), numbers=numbers)
 
 
-def load_split(dataset: str, part: str, data_dir: str, image_size: int) -> Split:
-    """Load the `train` or `test` part of a data set (a name of `recipes.DATASETS`) from, or into, data_dir.
+class Listed(NamedTuple):
+    """A split whose images, (N, 0) so far, are still files. cache: where they are kept once decoded."""
 
+    split: Split
+    files: list[Path]
+    cache: Path
+
+
+def load_split(dataset: str, part: str, data_dir: str, image_size: int, limit: int | None = None) -> Split:
+    """Load a part of a data set (a name of `recipes.DATASETS`) from, or into, data_dir; what `subset` takes of it.
+
+    part: `train` or `test`; of a `folder` also `val`, which is its test part where it has no other.
     Errors: UsageError that names what is missing, corrupt or of another size, and how to get it.
     """
+    return load_splits(dataset, {part: limit}, data_dir, image_size)[0]
+
+
+def load_splits(dataset: str, limits: Mapping[str, int | None], data_dir: str, image_size: int) -> list[Split]:
+    """`load_split` of each part that `limits` names; images that cannot be read are named once, for all parts."""
     sizes = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
     if image_size != sizes.get(dataset, image_size):
         mend = "leave --image-size out, or name the data set that the checkpoint was trained on"
         raise UsageError(f"{dataset} has images of side {sizes[dataset]}, not {image_size}; {mend}")
     if dataset not in LOADERS:
         raise UsageError(f"unknown data set {dataset!r}; known: {', '.join(LOADERS)}")
-    split = LOADERS[dataset](dataset, part, Path(data_dir), image_size)
-    wrong = _flaw(split, image_size)
-    if wrong is not None:
-        raise UsageError(f"{dataset}, {part} part, in {data_dir}: {wrong}; get the data set anew")
-    return split
+    whole = [LOADERS[dataset](dataset, part, Path(data_dir), image_size) for part in limits]
+    found = [subset(part, limit) for part, limit in zip(whole, limits.values(), strict=True)]
+    count, unreadable = sum(len(part.files) for part in found if isinstance(part, Listed)), []
+    if count and distributed.first():
+        print(f"{count:,} images of side {image_size} take {count * 3 * image_size**2 / 1e6:,.1f} MB of memory")
+    splits = [_decoded(part, image_size, unreadable) if isinstance(part, Listed) else part for part in found]
+    if unreadable:
+        named = sorted(unreadable)[:10] + [f"and {len(unreadable) - 10} more"] * (len(unreadable) > 10)
+        raise UsageError(f"replace or remove {len(unreadable)} of {count} images: {'; '.join(named)}")
+    for part, split in zip(limits, splits, strict=True):
+        if (wrong := _flaw(split, image_size)) is not None:
+            raise UsageError(f"{dataset}, {part} part, in {data_dir}: {wrong}; get the data set anew")
+    return splits
 
 
 def _flaw(split: Split, size: int) -> str | None:
@@ -88,16 +118,17 @@ def _flaw(split: Split, size: int) -> str | None:
     return None
 
 
-def require_same_on_ranks(where: str, *splits: Split) -> None:
-    """UsageError on every rank where nodes have other images, labels or classes; compared by a checksum."""
-    if distributed.world() == 1:
-        return
-    checksum = 0
+def require_same_on_ranks(where: str, *splits: Split) -> tuple[str, ...]:
+    """A checksum of each split's images, labels and classes; UsageError on every rank where nodes have others."""
+    sums = ()
     for split in splits:
-        for part in (split.images.contiguous().numpy(), split.labels.numpy(), repr(split.classes).encode()):
-            checksum = zlib.crc32(part, checksum)
-    if len(set(distributed.gathered(checksum))) > 1:
+        digest = hashlib.sha256(repr(split.classes).encode())
+        for tensor in (split.images, split.labels):
+            digest.update(tensor.contiguous().numpy())
+        sums += (digest.hexdigest()[:32],)
+    if len(set(distributed.gathered(sums))) > 1:
         raise UsageError(f"{where} holds other data for one rank than for another; give each node the same files")
+    return sums
 
 
 def numbers_of(split: Split) -> Tensor:
@@ -110,12 +141,16 @@ def shuffled(count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(count))
 
 
-def subset(split: Split, limit: int | None) -> Split:
+def subset(part: Split | Listed, limit: int | None) -> Split | Listed:
     """The first `limit` images after a fixed shuffle, all of them where limit is None or larger."""
+    split = part.split if isinstance(part, Listed) else part
     if limit is None or limit >= len(split.labels):
-        return split
+        return part
     numbers = shuffled(len(split.labels), 0)[:limit]
-    return split.take(numbers)._replace(numbers=numbers)
+    split = split.take(numbers)._replace(numbers=numbers, whole=len(split.labels))
+    if isinstance(part, Listed):
+        return Listed(split, [part.files[i] for i in numbers], part.cache.with_stem(f"{part.cache.stem}-{limit}"))
+    return split
 
 
 def load_extra(path: str, like: Split) -> Split:
@@ -196,11 +231,18 @@ def _digits(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     return Split(images[keep], torch.from_numpy(digits.target).long()[keep], tuple("0123456789"))
 
 
+def _above(data_dir: Path, inner: str) -> Path:
+    """The folder that holds `inner`, where data_dir is `inner` itself; otherwise data_dir."""
+    above = (path.parent for path in (data_dir.absolute(), data_dir.resolve()) if path.name == inner)
+    return data_dir if (data_dir / inner).is_dir() else next(above, data_dir)
+
+
 def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """CIFAR-10 or -100 through torchvision, which reads the pickles inside only after their MD5 matched."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+    data_dir = _above(data_dir, source.base_folder)
     try:
         try:
             data = source(str(data_dir), train=part == "train")
@@ -217,32 +259,43 @@ def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
         ) from error
 
 
-def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
+def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Listed:
     """Tiny-ImageNet: 200 classes of 64x64, labels by sorted wnid; its published validation part is the test part."""
-    root = data_dir / "tiny-imagenet-200"
+    data_dir = _above(data_dir, "tiny-imagenet-200")
+    root = data_dir if (data_dir / "wnids.txt").is_file() else data_dir / "tiny-imagenet-200"
     if not root.is_dir():
         _get_tiny_imagenet(data_dir)
     try:
         wnids = sorted(set((root / "wnids.txt").read_text().split()))
         if part == "train":
-            pairs = [(f, wnid) for wnid in wnids for f in sorted((root / "train" / wnid / "images").iterdir())]
+            pairs = [(f, wnid) for wnid in wnids for f in _of_class(root / "train" / wnid)]
+        elif (root / "val" / wnids[0]).is_dir():  # rearranged, as many do; the order stays
+            pairs = [(f, wnid) for wnid in wnids for f in _of_class(root / "val" / wnid)]
+            pairs.sort(key=lambda pair: (len(pair[0].name), pair[0].name))  # val_9 before val_10, as in the annotations
         else:
             lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
             pairs = [(root / "val" / "images" / name, wnid) for name, wnid, *_ in map(str.split, filter(None, lines))]
+            strange = [f.name for f, _ in pairs if f.parent.name != "images"]  # a name with slashes leads elsewhere
+            if strange:
+                raise ValueError(f"an image named {strange[0]!r}")
         labels = torch.tensor([wnids.index(wnid) for _, wnid in pairs])
         if len(pairs) != TINY_IMAGES[part]:
             raise ValueError(f"{len(pairs):,} images in its {part} part, not {TINY_IMAGES[part]:,}")
-        strange = [f.name for f, _ in pairs if f.parent.name != "images"]  # a name with slashes leads elsewhere
-        if strange:
-            raise ValueError(f"an image named {strange[0]!r}")
         words = root / "words.txt"  # of names for people alone, so it may be missing
         lines = words.read_text().splitlines() if words.is_file() else []
         named = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         mend = "remove it, and it is unpacked anew from the zip"
         raise UsageError(f"{root} is incomplete ({first_line(error)}); {mend}") from error
-    images = _decoded([f for f, _ in pairs], 64, root / f"decoded-{part}.pt")
-    return Split(images, labels, tuple(wnids), tuple(named.get(wnid, "").strip() or wnid for wnid in wnids))
+    words = tuple(named.get(wnid, "").strip() or wnid for wnid in wnids)
+    split = Split(torch.empty(len(labels), 0), labels, tuple(wnids), words)
+    return Listed(split, [f for f, _ in pairs], root / f"decoded-{part}.pt")
+
+
+def _of_class(folder: Path) -> list[Path]:
+    """The images of a class of Tiny-ImageNet, sorted: those in its folder, else those in `images` inside."""
+    here = [f for f in _visible(folder) if f.suffix.lower() in IMAGE_ENDINGS]
+    return here or _visible(folder / "images")
 
 
 def _get_tiny_imagenet(data_dir: Path) -> None:
@@ -272,42 +325,75 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
         ) from error
 
 
-def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
-    """DIR/train/<class>/* and DIR/test/<class>/* (or val), resized to size x size."""
-    held_out = "test" if (data_dir / "test").is_dir() else "val"
-    roots = {"train": data_dir / "train", "test": data_dir / held_out}
-    if not all(root.is_dir() for root in roots.values()):
-        mend = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/) inside"
-        raise UsageError(f"{data_dir} has no folder train, or neither test nor val; {mend}")
-    train, test = ({d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."} for root in roots.values())
-    if len(train) < 2:
-        raise UsageError(f"{roots['train']} holds {len(train)} class folder; at least 2 are needed")
-    if train != test:
-        odd = ", ".join(sorted(train ^ test)[:5])
-        raise UsageError(f"classes of {roots['train']} and {roots['test']} differ: {odd} is in one only")
-    classes, files, labels = sorted(train), [], []
+def _visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, but for what systems put there: hidden files and those of macOS."""
+    return sorted(f for f in folder.iterdir() if f.name[0] != "." and f.name != "__MACOSX")
+
+
+def parts_of(dataset: str, data_dir: Path) -> dict[str, Path]:
+    """The parts that a data set has: train and test, of a `folder` those of train, val and test that are there."""
+    if dataset != "folder":
+        return dict.fromkeys(("train", "test"), data_dir)
+    if not data_dir.is_dir():
+        raise UsageError(f"{data_dir} is no folder; {LAYOUT}")
+    found: dict[str, Path] = {}
+    for folder in filter(Path.is_dir, _visible(data_dir)):
+        for part, names in PARTS.items():
+            if re.fullmatch(names, folder.name, re.IGNORECASE) and found.setdefault(part, folder) != folder:
+                raise UsageError(f"{found[part]} and {folder.name} are both a {part} part; leave one of them there")
+    return found
+
+
+def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Listed:
+    """DIR/train/<class>/*, DIR/val/<class>/* and DIR/test/<class>/*, images or folders of images.
+
+    They are squashed to size x size, whatever their proportions, bilinear; EXIF rotation is not applied. Transparency
+    is blended over black, grey becomes three equal channels, 16 bits become 8; of several frames the first is taken.
+    """
+    parts = parts_of(dataset, data_dir)
+    root = parts.get(part) or (parts.get("val") if part == "test" else None)
+    if root is None:
+        raise UsageError(f"{data_dir} has no folder {'test or val' if part == 'test' else part}; {LAYOUT}")
+    first = parts.get("train", root)
+    known, own = ({d.name for d in _visible(folder) if d.is_dir()} for folder in (first, root))
+    if len(known) < 2:
+        raise UsageError(f"{first} holds {len(known)} class folder; at least 2 are needed")
+    if known != own:
+        odd = ", ".join(sorted(known ^ own)[:5])
+        raise UsageError(f"classes of {first} and {root} differ: {odd} is in one only")
+    classes, files, labels, left = sorted(own), [], [], Counter()
     for label, name in enumerate(classes):
-        inside = sorted(f for f in (roots[part] / name).iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
-        if not inside:
-            raise UsageError(f"{roots[part] / name} holds no image ({', '.join(sorted(IMAGE_ENDINGS))})")
-        files += inside
-        labels += [label] * len(inside)
-    images = _decoded(files, size, data_dir / f"decoded-{part}-{size}.pt")
-    return Split(images, torch.tensor(labels), tuple(classes))
+        inside = [f for here in _visible(root / name) for f in (_visible(here) if here.is_dir() else [here])]
+        images = [f for f in inside if f.suffix.lower() in IMAGE_ENDINGS]
+        if not images:
+            raise UsageError(f"{root / name} holds no image ({', '.join(sorted(IMAGE_ENDINGS))})")
+        left.update(f.suffix.lower() or "without ending" for f in inside if f.suffix.lower() not in IMAGE_ENDINGS)
+        files += images
+        labels += [label] * len(images)
+    note = f"{', '.join(f'{count} {ending}' for ending, count in left.most_common())} in {root}" if left else ""
+    split = Split(torch.empty(len(files), 0), torch.tensor(labels), tuple(classes), note=note)
+    return Listed(split, files, data_dir / f"decoded-{root.name}-{size}.pt")
 
 
-def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
-    """Decode image files into (N, 3, size, size) uint8, or read an earlier run's cache of the same files."""
+def _decoded(part: Listed, size: int, unreadable: list[str]) -> Split:
+    """Decode image files, or read an earlier run's cache of the same; unreadable: gets a line for each that is none."""
+    split, files, cache = part
     stats = []
     for file in files:
-        if not os.path.isfile(file):  # to open a pipe would wait for ever
-            raise UsageError(f"{file}: not a file that can be read, though it is listed as an image of this data set")
-        status = file.stat()
-        stats.append((file.relative_to(cache.parent).as_posix(), status.st_size, status.st_mtime_ns, status.st_ino))
-    key, shape = hashlib.sha256(repr((size, stats)).encode()).hexdigest(), (len(files), 3, size, size)
+        status = file.stat() if os.path.isfile(file) else None  # `_decode` refuses it
+        known = status and (status.st_size, status.st_mtime_ns, status.st_ino)
+        stats.append((file.relative_to(cache.parent).as_posix(), known))
+    key, shape = hashlib.sha256(repr((DECODING, size, stats)).encode()).hexdigest(), (len(files), 3, size, size)
     images = _cached(cache, key, shape)
     if images is not None:
-        return images
+        return split._replace(images=images)
+
+    def fill(row: int) -> None:
+        try:
+            images[row] = _decode(files[row], size)
+        except UsageError as error:
+            unreadable.append(str(error))
+
     with ExitStack() as held:
         with suppress(OSError):  # where the folder cannot be written there is nothing to wait for either
             held.enter_context(locked(cache.with_name(f".{cache.name}.lock"), wait=True))
@@ -315,17 +401,18 @@ def _decoded(files: list[Path], size: int, cache: Path) -> Tensor:
         if images is None:
             images = torch.empty(shape, dtype=torch.uint8)
             with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images that `_decode` refuses
-                decoded = pool.map(lambda f: _decode(f, size), files)
-                for i, image in enumerate(tqdm(decoded, "decoding", len(files), unit="img", disable=None)):
-                    images[i] = image
+                warnings.filterwarnings("ignore", module="PIL")  # of files that `_decode` refuses, and of odd ones
+                decoded = pool.map(fill, range(len(files)))
+                for _ in tqdm(decoded, "decoding", len(files), unit="img", disable=None):
+                    pass
             try:
                 for left in cache.parent.glob(f".{cache.name}.*.part"):  # of a killed process
                     left.unlink()
-                save(cache, {"key": key, "images": images})
+                if not unreadable:
+                    save(cache, {"key": key, "images": images})
             except OSError as error:
                 print(f"images are decoded anew next time: {cache} cannot be written ({error.strerror})")
-    return images
+    return split._replace(images=images)
 
 
 def _cached(cache: Path, key: str, shape: tuple[int, ...]) -> Tensor | None:
@@ -340,6 +427,8 @@ def _cached(cache: Path, key: str, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _decode(file: Path, size: int) -> Tensor:
+    if not os.path.isfile(file):  # to open a pipe would wait for ever
+        raise UsageError(f"{file}: not a file that can be read, though it is listed as an image of this data set")
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -347,13 +436,20 @@ def _decode(file: Path, size: int) -> Tensor:
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers")
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                pixels = np.asarray(image)
+                if pixels.min() < 0 or pixels.max() >= 2**16:
+                    raise ValueError("its pixels have more than 16 bits")
+                image = Image.fromarray((pixels >> 8).astype(np.uint8))
+            if image.mode[-1] in "Aa" or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
             image = image.convert("RGB")
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # bytes of a stranger make Pillow raise nearly anything
-        raise UsageError(f"{file}: not a readable image ({first_line(error)}); replace or remove it") from error
+        said = first_line(error).replace(f" {str(file)!r}", "")
+        raise UsageError(f"{file}: not a readable image ({said})") from error
 
 
 LOADERS = {"cifar10": _cifar, "cifar100": _cifar, "tiny-imagenet": _tiny_imagenet, "digits": _digits}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from utils import distributed
 from utils.checkpoints import checkpoint_file, load_model
-from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks, subset
+from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks
 from utils.devices import computing, pick_device
 from utils.errors import RunError, UsageError, first_line
 from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, combined, dataset_defaults
@@ -130,7 +130,8 @@ class Subject(NamedTuple):
         ra = "with" if self.info["reverse_attention"] else "without"
         count = len(self.split.labels)
         part = f", the first of {self.of} after a fixed shuffle" if self.of > count else ""
-        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}"
+        left = f"; left out: {self.split.note}" if self.split.note else ""
+        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}{left}"
 
 
 def looked_at(
@@ -138,12 +139,12 @@ def looked_at(
 ) -> tuple[str, Split, float, float, int]:
     """What a `Subject` holds of its data set, from `dataset` on: eps and step are its own, unless the command's."""
     with distributed.first_of_the_node_first():
-        split = load_split(dataset, "test", data_dir, side)
+        split = load_split(dataset, "test", data_dir, side, settings.n_examples)
     require_same_on_ranks(f"{dataset} in {data_dir}", split)
     own = dataset_defaults(dataset)
     eps = own.epsilon if settings.epsilon is None else settings.epsilon
     step_size = own.step_size if settings.step_size is None else settings.step_size
-    return dataset, subset(split, settings.n_examples).to(device), eps, step_size, len(split.labels)
+    return dataset, split.to(device), eps, step_size, split.whole or len(split.labels)
 
 
 def load_subject(settings: Checkpoint, path: str) -> Subject:
@@ -165,6 +166,12 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     own = info["recipe"].get("data_dir") if isinstance(info["recipe"], dict) else None
     found = isinstance(own, str) and "\0" not in own and Path(own).is_dir()  # as the training's, here too
     data_dir = settings.data_dir or (own if found else Training.data_dir)
+    if isinstance(own, str) and data_dir not in (own, settings.data_dir):
+        moved = f"{file} recorded {own[:200]!r} as the folder of its images, which is not there now"
+        if dataset == "folder":  # what lies in another one are other images
+            raise UsageError(f"{moved}; name it by --data-dir")
+        if distributed.first():
+            print(f"{moved}; taking {data_dir}")
     subject = Subject(file, model, info, *looked_at(settings, dataset, data_dir, info["image_size"], device))
     classes = subject.split.classes
     if len(classes) != info["num_classes"]:
