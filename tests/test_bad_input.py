@@ -215,7 +215,9 @@ def test_a_data_folder_that_is_a_file_or_not_there_is_named(refused, no_network,
         ({"train": {"cat": 2, "dog": 2}, "test": {"cat": 2, "emu": 2}}, ("train", "test", "dog", "emu")),
         ({"train": {"cat": 2, "dog": 2}, "val": {"cat": 2}}, ("train", "val", "dog")),
         ({"test": {"cat": 2, "dog": 2}}, ("train",)),
-        ({"train": {"cat": 2, "dog": 2}}, ("test", "val")),
+        ({"train": {"cat": 2, "dog": 2}}, ("test", "val", "--val-size")),
+        ({"train": {"cat": 2, "dog": 2}, "val": {"cat": 1, "dog": 1}, "Valid": {"cat": 1, "dog": 1}}, ("Valid", "val")),
+        ({"train": {"cat": 2, "dog": 2}, "val": {"cat": 1, "emu": 1}, "test": {"cat": 1, "dog": 1}}, ("val", "emu")),
     ],
 )
 def test_a_folder_of_another_layout_is_named(refused, tmp_path, counts, mentions):
@@ -227,7 +229,7 @@ def test_a_folder_of_another_layout_is_named(refused, tmp_path, counts, mentions
 
 def test_a_file_that_is_no_image_or_a_truncated_one_is_named(refused, tmp_path):
     root = image_folder(tmp_path / "pictures")
-    for ending in ("png", "jpg", "bmp", "webp", "ppm"):
+    for ending in ("png", "jpg", "bmp", "webp", "ppm", "tif", "gif"):
         file = root / "train" / "dog" / f"broken.{ending}"
         png(file, pixels(0, 40, 40, 3))
         whole = file.read_bytes()
@@ -237,6 +239,16 @@ def test_a_file_that_is_no_image_or_a_truncated_one_is_named(refused, tmp_path):
             flags = (*folder_flags(root), "--model-dir", tmp_path / "run")
             assert "replace or remove" in refused(ANCRA, *flags, mentions=(file,))
         file.unlink()
+
+
+def test_all_unreadable_images_are_named_at_once(refused, tmp_path):
+    root = image_folder(tmp_path / "pictures", {part: {"cat": 8, "dog": 8} for part in ("train", "val", "test")})
+    for i in range(4):
+        for part in ("train", "val", "test"):
+            (root / part / "dog" / f"{i}.png").write_bytes(b"no image")
+    flags = (*folder_flags(root), "--limit-test", 16, "--model-dir", tmp_path / "run")
+    line = refused(ANCRA, *flags, mentions=("12 of 48", "and 2 more", root / "train" / "dog" / "0.png"))
+    assert line.count("not a readable image") == line.count(".png") == 10
 
 
 @pytest.mark.parametrize("size", ["1436", "1437", "5000"])
@@ -340,6 +352,20 @@ def test_a_data_set_that_does_not_fit_the_checkpoint_is_explained(refused, no_ne
     assert "leave the flag out" not in refused(ATTACK, "--ckpt_url", file, *flags, mentions=("16", "32"))
     checkpoint(file, dataset="svhn")
     refused(ATTACK, "--ckpt_url", file, "--device", "cpu", mentions=(file, "svhn", "--dataset"))
+
+
+def test_a_moved_folder_of_images_is_named_and_no_other_taken(refused, monkeypatch, tmp_path, capsys):
+    """Not even ./data, where other images of the same classes may be."""
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "data")
+    pets = image_folder(tmp_path / "pets")
+    known = {"classes": ["cat", "dog"], "dataset": "folder", "recipe": {"data_dir": str(pets)}}
+    file = checkpoint(tmp_path / "weights.pt", num_classes=2, **known)
+    pets.rename(tmp_path / "moved")
+    refused(ATTACK, "--ckpt_url", file, "--device", "cpu", mentions=(file, pets, "--data-dir"))
+    checkpoint(file, recipe={"data_dir": str(pets)})
+    assert execute(ATTACK, "--ckpt_url", file, *EVALUATE) == 0
+    assert f"recorded '{pets}' as the folder of its images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

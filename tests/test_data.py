@@ -72,6 +72,20 @@ def test_cifar_is_what_was_written(monkeypatch, tmp_path, dataset, part, packed)
     assert split.classes == tuple(f"name{i}" for i in range(CIFARS[dataset][-1]))
 
 
+@pytest.mark.parametrize("dataset", [*CIFARS, "tiny-imagenet"])
+def test_data_dir_may_point_into_the_folder_itself(monkeypatch, tmp_path, dataset):
+    if dataset == "tiny-imagenet":
+        expected, size = write_tiny_imagenet(monkeypatch, tmp_path)[1], 64
+    else:
+        expected, size = write_cifar(monkeypatch, tmp_path, dataset)[0], 32
+    inner = {"tiny-imagenet": "tiny-imagenet-200", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+    (tmp_path / "link").symlink_to(tmp_path / inner[dataset])
+    for named in (inner[dataset], f"{inner[dataset]}/", "link"):
+        assert load_split(dataset, "test", f"{tmp_path}/{named}", size).labels.tolist() == expected["test"][1]
+    monkeypatch.chdir(tmp_path / inner[dataset])
+    assert load_split(dataset, "train", ".", size).labels.tolist() == expected["train"][1]
+
+
 @pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
 def test_a_cifar_file_of_another_md5_is_never_unpickled(monkeypatch, tmp_path, name):
     write_cifar(monkeypatch, tmp_path, "cifar10")
@@ -126,6 +140,24 @@ def test_tiny_imagenet_is_unpacked_and_labelled_by_sorted_wnid(monkeypatch, tmp_
     assert split.images.dtype == torch.uint8
     assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), np.stack(images))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
+
+
+@pytest.mark.parametrize("inner", ["", "images"])
+def test_tiny_imagenet_may_be_rearranged(monkeypatch, tmp_path, inner):
+    """Every image in the folder of its wnid: the same images, labels and order."""
+    write_tiny_imagenet(monkeypatch, tmp_path)
+    before = [load_split("tiny-imagenet", part, str(tmp_path), 64) for part in ("train", "test")]
+    root = tmp_path / "tiny-imagenet-200"
+    for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+        name, wnid, *_ = line.split()
+        (root / "val" / wnid / inner).mkdir(parents=True, exist_ok=True)
+        (root / "val" / "images" / name).rename(root / "val" / wnid / inner / name)
+    (root / "val" / "images").rmdir()
+    for file in () if inner else [*root.glob("train/*/images/*")]:
+        file.rename(file.parent.parent / file.name)
+    for part, split in zip(("train", "test"), before, strict=True):
+        again = load_split("tiny-imagenet", part, str(tmp_path), 64)
+        assert torch.equal(again.images, split.images) and torch.equal(again.labels, split.labels)
 
 
 def test_tiny_imagenet_is_decoded_once(monkeypatch, tmp_path, decodes):
@@ -246,6 +278,108 @@ def test_of_test_and_val_the_test_part_is_read(tmp_path):
     assert np.array_equal(load_folder(tmp_path, "test").images[0].permute(1, 2, 0), written["test", "cat", 0])
 
 
+@pytest.mark.parametrize("names", ["Train Test", "TRAINING testing", "training VALIDATION", "train valid", "train Val"])
+def test_parts_are_named_in_any_usual_spelling(tmp_path, names):
+    train, held_out = names.split()
+    written = write_folder(tmp_path, (train, held_out))
+    for part, name in (("train", train), ("test", held_out)):
+        assert np.array_equal(load_folder(tmp_path, part).images[3].permute(1, 2, 0), written[name, "dog", 1])
+
+
+def of_folder(root, *flags):
+    return training.load_training_data(settings("--dataset", "folder", "--data-dir", root, "--image-size", 16, *flags))
+
+
+def test_the_val_part_selects_where_there_is_one_and_the_test_part_reports(tmp_path, capsys):
+    write_folder(tmp_path, ("train", "val", "test"))
+    val, test = (load_folder(tmp_path, part).images for part in ("val", "test"))
+    both = of_folder(tmp_path)
+    assert torch.equal(both.selection.images, val) and torch.equal(both.test.images, test)
+    assert (both.selected, both.tested) == ("the val part", "the test set")
+    held_out = of_folder(tmp_path, "--val-size", 1)
+    assert len(held_out.selection.labels) == 1 and torch.equal(held_out.test.images, test)
+    (tmp_path / "test").rename(tmp_path / "elsewhere")
+    alone = of_folder(tmp_path)
+    assert torch.equal(alone.selection.images, val) and alone.test is None and alone.selected == "the val part"
+    assert of_folder(tmp_path, "--val-size", 1).tested == "the val part"
+    (tmp_path / "val").rename(tmp_path / "away")
+    assert of_folder(tmp_path, "--val-size", 1).test is None
+    with pytest.raises(UsageError, match=r"no folder test or val.*--val-size"):
+        of_folder(tmp_path)
+
+
+def test_images_to_look_at_need_no_training_images(tmp_path):
+    written = write_folder(tmp_path, ("val",))
+    split = load_folder(tmp_path, "test")
+    assert split.classes == ("cat", "dog") and np.array_equal(
+        split.images[0].permute(1, 2, 0), written["val", "cat", 0]
+    )
+
+
+def test_folders_inside_a_class_are_read_what_is_hidden_is_not_and_what_is_left_out_is_said(tmp_path):
+    write_folder(tmp_path)
+    train = tmp_path / "train"
+    inner = pixels(7, 16, 16, 3)
+    png(train / "cat" / "a-session" / "9.png", inner)
+    for name in (".hidden/1.png", "__MACOSX/cat/1.png", "cat/._0.png", "cat/.cache/1.png", "dog/__MACOSX/1.png"):
+        (train / name).parent.mkdir(parents=True, exist_ok=True)
+        (train / name).write_bytes(b"no image")
+    for name in ("cat/1.heic", "cat/2.HEIC", "dog/notes.txt", "dog/a/b/deep.png", "dog/README"):
+        (train / name).parent.mkdir(parents=True, exist_ok=True)
+        (train / name).write_bytes(b"no image")
+    split = load_folder(tmp_path)
+    assert split.classes == ("cat", "dog") and split.labels.tolist() == [0, 0, 0, 1, 1]
+    assert np.array_equal(split.images[2].permute(1, 2, 0), inner)
+    assert split.note == f"2 .heic, 1 .txt, 2 without ending in {train}" or split.note.startswith("2 .heic")
+    assert "1 .txt" in split.note and "2 without ending" in split.note
+    assert not load_folder(tmp_path, "test").note
+
+
+def test_only_images_within_a_limit_are_decoded_and_their_memory_is_said_before(tmp_path, decodes, capsys):
+    write_folder(tmp_path)
+    limited = load_split("folder", "train", str(tmp_path), 16, 3)
+    assert len(decodes) == 3 and "3 images of side 16 take 0.0 MB of memory" in capsys.readouterr().out
+    whole = subset(load_folder(tmp_path), 3)
+    assert torch.equal(limited.images, whole.images) and torch.equal(limited.labels, whole.labels)
+    assert torch.equal(limited.numbers, whole.numbers) and limited.whole == whole.whole == 4
+    decodes.clear()
+    one, selection, test = of_folder(tmp_path, "--limit-train", 2, "--val-size", 1, "--limit-test", 2)[:3]
+    assert [len(split.labels) for split in (one, selection, test)] == [2, 1, 2] and len(decodes) == 2  # of test alone
+    every = load_folder(tmp_path).take(data.shuffled(4, 0)).images
+    assert torch.equal(selection.images, every[:1]) and torch.equal(one.images, every[1:3])
+    assert one.numbers is None and selection.numbers is None  # noise of PGD is drawn by them
+
+
+@pytest.mark.parametrize("ending", ["tif", "TIFF", "gif", "pgm", "jfif"])
+def test_other_usual_formats_are_read_their_first_frame(tmp_path, ending):
+    write_folder(tmp_path)
+    grey = pixels(7, 8, 8).repeat(2, 0).repeat(2, 1)
+    frames = [Image.fromarray(255 - grey)] if ending.lower() in ("tif", "tiff", "gif") else None
+    more = {"save_all": True, "append_images": frames} if frames else {}
+    kind = {"pgm": "PPM", "gif": "GIF", "jfif": "JPEG"}.get(ending, "TIFF")
+    Image.fromarray(grey).save(tmp_path / "train" / "cat" / f"2.{ending}", kind, **more)
+    images = load_folder(tmp_path).images
+    assert len(images) == 5
+    for channel in images[2].int().numpy():
+        assert np.abs(channel - grey.astype(int)).max() <= (40 if ending == "jfif" else 0)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+def test_what_is_transparent_lies_over_black(tmp_path, kind):
+    write_folder(tmp_path)
+    colour, alpha = np.full((16, 16, 3), 200, np.uint8), np.full((16, 16), 255, np.uint8)
+    alpha[:8], alpha[8:12] = 0, 128 if kind != "P" else 0
+    image = Image.fromarray(np.dstack([colour, alpha])).convert(kind)
+    if kind == "P":
+        image = Image.fromarray(np.where(alpha > 0, 1, 0).astype(np.uint8), "P")
+        image.putpalette([250, 250, 250, 200, 200, 200])
+        image.info["transparency"] = 0
+    image.save(tmp_path / "train" / "cat" / "2.png")
+    found = load_folder(tmp_path).images[2]
+    assert (found[:, :8] == 0).all() and (found[:, 12:] == 200).all()
+    assert kind == "P" or ((found[:, 8:12] >= 99) & (found[:, 8:12] <= 101)).all()
+
+
 def test_images_of_every_mode_and_shape_are_converted(tmp_path):
     write_folder(tmp_path)
     cat = tmp_path / "train" / "cat"
@@ -277,6 +411,9 @@ def test_sixteen_bit_grey_is_scaled_not_clipped_to_white(tmp_path):
     Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "train" / "cat" / "2.png")
     for channel in load_folder(tmp_path).images[2].int().numpy():
         assert np.abs(channel - grey).max() <= 1
+    Image.fromarray((grey * 2**20).astype(np.int32)).save(tmp_path / "train" / "cat" / "3.tif")
+    with pytest.raises(UsageError, match=r"3.tif: .*more than 16 bits"):
+        load_folder(tmp_path)
 
 
 def test_each_size_has_a_cache_of_its_own(tmp_path, decodes):
@@ -427,12 +564,12 @@ def numbered(monkeypatch):
         images = numbers.byte()[:, None, None, None].expand(-1, 3, 16, 16)
         return Split(images, numbers, tuple(map(str, range(260))))
 
-    monkeypatch.setattr(training, "load_split", load)
+    monkeypatch.setitem(data.LOADERS, "digits", load)
 
 
 def parts(*flags):
     """(training, selection, test) numbers as lists, after a check that images and labels still belong together."""
-    splits = training.load_training_data(settings("--dataset", "digits", *flags))
+    splits = training.load_training_data(settings("--dataset", "digits", *flags))[:3]
     for split in splits:
         assert torch.equal(split.images[:, 0, 0, 0], split.labels.byte())
     return [split.labels.tolist() for split in splits]

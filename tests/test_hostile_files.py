@@ -179,7 +179,9 @@ def resume(monkeypatch):
 
     def run(file):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(AboutToTrain):
-            training.run(parse_training("", RA, ["--resume", str(file), "--epochs", "2", "--device", "cpu"]))
+            training.run(
+                parse_training("", RA, ["--resume", str(file), "--epochs", "2", "--device", "cpu", "--other-data"])
+            )
 
     return run
 
@@ -554,7 +556,7 @@ def test_two_processes_at_once_unpack_and_decode_once(monkeypatch, no_network, t
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 @some_mutations
-@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm", "tif", "gif"])
 def test_mutated_images_are_read_or_named(tmp_path, ending, numbers):
     """Anywhere, or some bytes of the beginning, where formats keep their sizes."""
     file = tmp_path / f"picture.{ending}"

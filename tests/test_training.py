@@ -22,7 +22,10 @@ from tests.helpers import (
     assert_same_run,
     files,
     folder,
+    image_folder,
     metrics,
+    pixels,
+    png,
     python,
     settings,
     state,
@@ -229,6 +232,66 @@ def test_a_resume_with_other_data_is_refused_and_records_itself_otherwise(tmp_pa
     )
     with pytest.raises(UsageError, match="was trained on 24 images of 10 classes"):
         train(tmp_path, "--epochs", 4, "--resume", run)
+
+
+def of_pets(root, *flags):
+    train(root, "--dataset", "folder", "--data-dir", root / "pets", "--image-size", 16, "--epochs", 1, *flags)
+
+
+def test_a_resume_with_other_images_needs_a_word_and_one_with_other_code_says_so(tmp_path, capsys):
+    counts = {"cat": 3, "dog": 3}
+    pets = image_folder(tmp_path / "pets", dict.fromkeys(("train", "val", "test"), counts))
+    of_pets(tmp_path)
+    run = folder(tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    assert record["checksums"] == state(run)["checksums"] == torch.load(run / "best_adv_model.pt")["checksums"]
+    assert record["checksums"].keys() == {"training", "selection", "test"}
+    said = capsys.readouterr().out
+    assert "cat: 3, dog: 3" in said and "on the val part (6 images)" in said and "best epoch on the test set" in said
+    train(tmp_path, "--resume", run, "--epochs", 2)
+    said = capsys.readouterr().out
+    assert "\ndata       other" not in said and "\ncode" not in said
+    for part in ("train", "test"):
+        png(pets / part / "dog" / "1.png", pixels(77, 16, 16, 3))
+    before = files(run)
+    with pytest.raises(UsageError, match=r"has other training and test images than .*last_state.pt.*--other-data"):
+        train(tmp_path, "--resume", run, "--epochs", 3)
+    assert files(run) == before
+    saved = state(run)
+    saved["provenance"]["commit"] = "0" * 40
+    torch.save(saved, run / "last_state.pt")
+    train(tmp_path, "--resume", run, "--epochs", 3, "--other-data")
+    said = capsys.readouterr().out
+    assert "data       other training and test images than before, by --other-data" in said
+    assert f"code       commit {'0' * 40} before, " in said
+    assert state(run)["checksums"] != record["checksums"] and "other_data" not in state(run)["recipe"]
+    train(tmp_path, "--resume", run, "--epochs", 4)  # the word was for those images; these are the run's own now
+    assert "other training" not in capsys.readouterr().out
+
+
+def test_a_run_from_before_there_were_checksums_goes_on_as_it_was(tmp_path, capsys):
+    """Its test images selected, whatever else there was."""
+    counts = {"cat": 3, "dog": 3}
+    image_folder(tmp_path / "pets", dict.fromkeys(("train", "val", "test"), counts))
+    of_pets(tmp_path)
+    run = folder(tmp_path)
+    saved = state(run)
+    del saved["checksums"]
+    torch.save(saved, run / "last_state.pt")
+    png(tmp_path / "pets" / "train" / "dog" / "1.png", pixels(77, 16, 16, 3))
+    for epochs in (2, 3):
+        capsys.readouterr()
+        train(tmp_path, "--resume", run, "--epochs", epochs)
+        assert "on the test set (6 images)" in capsys.readouterr().out and not state(run)["checksums"]
+
+
+def test_without_a_test_folder_nothing_reports_and_the_log_says_so(tmp_path, capsys):
+    image_folder(tmp_path / "pets", {"train": {"cat": 4, "dog": 4}})
+    (tmp_path / "pets" / "train" / "cat" / "x.heic").touch()
+    of_pets(tmp_path, "--val-size", 3)
+    said = capsys.readouterr().out
+    assert "on 3 held-out training images (3 images)" in said and "no test folder" in said
+    assert f"left out   1 .heic in {tmp_path}" in said and "best epoch on" not in said
 
 
 def test_a_stop_in_the_final_report_leaves_the_last_state_as_it_is(tmp_path, monkeypatch):

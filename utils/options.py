@@ -199,6 +199,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     idle += ("beta",) * (settings.method == "pgd") + ("cr_beta", "gate", "ra_blocks") * settings.no_ra
     idle += ("awp_warmup",) * (not settings.awp) + ("extra_fraction",) * (not settings.extra_data)
     idle += ("milestones",) * (settings.lr_schedule != "milestones")
+    idle += ("other_data",) * (settings.resume is None)
     parser.say_idle(idle, given)
     return Command(settings, given, script)
 

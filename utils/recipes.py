@@ -154,12 +154,17 @@ class Training:
     save_freq: int = setting(10, whole(1), "keep a checkpoint every N epochs", also=("-s",), free=True)
     seed: int = setting(1, whole(0), "seed of all that is random")
     data_dir: str = setting(
-        "./data", PATH, "where data sets go; for `folder`: train/<class>/ and test/<class>/ or val/<class>/", free=True
+        "./data",
+        PATH,
+        "where data sets go; for `folder`: train/<class>/ and test/<class>/ or val/<class>/. With both val selects the "
+        "epoch. Images are squashed to --image-size, alpha is blended over black, grey becomes three channels",
+        free=True,
     )
     model_dir: str = setting("./model/ANCRA", PATH, "beginning of the run folder's name")
     restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
     ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch")
     resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
+    other_data: bool = setting(False, SWITCH, "let --resume go on with other images than those that the run had")
     precision: str = setting(
         "default",
         PRECISIONS,
@@ -316,5 +321,5 @@ def dataset_defaults(dataset: str) -> Training:
 
 def stored(settings: Training) -> dict[str, Any]:
     """The settings that define a run, as checkpoints keep them: plain values, lists for tuples."""
-    values = {name: value for name, value in asdict(settings).items() if name != "resume"}
+    values = {name: value for name, value in asdict(settings).items() if name not in ("resume", "other_data")}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -116,6 +116,7 @@ def require_state(state: dict, file: Path) -> None:
     if isinstance(recipe, dict) and recipe.get("ema"):
         needed |= {"average": dict, "average_steps": int}
     wrong = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
+    wrong += [key for key in ("checksums", "provenance") if not isinstance(state.get(key, {}), dict)]
     wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:
         raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")

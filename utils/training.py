@@ -26,10 +26,10 @@ from utils.data import (
     augment,
     batches,
     load_extra,
-    load_split,
+    load_splits,
+    parts_of,
     require_same_on_ranks,
     shuffled,
-    subset,
     with_extra,
 )
 from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
@@ -45,14 +45,17 @@ from utils.step import Figures, attack_batch, backward, training_loss
 
 
 class Data(NamedTuple):
-    """The images of a run. selection: those that choose the best epoch, the test images without --val-size.
+    """The images of a run. selection: those that choose the best epoch, the test images where there are no others.
 
+    test: those that report on it; None where there are none. selected, tested: what these two are called.
     extra: those of --extra-data, on the host.
     """
 
     train: Split
     selection: Split
-    test: Split
+    test: Split | None
+    selected: str = "the test set"
+    tested: str = "the test set"
     extra: Split | None = None
 
 
@@ -69,7 +72,7 @@ def run(command: Command) -> None:
             while job.progress["epoch"] <= job.settings.epochs:
                 train_epoch(job, train, data.extra)
                 finish_epoch(job, selection)
-            report(job, data.test)
+            report(job, data)
 
 
 class Run:
@@ -81,7 +84,7 @@ class Run:
 
     def __init__(self, settings: Training, folder: Path, device: torch.device, data: Split) -> None:
         self.settings, self.folder, self.device, self.classes = settings, folder, device, data.classes
-        self.training_images = len(data.labels)
+        self.training_images, self.checksums = len(data.labels), {}
         self.log = open_log(folder / "train.log")
         self.stop = 0  # the signal that asks for a stop
         self.provenance = distributed.from_first(lambda: provenance(device, settings.seed))
@@ -135,6 +138,7 @@ class Run:
             "recipe": stored(settings),
             "epoch": self.progress["epoch"],
             "provenance": self.provenance,
+            "checksums": self.checksums,
         }
 
     def take_folder(self, held: ExitStack) -> None:
@@ -212,8 +216,14 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     with distributed.first_of_the_node_first():
         data = load_training_data(settings)
     where = f"{settings.dataset} in {settings.data_dir}"
-    require_same_on_ranks(where, *filter(None, data))
+    old = state is not None and not state.get("checksums")
+    if old and data.test is not None and not settings.val_size:  # before there were checksums, test images selected
+        data = data._replace(selection=data.test, selected=data.tested)
+    parts = {"training": data.train, "selection": data.selection} | ({"test": data.test} if data.test else {})
+    parts |= {"extra": data.extra} if data.extra else {}
+    sums = require_same_on_ranks(where, *parts.values())
     job = Run(settings, start.folder, device, data.train)
+    job.checksums = {} if old else dict(zip(parts, sums, strict=True))
     if state is None:
         if settings.restart_epoch:
             file = Path(settings.ckpt_url)
@@ -223,25 +233,41 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     elif state["classes"] != list(data.train.classes) or state["training_images"] != job.training_images:
         own = f"{state['training_images']} images of {len(state['classes'])} classes"
         raise UsageError(f"{start.file} was trained on {own}, and {where} differs; name the run's own --data-dir")
+    elif (others := other_parts(job, state)) and not settings.other_data:
+        mend = "name the run's own --data-dir, or go on with these by --other-data"
+        raise UsageError(f"{where} has other {others} images than {start.file} was written with; {mend}")
     else:
         job.restore(state, start.file)
     return job, data
 
 
+def other_parts(job: Run, state: dict) -> str:
+    """The parts of the data whose images are not those that a state was saved with, in words."""
+    return " and ".join(name for name, own in job.checksums.items() if state["checksums"].get(name) != own)
+
+
 def load_training_data(settings: Training) -> Data:
-    """The images of a run, on the CPU."""
-    train = load_split(settings.dataset, "train", settings.data_dir, settings.image_size)
-    test = load_split(settings.dataset, "test", settings.data_dir, settings.image_size)
-    test = selection = subset(test, settings.limit_test)
-    order = shuffled(len(train.labels), 0)
-    if settings.val_size:
-        if settings.val_size > len(order) - 2:
-            raise UsageError(f"--val-size {settings.val_size} leaves too few of {len(order)} training images")
-        selection, order = train.take(order[: settings.val_size]), order[settings.val_size :]
-    if settings.val_size or settings.limit_train is not None:
+    """The images of a run, on the CPU. Of a folder with both, the val part selects and the test part reports."""
+    held_out, parts = settings.val_size, parts_of(settings.dataset, Path(settings.data_dir))
+    tested = "test" if "test" in parts else "val"
+    selecting = "train" if held_out else "val" if "val" in parts else "test"
+    limits = {part: settings.limit_test for part in (selecting, tested) if part in parts or not held_out}
+    limits |= {"train": None if settings.limit_train is None else held_out + settings.limit_train}
+    found = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
+    loaded = dict(zip(limits, found, strict=True))
+    train, selection = loaded["train"], loaded[selecting]
+    test = loaded.get(tested) if held_out or tested == "test" else None  # images that choose the epoch are no test
+    order = shuffled(len(train.labels), 0) if train.numbers is None else torch.arange(len(train.labels))
+    train = train._replace(numbers=None)
+    if held_out:
+        if held_out > len(order) - 2:
+            raise UsageError(f"--val-size {held_out} leaves too few of {len(order)} training images")
+        selection, order = train.take(order[:held_out]), order[held_out:]
+    if held_out or settings.limit_train is not None:
         train = train.take(order[: settings.limit_train])
+    names = {"train": f"{held_out} held-out training images", "val": "the val part", "test": "the test set"}
     extra = None if settings.extra_data is None else load_extra(settings.extra_data, train)
-    return Data(train, selection, test, extra)
+    return Data(train, selection, test, names[selecting], names[tested], extra)
 
 
 def announce(job: Run, data: Data, start: Start) -> None:
@@ -262,6 +288,7 @@ def announce(job: Run, data: Data, start: Start) -> None:
         "classes": list(job.classes),
         "training_images": job.training_images,
         "evaluation_images": len(data.selection.labels),
+        "checksums": job.checksums,
         "ranks": ranks,
     }
     write_record(job.folder / "run.json", job.provenance | record)
@@ -270,6 +297,11 @@ def announce(job: Run, data: Data, start: Start) -> None:
         if start.state["ranks"] != ranks:
             carried = "weights, optimiser, random draws and position carry over; BatchNorm sees other slices"
             job.log(f"ranks      {start.state['ranks']} before, {ranks} now: {carried}")
+        if job.checksums and (others := other_parts(job, start.state)):
+            job.log(f"data       other {others} images than before, by --other-data")
+        before, now = start.state.get("provenance", {}).get("commit"), job.provenance["commit"]
+        if isinstance(before, str) and before.isprintable() and before != now:
+            job.log(f"code       commit {before[:41]} before, {now or 'unknown'} now: other code may compute otherwise")
 
 
 def describe(job: Run, data: Data) -> str:
@@ -278,13 +310,19 @@ def describe(job: Run, data: Data) -> str:
     parts = [] if s.no_ra else ["reverse attention"]
     parts += [] if s.no_anc else [f"asymmetric negative contrast ({s.strategy}, alpha {s.alpha}, zeta {s.zeta})"]
     ranks = f", {distributed.world()} ranks" if distributed.world() > 1 else ""
-    selected = f"{s.val_size} held-out training images" if s.val_size else "the test set"
+    counts = torch.bincount(data.train.labels, minlength=len(job.classes)).tolist()
+    each = ", ".join(f"{name}: {count}" for name, count in zip(job.classes, counts, strict=True))
+    if len(counts) > 20:
+        each = f"{min(counts)} to {max(counts)} training images each"
+    left = "; ".join(dict.fromkeys(split.note for split in data[:3] if split is not None and split.note))
     lines = {
         "method": f"{s.method}, {' and '.join(parts) or 'plain'}; beta {s.beta}, inner {s.inner}",
         "network": f"{s.arch}, width {s.width or 'as published'}, {job.parameters:,} parameters",
         "data": f"{s.dataset}, {len(job.classes)} classes, {job.training_images} training images, side "
         f"{s.image_size}, augmentation {s.augmentation}",
-        "selection": f"by pgd40_heads on {selected} ({len(data.selection.labels)} images)",
+        "classes": each,
+        **({"left out": left} if left else {}),
+        "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
         "attack": f"L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
         **({"with": ", ".join(more)} if (more := combined(stored(s))) else {}),
         "optimiser": f"SGD lr {s.lr}, x0.1 at {list(s.milestones)}, momentum {s.momentum}, weight decay "
@@ -479,23 +517,24 @@ def best_row(rows: list[dict]) -> dict | None:
     return max(evaluated, key=lambda row: row["pgd40_heads_accuracy"], default=None)
 
 
-def report(job: Run, test: Split) -> None:
+def report(job: Run, data: Data) -> None:
     """The last and the best epoch's figures, and where everything is."""
     rows, folder, settings = job.progress["rows"], job.folder, job.settings
     if not rows:
         job.log("nothing left to train")
         return
-    where = f"{settings.val_size} held-out training images" if settings.val_size else "the test set"
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
         if row and row["natural_accuracy"] is not None:
             job.log(
                 f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
-                f"{row['pgd40_heads_accuracy']:.2f} % on {where} at eps {settings.epsilon:.4g}"
+                f"{row['pgd40_heads_accuracy']:.2f} % on {data.selected} at eps {settings.epsilon:.4g}"
             )
-    if settings.val_size:
+    if data.test is None:
+        job.log("no test folder: no figure is of images that did not choose the epoch")
+    elif data.test is not data.selection:
         best, _ = distributed.from_first(lambda: load_model(folder / BEST))  # not into job.model, which a stop saves
-        natural, robust = evaluate(job, best.to(job.device), test.to(job.device))
-        job.log(f"best epoch on the test set: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
+        natural, robust = evaluate(job, best.to(job.device), data.test.to(job.device))
+        job.log(f"best epoch on {data.tested}: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
     job.log(
         f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
         f"python test_white_attack.py --ckpt_url {shlex.quote(str(folder / BEST))}"
