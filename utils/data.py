@@ -33,7 +33,7 @@ IMAGE_ENDINGS |= {".ppm", ".pgm", ".pbm", ".pnm"}
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")  # Pillow would take others, whatever the name says
 DECODING = 2  # raised when image files become other tensors, so that caches from before are not taken
 PARTS = {"train": "train(ing)?", "val": "val(id|idation)?", "test": "test(ing)?"}  # how people name a folder's parts
-LAYOUT = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/, or a training --val-size)"
+LAYOUT = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/, or to train with --val-size)"
 
 
 class Split(NamedTuple):
@@ -41,7 +41,7 @@ class Split(NamedTuple):
 
     words: what people call the classes, synonyms between commas, where the names are codes (wnids); otherwise empty.
     numbers: (N,) the images' places in the whole part, where this is a subset of it; otherwise None. whole: how many
-    images that part has, then. note: what was left out of a folder, where anything was.
+    images that part has, then. note: what to know of a folder: files left out, another part taken.
     """
 
     images: Tensor
@@ -79,10 +79,10 @@ def load_split(dataset: str, part: str, data_dir: str, image_size: int, limit: i
     part: `train` or `test`; of a `folder` also `val`, which is its test part where it has no other.
     Errors: UsageError that names what is missing, corrupt or of another size, and how to get it.
     """
-    return load_splits(dataset, {part: limit}, data_dir, image_size)[0]
+    return load_splits(dataset, {part: limit}, data_dir, image_size)[part]
 
 
-def load_splits(dataset: str, limits: Mapping[str, int | None], data_dir: str, image_size: int) -> list[Split]:
+def load_splits(dataset: str, limits: Mapping[str, int | None], data_dir: str, image_size: int) -> dict[str, Split]:
     """`load_split` of each part that `limits` names; images that cannot be read are named once, for all parts."""
     sizes = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}
     if image_size != sizes.get(dataset, image_size):
@@ -95,11 +95,12 @@ def load_splits(dataset: str, limits: Mapping[str, int | None], data_dir: str, i
     count, unreadable = sum(len(part.files) for part in found if isinstance(part, Listed)), []
     if count and distributed.first():
         print(f"{count:,} images of side {image_size} take {count * 3 * image_size**2 / 1e6:,.1f} MB of memory")
-    splits = [_decoded(part, image_size, unreadable) if isinstance(part, Listed) else part for part in found]
+    loaded = [_decoded(part, image_size, unreadable) if isinstance(part, Listed) else part for part in found]
     if unreadable:
         named = sorted(unreadable)[:10] + [f"and {len(unreadable) - 10} more"] * (len(unreadable) > 10)
         raise UsageError(f"replace or remove {len(unreadable)} of {count} images: {'; '.join(named)}")
-    for part, split in zip(limits, splits, strict=True):
+    splits = dict(zip(limits, loaded, strict=True))
+    for part, split in splits.items():
         if (wrong := _flaw(split, image_size)) is not None:
             raise UsageError(f"{dataset}, {part} part, in {data_dir}: {wrong}; get the data set anew")
     return splits
@@ -287,8 +288,9 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Listed
     except (OSError, ValueError, IndexError) as error:
         mend = "remove it, and it is unpacked anew from the zip"
         raise UsageError(f"{root} is incomplete ({first_line(error)}); {mend}") from error
-    words = tuple(named.get(wnid, "").strip() or wnid for wnid in wnids)
-    split = Split(torch.empty(len(labels), 0), labels, tuple(wnids), words)
+    split = Split(
+        torch.empty(len(labels), 0), labels, tuple(wnids), tuple(named.get(w, "").strip() or w for w in wnids)
+    )
     return Listed(split, [f for f, _ in pairs], root / f"decoded-{part}.pt")
 
 
@@ -339,7 +341,7 @@ def parts_of(dataset: str, data_dir: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in filter(Path.is_dir, _visible(data_dir)):
         for part, names in PARTS.items():
-            if re.fullmatch(names, folder.name, re.IGNORECASE) and found.setdefault(part, folder) != folder:
+            if re.fullmatch(f"({names})([ _-]?set)?", folder.name, re.I) and found.setdefault(part, folder) != folder:
                 raise UsageError(f"{found[part]} and {folder.name} are both a {part} part; leave one of them there")
     return found
 
@@ -367,11 +369,13 @@ def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Listed:
         images = [f for f in inside if f.suffix.lower() in IMAGE_ENDINGS]
         if not images:
             raise UsageError(f"{root / name} holds no image ({', '.join(sorted(IMAGE_ENDINGS))})")
-        left.update(f.suffix.lower() or "without ending" for f in inside if f.suffix.lower() not in IMAGE_ENDINGS)
+        others = sorted({*inside} - {*images})
+        left.update("folder" if f.is_dir() else f.suffix.lower() or "without ending" for f in others)
         files += images
         labels += [label] * len(images)
-    note = f"{', '.join(f'{count} {ending}' for ending, count in left.most_common())} in {root}" if left else ""
-    split = Split(torch.empty(len(files), 0), torch.tensor(labels), tuple(classes), note=note)
+    out = ", ".join(f"{count} {ending}" for ending, count in left.most_common())
+    notes = [f"left out {out} in {root}"] * bool(left) + [f"{root} taken as test part"] * (root != parts.get(part))
+    split = Split(torch.empty(len(files), 0), torch.tensor(labels), tuple(classes), note="; ".join(notes))
     return Listed(split, files, data_dir / f"decoded-{root.name}-{size}.pt")
 
 

@@ -130,8 +130,8 @@ class Subject(NamedTuple):
         ra = "with" if self.info["reverse_attention"] else "without"
         count = len(self.split.labels)
         part = f", the first of {self.of} after a fixed shuffle" if self.of > count else ""
-        left = f"; left out: {self.split.note}" if self.split.note else ""
-        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}{left}"
+        note = f"; {self.split.note}" if self.split.note else ""
+        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}{note}"
 
 
 def looked_at(

@@ -253,12 +253,10 @@ def load_training_data(settings: Training) -> Data:
     selecting = "train" if held_out else "val" if "val" in parts else "test"
     limits = {part: settings.limit_test for part in (selecting, tested) if part in parts or not held_out}
     limits |= {"train": None if settings.limit_train is None else held_out + settings.limit_train}
-    found = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
-    loaded = dict(zip(limits, found, strict=True))
-    train, selection = loaded["train"], loaded[selecting]
+    loaded = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
+    train, selection, numbers = loaded["train"]._replace(numbers=None), loaded[selecting], loaded["train"].numbers
     test = loaded.get(tested) if held_out or tested == "test" else None  # images that choose the epoch are no test
-    order = shuffled(len(train.labels), 0) if train.numbers is None else torch.arange(len(train.labels))
-    train = train._replace(numbers=None)
+    order = shuffled(len(train.labels), 0) if numbers is None else torch.arange(len(train.labels))  # shuffled already
     if held_out:
         if held_out > len(order) - 2:
             raise UsageError(f"--val-size {held_out} leaves too few of {len(order)} training images")
@@ -314,14 +312,14 @@ def describe(job: Run, data: Data) -> str:
     each = ", ".join(f"{name}: {count}" for name, count in zip(job.classes, counts, strict=True))
     if len(counts) > 20:
         each = f"{min(counts)} to {max(counts)} training images each"
-    left = "; ".join(dict.fromkeys(split.note for split in data[:3] if split is not None and split.note))
+    notes = "; ".join(dict.fromkeys(split.note for split in data[:3] if split is not None and split.note))
     lines = {
         "method": f"{s.method}, {' and '.join(parts) or 'plain'}; beta {s.beta}, inner {s.inner}",
         "network": f"{s.arch}, width {s.width or 'as published'}, {job.parameters:,} parameters",
         "data": f"{s.dataset}, {len(job.classes)} classes, {job.training_images} training images, side "
         f"{s.image_size}, augmentation {s.augmentation}",
         "classes": each,
-        **({"left out": left} if left else {}),
+        **({"note": notes} if notes else {}),
         "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
         "attack": f"L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
         **({"with": ", ".join(more)} if (more := combined(stored(s))) else {}),
