@@ -288,9 +288,7 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Listed
     except (OSError, ValueError, IndexError) as error:
         mend = "remove it, and it is unpacked anew from the zip"
         raise UsageError(f"{root} is incomplete ({first_line(error)}); {mend}") from error
-    split = Split(
-        torch.empty(len(labels), 0), labels, tuple(wnids), tuple(named.get(w, "").strip() or w for w in wnids)
-    )
+    split = Split(torch.empty(len(pairs), 0), labels, tuple(wnids), tuple(named.get(w, "").strip() or w for w in wnids))
     return Listed(split, [f for f, _ in pairs], root / f"decoded-{part}.pt")
 
 
