@@ -65,6 +65,7 @@ class ReverseAttentionNetwork(nn.Module):
 
     A network says what its blocks are by four hooks: `trunk(x)` (all before the last two blocks), `last_blocks()`,
     `activate(z)` (what a pre-activation network applies to the map of a last block) and `classifier`.
+    normalise: what is done to images first, None for nothing; of published networks that were trained so.
     """
 
     pool_window: int | None = None
@@ -72,6 +73,10 @@ class ReverseAttentionNetwork(nn.Module):
     gate = "label"  # how maps are weighted, see `gate_of`
     ra_blocks = 2  # of the last two blocks; 1: the last one alone
     predict = "final"  # the head that answers: `final`, `auxiliary1`, `auxiliary2`
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalise: nn.Module | None = None
 
     def trunk(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -97,14 +102,14 @@ class ReverseAttentionNetwork(nn.Module):
         return None if self.gate == "predicted" else self.gate
 
     def forward(self, x: Tensor, gate: Gate = None, heads: bool = False) -> Tensor | Heads:
-        """Classify images x (N, 3, H, W), in [0, 1] and not normalised, into logits (N, C), or `Heads`.
+        """Classify images x (N, 3, H, W), in [0, 1] whatever `normalise` is, into logits (N, C), or `Heads`.
 
         gate: the class whose row of W weights the maps: None by prediction (attacks, evaluation), labels (N,) (training
         forwards), weights over classes (N, C), or a pair of these, one for each block. A plain network ignores it.
         A network whose own `gate` is another takes that one instead of a prediction or labels. Whether the network is
         in train or eval mode is left as it is.
         """
-        z = self.trunk(x)
+        z = self.trunk(x if self.normalise is None else self.normalise(x))
         first, last = self.last_blocks()
         auxiliary = []
         if self.reverse_attention:

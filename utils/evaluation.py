@@ -12,16 +12,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.normalise import Normalise
 from utils import distributed
-from utils.checkpoints import checkpoint_file, load_model
+from utils.checkpoints import checkpoint_file, load_model, told
 from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks
 from utils.devices import computing, pick_device
 from utils.errors import RunError, UsageError, first_line
-from utils.recipes import DATASETS, Checkpoint, Evaluation, Training, combined, dataset_defaults
+from utils.recipes import (
+    CLASSES,
+    DATASETS,
+    NORMALISATIONS,
+    Checkpoint,
+    Evaluation,
+    Training,
+    combined,
+    dataset_defaults,
+)
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Progress = Callable[[int], None]  # is told of the images of each batch that is done
+
+FEW = 100  # images that tell whether a file was read as it was meant
 
 
 def over_images(
@@ -101,6 +113,7 @@ class Subject(NamedTuple):
     eps: float
     step_size: float
     of: int = 0  # how many test images the data set has, where `split` may be a part of them
+    notes: tuple[str, ...] = ()  # what was assumed of it, and doubts of that; they stand beside every figure of it
 
     @property
     def recipe(self) -> dict:
@@ -154,15 +167,20 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     Errors: UsageError where checkpoint and data set do not match.
     """
     device, file = pick_device(settings.device, settings.no_cuda), checkpoint_file(path)
-    said = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "dataset", "gate", "ra_blocks")}
+    about = ("key", "arch", "width", "image_size", "dataset", "mean", "std", "gate", "ra_blocks")
+    said = {key: getattr(settings, key) for key in about}
     model, info = load_model(file, device, reverse_attention=False if settings.no_ra else None, **said)
     answer_by(model, settings.predict, file)
     dataset = info["dataset"] or Training.dataset
-    if info["dataset"] is None and distributed.first():
-        print(f"a bare state dict, taken as {info['arch']} on {dataset}; --dataset and --no-ra say otherwise")
     if dataset not in DATASETS:
         known = ", ".join(DATASETS)
         raise UsageError(f"{file} was trained on {dataset!r}, unknown here; name one of {known} by --dataset")
+    count, fitting = info["num_classes"], [name for name, of in CLASSES.items() if of == info["num_classes"]]
+    if info["notes"] and CLASSES.get(dataset, count) != count:  # before anything is downloaded
+        both = f"{file} has {count} classes and {dataset} has {CLASSES[dataset]}"
+        raise UsageError(f"{both}; name the data set it was trained on by --dataset {' or '.join(fitting) or 'folder'}")
+    unnamed = [] if info["dataset"] else [f"taken for a network of {dataset}, since --dataset names no other"]
+    notes = told(file, info["notes"] + unnamed)
     own = info["recipe"].get("data_dir") if isinstance(info["recipe"], dict) else None
     found = isinstance(own, str) and "\0" not in own and Path(own).is_dir()  # as the training's, here too
     data_dir = settings.data_dir or (own if found else Training.data_dir)
@@ -174,12 +192,34 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
             print(f"{moved}; taking {data_dir}")
     subject = Subject(file, model, info, *looked_at(settings, dataset, data_dir, info["image_size"], device))
     classes = subject.split.classes
-    if len(classes) != info["num_classes"]:
-        both = f"{file} has {info['num_classes']} classes and {dataset} has {len(classes)}"
-        raise UsageError(f"{both}; name the data set it was trained on by --dataset")
+    if len(classes) != count:
+        raise UsageError(f"{file} has {count} classes and {dataset} has {len(classes)}; name its own data by --dataset")
     if info["classes"] is not None and list(classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
-    return subject
+    return subject._replace(notes=notes + told(file, doubts(subject, settings) if notes else []))
+
+
+@torch.no_grad()
+def doubts(subject: Subject, settings: Checkpoint) -> list[str]:
+    """What speaks against the way in which a published file was read: that few of some natural images are right."""
+    model, count = subject.model, min(FEW, settings.test_batch_size, len(subject.split.labels))
+    batch = subject.split.take(torch.arange(count, device=subject.split.labels.device))
+    own, shares = (model.reverse_attention, model.normalise), {}
+    images = {"": own[1]}
+    if settings.mean or own[1] is None:  # the file's own is no guess
+        images = {"": None} | {f" --mean {n} --std {n}": Normalise(**of) for n, of in NORMALISATIONS.items()}
+    ways = {ra + by: (not ra, how) for ra in ("", " --no-ra") for by, how in images.items()}
+    for flags, way in {"as taken": own, **ways}.items():
+        if shares.get("as taken", 0) < 90:
+            model.reverse_attention, model.normalise = way
+            shares[flags] = percent(model.to(batch.labels.device)(as_input(batch.images)).argmax(1) == batch.labels)
+    model.reverse_attention, model.normalise = own
+    best = max(shares, key=lambda flags: shares[flags] - len(flags.split()) / 2)
+    said = f"only {shares['as taken']:.1f} % of {count} natural images are right"
+    if shares[best] > shares["as taken"] + 100 / count**0.5:
+        return [f"{said}; {shares[best]:.1f} % are with{best or ' none of --no-ra, --mean and --std'}, or the like"]
+    near = shares["as taken"] < 100 / len(subject.split.classes) + 10
+    return [f"{said}, near chance; is {subject.dataset} its data, and were --arch, --width, --key meant so?"] * near
 
 
 def answer_by(model: nn.Module, predict: str, file: Path) -> None:

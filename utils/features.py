@@ -198,7 +198,7 @@ def origin(subjects: Sequence[Subject], settings: Distances | Umap) -> dict:
     first, seed = subjects[0], settings.seed
     about = {"checkpoints": [str(s.file) for s in subjects], "dataset": first.dataset, "features": settings.features}
     about |= {"epsilon": first.eps, "step_size": first.step_size, "num_steps": settings.num_steps, "seed": seed}
-    about["precision"] = settings.precision
+    about |= {"precision": settings.precision, "notes": [s.notes for s in subjects]}
     return about | {"provenance": provenance(first.split.labels.device, seed)}
 
 

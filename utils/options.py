@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
+from utils import recipes
 from utils.errors import GRACE, first_process
 from utils.recipes import ATTACKS, SWITCH, TRUTH, Evaluation, Kind, S, Setting, Training, Umap, described, resolve
 
@@ -68,6 +69,17 @@ def _attacks(kind: Kind, text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _channels(kind: Kind, text: str) -> tuple[float, ...]:
+    """A number for each of red, green and blue, or published ones by name."""
+    known = recipes.NORMALISATIONS
+    if text in known:
+        return known[text][kind.name]
+    parts = text.strip("()[] ").split(",")
+    if len(parts) != 3:
+        _wrong(f"{text!r} is neither three numbers, such as 0.49,0.48,0.45, nor one of {', '.join(known)}")
+    return tuple(_number(kind, part) for part in parts)
+
+
 def _truth(kind: Kind, text: str) -> bool:
     """True or False, in the usual spellings."""
     known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -92,9 +104,10 @@ def _file_name(kind: Kind, text: str) -> str:
 
 READERS: dict[str, Callable[[Kind, str], Any]] = {
     "number": _number, "whole": _whole, "side": _side, "epochs": _epochs, "attacks": _attacks, "truth": _truth,
-    "path": _path, "path or own": _path, "word": _word, "file name": _file_name,
+    "path": _path, "path or own": _path, "word": _word, "file name": _file_name, "mean": _channels, "std": _channels,
 }  # fmt: skip
 METAVARS = {"number": "X", "epochs": "E,E", "attacks": "A,A", "truth": "BOOL", "path": "PATH", "path or own": "PATH"}
+METAVARS |= {"mean": "R,G,B", "std": "R,G,B", "word": "NAME"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -212,12 +225,14 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
         if about.required and name not in given:
             parser.error(f"--{name} is required: {about.help}")
     settings = resolve(cls, given)
+    if ("mean" in given) != ("std" in given):
+        parser.error("--mean and --std need each other, such as --mean cifar10 --std cifar10")
     if cls is Evaluation:
         if (settings.ckpt_url is None) == (settings.model is None):
             parser.error("one of --ckpt_url PATH, a checkpoint file or a run folder, and --model M:F is required")
         adaptive = "adaptive" in settings.attacks
         idle = () if adaptive else ("restarts",) if settings.diagnostics else ("restarts", "surrogate")
-        parser.say_idle((*idle, *(("arch", "width", "no_ra") if settings.model else ())), given)
+        parser.say_idle((*idle, *(("arch", "width", "no_ra", "key", "mean", "std") if settings.model else ())), given)
     if cls is Umap and settings.labels is not None:
         if len(set(settings.labels)) < len(settings.labels):
             parser.error("--labels names two panels alike")

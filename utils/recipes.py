@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 METHODS = ("pgd", "trades", "mart")
 ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "digits", "folder")
+CLASSES = {"cifar10": 10, "digits": 10, "cifar100": 100, "tiny-imagenet": 200}  # those of a folder are its own
 STRATEGIES = ("random", "soft", "hard", "easy")
 CHOICES_OF_NEGATIVES = tuple(strategy + adversarial for strategy in STRATEGIES for adversarial in ("", "_adv"))
 AUGMENTATIONS = ("crop-flip", "crop", "none")
@@ -25,6 +26,12 @@ LARGEST_SIDE = 1024
 # Settings that combine the method with something else, and what a run is called that has one
 COMPANIONS = {"awp": "AWP", "ema": "EMA", "extra_data": "extra data", "label_smoothing": "label smoothing"}
 COMPANIONS |= {"lr_schedule": "schedule", "warmup_lr": "lr warm-up", "gate": "gate", "ra_blocks": "RA blocks"}
+NORMALISATIONS = {  # of red, green and blue, of training images in [0, 1], as published networks use them
+    "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)},
+    "cifar100": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+    "tiny-imagenet": {"mean": (0.4802, 0.4481, 0.3975), "std": (0.277, 0.2691, 0.2821)},
+    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ def number(low: float = 0, high: float = math.inf, above: bool = False, below: b
 
 EPOCHS, SIDE, SWITCH, TRUTH = Kind("epochs"), Kind("side", 16, LARGEST_SIDE), Kind("switch"), Kind("truth")
 PATH, WORD, FILE_NAME, SEVERAL_ATTACKS = Kind("path"), Kind("word"), Kind("file name"), Kind("attacks")
+MEAN, STD = Kind("mean", 0, 1), Kind("std", 0, 1, above=True)  # by channel
 PATH_OR_OWN = Kind("path or own")  # `--resume` alone means this command's own run
 
 
@@ -203,6 +211,11 @@ class Checkpoint:
     gate: str | None = again("gate", None)
     ra_blocks: int | None = again("ra_blocks", None)
     predict: str = setting("final", PREDICTIONS, "head whose logits are the network's answer")
+    mean: tuple[float, ...] | None = setting(
+        None, MEAN, f"a network of normalised images: three numbers, or {', '.join(NORMALISATIONS)}; attacks see [0, 1]"
+    )
+    std: tuple[float, ...] | None = setting(None, STD, "as --mean")
+    key: str | None = setting(None, WORD, "which weights of a file that holds several, such as model_ema")
     n_examples: int | None = setting(None, whole(1), "first N test images of a fixed shuffle", also=("--limit-test",))
     test_batch_size: int = again("test_batch_size", 200, help="images a batch")
     epsilon: float | None = again("epsilon", None, help="L-infinity radius on [0, 1] (default: the data set's)")

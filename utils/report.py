@@ -104,6 +104,7 @@ def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
         yield f"{name:<{width}}  {percent(row.right):>8.2f}  {f'{low:.2f} - {high:.2f}':>14}  {count:>6}  {seconds:>8}"
     if subject.of > count:
         yield f"note: {count} of {subject.of} test images, the first after a fixed shuffle"
+    yield from (f"note: {note}" for note in subject.notes)
     for name, row in rows.items():
         for note in row.notes:
             yield f"note, {name}: {note}"
@@ -122,13 +123,14 @@ def write_json(
 
     verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
     """
-    split, known = subject.split, ("arch", "width", "reverse_attention", "epoch", "image_size", "recipe")
+    split, known = subject.split, ("arch", "width", "reverse_attention", "epoch", "image_size", "recipe", "mean", "std")
     said = ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")
     said += ("test_batch_size", "n_examples", "diagnostics", "precision", "predict")
     record = {
         "provenance": origin,
         "checkpoint": str(subject.file),
         "network": {"method": subject.method} | {key: subject.info.get(key) for key in known},
+        "notes": subject.notes,
         "dataset": subject.dataset,
         "images": len(split.labels),
         "image_numbers": None if split.numbers is None else split.numbers.tolist(),

@@ -25,7 +25,7 @@ from utils.adaptive import View, adaptive, views
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, frozen, margin, margins, noise, pgd
 from utils.autoattack import BLOCK, Says, autoattack
 from utils.autoattack import VERSION as AUTOATTACK_VERSION
-from utils.checkpoints import load_model
+from utils.checkpoints import load_model, told
 from utils.data import Split, as_input, numbers_of
 from utils.devices import computing
 from utils.errors import Stopped, UsageError, stop_signals
@@ -254,6 +254,7 @@ def load_surrogate(path: str, subject: Subject) -> nn.Module:
     """The network of --surrogate, on the device of the subject; UsageError where it does not take its images."""
     split = subject.split
     surrogate, info = load_model(path, split.labels.device)
+    told(Path(path), info["notes"])
     classes, dataset, side = info["num_classes"], info["dataset"], info["image_size"]
     fits = side == split.images.shape[-1] or not info["arch"].startswith("PreAct")  # others take any size
     if not fits or classes != len(split.classes) or dataset not in (None, subject.dataset):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from models import build_model
 from utils import distributed, runs
 from utils.attacks import Standing, frozen, pgd40_heads
-from utils.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, read, save
+from utils.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, load_weights, save
 from utils.companions import Average, adversarial_weights, learning_rate
 from utils.data import (
     Split,
@@ -226,9 +226,7 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     job.checksums = {} if old else dict(zip(parts, sums, strict=True))
     if state is None:
         if settings.restart_epoch:
-            file = Path(settings.ckpt_url)
-            weights = distributed.from_first(lambda: read(file))
-            load_state(job.model, weights.get("model", weights), file)
+            load_weights(job.model, Path(settings.ckpt_url))
         distributed.from_first(lambda: job.take_folder(held))
     elif state["classes"] != list(data.train.classes) or state["training_images"] != job.training_images:
         own = f"{state['training_images']} images of {len(state['classes'])} classes"
