@@ -1,6 +1,7 @@
 """Wrong use and bad input: one clear line on standard error, exit status 2, nothing written or overwritten."""
 
 import math
+import os
 import pickle
 import shutil
 import sys
@@ -53,6 +54,18 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 # flags
 
 
+CHANNELS = [
+    "",
+    " ",
+    "nonsense",
+    "cifar",
+    "0.5",
+    "0.1,0.2",
+    "0.1,0.2,0.3,0.4",
+    "nan,0.1,0.1",
+    "-1,0.1,0.1",
+    "125,123,114",
+]
 NUMBERS = ["", " ", "nonsense", "nan", "inf", "-inf", "1e999", "-1", "1,", "0x10", "٣x", "--", "9" * 5000]
 WRONG = {  # by kind of setting
     "number": NUMBERS,
@@ -65,6 +78,8 @@ WRONG = {  # by kind of setting
     "path or own": ["", " ", "a\nb"],
     "word": ["", " "],
     "file name": ["", " ", "a/b", ".hidden"],
+    "mean": CHANNELS,
+    "std": [*CHANNELS, "0,0.1,0.1"],
     "switch": ["", "yes"],
 }
 
@@ -288,7 +303,16 @@ NO_CHECKPOINTS = {  # what is wrong with a file, and how it is written
     "model is a number": lambda path: torch.save({"model": 3}, path),
     "model is empty": lambda path: torch.save({"model": {}, "arch": "ResNet18"}, path),
     "whole module": lambda path: torch.save(torch.nn.Linear(2, 2), path),
+    "holds itself": lambda path: torch.save(held_by_itself(), path),
 }
+
+
+def held_by_itself():
+    """Dictionaries that all hold one another: ways through them are beyond counting."""
+    parts = [{} for _ in range(60)]
+    for part in parts:
+        part |= {f"{i}": other for i, other in enumerate(parts)}
+    return parts[0]
 
 
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
@@ -314,7 +338,7 @@ def test_a_checkpoint_never_runs_code(refused, restart, tmp_path, how, wrapped):
     torch.load(file, weights_only=False) if how != "pickle" else pickle.loads(file.read_bytes())
     marker.rmdir()  # raises unless the payload works
     for argv in ((ATTACK, "--ckpt_url", file, *EVALUATE), restart(file), (ANCRA, *DIGITS, "--resume", file)):
-        refused(*argv, mentions=(file, "run code" if how != "pickle" else ""))
+        refused(*argv, mentions=(file, f"run code, {os.mkdir.__module__}.mkdir" if how != "pickle" else "", "re-save"))
         assert not marker.exists()
 
 
@@ -326,13 +350,51 @@ def test_a_checkpoint_that_is_not_there_is_named(refused, tmp_path):
 def test_a_checkpoint_of_another_number_of_classes_or_kind_of_network_is_named(refused, restart, tmp_path):
     file = checkpoint(tmp_path / "weights.pt", num_classes=7)
     refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file, "7 classes", "digits has 10"))
-    refused(*restart(file), mentions=(file, "(7, 32)", "(10, 32)"))
+    refused(*restart(file), mentions=(file, "(7, 32)", "(10, 32)", "7 classes, not 10"))
     refused(*restart(checkpoint(file, arch="PreActResNet18")), mentions=(file, "architecture"))
+
+
+MISREAD = {  # what is in a file that cannot be read as it is meant, and what is said
+    "another data set": (lambda net: net | {"fc.weight": torch.ones(100, 32), "fc.bias": torch.ones(100)}, "cifar100"),
+    "unknown": (lambda net: {"epoch": 3, "generator": {"weight": torch.ones(3)}}, "it holds epoch, generator"),
+    "nothing of the name": (lambda net: {"state_dict": net}, "network called ema; it holds state_dict"),
+    "another network before it": (lambda net: wrapped(net) | {"denoise.weight": torch.ones(3)}, "denoise.weight"),
+    "a mean alone": (lambda net: net | {"mean": torch.ones(3)}, "unexpected mean"),
+    "images of 0 to 255": (lambda net: net | {"mean": torch.ones(3) * 120, "std": torch.ones(3)}, "not of images in"),
+}
+
+
+def wrapped(net, prefix="model."):
+    return {f"{prefix}{key}": value for key, value in net.items()}
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_a_published_file_that_would_be_misread_is_named(refused, no_network, tmp_path, kind):
+    """Before anything is downloaded: where --dataset is left out, too."""
+    change, said = MISREAD[kind]
+    file = checkpoint(tmp_path / "weights.pt")
+    torch.save(change(torch.load(file, weights_only=True)["model"]), file)
+    flags = ("--key", "ema") if kind == "nothing of the name" else ()
+    refused(ATTACK, "--ckpt_url", file, "--device", "cpu", *flags, mentions=(file, said))
+
+
+def test_training_does_not_start_from_a_network_of_normalised_images(refused, restart, tmp_path):
+    file = checkpoint(tmp_path / "weights.pt")
+    net = torch.load(file, weights_only=True)["model"]
+    torch.save(wrapped(net) | {"normalize.mean": torch.ones(3) / 2, "normalize.std": torch.ones(3)}, file)
+    refused(*restart(file), mentions=(file, "normalised"))
+
+
+def test_mean_and_std_come_together(refused, tmp_path):
+    for flag in ("--mean", "--std"):
+        refused(ATTACK, "--ckpt_url", tmp_path, f"{flag}=cifar10", mentions=("--mean and --std need each other",))
 
 
 @pytest.mark.parametrize(
     "flags, mentions",
     [
+        ("--mean cifar10 --std cifar10", ["mean None", "0.4914"]),
+        ("--key model", ["leave --key out"]),
         ("--arch WRN-34-10", ["ResNet18", "WRN-34-10"]),
         ("--arch PreActResNet18", ["ResNet18", "PreActResNet18"]),
         ("--width 8", ["4", "8"]),

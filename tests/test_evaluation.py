@@ -1,12 +1,14 @@
 """Attacks of the evaluation, the loop over a split, verdicts, and what the script makes of a checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import checkpoint, digits_checkpoint, digits_split, image_folder
+from models import build_model
+from tests.helpers import checkpoint, digits_checkpoint, digits_content, digits_split, image_folder
 from tests.tiny_networks import with_ra
 from utils.attacks import (
     cross_entropy,
@@ -20,15 +22,17 @@ from utils.attacks import (
     pgd,
     pgd40_heads,
 )
+from utils.checkpoints import load_model
 from utils.data import as_input, subset
 from utils.errors import UsageError
 from utils.evaluation import Subject, over_images, percent, verdicts
 from utils.options import parse
-from utils.recipes import Evaluation
-from utils.robustness import white_attack
+from utils.recipes import NORMALISATIONS, Evaluation
+from utils.robustness import fingerprint, white_attack
 
 EPS, STEP = 0.1, 0.02
 QUICK = ("--attacks", "natural,fgsm,pgd,cw")
+DIGITS_ALONE = ("--dataset", "digits", "--limit-test", "120", "--attacks", "natural")
 
 
 def test_pgd_stays_in_ball_and_range_and_shows_every_iterate():
@@ -158,12 +162,117 @@ def test_a_checkpoint_knows_its_data_and_refuses_others(tmp_path, capsys):
         run(*short)
 
 
-def test_a_published_bare_state_dict_evaluates(trained, tmp_path, capsys):
-    bare = {f"module.{key}": value for key, value in trained[0].state_dict().items()}
-    torch.save(bare | {"module.sub_block1.layer.0.bn1.weight": torch.ones(1)}, tmp_path / "published.pt")
-    flags = ("--dataset", "digits", "--limit-test", "20", "--num-steps", "2", *QUICK)
-    run("--ckpt_url", tmp_path / "published.pt", *flags)
-    assert "ResNet18 with reverse attention, digits, 20 test images" in capsys.readouterr().out
+def named(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def buffers(mean="mean", std="std"):
+    return {mean: torch.tensor([0.25, 0.5, 0.125])[None, :, None, None], std: torch.tensor([0.5])}
+
+
+PUBLISHED = {  # how a state dict may lie in a file; the other network would be the wrong one
+    "bare": lambda net, other: net,
+    "official": lambda net, other: named("module.", net | {"sub_block1.layer.0.bn1.weight": torch.ones(1)}),
+    "net": lambda net, other: {"net": net, "acc": 93.1, "epoch": 7, "arch": "resnet"},
+    "model_state_dict": lambda net, other: {"epoch": torch.tensor(7), "model_state_dict": named("_orig_mod.", net)},
+    "compiled and parallel": lambda net, other: {"state_dict": named("module._orig_mod.model.", net)},
+    "nested": lambda net, other: {"checkpoint": {"state": {"model": net}}, "optimizer": {"state": {0: {"a": [1]}}}},
+    "average before it": lambda net, other: {"model_ema": {"module": other}, "model": net},
+    "average inside": lambda net, other: {"state_dict": named("ema_model.", other) | named("model.", net)},
+    "average alone": lambda net, other: {"ema": {"shadow": net}},
+    "average by --key": lambda net, other: {"model": other, "model_ema": named("module.", net)},
+    "averaged": lambda net, other: named("module.", net) | {"n_averaged": torch.tensor(3)},
+    "linear": lambda net, other: {key.replace("fc.", "linear."): value for key, value in net.items()},
+    "old": lambda net, other: {key: value for key, value in net.items() if "num_batches" not in key},
+    "normalised": lambda net, other: named("model.", net) | buffers("normalize.mean", "normalize.std"),
+    "normalised inside": lambda net, other: {"net": named("module.", net | buffers("mu", "sigma"))},
+    "normalised in sequence": lambda net, other: named("1.", net) | buffers("0.mean", "0.std"),
+    "normalised copies": lambda net, other: {
+        "model": named("module.model.", net)
+        | named("module.attacker.model.", other)
+        | buffers("module.normalizer.new_mean", "module.normalizer.new_std")
+        | named("module.attacker.", buffers("normalize.new_mean", "normalize.new_std"))
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_published_state_dict_is_found_whatever_it_is_wrapped_in(tmp_path, kind):
+    net, other = (digits_content(ra)["model"] for ra in (True, False))
+    torch.save(PUBLISHED[kind](net, other), tmp_path / "published.pt")
+    key = {"key": "model_ema"} if "--key" in kind else {}
+    model, info = load_model(tmp_path / "published.pt", dataset="digits", **key)
+    found = model.state_dict()
+    assert found.keys() == net.keys()  # the normalisation is none of it
+    assert all(torch.equal(found[k], value) for k, value in net.items() if kind != "old" or "num_batches" not in k)
+    expected = ((0.25, 0.5, 0.125), (0.5, 0.5, 0.5)) if "normalised" in kind else (None, None)
+    assert (info["mean"], info["std"]) == expected and (model.normalise is not None) == ("normalised" in kind)
+    assert any("model_ema" in note for note in info["notes"]) == ("before" in kind or "--key" in kind)
+
+
+def test_a_classifier_of_another_name_is_found(tmp_path):
+    model = build_model("PreActResNet18", 10, width=1, image_size=64)
+    state = {key.replace("linear.", "head."): value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "published.pt")
+    found, info = load_model(tmp_path / "published.pt")
+    assert (info["arch"], info["width"], info["image_size"]) == ("PreActResNet18", 1, 64)
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(found(x), model.eval()(x))
+
+
+@torch.no_grad()
+def test_normalisation_is_a_part_of_the_network_that_attacks_see(tmp_path):
+    """Gates, heads and folded copies of it take [0, 1] images, and no verdict of another normalisation is kept."""
+    torch.save(digits_content()["model"], tmp_path / "bare.pt")
+    mean, std = (0.25, 0.5, 0.125), (0.5, 0.25, 0.5)
+    bare, _ = load_model(tmp_path / "bare.pt", dataset="digits")
+    model, _ = load_model(tmp_path / "bare.pt", dataset="digits", mean=mean, std=std)
+    x, labels = as_input(digits_split(count=4).images), torch.tensor([1, 2, 3, 4])
+    by_hand = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    for gate in (None, labels, (labels, None)):
+        expected = bare(by_hand, gate, heads=True)
+        with frozen(model) as net:
+            for network, close in ((model, 0), (net, 1e-5)):
+                for found, value in zip(network(x, gate, heads=True), expected, strict=True):
+                    for a, b in zip(found, value, strict=True) if isinstance(found, tuple) else [(found, value)]:
+                        assert torch.allclose(a, b, rtol=close, atol=close * float(b.abs().max()))
+    prints = [fingerprint(network) for network in (bare, model)]
+    prints.append(fingerprint(load_model(tmp_path / "bare.pt", dataset="digits", mean=mean, std=mean)[0]))
+    assert len(set(prints)) == 3
+
+
+def of_normalised_images(state, mean, std):
+    """The weights of a network that answers to normalised images as `state` does to others, but at their edges."""
+    weight, mean, std = state["conv1.weight"], torch.tensor(mean), torch.tensor(std)
+    shift = (weight * mean[:, None, None]).sum((1, 2, 3))
+    changed = {"conv1.weight": weight * std[:, None, None], "bn1.running_mean": state["bn1.running_mean"] - shift}
+    return state | changed
+
+
+def test_what_was_assumed_stands_beside_the_figures_and_what_would_mend_them(tmp_path, capsys):
+    plain, constants = digits_content(False)["model"], NORMALISATIONS["cifar10"]
+    by = ("--mean", "cifar10", "--std", ",".join(map(str, constants["std"])))
+    normalised = of_normalised_images(plain, **constants)
+    zeros = {key: torch.zeros_like(value) for key, value in plain.items()}
+    for state, flags, doubt in (
+        (plain, ("--no-ra",), None),
+        (plain, (), " % are with --no-ra, or the like"),
+        (plain, by, " % are with --no-ra, or the like"),
+        (normalised, ("--no-ra", *by), None),
+        (normalised, (), " % are with --no-ra --mean cifar10 --std cifar10, or the like"),
+        (zeros, ("--no-ra",), "near chance; is digits its data"),
+    ):
+        torch.save({"state_dict": state}, tmp_path / "published.pt")
+        run("--ckpt_url", tmp_path / "published.pt", *DIGITS_ALONE, *flags)
+        _, table = capsys.readouterr().out.split("\nattack ")
+        images = f"normalised by {constants['mean']}, {constants['std']}" if by[0] in flags else "not normalised"
+        ra = "without" if "--no-ra" in flags else "with"
+        assert f"note: published.pt: taken for ResNet18 of width 4, {ra} reverse attention, images {images}" in table
+        assert "note: published.pt: weights: state_dict" in table
+        assert ("natural images are right" in table) == (doubt is not None) and (doubt or "") in table
+        record = json.loads((tmp_path / "white_attack.json").read_text())
+        assert all(f"note: {note}" in table for note in record["notes"]) and record["notes"]
+        assert record["network"]["mean"] == (list(constants["mean"]) if by[0] in flags else None)
 
 
 def test_runs_are_named_by_method_and_ablation():

@@ -190,6 +190,9 @@ def test_bare_state_dicts_of_every_network(here, arch, capsys):
     said = capsys.readouterr().out
     assert "nothing is weighted" in said and "unweighted" not in said
     assert np.array_equal(values["weighted_NP_L2"], values["unweighted_NP_L2"])
+    about, normalised = measured(run, target, *flags, "--no-ra", "--mean", "cifar10", "--std", "cifar10")
+    assert not np.array_equal(normalised["weighted_NP_L2"], values["weighted_NP_L2"])
+    assert "plain.pt: taken for" in about["notes"][0][0] and "normalised by (0.4914, " in about["notes"][0][0]
     _, values = measured(run, target, *flags)  # the same tensors taken for a network with reverse attention
     assert not np.array_equal(values["weighted_NP_L2"], values["unweighted_NP_L2"])
 

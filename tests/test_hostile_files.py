@@ -8,6 +8,7 @@ search by hand:
 Where readers are C++, mutations run in a forked child with bounded memory and time, so that a crash is a failure.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -22,6 +23,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from tests.helpers import (
     DIGITS,
     RA,
     TINY_IMAGENET_COUNTS,
+    RunsCode,
     announce_cifar,
     announce_tiny_imagenet,
     checkpoint,
@@ -51,7 +54,7 @@ from tests.helpers import (
     write_tiny_imagenet,
 )
 from utils import data, training
-from utils.checkpoints import load_model, read
+from utils.checkpoints import Unread, load_model, read
 from utils.data import load_split
 from utils.errors import RunError, UsageError
 from utils.files import locked, write_record
@@ -156,8 +159,12 @@ def kinds(tmp_path_factory):
     state = build_model("ResNet18", 10, width=1, image_size=16).state_dict()
     torch.save(state, parent / "bare.pt")
     torch.save(state, parent / "legacy.pt", _use_new_zipfile_serialization=False)
+    beside = {"args": argparse.Namespace(lr=0.1), "best": np.float64(3.5), "seen": np.arange(3), "out": Path("/tmp")}
+    normalise = {"normalize.mean": torch.full((1, 3, 1, 1), 0.5), "normalize.std": torch.full((1, 3, 1, 1), 0.25)}
+    net = {f"module.model.{key}": value for key, value in state.items()} | normalise
+    torch.save(beside | {"state_dict": net, "log": defaultdict(list, loss=[1.0])}, parent / "published.pt")
     run = folder(parent) / "last_state.pt"
-    found = {"ours": ours, "bare": parent / "bare.pt", "legacy": parent / "legacy.pt", "state": run}
+    found = {"ours": ours, "state": run} | {key: parent / f"{key}.pt" for key in ("bare", "legacy", "published")}
     return {name: file.read_bytes() for name, file in found.items()}
 
 
@@ -197,7 +204,7 @@ def repacked(content, change):
 
 @some_mutations
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("kind", ["ours", "bare", "legacy", "state"])
+@pytest.mark.parametrize("kind", ["ours", "bare", "legacy", "published", "state"])
 def test_mutated_checkpoints_load_or_are_refused(kinds, resume, no_network, tmp_path, kind, inside, numbers):
     """inside: the pickle in the zip is mutated, and all checksums fit, so that only its content can be refused."""
     whole, file = kinds[kind], tmp_path / "weights.pt"
@@ -221,6 +228,19 @@ def test_mutated_checkpoints_load_or_are_refused(kinds, resume, no_network, tmp_
     use()
     assert in_child(lambda: try_all(numbers, write, use)) >= len(numbers) // 8
     assert set(tree(tmp_path)) == {"weights.pt"} | ({"run.json", "train.log"} if kind == "state" else set())
+
+
+def test_objects_beside_the_weights_are_never_built(kinds, tmp_path):
+    """Those that are known to be harmless are left out, and what they hold is refused as anywhere."""
+    file, marker = tmp_path / "weights.pt", tmp_path / "executed"
+    file.write_bytes(kinds["published"])
+    content = read(file)
+    assert {type(content[key]) for key in ("args", "best", "seen", "out")} == {Unread}
+    assert content["log"] == {"loss": [1.0]} and not vars(content["args"])
+    torch.save({"args": argparse.Namespace(out=RunsCode(marker))}, file)
+    with pytest.raises(UsageError, match="run code"):
+        read(file)
+    assert not marker.exists()
 
 
 def test_every_flipped_bit_of_the_tensors_is_found(kinds, tmp_path):

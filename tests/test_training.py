@@ -177,13 +177,16 @@ def test_what_is_there_stays(straight, tmp_path, capsys):
     }
 
 
-def test_restart_from_weights_with_a_fresh_optimiser(tmp_path):
+def test_restart_from_weights_with_a_fresh_optimiser(tmp_path, capsys):
     first = train(tmp_path / "1", "--epochs", 1)
     again = train(tmp_path / "2", "--restart_epoch", 1, "--ckpt_url", first / "model-wrn-last.pt")
     assert [row["epoch"] for row in metrics(again)] == ["2"]
-    bare = tmp_path / "bare.pt"
-    torch.save(load_model(first / "model-wrn-last.pt")[0].state_dict(), bare)
-    assert_same_run(again, train(tmp_path / "3", "--restart_epoch", 1, "--ckpt_url", bare))
+    weights = load_model(first / "model-wrn-last.pt")[0].state_dict()
+    published = {f"module.{key.replace('fc.', 'linear.')}": value for key, value in weights.items()}
+    torch.save({"model_ema": weights, "net": published, "epoch": 1}, tmp_path / "published.pt")
+    capsys.readouterr()
+    assert_same_run(again, train(tmp_path / "3", "--restart_epoch", 1, "--ckpt_url", tmp_path / "published.pt"))
+    assert "note: published.pt: weights: net.module" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(tmp_path, monkeypatch):
