@@ -3,7 +3,7 @@
     python test_white_attack.py --ckpt_url PATH                    a checkpoint file or a run folder
     python test_white_attack.py --ckpt_url PATH --attacks all --diagnostics      before a figure is believed
     python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra     a published bare state dict, plain network
-    python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra --mean cifar10 --std cifar10     normalised images
+    python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra --mean cifar10 --std cifar10    normalised images
     python test_white_attack.py --model package.module:function --dataset cifar10      any classifier of [0, 1] images
 
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.

@@ -28,10 +28,14 @@ def classifier_of(state: dict[str, Tensor]) -> str | None:
 
 
 def named_as(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict by a network's own names: its classifier may have another, old ones count no batches."""
+    """A state dict by a network's own names: classifier and shortcuts may have others, old ones count no batches."""
     own = model.state_dict()
     theirs, ours = f"{classifier_of(state)}.", f"{classifier_of(own)}."
-    renamed = {
-        k if k in own or not k.startswith(theirs) else ours + k.removeprefix(theirs): v for k, v in state.items()
-    }
-    return {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")} | renamed
+
+    def name(key: str) -> str:
+        if key in own:
+            return key
+        return ours + key.removeprefix(theirs) if key.startswith(theirs) else key.replace(".downsample.", ".shortcut.")
+
+    counts = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")}
+    return counts | {name(key): value for key, value in state.items()}

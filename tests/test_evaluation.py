@@ -182,7 +182,9 @@ PUBLISHED = {  # how a state dict may lie in a file; the other network would be 
     "average alone": lambda net, other: {"ema": {"shadow": net}},
     "average by --key": lambda net, other: {"model": other, "model_ema": named("module.", net)},
     "averaged": lambda net, other: named("module.", net) | {"n_averaged": torch.tensor(3)},
-    "linear": lambda net, other: {key.replace("fc.", "linear."): value for key, value in net.items()},
+    "linear": lambda net, other: {
+        key.replace("fc.", "linear.").replace("shortcut", "downsample"): value for key, value in net.items()
+    },
     "old": lambda net, other: {key: value for key, value in net.items() if "num_batches" not in key},
     "normalised": lambda net, other: named("model.", net) | buffers("normalize.mean", "normalize.std"),
     "normalised inside": lambda net, other: {"net": named("module.", net | buffers("mu", "sigma"))},

@@ -272,7 +272,7 @@ def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         if value.shape != own[key].shape:
             shapes = f"{tuple(value.shape)}, not {tuple(own[key].shape)}"
             classes = value.ndim == own[key].ndim == 2 and len(value) != len(own[key])
-            why = f"it has {len(value)} classes, not {len(own[key])}" if classes else "is it of another width?"
+            why = f"it has {len(value)} classes, not {len(own[key])}" if classes else "is it of another arch or width?"
             raise UsageError(f"{path} does not fit this network: {key} is {shapes}; {why}")
         if wrong := flaw(key, value):
             raise UsageError(f"{path}: {key} {wrong}; the training that wrote it had failed, or the file is damaged")
