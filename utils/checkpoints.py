@@ -70,12 +70,9 @@ def read(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it would run code, {_shown(named[1])}," if named else "no checkpoint, or one that would run code"
-        mend = (
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or .state_dict() of a whole network"
-        )
-        raise UsageError(
-            f"{path} is refused: {why} when loaded; re-save only its weights, if you trust it: {mend}"
-        ) from error
+        mend = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or .state_dict() of a whole module"
+        why += f" when loaded; re-save only its weights, if you trust it: {mend}"
+        raise UsageError(f"{path} is refused: {why}") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except UsageError:
