@@ -335,13 +335,13 @@ def test_evaluation_every_few_epochs_and_after_the_last(tmp_path):
 
 
 def test_learning_rate_falls_at_absolute_milestones():
-    rates = {epoch: training.learning_rate(settings("--epochs", 80), epoch) for epoch in (1, 74, 75, 90, 100)}
+    rates = {epoch: training.rate(settings("--epochs", 80), epoch - 1) for epoch in (1, 74, 75, 90, 100)}
     assert rates == pytest.approx({1: 0.01, 74: 0.01, 75: 1e-3, 90: 1e-4, 100: 1e-5})
 
 
 def test_defaults_are_the_published_recipe():
     expected = {
-        "batch_size": 128, "test_batch_size": 100, "epochs": 120, "lr": 0.01, "weight_decay": 2e-4, "momentum": 0.9,
+        "batch_size": 128, "test_batch_size": None, "epochs": 120, "lr": 0.01, "weight_decay": 2e-4, "momentum": 0.9,
         "epsilon": 8 / 255, "num_steps": 10, "step_size": 0.007, "strategy": "random_adv", "beta": 6, "alpha": 1,
         "zeta": 3, "cr_beta": 2, "seed": 1, "width": None, "augmentation": "crop-flip", "val_size": 0,
     }  # fmt: skip
