@@ -67,7 +67,7 @@ def points():
         "evaluation": (training, "verdicts"),
         "evaluation attack": (attacks, "linf_pgd"),
         "table": (csv.DictWriter, "writerows"),
-        "curves": (training, "draw_curves"),
+        "curves": (training, "save_or_note"),
         "save": (torch, "save"),
         "flush": (os, "fsync"),
         "rename": (os, "replace"),
@@ -153,7 +153,7 @@ def child(job):
 
     quick = training.pgd40_heads
     training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
-    training.draw_curves = lambda rows, file: file.write_bytes(b"\x89PNG" + bytes(2000))
+    training.save_or_note = lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and ""
     faults = Faults(job["faults"])
     for name, (holder, attribute) in points().items():
         faults.patch(holder, attribute, name)

@@ -518,7 +518,7 @@ def test_a_run_of_two_ranks_stopped_between_epochs_is_the_straight_one(tmp_path)
     straight, stopped = (folder(tmp_path / name) for name in ("straight", "stopped"))
     assert {f.name for f in straight.iterdir()} == {
         "model-wrn-last.pt", "best_adv_model.pt", "last_state.pt", "train.log", "metrics.csv", "run.json",
-        "training_curves.png",
+        "training_curves.png", "training_curves.pdf",
     }  # fmt: skip
     assert metrics(straight) == metrics(stopped)
     assert_equal(state(straight)["model"], state(stopped)["model"])

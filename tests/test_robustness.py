@@ -210,7 +210,7 @@ def counted(monkeypatch, small_blocks):
 
     for name in ("autoattack", "adaptive", "pgd", "noise"):
         monkeypatch.setattr(utils.robustness, name, counting(name))
-    monkeypatch.setattr(utils.report, "draw_examples", lambda *args: args[-1].write_bytes(b""))
+    monkeypatch.setattr(utils.report, "save_or_note", lambda draw, file: "")
     return calls
 
 

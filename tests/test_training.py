@@ -34,7 +34,7 @@ from tests.helpers import (
 from utils import runs
 from utils.checkpoints import load_model
 from utils.errors import RunError, Stopped, UsageError
-from utils.figures import draw_curves
+from utils.figures import save_or_note
 from utils.options import parse, parse_training
 from utils.recipes import Evaluation
 from utils.step import first_head_right
@@ -77,7 +77,7 @@ def test_other_networks_and_objectives(tmp_path, arch, recipe):
 
 
 def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "draw_curves", draw_curves)
+    monkeypatch.setattr(training, "save_or_note", save_or_note)
     run = train(tmp_path, "--save-freq", 2)
     said = capsys.readouterr().out
     published, special = run.name.split("-digits-")
@@ -85,7 +85,7 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
     assert special == "batch_size-10-num_steps-2-warmup_epochs-0-width-4-limit_train-24-limit_test-12"
     assert {f.name for f in run.iterdir()} == {
         "model-wrn-last.pt", "model-2.pt", "best_adv_model.pt", "last_state.pt", "train.log", "metrics.csv",
-        "run.json", "training_curves.png",
+        "run.json", "training_curves.png", "training_curves.pdf",
     }  # fmt: skip
     assert (run / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
     record = json.loads((run / "run.json").read_text())

@@ -14,6 +14,7 @@ from utils.attacks import NOISE_DRAWS, noise
 from utils.autoattack import Says
 from utils.data import Split
 from utils.evaluation import over_images, percent
+from utils.options import eps_text
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # in units of the evaluation's eps; 0 and the whole range are added
 STEPS = (1, 2, 5, 10, 20, 40, 100, 200)
@@ -102,7 +103,7 @@ def diagnose(net: nn.Module, split: Split, natural: Tensor, views: dict[str, Vie
     by_eps = [(0.0, percent(natural), percent(natural)), (eps, *by_steps[STEPS.index(40)][1:])]
     for radius in sorted({min(eps * factor, 1.0) for factor in RADII} | {1.0}):
         if radius != eps:
-            found = {name: probe.pgd(f"eps {radius:.3g}, {name}", view, radius, 40) for name, view in views.items()}
+            found = {name: probe.pgd(f"eps {eps_text(radius)}, {name}", way, radius, 40) for name, way in views.items()}
             worst = torch.stack([f.any(1) for f in found.values()]).any(0)
             by_eps.append((radius, probe.accuracy(found["final"][:, -1]), probe.accuracy(worst)))
     by_eps.sort()

@@ -5,8 +5,11 @@ before it. Weighting by the predicted class builds part of the clustering in, so
 (Unweighted means before the last gate: the block before it was gated by its own prediction, which stays.)
 """
 
+import atexit
 import re
 import shlex
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
@@ -25,9 +28,10 @@ from utils.data import Split, numbers_of, shuffled
 from utils.devices import computing
 from utils.errors import RunError, UsageError
 from utils.evaluation import Subject, load_subject, over_images
-from utils.figures import draw_embedding, draw_histogram, require_display, save_figure, show_figures
+from utils.figures import draw_embedding, draw_histogram, save_or_note, window
 from utils.files import read_arrays, require_writable, write_arrays
 from utils.negatives import choose_negatives
+from utils.options import eps_text
 from utils.provenance import provenance
 from utils.recipes import FEATURES, Distances, Histograms, Umap
 
@@ -134,7 +138,14 @@ def clusters(features: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def embed(features: Tensor, seed: int) -> np.ndarray:
     """UMAP (densMAP) of features (M, F), M > `NEIGHBOURS`, with the paper's settings -> (M, 2); one thread, seeded."""
-    import umap
+    try:
+        import umap
+    except RuntimeError:  # numba keeps what it compiles beside the code or at home, and can write to neither
+        import numba
+
+        numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="numba-")
+        atexit.register(shutil.rmtree, numba.config.CACHE_DIR, ignore_errors=True)
+        import umap
 
     kind = {"metric": "correlation", "densmap": True, "dens_lambda": 1.5, "random_state": seed, "n_jobs": 1}
     return umap.UMAP(n_neighbors=NEIGHBOURS, min_dist=0.01, **kind).fit_transform(features.numpy())
@@ -233,8 +244,8 @@ def feature_distance(settings: Distances) -> None:
     about["test_images"] = len(subject.split.labels)
     print(f"{name}: {subject.described()}")
     print(
-        f"PP: PGD-{settings.num_steps}, eps {subject.eps:.5g}, step {subject.step_size:.5g}, on the final logits; "
-        f"NP: {settings.strategy} negatives; seed {settings.seed}"
+        f"PP: PGD-{settings.num_steps}, eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, "
+        f"on the final logits; NP: {settings.strategy} negatives; seed {settings.seed}"
     )
     for target, file in files.items():
         found = {key: of_all[labels == target] for key, of_all in values.items()}
@@ -310,18 +321,17 @@ def draw_hist(settings: Histograms) -> None:
     groups = groups_of(settings)
     for group in groups:
         refuse_mixed(group, settings.features)
-    if settings.show:
-        require_display()
+    show = window(settings.show)
     folder = require_writable(Path(settings.out), OTHER_OUT)
-    figures = list(product(groups, PAIRS, METRICS))
-    for group, pair, metric in tqdm(figures, "drawing", unit="figure", leave=False, disable=None):
-        draw_group(group, pair, metric, settings, folder)
-    if settings.show:
-        show_figures()
+    figures = tqdm(list(product(groups, PAIRS, METRICS)), "drawing", unit="figure", leave=False, disable=None)
+    drawn = [draw_group(*what, settings, folder) for what in figures]
+    show()
+    if not all(drawn):
+        raise RunError(f"{drawn.count(False)} of {len(drawn)} figures are not drawn; the notes above say why")
 
 
 def groups_of(settings: Histograms) -> list[list[Entry]]:
-    """The files that --distances, --labels and --dataset choose, those of one target label together."""
+    """The files that --distances, --labels and --dataset choose, by target label, baselines first."""
     files = []
     for path in map(Path, settings.distances or ("./distances",)):
         inside = [path] if path.is_file() else sorted(path.glob("*.npz"))
@@ -339,6 +349,7 @@ def groups_of(settings: Histograms) -> list[list[Entry]]:
         raise UsageError(f"none of the {len(files)} files of distances is of {settings.dataset}")
     if settings.distances and all(Path(path).is_file() for path in settings.distances):
         return [entries]  # files named one by one are for one figure
+    entries.sort(key=lambda e: "ANC" in e.settings["method"] or e.settings.get("reverse_attention") is True)
     targets = sorted({entry.settings["target"] for entry in entries})
     return [[entry for entry in entries if entry.settings["target"] == target] for target in targets]
 
@@ -357,8 +368,8 @@ def refuse_mixed(group: list[Entry], features: str | None) -> None:
                 print(f"note: {both} differ in {key}: {one.get(key)} and {two.get(key)}")
 
 
-def draw_group(group: list[Entry], pair: str, metric: str, settings: Histograms, folder: Path) -> None:
-    """One figure of PP or NP by one metric, a histogram for each file."""
+def draw_group(group: list[Entry], pair: str, metric: str, settings: Histograms, folder: Path) -> bool:
+    """One figure of PP or NP by one metric, a histogram for each file -> whether it could be drawn."""
     common = group[0].settings
     layer = settings.features or common["features"]
     names = [[e.label] if e.label else [e.settings["method"], e.settings["name"], e.file.stem] for e in group]
@@ -366,10 +377,11 @@ def draw_group(group: list[Entry], pair: str, metric: str, settings: Histograms,
     values = {label: e.values[f"{layer}_{pair}_{metric}"] for label, e in zip(labels, group, strict=True)}
     title = f"{pair}: {PAIRS[pair]}\n{common['dataset']}, class {common['target_name']}"
     title += f", {layer} features" if any(e.settings.get("reverse_attention") for e in group) else ""
-    figure = draw_histogram(values, METRICS[metric], title, settings.show)
-    which = "unweighted" if layer == "unweighted" else ""
-    stem = file_stem("hist", common["dataset"], str(common["target"]), pair, metric, which)
-    tqdm.write(f"saved {' and '.join(map(str, save_figure(figure, folder / stem)))}")
+    which = "unweighted" * (layer == "unweighted")
+    file = folder / (file_stem("hist", common["dataset"], str(common["target"]), pair, metric, which) + ".png")
+    draw = partial(draw_histogram, values, METRICS[metric], title, metric == "cosine", settings.show)
+    tqdm.write((flaw := save_or_note(draw, file)) or f"saved {file} and .pdf")
+    return not flaw
 
 
 # draw_umap.py
@@ -385,8 +397,7 @@ def draw_umap(settings: Umap) -> None:
     names = list(settings.labels or distinct(methods, [f"{s.method} {s.file.stem}" for s in subjects]))
     which = ("adversarial" if settings.adversarial else "", "unweighted" if settings.features == "unweighted" else "")
     stem = settings.name or file_stem("umap", "_".join(names), dataset, *which)
-    if settings.show:
-        require_display()
+    show = window(settings.show)
     saved = Path(settings.out) / f"{stem}.npz"
     distributed.from_first(lambda: prepare_files([saved], subjects))
     extracted = [extract_kinds(s, name, settings) for s, name in zip(subjects, names, strict=True)]
@@ -406,14 +417,15 @@ def draw_umap(settings: Umap) -> None:
             numbers[f"{name}, {layer}, {kind}"] = {"silhouette": silhouette, "agreement": agreement}
     kinds, weighed = list(extracted[0]), any(subject.info["reverse_attention"] for subject in subjects)
     embedded = f"{settings.features} features" if weighed else "features"
-    figure = draw_embedding(panels, labels.numpy(), class_names(split), kinds, embedded, settings.show)
     about = {"names": names, "kinds": kinds, "measured": numbers, **origin(subjects, settings)}
     arrays = {"indices": numbers_of(split).numpy(), "labels": labels.numpy()}
     arrays |= {f"embedding_{i}": points for i, (_, points, _) in enumerate(panels)}
     write_arrays(saved, about, **arrays)
-    print(f"saved {' and '.join(map(str, save_figure(figure, saved.parent / stem)))}, embedding {saved}")
-    if settings.show:
-        show_figures()
+    draw = partial(draw_embedding, panels, labels.numpy(), class_names(split), kinds, embedded, settings.show)
+    if flaw := save_or_note(draw, saved.with_suffix(".png")):
+        raise RunError(f"{flaw}; the embedding is saved in {saved}")
+    print(f"saved {saved.with_suffix('.png')} and .pdf, embedding {saved}")
+    show()
 
 
 def load_subjects(settings: Umap) -> list[Subject]:

@@ -138,9 +138,10 @@ class Parser(argparse.ArgumentParser):
             how["metavar"] = METAVARS.get(about.kind.name, "N")
             if about.kind.name in ("truth", "path or own"):
                 how |= {"nargs": "?", "const": True}
-        others = [f"{_shown(names)}: {_shown(v)}" for names, v in about.by.items() if v != default]
+        shown = eps_text if name == "epsilon" else _shown
+        others = [f"{_shown(names)}: {shown(v)}" for names, v in about.by.items() if v != default]
         if (default is not None or others) and "action" not in how:
-            text += f" (default: {'; '.join([_shown(default), *others])})"
+            text += f" (default: {'; '.join([shown(default), *others])})"
         self.add_argument(*spellings, dest=name, help=text.replace("%", "%%"), **how)
 
     def read(self, argv: list[str]) -> dict[str, Any]:
@@ -167,6 +168,13 @@ class Parser(argparse.ArgumentParser):
 
 def _shown(value: object) -> str:
     return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+
+
+def eps_text(eps: float) -> str:
+    """An eps or a step as the field writes it: 8/255, 0.5/255, but 0.1 and 0.007, which are short as they are."""
+    quarters = round(1020 * eps)
+    fraction = abs(1020 * eps - quarters) < 1e-4 and abs(float(f"{eps:.3g}") - eps) > 1e-9
+    return f"{quarters / 4:g}/255" if fraction else f"{eps:.4g}"
 
 
 def fits(name: str, value: object) -> bool:

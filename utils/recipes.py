@@ -278,7 +278,7 @@ class Histograms:
     labels: tuple[str, ...] | None = setting(None, WORD, "legend, one for each FILE (default: method)", several=True)
     dataset: str | None = again("dataset", None, help="take the files of one data set only")
     features: str | None = setting(None, FEATURES, "which of a file's two (default: the file's own choice)")
-    out: str = setting("./figure", PATH, "folder of the figures")
+    out: str = setting("./plots", PATH, "folder of the figures")
     show: bool = setting(False, SWITCH, "also open a window")
 
 
@@ -300,7 +300,7 @@ class Umap(Checkpoint):
     features: str = setting("weighted", *FEATURES_SETTING)
     seed: int = again("seed", 42)
     name: str | None = setting(None, FILE_NAME, "first part of the files' names (default: what is drawn)")
-    out: str = setting("./figure", PATH, "folder of the figures")
+    out: str = setting("./plots", PATH, "folder of the figures")
     show: bool = setting(False, SWITCH, "also open a window")
 
 

@@ -18,8 +18,9 @@ from utils.data import Split, as_input
 from utils.diagnostics import Diagnosis, diagnose
 from utils.errors import RunError, UsageError
 from utils.evaluation import Subject, percent
-from utils.figures import draw_examples, draw_robustness
+from utils.figures import draw_examples, draw_robustness, save_or_note
 from utils.files import require_writable, write_atomically, write_record
+from utils.options import eps_text
 from utils.recipes import Evaluation
 
 ADAPTIVE = "adaptive: "
@@ -112,7 +113,7 @@ def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
         yield "note: attacks on the final logits overestimate networks with reverse attention; add --attacks all"
     yield "| network | " + " | ".join(rows) + " |"
     yield "|" + "---|" * (len(rows) + 1)
-    named = f"{subject.method}, {subject.info['arch']}, {subject.dataset}, eps {subject.eps:.4g}, {count} images"
+    named = f"{subject.method}, {subject.info['arch']}, {subject.dataset}, eps {eps_text(subject.eps)}, {count} images"
     yield f"| {named} | " + " | ".join(f"{percent(row.right):.2f}" for row in rows.values()) + " |"
 
 
@@ -154,16 +155,22 @@ def write_json(
     write_record(file, record)
 
 
-def write_picture(file: Path, subject: Subject, worst: Worst, count: int = 8) -> str:
-    """Draw images and the worst found for each, fooled ones first -> a line that says so."""
-    chosen, device = (~worst.fooled).int().argsort(stable=True)[:count], subject.split.labels.device
+def write_picture(file: Path, subject: Subject, worst: Worst, rows: dict[str, Row], count: int = 8) -> str:
+    """Draw images and the worst found for each, kinds by their share of the data -> a line that says so."""
+    kind = torch.where(worst.fooled, 0, torch.where(rows["natural"].right, 2, 1))
+    order, device = kind.argsort(stable=True), subject.split.labels.device
+    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
+    names = "fooled", "wrong without an attack", "right throughout"
+    shares = ", ".join(f"{percent(kind == i):.1f} % {name}" for i, name in enumerate(names))
+    tried = dict.fromkeys(name.split(":")[0] for name in rows if name != "natural" and "worst case" not in name)
+    title = f"{len(chosen)} of {len(order)} images, spread evenly over {shares}\nbelow: the worst image that "
+    title += f"{', '.join(tried)} found at eps {eps_text(subject.eps)}; the image itself where none of them fools"
     batch = subject.split.take(chosen.to(device))
-    pair = as_input(batch.images), worst.images[chosen].to(device)
+    pair = [as_input(batch.images), worst.images[chosen].to(device)]
     with torch.no_grad():
         probabilities = [subject.model(x).softmax(1).cpu() for x in pair]
-    shown = (*(x.cpu() for x in pair), *probabilities, batch.labels.cpu(), subject.eps, batch.classes)
-    write_atomically(file, lambda part: draw_examples(*shown, part))
-    return f"picture    {file}"
+    shown = ([x.cpu() for x in pair], probabilities, batch.labels.cpu(), subject.eps, batch.classes, title)
+    return save_or_note(partial(draw_examples, *shown), file) or f"picture    {file} and .pdf"
 
 
 def save_adversarial(file: Path, subject: Subject, worst: Worst, right: Tensor) -> str:
@@ -202,9 +209,14 @@ def run_diagnostics(
         found = diagnose(subject.model, subject.split, natural, views, progress=bar.set_postfix_str, **how)
     for sign in found.signs:
         say(f"{'SIGN' if sign.raised else 'ok':<5} {sign.name}: {sign.figure}")
-    for curve, label in (found.by_eps, "eps"), (found.by_steps, "steps"):
+
+    def banded(accuracy: float) -> tuple[float, float, float]:
+        return accuracy, *wilson(torch.arange(len(natural)) < round(accuracy * len(natural) / 100))
+
+    by_eps = "eps", found.by_eps, "eps of PGD-40", subject.recipe.get("epsilon")
+    for label, curve, *said in by_eps, ("steps", found.by_steps, f"steps of PGD at eps {eps_text(subject.eps)}"):
         if curve and distributed.first():
+            shares = [(x, banded(final), banded(adaptive)) for x, final, adaptive in curve]
             picture = folder / f"robust_vs_{label}.png"
-            write_atomically(picture, partial(draw_robustness, curve, label))
-            say(f"picture    {picture}")
+            say(save_or_note(partial(draw_robustness, shares, *said), picture) or f"picture    {picture} and .pdf")
     return found

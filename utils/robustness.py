@@ -31,6 +31,7 @@ from utils.devices import computing
 from utils.errors import Stopped, UsageError, stop_signals
 from utils.evaluation import Subject, foreign_subject, load_subject, over_images, right_or_not
 from utils.files import read_arrays, write_arrays
+from utils.options import eps_text
 from utils.provenance import in_one_line, provenance
 from utils.recipes import Evaluation
 from utils.report import Row, Worst
@@ -291,7 +292,7 @@ def white_attack(settings: Evaluation) -> None:
         say(in_one_line(origin))
         say(f"{subject.file}: {subject.described()}")
         start = "random" if settings.random else "natural"
-        say(f"eps {subject.eps:.5g}, step {subject.step_size:.5g}, {start} start, seed {settings.seed}")
+        say(f"eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, {start} start, seed {settings.seed}")
         if settings.diagnostics or any(LIBRARY in plan.depends for plan in plans.values()):
             say(
                 f"AutoAttack, adaptive attacks and diagnostics take long: blocks of {BLOCK} images, each kept in "
@@ -307,7 +308,7 @@ def white_attack(settings: Evaluation) -> None:
             for line in report.table(rows, subject):
                 say(line)
             if len(rows) > 1:
-                say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst))
+                say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst, rows))
             if settings.save_adversarial:
                 right = [*rows.values()][-1].right  # the worst case, where there are several attacks
                 say(report.save_adversarial(Path(settings.save_adversarial), subject, worst, right))

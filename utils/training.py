@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, nullcontext, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +35,9 @@ from utils.data import (
 from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
 from utils.errors import RunError, Stopped, UsageError, stop_signals
 from utils.evaluation import percent, verdicts
-from utils.figures import draw_curves
+from utils.figures import draw_curves, save_or_note
 from utils.files import write_atomically, write_record
-from utils.options import Command
+from utils.options import Command, eps_text
 from utils.provenance import in_one_line, provenance
 from utils.recipes import Training, combined, stored
 from utils.runs import Start, open_log, prepare
@@ -86,6 +86,7 @@ class Run:
         self.settings, self.folder, self.device, self.classes = settings, folder, device, data.classes
         self.training_images, self.checksums = len(data.labels), {}
         self.log = open_log(folder / "train.log")
+        self.note = cache(lambda said: said and self.log(said))  # once, what each epoch would say
         self.stop = 0  # the signal that asks for a stop
         self.provenance = distributed.from_first(lambda: provenance(device, settings.seed))
         torch.manual_seed(settings.seed)
@@ -319,7 +320,7 @@ def describe(job: Run, data: Data) -> str:
         "classes": each,
         **({"note": notes} if notes else {}),
         "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
-        "attack": f"L-infinity eps {s.epsilon:.5g}, {s.num_steps} steps of {s.step_size:.5g}",
+        "attack": f"L-infinity eps {eps_text(s.epsilon)}, {s.num_steps} steps of {eps_text(s.step_size)}",
         **({"with": ", ".join(more)} if (more := combined(stored(s))) else {}),
         "optimiser": f"SGD lr {s.lr}, x0.1 at {list(s.milestones)}, momentum {s.momentum}, weight decay "
         f"{s.weight_decay}; {s.epochs} epochs, batch {s.batch_size}, seed {s.seed}",
@@ -504,7 +505,8 @@ def write_metrics(job: Run) -> None:
             table.writerows(job.progress["rows"])
 
     write_atomically(job.folder / "metrics.csv", write)
-    write_atomically(job.folder / "training_curves.png", lambda file: draw_curves(job.progress["rows"], file))
+    draw = partial(draw_curves, job.progress["rows"], best_row(job.progress["rows"]))
+    job.note(save_or_note(draw, job.folder / "training_curves.png"))
 
 
 def best_row(rows: list[dict]) -> dict | None:
@@ -523,7 +525,7 @@ def report(job: Run, data: Data) -> None:
         if row and row["natural_accuracy"] is not None:
             job.log(
                 f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
-                f"{row['pgd40_heads_accuracy']:.2f} % on {data.selected} at eps {settings.epsilon:.4g}"
+                f"{row['pgd40_heads_accuracy']:.2f} % on {data.selected} at eps {eps_text(settings.epsilon)}"
             )
     if data.test is None:
         job.log("no test folder: no figure is of images that did not choose the epoch")
