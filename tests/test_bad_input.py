@@ -580,12 +580,6 @@ def test_a_process_says_one_line_and_exits_with_two(tmp_path, script):
     assert files(tmp_path) == before and not marker.exists()
 
 
-def test_settings_that_matplotlib_refuses_are_named(tmp_path):
-    answer = python("draw_hist.py", "--distances", tmp_path / "none.npz", MPLBACKEND="gtk9")
-    (line,) = answer.stderr.splitlines()
-    assert answer.returncode == 2 and line.startswith("draw_hist.py: error: matplotlib: ") and "MPLBACKEND" in line
-
-
 # odd but right
 
 

@@ -62,8 +62,8 @@ def styled() -> Iterator[None]:
 
 
 def draw_curves(rows: list[dict], best: dict | None) -> Figure:
-    """A run's loss and accuracies by epoch. rows: those of metrics.csv, None where an epoch was not evaluated; best: that
-    of the best checkpoint. It is marked, and where the learning rate falls, between two epochs."""
+    """A run's loss and accuracies by epoch. rows: those of metrics.csv, None where an epoch was not evaluated; best:
+    that of the best checkpoint. It is marked, and where the learning rate falls, between two epochs."""
     figure = new_figure(3.8, width=9)
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
@@ -72,10 +72,10 @@ def draw_curves(rows: list[dict], best: dict | None) -> Figure:
     for rows_, key, label, style in (
         (rows, "train_natural_accuracy_first_head", "train natural (first head)", dict(color="#56b4e9", ls="--")),
         (rows, "train_robust_accuracy_first_head", "train robust (first head)", dict(color="#e69f00", ls="--")),
-        (evaluated, "natural_accuracy", "natural", dict(color="#0072b2", marker=".")),
-        (evaluated, "pgd40_heads_accuracy", "PGD-40 over heads", dict(color="#d55e00", marker=".")),
+        (evaluated, "natural_accuracy", "natural", dict(color="#0072b2")),
+        (evaluated, "pgd40_heads_accuracy", "PGD-40 over heads", dict(color="#d55e00")),
     ):
-        accuracy.plot([row["epoch"] for row in rows_], [row[key] for row in rows_], label=label, **style)
+        accuracy.plot([row["epoch"] for row in rows_], [row[key] for row in rows_], marker=".", label=label, **style)
     if best is not None:
         ring = dict(color="black", marker="o", ms=9, mfc="none", ls="", label=f"best checkpoint: epoch {best['epoch']}")
         accuracy.plot(best["epoch"], best["pgd40_heads_accuracy"], **ring)
@@ -84,7 +84,7 @@ def draw_curves(rows: list[dict], best: dict | None) -> Figure:
     falls = [after["epoch"] - 0.5 for before, after in itertools.pairwise(rows) if after["lr"] < before["lr"]]
     for axes, name in ((loss, "training loss"), (accuracy, "accuracy in %")):
         axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         lines = [axes.axvline(x, color=DARK_GREY, ls=":", label="learning rate is divided by 10") for x in falls]
     _legend(figure, [*handles, *lines[:1]], ncols=3)
@@ -215,7 +215,7 @@ def draw_histogram(
     ticks = []
     if cosine:
         axes.set_xscale("function", functions=(scale, unscale))
-        places = unscale(np.linspace(low, high, 6))
+        places = unscale(np.linspace(low, high, 5))
         ticks = [round(x, math.ceil(-math.log10(gap))) for x, gap in zip(places, np.gradient(places), strict=True)]
         axes.set_xticks(ticks, [f"{tick + 0:g}" for tick in ticks])
     ends = sorted([*ticks, *edges])
