@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import ROOT, RunsCode, checkpoint, digits_checkpoint, digits_split, execute, image_folder, python
+from tests.helpers import (
+    ANCRA,
+    ROOT,
+    RunsCode,
+    checkpoint,
+    digits_checkpoint,
+    digits_split,
+    execute,
+    image_folder,
+    python,
+)
 from utils import report
 from utils.errors import UsageError
 from utils.evaluation import Subject
@@ -494,7 +504,7 @@ def test_a_picture_that_fails_is_one_note(here, monkeypatch, capsys, error):
     assert said.out.count("is not drawn") == 4 and "4 of 4 figures" in said.err
 
 
-def test_eps_is_said_as_the_field_writes_it():
+def test_eps_is_said_as_the_field_writes_it(capsys):
     for k in (1, 2, 4, 8, 16, 50):
         assert eps_text(k / 255) == eps_text(float(np.float32(k / 255))) == f"{k}/255"
     said = {
@@ -508,3 +518,5 @@ def test_eps_is_said_as_the_field_writes_it():
         0.3 / 7: "0.04286",
     }
     assert {eps: eps_text(eps) for eps in said} == said
+    assert execute(ANCRA, "--help") == 0
+    assert "(default: 8/255; digits: 0.1)" in " ".join(capsys.readouterr().out.split())

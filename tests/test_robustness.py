@@ -750,6 +750,7 @@ def test_pictures_and_their_curves(full):
             assert picture.format == "PNG"
             assert 400 < picture.width < 2000 and 300 < picture.height < 1500
             assert len(set(picture.convert("L").resize((40, 40)).tobytes())) > 20  # not blank
+        assert (folder / name).with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     found = record["diagnostics"]
     assert [row[0] for row in found["by_eps"]] == pytest.approx([0, FULL_EPS, 2 * FULL_EPS, 1])
     assert [row[0] for row in found["by_steps"]] == [1, 5, 40]
@@ -757,6 +758,15 @@ def test_pictures_and_their_curves(full):
     log = (folder / "test.log").read_text()
     for sign in found["signs"]:
         assert f"{'SIGN' if sign['raised'] else 'ok':<5} {sign['name']}: {sign['figure']}" in log
+
+
+def test_pictures_that_cannot_be_drawn_end_no_evaluation(tmp_path):
+    (tmp_path / "adversarial_examples.png").mkdir()
+    flags = ("--attacks", "fgsm", "--n-examples", "10", "--epsilon", "8/255", "--save-adversarial", tmp_path / "x.npz")
+    assert "FGSM" in evaluate(tmp_path, "robust", *flags)["attacks"] and (tmp_path / "x.npz").exists()
+    log = (tmp_path / "test.log").read_text()
+    assert log.count("note: ") == 2 and "adversarial_examples.png is not drawn (IsADirectoryError" in log
+    assert log.count("eps 8/255, ") == 2  # above the attacks, and in the row in Markdown
 
 
 # Against others, and from Python

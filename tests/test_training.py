@@ -98,6 +98,18 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
     assert said.splitlines()[-4:] == (run / "train.log").read_text().splitlines()[-4:]
 
 
+def test_curves_that_cannot_be_drawn_are_one_note(tmp_path, monkeypatch):
+    def fail(*args):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(training, "save_or_note", save_or_note)
+    monkeypatch.setattr(training, "draw_curves", fail)
+    run = train(tmp_path, "--width", 1)
+    notes = [line for line in (run / "train.log").read_text().splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "training_curves.png is not drawn (ImportError: numpy" in notes[0]
+    assert len(metrics(run)) == 2 and load_model(run) and not (run / "training_curves.png").exists()
+
+
 def test_same_seed_same_run_and_another_seed_another(straight, tmp_path):
     assert_same_run(straight, train(tmp_path / "same", *TWO))
     assert metrics(train(tmp_path / "other", *TWO, "--seed", 2)) != metrics(straight)
