@@ -159,7 +159,7 @@ def test_published_flags_parse_in_both_spellings():
         settings = parse_training("", {}, [f"--restart{dash}epoch", "3", f"--ckpt{dash}url", "w.pt"]).settings
         assert (settings.restart_epoch, settings.ckpt_url) == (3, "w.pt")
     settings = parse(Evaluation, "", ["--model_dir", "w.pt", "--random", "False", "--log-path", "l", "--no-cuda"])
-    assert (settings.ckpt_url, settings.random, settings.log_path, settings.no_cuda) == ("w.pt", False, "l", True)
+    assert (settings.ckpt_url, settings.random, settings.log_path, settings.no_cuda) == (("w.pt",), False, "l", True)
 
 
 def test_flags_without_effect_are_accepted_with_one_line(capsys):

@@ -208,7 +208,7 @@ def counted(monkeypatch, small_blocks):
 
         return build
 
-    for name in ("autoattack", "adaptive", "pgd", "noise"):
+    for name in ("autoattack", "adaptive", "pgd", "noise", "square"):
         monkeypatch.setattr(utils.robustness, name, counting(name))
     monkeypatch.setattr(utils.report, "save_or_note", lambda draw, file: "")
     return calls
@@ -281,7 +281,8 @@ def test_a_finished_autoattack_serves_every_later_command(tmp_path, counted, mon
 QUICK = {"FGSM", "PGD-40", "CW-20"}
 VIEWS = {"final", "auxiliary 1", "auxiliary 2", "mean auxiliary", "over heads", "smooth gates", "surrogate"}
 VIEWS = {f"adaptive: {view}" for view in VIEWS}
-ALL = {"natural", "noise, 100 draws", "AutoAttack"} | QUICK | VIEWS
+ALL = {"natural", "noise, 100 draws", "AutoAttack", "Square", "transfer PGD-40"} | QUICK | VIEWS
+TRANSFERRED = {"transfer PGD-40", "adaptive: surrogate"}
 
 
 @pytest.mark.parametrize(
@@ -292,14 +293,14 @@ ALL = {"natural", "noise, 100 draws", "AutoAttack"} | QUICK | VIEWS
         (("--save-adversarial", "images.npz"), set()),
         (("--epsilon", "0.09"), ALL - {"natural"}),
         (("--seed", "2"), ALL - {"natural"}),
-        (("--random", "False"), QUICK),
-        (("--step-size", "0.01"), {"PGD-40", "CW-20"} | VIEWS),
-        (("--num-steps", "41"), {"PGD-41"} | VIEWS),
+        (("--random", "False"), {"transfer PGD-40"} | QUICK),
+        (("--step-size", "0.01"), {"PGD-40", "CW-20", "transfer PGD-40"} | VIEWS),
+        (("--num-steps", "41"), {"PGD-41", "transfer PGD-41"} | VIEWS),
         (("--restarts", "4"), VIEWS),
         ("auxiliary weight", {"adaptive: over heads"}),
-        ("surrogate", {"adaptive: surrogate"}),
+        ("surrogate", TRANSFERRED),
         ("version of what all attacks use", ALL),
-        ("version of AutoAttack", {"AutoAttack"}),
+        ("version of AutoAttack", {"AutoAttack", "Square"}),
         ("version of the adaptive attack", VIEWS),
         ("another image", ALL),
         ("another label", ALL),
@@ -541,6 +542,10 @@ def test_the_worst_case_is_no_better_than_any_attack_image_by_image(full):
     assert len(views_) >= 5
     assert torch.equal(right(record, "adaptive, worst case"), views_.all(0))
     assert torch.equal(worst, torch.stack([right(record, name) for name in names]).all(0))
+    assert "diagnostics" in names
+    assert record["attacks"]["worst case"]["notes"] == [
+        f"image by image, over {', '.join(list(record['attacks'])[:-2])}"
+    ]
     assert len({record["attacks"][name]["verdicts"] for name in names}) > 3  # they differ, so the worst case says more
 
 
@@ -579,6 +584,20 @@ def test_a_hardened_head_in_front_of_an_undefended_one_is_exposed(tmp_path, brie
     assert accuracy(record, "PGD-40") > 50
     assert accuracy(record, "adaptive: auxiliary 1") < 10
     assert accuracy(record, "adaptive, worst case") < 10
+
+
+def test_what_diagnostics_find_is_in_the_worst_case(tmp_path, monkeypatch):
+    """Of table, picture and npz: PGD on the final logits is led astray, the views of --diagnostics are not."""
+    for name, value in (("QUERIES", 5), ("RADII", (0.5,)), ("RESTARTS", 1), ("STEPS", (1, 40))):
+        monkeypatch.setattr(utils.diagnostics, name, value)
+    saved = tmp_path / "worst.npz"
+    flags = ("--attacks", "pgd", "--n-examples", "15", "--diagnostics", "--save-adversarial", saved)
+    record = evaluate(tmp_path, "decoy", *flags)
+    lowest = min(row["PGD on every view"] for row in record["diagnostics"]["by_eps"] if row["eps"] <= EPS)
+    assert accuracy(record, "worst case") <= lowest < 10 < 50 < accuracy(record, "PGD-40")
+    with np.load(saved) as content:
+        assert content["right"].tolist() == right(record, "worst case").tolist()
+        assert content["predicted"].tolist() == record["predicted"]["worst case"]
 
 
 def test_vanishing_gradients_are_exposed(tmp_path):
@@ -626,6 +645,7 @@ def test_a_network_that_is_never_right(tmp_path, brief_library):
     record = evaluate(tmp_path, "always_wrong", "--attacks", "all", "--n-examples", "20", "--diagnostics")
     assert {attack["robust_accuracy"] for attack in record["attacks"].values()} == {0.0}
     assert record["diagnostics"]["by_eps"] == []
+    assert "no image is right without an attack: SIGN" in (tmp_path / "test.log").read_text()
     assert (tmp_path / "adversarial_examples.png").exists()
 
 
@@ -634,6 +654,43 @@ def test_eps_0(tmp_path, brief_library):
     flags = ("--epsilon", "0", "--n-examples", "20", "--restarts", "1", "--attacks", "fgsm,pgd,noise,adaptive")
     record = evaluate(tmp_path, "robust", *flags)
     assert len({attack["verdicts"] for attack in record["attacks"].values()}) == 1
+
+
+# Networks whose figures no attack can be trusted with
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("in_training_mode", "alone is answered otherwise than in a batch"),
+        ("at_random", "two calls answer differently"),
+        ("probabilities", "answers are probabilities"),
+        ("in_steps", "gradients are exactly zero at"),
+        ("scaled", "gradients are exactly zero at"),
+        ("robust", None),
+        ("with_ra", None),
+    ],
+)
+def test_what_leads_every_attack_astray_is_said_of_every_line(model, said, tmp_path):
+    record = evaluate(tmp_path, model, "--attacks", "fgsm,pgd,noise", "--num-steps", "1", "--n-examples", "20")
+    lines = (tmp_path / "test.log").read_text().splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line.startswith("attack ")]
+    marked = [line.endswith("!") for line in lines[start + 1 : start + 6]]
+    assert marked == [said is not None] * 5
+    assert [said in line for line in lines if line.startswith("! every attack: ")] == [True] * (said is not None)
+    assert lines[-2].count("!") == 5 * (said is not None)  # the row in Markdown, which is copied without its notes
+    for row in record["attacks"].values():
+        assert any(said in note for note in row["notes"]) if said else not any("call" in note for note in row["notes"])
+
+
+def test_no_gradient_no_note_of_it(tmp_path):
+    assert "exactly zero" not in str(evaluate(tmp_path, "in_steps", "--attacks", "natural,noise", "--n-examples", "9"))
+
+
+def test_autoattack_names_no_version_that_is_not_offered(tmp_path, brief_library):
+    record = evaluate(tmp_path, "at_random", "--attacks", "autoattack", "--n-examples", "9")
+    notes = " ".join(record["attacks"]["AutoAttack"]["notes"])
+    assert "randomized" in notes and "version=" not in notes
 
 
 # Verdicts and images
@@ -705,7 +762,8 @@ def test_json_says_what_the_verdicts_say(full):
         assert len(verdicts_) == attack["images"] == record["images"] == 50 and set(verdicts_) <= {"0", "1"}
         assert attack["robust_accuracy"] == pytest.approx(100 * verdicts_.count("1") / 50)
         assert attack["interval_95"] == pytest.approx(wilson(right(record, name)))
-        assert attack["seconds"] >= 0 and len(attack["notes"]) == (name == "natural")  # kept from the one before
+        assert attack["seconds"] >= 0
+        assert len(attack["notes"]) == (name == "natural" or "worst case" in name)  # kept; what it covers
     assert record["dataset"] == "digits" and record["network"]["reverse_attention"] is True
     expected = {"eps": FULL_EPS, "step_size": FULL_STEP, "num_steps": 20, "random": True, "restarts": 2, "seed": SEED}
     assert expected.items() <= record["settings"].items()
@@ -752,12 +810,14 @@ def test_pictures_and_their_curves(full):
             assert len(set(picture.convert("L").resize((40, 40)).tobytes())) > 20  # not blank
         assert (folder / name).with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     found = record["diagnostics"]
-    assert [row[0] for row in found["by_eps"]] == pytest.approx([0, FULL_EPS, 2 * FULL_EPS, 1])
-    assert [row[0] for row in found["by_steps"]] == [1, 5, 40]
-    assert all(0 <= value <= 100 for row in (*found["by_eps"], *found["by_steps"]) for value in row[1:])
-    log = (folder / "test.log").read_text()
-    for sign in found["signs"]:
-        assert f"{'SIGN' if sign['raised'] else 'ok':<5} {sign['name']}: {sign['figure']}" in log
+    assert [row["eps"] for row in found["by_eps"]] == pytest.approx([0, FULL_EPS, 2 * FULL_EPS, 1])
+    assert [row["steps"] for row in found["by_steps"]] == [1, 5, 40]
+    for row in (*found["by_eps"], *found["by_steps"]):
+        assert 0 <= row["PGD on every view"] <= row["PGD on the final logits"] <= 100
+    lines = (folder / "test.log").read_text().splitlines()
+    for sign in found["signs"]:  # what holds, and a sign's name only where it is raised
+        assert f"{sign['figure']}: {'SIGN, ' + sign['name'] if sign['raised'] else 'ok'}" in lines
+    assert {sign["raised"] for sign in found["signs"]} == {True, False}
 
 
 def test_pictures_that_cannot_be_drawn_end_no_evaluation(tmp_path):

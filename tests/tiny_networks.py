@@ -4,6 +4,7 @@ Weights are stored (tests/golden/tiny_networks.npz, float16), so that what attac
 were trained by `python -m tests.tiny_networks`, which writes them anew.
 """
 
+import copy
 from functools import cache, partial
 from pathlib import Path
 
@@ -112,6 +113,24 @@ decoy, viewing = partial(seeded, Decoy, 3), partial(seeded, Viewing, 0)
 
 def as_callable():
     return lambda x: robust()(x)
+
+
+# of which attacks learn too little
+def in_training_mode():
+    net = copy.deepcopy(robust()).train()
+    return lambda x: net(x)
+
+
+def at_random():
+    return lambda x: robust()(x + 0.05 * torch.randn_like(x))
+
+
+def probabilities():
+    return lambda x: robust()(x).softmax(1)
+
+
+def in_steps():
+    return lambda x: robust()((4 * x).round() / 4)
 
 
 def fit(reverse_attention, eps, epochs):

@@ -1,6 +1,7 @@
 """AutoAttack as the literature runs it: the standard version of the official code, packaged as pyautoattack."""
 
 import logging
+import re
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ class Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage().removesuffix(" See flags_doc.md for details.")
+        line = line.replace(' Please use version="rand".', "")  # not offered here
         (self.warned if record.levelno >= logging.WARNING else self.says)(line)
 
 
@@ -51,3 +53,25 @@ def autoattack(eps: float, seed: int, warned: Says, says: Says) -> Attack:
         return library.run_standard_evaluation(x, labels, batch_size=BLOCK)[0]
 
     return attack
+
+
+def square(eps: float, seed: int, queries: int = 5000, **_: Says) -> Attack:
+    """Black-box Square alone (Andriushchenko et al., arXiv 1912.00049), as in AutoAttack: it needs no gradient."""
+
+    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        from pyautoattack.square import SquareAttack
+
+        how = dict(p_init=0.8, n_queries=queries, n_restarts=1, resc_schedule=False)
+        library = SquareAttack(net, norm="Linf", eps=eps, seed=seed, device=x.device, **how)
+        with torch.no_grad():
+            return library.perturb(x, labels)
+
+    return attack
+
+
+def take_part(line: str, images: int, parts: dict[str, tuple[int, float]]) -> None:
+    """Add a part of AutoAttack where its progress line says how many of the images stand after it, and its seconds."""
+    said = re.fullmatch(r"robust accuracy after (\S+): ([\d.]+)% \(total time ([\d.]+) s\)", line)
+    if said:
+        before = sum(seconds for _, seconds in parts.values())
+        parts[said[1]] = round(images * float(said[2]) / 100), float(said[3]) - before

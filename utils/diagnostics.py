@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from utils.adaptive import View, cross_entropies, plain, view_pgd
-from utils.attacks import NOISE_DRAWS, noise
-from utils.autoattack import Says
+from utils.attacks import NOISE_DRAWS, margins, noise
+from utils.autoattack import Says, square
 from utils.data import Split
-from utils.evaluation import over_images, percent
+from utils.evaluation import Work, over_images, percent
 from utils.options import eps_text
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # in units of the evaluation's eps; 0 and the whole range are added
@@ -23,7 +22,7 @@ QUERIES = 5000
 
 
 class Sign(NamedTuple):
-    """One sign. raised: whether it speaks of masking. figure: what was measured, in words."""
+    """One sign. name: of what it is where it is raised. raised: whether it speaks of masking. figure: what holds."""
 
     name: str
     raised: bool
@@ -46,14 +45,27 @@ def no_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return gradient.flatten(1).abs().amax(1) == 0
 
 
-def square(net: nn.Module, x: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
-    """Which images black-box Square (Andriushchenko et al., arXiv 1912.00049) turns wrong -> (N,) bool."""
-    library = SquareAttack(
-        net, p_init=0.8, n_queries=QUERIES, eps=eps, norm="Linf", n_restarts=1, seed=seed, device=x.device,
-        resc_schedule=False,
-    )  # fmt: skip
+def doubts(net: nn.Module, x: Tensor, labels: Tensor, by_gradient: bool) -> list[str]:
+    """What makes the figure of every attack doubtful, as a few images x (n, 3, S, S) show it, a line for each.
+
+    by_gradient: whether an attack uses the gradient.
+    """
     with torch.no_grad():
-        return net(library.perturb(x, labels)).argmax(1) != labels
+        once, again, alone = net(x), net(x), torch.cat([net(image[None]) for image in x[:16]])
+    unit, few, flat = once.abs().amax().clamp(min=1e-12), once[: len(alone)], torch.zeros(0)
+    random, apart = (again - once).abs().amax() / unit, (alone - few).abs().amax() / unit
+    if by_gradient and (right := once.argmax(1) == labels).any():
+        flat = no_gradient(net, x[right], labels[right])
+    flips, mend = int((alone.argmax(1) != few.argmax(1)).sum()), "where a part of it is in training mode, call eval()"
+    summed, zeros = (once.sum(1) - 1).abs().amax(), f"{int(flat.sum())} of {len(flat)} right images"
+    found = {
+        f"two calls answer differently, which leads attacks astray; {mend}": random > 1e-5,
+        f"an image alone is answered otherwise than in a batch ({flips} of {len(few)} by another class), which leads "
+        f"attacks astray; {mend}": apart > max(1e-3, 3 * random),
+        "answers are probabilities, whose gradients vanish; return logits": once.amin() >= 0 and summed < 1e-3,
+        f"gradients are exactly zero at {zeros}; square, noise and transfer need none": flat.any(),
+    }
+    return [said for said, holds in found.items() if holds]
 
 
 @dataclass(frozen=True)
@@ -67,18 +79,32 @@ class Probe:
     step_size: float
     seed: int
     batch_size: int
+    found: Callable[..., None] = lambda *found: None  # is told of rows, images, margins that fool in the ball of eps
     progress: Says = lambda what: None  # is told of each part before it begins
 
-    def each(self, what: str, work: Callable[..., Tensor], rows: Tensor | None = None) -> Tensor:
-        """What work(images, labels, numbers) answers for the right images, or for those at `rows`."""
+    def each(self, what: str, attack: Work, eps: float, rows: Tensor | None = None) -> Tensor:
+        """Which of the right images, or of those at `rows`, an attack makes wrong -> (n,) bool, or what it answers.
+
+        attack: (images, labels, numbers) -> images in the ball of eps and, if it answers more than that, its answers.
+        """
         self.progress(what)
-        rows = self.natural.nonzero().squeeze(1) if rows is None else rows
-        return over_images(self.split, rows, self.batch_size, lambda *batch: (work(*batch),))[0]
+        own = self.natural.nonzero().squeeze(1) if rows is None else rows
+
+        def work(x: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+            images, *answers = attack(x, labels, numbers)
+            with torch.no_grad():
+                logits = self.net(images)
+            return images, margins(logits, labels), logits.argmax(1) != labels, *answers
+
+        images, over, wrong, *answers = over_images(self.split, own, self.batch_size, work)
+        if rows is None and eps <= self.eps:
+            self.found(own[wrong], images[wrong], over[wrong])
+        return answers[0] if answers else wrong
 
     def pgd(self, what: str, view: View, eps: float, steps: int, rows: Tensor | None = None, **how: object) -> Tensor:
         """Which iterates of PGD on a view fool the network -> (n, steps) bool. Steps grow with the ball."""
         how = dict(eps=eps, step_size=self.step_size * eps / self.eps, steps=steps, seed=self.seed) | how
-        return self.each(what, lambda *batch: view_pgd(self.net, view, *batch, cross_entropies, **how)[1], rows)
+        return self.each(what, lambda *batch: view_pgd(self.net, view, *batch, cross_entropies, **how), eps, rows)
 
     def accuracy(self, fooled: Tensor) -> float:
         """Robust accuracy on the whole split in percent. fooled: of the right images."""
@@ -87,13 +113,13 @@ class Probe:
 
 def diagnose(net: nn.Module, split: Split, natural: Tensor, views: dict[str, View], **how: object) -> Diagnosis:
     """Look for the signs on a split. natural: (N,) bool, the images that are right without an attack. how: the rest of
-    `Probe`: eps, step_size, seed, batch_size, progress.
+    `Probe`: eps, step_size, seed, batch_size, found, progress.
 
     Figures are shares of the whole split. The adaptive curves are the worst case, image by image, over the iterates of
     PGD on every view, one start each: cheaper, and so weaker, than `--attacks adaptive`.
     """
     if not natural.any():
-        return Diagnosis([Sign("nothing to attack", False, "no image is right without an attack")], [], [])
+        return Diagnosis([Sign("there is nothing to attack", True, "no image is right without an attack")], [], [])
     probe = Probe(net, split, natural, **how)
     eps = probe.eps
     # robust accuracy against the number of steps, every iterate judged
@@ -116,43 +142,38 @@ def _signs(probe: Probe, final: Tensor, by_eps: list[tuple], by_steps: list[tupl
     restarts = pgd.clone()
     for draw in range(1, RESTARTS):
         restarts |= probe.pgd(f"restart {draw + 1}", plain, eps, 40, draw=draw)[:, -1]
-    draws = noise(eps, seed)
-    noisy = probe.each("noise", lambda x, labels, numbers: net(draws(net, x, labels, numbers)).argmax(1) != labels)
-    box = probe.each("Square", lambda x, labels, _: square(net, x, labels, eps, seed))
+    draws, box = noise(eps, seed), square(eps, seed, QUERIES)
+    noisy = probe.each("noise", lambda *batch: (draws(net, *batch),), eps)
+    boxed = probe.each("Square", lambda *batch: (box(net, *batch),), eps)
     step = probe.pgd("FGSM", plain, eps, 1, step_size=eps)[:, 0]
-    flat = probe.each("gradients", lambda x, labels, _: no_gradient(net, x, labels))
+    flat = probe.each("gradients", lambda x, labels, _: (x, no_gradient(net, x, labels)), eps)
     wrong, mended = (~probe.natural).nonzero().squeeze(1), 0
     if len(wrong):
         mended = int((~probe.pgd("wrong images", plain, eps, 40, wrong)[:, -1]).sum())
-    once, many, fgsm, by_noise, by_box = map(probe.accuracy, (pgd, restarts, step, noisy, box))
+    once, many, fgsm, by_noise, by_box = map(probe.accuracy, (pgd, restarts, step, noisy, boxed))
     best = probe.accuracy(final[:, :40].any(1))  # any iterate counts, as it does for the views
     of_views, pgd200, full = by_steps[STEPS.index(40)][2], by_steps[-1][1], by_eps[-1][1]
-    rise = max(after[1] - before[1] for before, after in itertools.pairwise(by_eps))
-    missed = once - probe.accuracy(pgd | box)
+    rise = max(0.0, *(after[1] - before[1] for before, after in itertools.pairwise(by_eps)))
+    missed = once - probe.accuracy(pgd | boxed)
+    left = f"PGD-40 leaves {once:.1f} % right"
     return [
         Sign(
             "the final logits hide what the views show",
             best - of_views > 2,
-            f"iterates of PGD-40 on the final logits leave {best:.1f} %, on every view {of_views:.1f} %",
+            f"iterates of PGD-40 on the final logits leave {best:.1f} % right, on every view {of_views:.1f} %",
         ),
-        Sign("eps 1 leaves images right", full > 1, f"PGD-40 at eps 1: {full:.1f} %"),
-        Sign("a larger eps raises accuracy", rise > 1, f"largest rise along the curve: {max(rise, 0):.1f} points"),
-        Sign("more steps still help", once - pgd200 > 1, f"PGD-40 {once:.1f} %, PGD-200 {pgd200:.1f} %"),
-        Sign("one step beats many", fgsm < once, f"FGSM {fgsm:.1f} %, PGD-40 {once:.1f} %"),
-        Sign("restarts still help", once - many > 3, f"PGD-40 once {once:.1f} %, {RESTARTS} starts {many:.1f} %"),
-        Sign(
-            "random noise beats PGD",
-            by_noise < once,
-            f"noise, {NOISE_DRAWS} draws, {by_noise:.1f} %, PGD-40 {once:.1f} %",
-        ),
+        Sign("eps 1 leaves images right", full > 1, f"accuracy at eps 1 is {full:.1f} %"),
+        Sign("a larger eps raises accuracy", rise > 1, f"accuracy rises with eps by {rise:.1f} points at most"),
+        Sign("more steps still help", once - pgd200 > 1, f"{left}, PGD-{STEPS[-1]} {pgd200:.1f} %"),
+        Sign("one step beats many", fgsm < once, f"{left}, FGSM {fgsm:.1f} %"),
+        Sign("restarts still help", once - many > 3, f"{left} from one start, {many:.1f} % from {RESTARTS}"),
+        Sign("random noise beats PGD", by_noise < once, f"{left}, {NOISE_DRAWS} draws of noise {by_noise:.1f} %"),
         Sign(
             "black-box finds what white-box misses",
             missed > 1,
-            f"Square alone {by_box:.1f} %; it fools {missed:.1f} % of images that PGD-40 leaves right",
+            f"Square alone leaves {by_box:.1f} % right and fools {missed:.1f} % of all images that PGD-40 does not",
         ),
-        Sign(
-            "gradients vanish", bool(flat.any()), f"exactly zero at {flat.sum()} of {len(flat)} images that are right"
-        ),
+        Sign("gradients vanish", bool(flat.any()), f"gradients are zero at {flat.sum()} of {len(flat)} right images"),
         Sign(
             "attacks mend wrong images",
             mended > 0.05 * max(len(wrong), 20),

@@ -1,12 +1,12 @@
 """Looking at a trained network: what it is and on which images, and the one loop over a split."""
 
-import copy
 import importlib
 import math
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from utils.data import Split, as_input, batches, load_split, numbers_of, require
 from utils.devices import computing, pick_device
 from utils.errors import RunError, UsageError, first_line
 from utils.recipes import (
+    BLIND,
     CLASSES,
     DATASETS,
     NORMALISATIONS,
@@ -230,6 +231,39 @@ def answer_by(model: nn.Module, predict: str, file: Path) -> None:
     model.predict = predict
 
 
+def module_of(model: str) -> tuple[str, list[Path]]:
+    """Of --model: what to import, and the folders in which imports look first, the last of them the current one.
+
+    For a file, before that: the folder of the outermost package around it, and the one around that.
+    """
+    name = model.rpartition(":")[0]
+    file = Path(name).resolve()
+    if file.suffix != ".py":
+        return name, [Path.cwd()]
+    root = next(folder for folder in file.parents if not (folder / "__init__.py").is_file())
+    return ".".join(file.relative_to(root).with_suffix("").parts), [root, root.parent, Path.cwd()]
+
+
+@contextmanager
+def at_home(model: str) -> Iterator[None]:
+    """For the body, imports are those of --model's author: `models` and `utils` are theirs where they have such."""
+    ours, folders = Path(__file__).resolve().parents[1], module_of(model)[1]
+    theirs = [path for folder in folders if folder.resolve() != ours for path in folder.glob("*")]
+    taken = {p.stem for p in theirs if p.stem in ("models", "utils") and (p.suffix == ".py" or any(p.rglob("*.py")))}
+    before, hidden = sys.path[:], _taken_out(taken)
+    sys.path[:] = [f for f in (*map(str, folders), *before) if not taken or Path(f).resolve() != ours]
+    try:
+        yield
+    finally:
+        _taken_out(taken)
+        sys.modules.update(hidden)
+        sys.path[:] = before
+
+
+def _taken_out(packages: set[str]) -> dict[str, ModuleType]:
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in packages}
+
+
 class _Callable(nn.Module):
     """A function as a network."""
 
@@ -239,38 +273,49 @@ class _Callable(nn.Module):
 
 
 def foreign_subject(settings: Evaluation) -> Subject:
-    """The classifier that --model package.module:function builds, with the test images of --dataset."""
-    named = f"--model {settings.model}"
-    name, _, function = settings.model.partition(":")
-    sys.path.insert(0, os.getcwd())
+    """The classifier that --model builds, inside `at_home`, with the test images of --dataset.
+
+    They come in the side of --image-size, and grey where the network takes one channel only. Errors: UsageError.
+    """
+    named, name = f"--model {settings.model}", module_of(settings.model)[0]
     try:
-        built = getattr(importlib.import_module(name), function)()
+        built = getattr(importlib.import_module(name), settings.model.rpartition(":")[2])()
     except Exception as error:  # whatever the user's own code raises
         said = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{named}: {said}; name package.module:function, without arguments") from error
-    finally:
-        sys.path.pop(0)
+        raise UsageError(f"{named}: {said}; name package.module:function or FILE.py:function, no arguments") from error
     if not callable(built):
         raise UsageError(f"{named} returns a {type(built).__name__}, not a network")
     model = built if isinstance(built, nn.Module) else _Callable(built)
     # one that answers with heads, as those of `models` do, has their views
     ra = getattr(model, "reverse_attention", None) is True
-    info = {"arch": settings.model, "reverse_attention": ra, "recipe": None}
+    info = {"arch": settings.model, "reverse_attention": ra, "recipe": None, "module": name}
     device, dataset = pick_device(settings.device, settings.no_cuda), settings.dataset or Training.dataset
     side = settings.image_size or dataset_defaults(dataset).image_size
     data = looked_at(settings, dataset, settings.data_dir or Training.data_dir, side, device)
     subject = Subject(Path(settings.model), model, info, *data)
-    images, classes = as_input(subject.split.images[:2]), len(subject.split.classes)
-    try:
-        model.to(device).eval()
-        answer = copy.deepcopy(model)(images.requires_grad_())  # attacks see a copy, too
-    except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"{named} fails on images {tuple(images.shape)}: {said}") from error
-    if not isinstance(answer, Tensor) or answer.shape != (len(images), classes):
+    model.to(device).requires_grad_(False).eval()
+    split, answer = _taken(named, model, subject.split)
+    subject, classes = subject._replace(split=split), len(split.classes)
+    if not isinstance(answer, Tensor) or answer.shape != (len(split.labels[:2]), classes):
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise UsageError(f"{named} answers with {got}; logits (N, {classes}) are needed")
-    blind = {"natural", "noise"}.issuperset(settings.attacks) and not settings.diagnostics
-    if not answer.requires_grad and not blind:
-        raise UsageError(f"{named} answers without a gradient of the images; only --attacks natural,noise does without")
+    if not answer.requires_grad and (settings.diagnostics or not set(settings.attacks).issubset(BLIND)):
+        raise UsageError(
+            f"{named} answers without a gradient of the images; only --attacks {','.join(BLIND)} do without"
+        )
     return subject
+
+
+def _taken(named: str, model: nn.Module, split: Split) -> tuple[Split, object]:
+    """The images that a network takes, grey where it takes no others, and its answer to two of them."""
+    luma = torch.tensor([0.299, 0.587, 0.114], device=split.images.device)[:, None, None]
+    grey = torch.cat([(part * luma).sum(1, keepdim=True).round().byte() for part in split.images.split(500)])
+    failed = []
+    for images in (split.images, grey):
+        try:
+            for x in (as_input(images[:1]), as_input(images[:2])):  # an attack may be left with one image
+                answer = model(x.requires_grad_())
+            return split._replace(images=images), answer
+        except Exception as error:  # again whatever it raises
+            failed.append(f"images {tuple(x.shape)}: {type(error).__name__}: {first_line(error)}")
+    raise UsageError(f"{named} fails on {failed[0]}; on grey ones too; --image-size gives it others")

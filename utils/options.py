@@ -238,8 +238,15 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
     if cls is Evaluation:
         if (settings.ckpt_url is None) == (settings.model is None):
             parser.error("one of --ckpt_url PATH, a checkpoint file or a run folder, and --model M:F is required")
-        adaptive = "adaptive" in settings.attacks
-        idle = () if adaptive else ("restarts",) if settings.diagnostics else ("restarts", "surrogate")
+        runs, side = settings.ckpt_url or (), settings.image_size
+        if len(set(runs)) < len(runs) or (len(runs) > 1 and settings.save_adversarial):
+            parser.error("--ckpt_url takes several runs, each once, and not with --save-adversarial")
+        if runs and side is not None and (side < 16 or side % 8):
+            parser.error(f"--image-size {side} is not a multiple of 8, at least 16")
+        adaptive, transfer = (name in settings.attacks for name in ("adaptive", "transfer"))
+        if transfer and settings.attacks != ATTACKS and settings.surrogate is None:
+            parser.error("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
+        idle = () if adaptive else ("restarts",) if settings.diagnostics or transfer else ("restarts", "surrogate")
         parser.say_idle((*idle, *(("arch", "width", "no_ra", "key", "mean", "std") if settings.model else ())), given)
     if cls is Umap and settings.labels is not None:
         if len(set(settings.labels)) < len(settings.labels):

@@ -20,7 +20,8 @@ SCHEDULES = ("milestones", "cosine", "cyclic", "piecewise")
 PREDICTIONS = ("final", "auxiliary1", "auxiliary2")
 GATES = ("label", "predicted", "soft", "none")
 PRECISIONS = ("default", "fp32", "tf32", "bf16")
-ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise")
+ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise", "square", "transfer")
+BLIND = ("natural", "noise", "square", "transfer")  # those that need no gradient of the network
 FEATURES = ("weighted", "unweighted")
 LARGEST_SIDE = 1024
 # Settings that combine the method with something else, and what a run is called that has one
@@ -236,15 +237,18 @@ class Checkpoint:
 class Evaluation(Checkpoint):
     """The settings of test_white_attack.py."""
 
-    ckpt_url: str | None = setting(None, PATH, "checkpoint file or run folder; required", also=("--model-dir",))
-    model: str | None = setting(None, PATH, "any classifier instead: package.module:function that builds it")
+    ckpt_url: tuple[str, ...] | None = setting(
+        None, PATH, "checkpoint files or run folders; one is required", also=("--model-dir",), several=True
+    )
+    model: str | None = setting(None, PATH, "any classifier instead: package.module:function, or FILE.py:function")
+    image_size: int | None = again("image_size", None, kind=whole(1, LARGEST_SIDE), help="side of digits and folder")
     attacks: tuple[str, ...] = setting(
         ("natural", "fgsm", "pgd", "cw", "autoattack"), SEVERAL_ATTACKS, f"which of {', '.join(ATTACKS)}; or all"
     )
     num_steps: int = again("num_steps", 40, help="steps of PGD; CW takes half as many")
     random: bool = setting(True, TRUTH, "start FGSM, PGD and CW at random")
     restarts: int = setting(5, whole(1), "starts of the adaptive attack's PGD on each view")
-    surrogate: str | None = setting(None, PATH, "a checkpoint whose gradients the adaptive attack tries too")
+    surrogate: str | None = setting(None, PATH, "a checkpoint whose gradients `transfer` and the adaptive attack take")
     diagnostics: bool = setting(False, SWITCH, "look for signs of gradient masking; two pictures")
     save_adversarial: str | None = setting(None, PATH, "npz for the worst image found of each one")
     log_path: str | None = setting(

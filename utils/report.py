@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: the table, white_attack.json, pictures, and the adversarial images."""
 
 import math
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from utils import distributed
 from utils.adaptive import View
 from utils.autoattack import BLOCK, Says
 from utils.data import Split, as_input
+from utils.devices import computing
 from utils.diagnostics import Diagnosis, diagnose
 from utils.errors import RunError, UsageError
 from utils.evaluation import Subject, percent
@@ -24,14 +26,20 @@ from utils.options import eps_text
 from utils.recipes import Evaluation
 
 ADAPTIVE = "adaptive: "
+THREAT = "Linf, eps {:.5g} on images in [0, 1]"
+CURVES = ("PGD on the final logits", "PGD on every view")  # columns of the curves, besides eps or steps
 
 
 class Row(NamedTuple):
-    """A line of the table. right: (N,) bool, the verdicts image by image. notes: what a reader must know of it."""
+    """A line of the table. right: (N,) bool, the verdicts image by image. notes: what a reader must know of it.
+
+    parts: of AutoAttack, the accuracy after each of its parts, and the part's seconds.
+    """
 
     right: Tensor
     seconds: float
     notes: list[str]
+    parts: dict[str, dict[str, float]] | None = None
 
 
 class Worst:
@@ -85,42 +93,65 @@ def refuse_unwritable(log: Path, saved: str | None) -> None:
 
 
 def worst_cases(rows: dict[str, Row]) -> dict[str, Row]:
-    """The worst case, image by image, over the views of the adaptive attack and over all attacks of the run."""
+    """The worst case, image by image, over the views of the adaptive attack and over all lines of the table."""
 
-    def together(some: list[Row]) -> Row:
-        return Row(torch.stack([row.right for row in some]).all(0), sum(row.seconds for row in some), [])
+    def together(some: dict[str, Row]) -> Row:
+        right = torch.stack([row.right for row in some.values()]).all(0)
+        return Row(right, sum(row.seconds for row in some.values()), [f"image by image, over {', '.join(some)}"])
 
-    adapted = [row for name, row in rows.items() if name.startswith(ADAPTIVE)]
+    adapted = {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
     found = {"adaptive, worst case": together(adapted)} if len(adapted) > 1 else {}
-    return found | ({"worst case": together(list(rows.values()))} if len(rows) + len(found) > 2 else {})
+    return found | ({"worst case": together(rows)} if len(rows) + len(found) > 2 else {})
 
 
-def table(rows: dict[str, Row], subject: Subject) -> Iterator[str]:
-    """The lines of the table, notes below it, and the row in Markdown."""
+def over_runs(runs: list[dict[str, Row]]) -> Iterator[str]:
+    """Mean and range over several runs of each line that all their tables have."""
+    yield f"{len(runs)} runs, mean and range:"
+    for name in (name for name in runs[0] if all(name in rows for rows in runs)):
+        found = [percent(rows[name].right) for rows in runs]
+        yield f"{name}  {sum(found) / len(found):.2f}  {min(found):.2f} - {max(found):.2f}"
+
+
+def by_class(rows: dict[str, Row], split: Split) -> dict[str, dict[str, float]]:
+    """Of each class, how many images there are, and natural and worst-case accuracy in percent; the worst first."""
+    verdicts, found = {"natural": rows["natural"].right, "worst case": [*rows.values()][-1].right}, {}
+    for label in split.labels.unique().tolist():
+        own = (split.labels == label).cpu()
+        found[split.classes[label]] = {"images": int(own.sum())} | {k: percent(v[own]) for k, v in verdicts.items()}
+    return dict(sorted(found.items(), key=lambda item: item[1]["worst case"]))
+
+
+def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator[str]:
+    """The lines of the table, notes below it, and the row in Markdown. doubts: what holds of every line, marked `!`."""
+    doubted = " !" * bool(doubts)
     width, count = max(map(len, rows)), len(subject.split.labels)
     yield f"{'attack':<{width}}  {'robust %':>8}  {'95 % interval':>14}  {'images':>6}  {'seconds':>8}"
     for name, row in rows.items():
         low, high = wilson(row.right)
-        seconds = "" if "worst case" in name else f"{row.seconds:.1f}"
-        yield f"{name:<{width}}  {percent(row.right):>8.2f}  {f'{low:.2f} - {high:.2f}':>14}  {count:>6}  {seconds:>8}"
+        seconds = ("" if "worst case" in name else f"{row.seconds:.1f}").rjust(8) + doubted
+        yield f"{name:<{width}}  {percent(row.right):>8.2f}  {f'{low:.2f} - {high:.2f}':>14}  {count:>6}  {seconds}"
+    for note in doubts:
+        yield f"! every attack: {note}"
     if subject.of > count:
         yield f"note: {count} of {subject.of} test images, the first after a fixed shuffle"
     yield from (f"note: {note}" for note in subject.notes)
     for name, row in rows.items():
-        for note in row.notes:
+        for note in row.notes[len(doubts) :]:
             yield f"note, {name}: {note}"
+    classes = [f"{name} {c['natural']:.2f}/{c['worst case']:.2f}" for name, c in by_class(rows, subject.split).items()]
+    yield f"classes, the weakest first, natural/worst case: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
     if subject.info["reverse_attention"] and "adaptive, worst case" not in rows:
         yield "note: attacks on the final logits overestimate networks with reverse attention; add --attacks all"
     yield "| network | " + " | ".join(rows) + " |"
     yield "|" + "---|" * (len(rows) + 1)
     named = f"{subject.method}, {subject.info['arch']}, {subject.dataset}, eps {eps_text(subject.eps)}, {count} images"
-    yield f"| {named} | " + " | ".join(f"{percent(row.right):.2f}" for row in rows.values()) + " |"
+    yield f"| {named} | " + " | ".join(f"{percent(row.right):.2f}{doubted}" for row in rows.values()) + " |"
 
 
 def write_json(
-    file: Path, settings: Evaluation, subject: Subject, rows: dict[str, Row], diagnosis: Diagnosis | None, origin: dict
+    file: Path, settings: Evaluation, subject: Subject, rows: dict[str, Row], diagnosis: Diagnosis | None, more: dict
 ) -> None:
-    """white_attack.json: this evaluation, and those before it under `earlier`. origin: its provenance.
+    """white_attack.json: this evaluation, and those before it under `earlier`. more: what else is told of it.
 
     verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
     """
@@ -128,13 +159,13 @@ def write_json(
     said = ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")
     said += ("test_batch_size", "n_examples", "diagnostics", "precision", "predict")
     record = {
-        "provenance": origin,
         "checkpoint": str(subject.file),
         "network": {"method": subject.method} | {key: subject.info.get(key) for key in known},
         "notes": subject.notes,
         "dataset": subject.dataset,
         "images": len(split.labels),
         "image_numbers": None if split.numbers is None else split.numbers.tolist(),
+        "threat_model": THREAT.format(subject.eps),
         "settings": {"eps": subject.eps, "step_size": subject.step_size}
         | {key: getattr(settings, key) for key in said}
         | {"auxiliary_weight": subject.auxiliary_weight},
@@ -145,14 +176,29 @@ def write_json(
                 "images": len(row.right),
                 "seconds": round(row.seconds, 2),
                 "notes": row.notes,
+                "parts": row.parts,
                 "verdicts": "".join("01"[right] for right in row.right.tolist()),
             }
             for name, row in rows.items()
         },
+        "classes": by_class(rows, split),
+        "labels": split.labels.tolist(),
     }
     if diagnosis is not None:
-        record["diagnostics"] = diagnosis._asdict() | {"signs": [sign._asdict() for sign in diagnosis.signs]}
-    write_record(file, record)
+        curves = {"eps": diagnosis.by_eps, "steps": diagnosis.by_steps}
+        named = {f"by_{x}": [dict(zip((x, *CURVES), row, strict=True)) for row in curves[x]] for x in curves}
+        record["diagnostics"] = {"signs": [sign._asdict() for sign in diagnosis.signs]} | named
+    write_record(file, record | more)
+
+
+@torch.no_grad()
+def predictions(subject: Subject, worst: Worst) -> dict[str, list[int]]:
+    """The classes that the network answers: of each image as it is, and of the worst one found for it."""
+    split, found = subject.split, {"natural": [], "worst case": []}
+    for name, images in zip(found, (as_input(split.images.cpu()), worst.images), strict=True):
+        for part in images.split(BLOCK):
+            found[name] += subject.model(part.to(split.labels.device)).argmax(1).tolist()
+    return found
 
 
 def write_picture(file: Path, subject: Subject, worst: Worst, rows: dict[str, Row], count: int = 8) -> str:
@@ -169,28 +215,28 @@ def write_picture(file: Path, subject: Subject, worst: Worst, rows: dict[str, Ro
     pair = [as_input(batch.images), worst.images[chosen].to(device)]
     with torch.no_grad():
         probabilities = [subject.model(x).softmax(1).cpu() for x in pair]
-    shown = ([x.cpu() for x in pair], probabilities, batch.labels.cpu(), subject.eps, batch.classes, title)
+    coloured = [x.cpu().expand(-1, 3, -1, -1) for x in pair]  # grey ones too
+    shown = (coloured, probabilities, batch.labels.cpu(), subject.eps, batch.classes, title)
     return save_or_note(partial(draw_examples, *shown), file) or f"picture    {file} and .pdf"
 
 
-def save_adversarial(file: Path, subject: Subject, worst: Worst, right: Tensor) -> str:
+def save_adversarial(file: Path, subject: Subject, worst: Worst, predicted: list[int], right: Tensor) -> str:
     """Write the worst image found for each one to an npz -> a line that says so.
 
-    images: (N, 3, S, S) float32 in [0, 1] and in the ball. labels: (N,). right: (N,) the verdicts on just these images,
+    images: (N, 3, S, S) float32 in [0, 1] and in the ball. labels, predicted: (N,). right: (N,) the verdicts on these,
     those of the table's worst case but for an image on the edge of two classes, judged in another batch by rounding.
     """
     images, split, eps = worst.images, subject.split, subject.eps
     off = (images - as_input(split.images.cpu())).abs().amax().item()
     if off > eps + 1e-6 or images.min() < 0 or images.max() > 1:
         raise RunError(f"an attack left the ball of {eps:.5g} (by {off - eps:.2g}) or [0, 1]; nothing is saved")
-    with torch.no_grad():
-        logits = torch.cat([subject.model(x.to(split.labels.device)) for x in images.split(BLOCK)])
-    found = (logits.argmax(1) == split.labels).cpu()
-    content = {"images": images.numpy(), "labels": split.labels.cpu().numpy(), "right": found.numpy()}
+    labels = split.labels.cpu()
+    found = torch.tensor(predicted) == labels
+    content = {"images": images.numpy(), "labels": labels.numpy(), "predicted": predicted, "right": found.numpy()}
 
     def write(part: Path) -> None:
         with open(part, "wb") as out:
-            np.savez_compressed(out, **content, eps=np.float32(eps))
+            np.savez_compressed(out, **content, eps=np.float32(eps), threat_model=THREAT.format(eps))
 
     write_atomically(file, write)
     differ = int((found != right).sum())
@@ -200,15 +246,23 @@ def save_adversarial(file: Path, subject: Subject, worst: Worst, right: Tensor) 
 
 
 def run_diagnostics(
-    subject: Subject, natural: Tensor, views: dict[str, View], settings: Evaluation, folder: Path, say: Says
-) -> Diagnosis:
-    """--diagnostics: the signs of masking, a line each, and two pictures; a bar names the part under way."""
+    subject: Subject, natural: Tensor, worst: Worst, views: dict[str, View], settings: Evaluation, log: Path, say: Says
+) -> tuple[Row, Diagnosis]:
+    """--diagnostics: the signs of masking, a line each, and two pictures; a bar names the part under way.
+
+    What fools the network at eps goes to `worst` and into the line of the table, as any attack's.
+    """
+    began, own = time.perf_counter(), Worst(subject.split)
     style = dict(desc="diagnostics", bar_format="{desc}: {postfix} {elapsed}", leave=False, disable=distributed.quiet())
     how = dict(eps=subject.eps, step_size=subject.step_size, seed=settings.seed, batch_size=settings.test_batch_size)
-    with tqdm(**style) as bar:
-        found = diagnose(subject.model, subject.split, natural, views, progress=bar.set_postfix_str, **how)
+    with tqdm(**style) as bar, computing("fp32"):  # verdicts
+        found = diagnose(
+            subject.model, subject.split, natural, views, found=own.take, progress=bar.set_postfix_str, **how
+        )
+    rows = own.fooled.nonzero().squeeze(1)
+    worst.take(rows, own.images[rows], own.margins[rows])
     for sign in found.signs:
-        say(f"{'SIGN' if sign.raised else 'ok':<5} {sign.name}: {sign.figure}")
+        say(f"{sign.figure}: {f'SIGN, {sign.name}' if sign.raised else 'ok'}")
 
     def banded(accuracy: float) -> tuple[float, float, float]:
         return accuracy, *wilson(torch.arange(len(natural)) < round(accuracy * len(natural) / 100))
@@ -217,6 +271,6 @@ def run_diagnostics(
     for label, curve, *said in by_eps, ("steps", found.by_steps, f"steps of PGD at eps {eps_text(subject.eps)}"):
         if curve and distributed.first():
             shares = [(x, banded(final), banded(adaptive)) for x, final, adaptive in curve]
-            picture = folder / f"robust_vs_{label}.png"
+            picture = log.parent / f"robust_vs_{label}.png"
             say(save_or_note(partial(draw_robustness, shares, *said), picture) or f"picture    {picture} and .pdf")
-    return found
+    return Row(natural & ~own.fooled, time.perf_counter() - began, []), found

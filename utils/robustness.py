@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,25 +19,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models import ReverseAttentionNetwork
 from utils import attacks, distributed, report
 from utils.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.adaptive import View, adaptive, views
-from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, frozen, margin, margins, noise, pgd
-from utils.autoattack import BLOCK, Says, autoattack
+from utils.attacks import NOISE_DRAWS, Attack, Standing, cross_entropy, margin, margins, noise, pgd
+from utils.autoattack import BLOCK, Says, autoattack, square, take_part
 from utils.autoattack import VERSION as AUTOATTACK_VERSION
 from utils.checkpoints import load_model, told
 from utils.data import Split, as_input, numbers_of
 from utils.devices import computing
+from utils.diagnostics import doubts
 from utils.errors import Stopped, UsageError, stop_signals
-from utils.evaluation import Subject, foreign_subject, load_subject, over_images, right_or_not
-from utils.files import read_arrays, write_arrays
+from utils.evaluation import Subject, at_home, foreign_subject, load_subject, over_images, right_or_not
+from utils.files import read_arrays, require_writable, write_arrays
 from utils.options import eps_text
 from utils.provenance import in_one_line, provenance
-from utils.recipes import Evaluation
+from utils.recipes import BLIND, Evaluation
 from utils.report import Row, Worst
 from utils.runs import open_log
 
-FEW = 16  # images whose answers tell a foreign network
+FEW, SOME = 16, 64  # images whose answers tell a foreign network; those that are looked at for doubts
 LIBRARY = "pyautoattack"  # AutoAttack, and the APGD of the adaptive attack
 
 
@@ -75,15 +77,20 @@ def planned_attacks(
     shared = {LIBRARY: metadata.version(LIBRARY), "attacks": attacks.VERSION}
     ball = {"eps": eps, "seed": seed, "start": "uniform" if settings.random else "image"}
     on_view = dict(eps=eps, step_size=step, steps=steps, restarts=settings.restarts, seed=seed)
-    also = {"over heads": {"auxiliary weight": subject.auxiliary_weight}}
+    also, transfer = {"over heads": {"auxiliary weight": subject.auxiliary_weight}}, {}
     if surrogate is not None:
         also["surrogate"] = {"surrogate": fingerprint(surrogate)}
+        on_it = partial(pgd, lambda _, labels: cross_entropy(surrogate, labels))
+        alone = quick(on_it, step_size=step, steps=steps, **ball)
+        transfer = {f"transfer PGD-{steps}": alone._replace(depends=alone.depends | also["surrogate"])}
     plans = {
         "natural": {"natural": Planned(lambda warned, says: None, {}, attacks.VERSION)},
         "fgsm": {"FGSM": quick(partial(pgd, cross_entropy), step_size=eps, steps=1, **ball)},
         "pgd": {f"PGD-{steps}": quick(partial(pgd, cross_entropy), step_size=step, steps=steps, **ball)},
         "cw": {f"CW-{half}": quick(partial(pgd, margin), step_size=step, steps=half, **ball)},
         "noise": {f"noise, {NOISE_DRAWS} draws": quick(noise, eps=eps, seed=seed, draws=NOISE_DRAWS)},
+        "square": {"Square": long(square, AUTOATTACK_VERSION, {}, eps=eps, seed=seed)},
+        "transfer": transfer,
         "autoattack": {"AutoAttack": long(autoattack, AUTOATTACK_VERSION, {}, eps=eps, seed=seed)},
         "adaptive": {
             report.ADAPTIVE + name: long(partial(adaptive, view), ADAPTIVE_VERSION, also.get(name, {}), **on_view)
@@ -105,7 +112,7 @@ def fingerprint(model: nn.Module, foreign: str = "", images: Tensor | None = Non
         plain = sorted((key, repr(value)) for key, value in vars(module).items() if _plain(value))
         digest.update(repr((name, type(module).__qualname__, plain)).encode())
         sources |= {cls.__module__ for cls in type(module).__mro__}
-    for source in sorted(source for source in sources if source.split(".")[0] not in ("torch", "builtins", "utils")):
+    for source in sorted(s for s in sources - {Subject.__module__} if s.split(".")[0] not in ("torch", "builtins")):
         digest.update(_code(source).encode())
     values = list(model.state_dict().values())
     if images is not None:
@@ -142,6 +149,7 @@ class Found(NamedTuple):
 
     right: (n,) bool. images: (m, 3, S, S), an adversarial one for each image that it fools, in order. margins: (m,),
     their largest other logit less the label's. notes: what a reader must know. made: when, and on which device.
+    parts: how many images stand after each part of AutoAttack, and its seconds; None where an older file does not say.
     """
 
     right: Tensor
@@ -150,6 +158,7 @@ class Found(NamedTuple):
     seconds: float
     notes: list[str]
     made: str = ""
+    parts: dict[str, tuple[int, float]] | None = None
 
 
 class Kept:
@@ -174,24 +183,27 @@ class Kept:
             settings, arrays = read_arrays(file)
             right, images, found = (torch.from_numpy(arrays[key]) for key in ("right", "images", "margins"))
             told = float(settings["seconds"]), [str(note) for note in settings["notes"]], str(settings["made"])
+            parts = settings.get("parts")  # None in files of the first release
+            parts = parts and {str(name): (int(count), float(s)) for name, (count, s) in parts.items()}
             fooled = 0 if natural is None else int((natural & ~right.bool()).sum())
             fits = right.shape == shape[:1] and images.shape == (fooled, *shape[1:]) and found.shape == (fooled,)
-        except (UsageError, KeyError, TypeError, ValueError, RuntimeError):
+        except (UsageError, KeyError, TypeError, ValueError, RuntimeError, AttributeError):
             return None
-        return Found(right.bool(), images.float(), found.float(), *told) if fits else None
+        return Found(right.bool(), images.float(), found.float(), *told, parts) if fits else None
 
     def save(self, file: Path, found: Found) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {key: getattr(found, key).numpy() for key in ("right", "images", "margins")}
-        write_arrays(file, {"seconds": found.seconds, "notes": found.notes, "made": self.now}, **arrays)
+        told = {"seconds": found.seconds, "notes": found.notes, "made": self.now, "parts": found.parts}
+        write_arrays(file, told, **arrays)
 
 
 def attack_block(
     net: nn.Module, block: Split, plan: Planned, natural: Tensor | None, batch_size: int, says: Says
 ) -> Found:
     """Attack the images of a block that are right without an attack, all of them where natural is None."""
-    began, notes = time.perf_counter(), []
-    attack = plan.build(warned=notes.append, says=says)
+    began, notes, parts = time.perf_counter(), [], {}
+    attack = plan.build(warned=notes.append, says=lambda line: says(line) or take_part(line, len(rows), parts))
     rows = torch.arange(len(block.labels)) if natural is None else natural.nonzero().squeeze(1)
     right = torch.zeros(len(block.labels), dtype=torch.bool)
     images, found = as_input(block.images[:0]).cpu(), torch.zeros(0)
@@ -201,7 +213,7 @@ def attack_block(
         if natural is not None:
             fooled = ~right[rows]
             images, found = x[fooled], margins(logits, block.labels.cpu()[rows])[fooled]
-    return Found(right, images, found, time.perf_counter() - began, notes)
+    return Found(right, images, found, time.perf_counter() - began, notes, parts=parts)
 
 
 def run_attacks(
@@ -228,14 +240,14 @@ def run_attacks(
                 if natural is None:
                     natural = found.right
                 worst.take(here[natural & ~found.right], found.images, found.margins)
-                finished.append((i, name, found._replace(images=None, margins=None)))
+                finished.append((i, name, *found._replace(images=None, margins=None)))
                 bar.update()
             if seconds and left and not timed:
                 minutes, timed = seconds * left / 60, True
                 say(f"block {i + 1} of {len(blocks)} is done; about {minutes:.0f} min more, less what is kept already")
     worst.join()
     everything = sorted((f for one in distributed.gathered(finished) for f in one), key=lambda f: f[0])
-    return {name: joined_row([found for _, own, found in everything if own == name]) for name in plans}, worst
+    return {name: joined_row([Found(*f) for _, own, *f in everything if own == name]) for name in plans}, worst
 
 
 def joined_row(blocks: list[Found]) -> Row:
@@ -248,7 +260,13 @@ def joined_row(blocks: list[Found]) -> Row:
     notes = [f"in {len(of)} {whole}, first: {n}" if len(blocks) > 1 else n for n, of in alike.values()]
     if kept:
         notes.append(f"{len(kept)} {whole} of {BLOCK} images kept from an earlier evaluation ({kept[0]})")
-    return Row(torch.cat([block.right for block in blocks]), sum(block.seconds for block in blocks), notes)
+    right, parts = torch.cat([block.right for block in blocks]), {}
+    if all(block.parts is not None for block in blocks):
+        for name in dict.fromkeys(name for block in blocks for name in block.parts):
+            standing, seconds = map(sum, zip(*(block.parts.get(name, (0, 0)) for block in blocks), strict=True))
+            parts[name] = {"robust_accuracy": 100 * standing / len(right), "seconds": seconds}
+    notes += [f"{part['robust_accuracy']:.2f} % after {name}, {part['seconds']:.1f} s" for name, part in parts.items()]
+    return Row(right, sum(block.seconds for block in blocks), notes, parts)
 
 
 def load_surrogate(path: str, subject: Subject) -> nn.Module:
@@ -266,28 +284,57 @@ def load_surrogate(path: str, subject: Subject) -> nn.Module:
     return surrogate
 
 
+def attacked(model: nn.Module) -> nn.Module:
+    """The network that attacks call: that of a `Standing`, or a foreign one itself, which copying might break."""
+    if any(isinstance(module, ReverseAttentionNetwork) for module in model.modules()):
+        with suppress(RuntimeError, TypeError):  # one of ours in something that cannot be copied
+            return Standing(model).net
+    return model
+
+
 def white_attack(settings: Evaluation) -> None:
-    """Evaluate a network under the attacks of --attacks: table, white_attack.json, test.log and a picture."""
-    subject = foreign_subject(settings) if settings.model else load_subject(settings, settings.ckpt_url)
+    """Evaluate a network under the attacks of --attacks: table, white_attack.json, test.log and a picture.
+
+    Several of --ckpt_url one after the other; then their mean and range.
+    """
+    if settings.model:
+        with at_home(settings.model):
+            subject, folder = foreign_subject(settings), Path("evaluated") / re.sub(r"\W+", "-", settings.model)
+            if not settings.log_path:
+                require_writable(folder, "name another by --log_path")
+            evaluate(settings, subject, folder)
+    runs, kinds = [], set()
+    for path in settings.ckpt_url or ():
+        subject = load_subject(settings, path)
+        runs.append(evaluate(settings, subject, subject.file.parent))
+        kinds.add((subject.dataset, subject.eps))
+    if len(runs) > 1 and distributed.first():
+        for line in report.over_runs(runs) if len(kinds) == 1 else ["no mean: the runs differ in data set or eps"]:
+            tqdm.write(line)
+
+
+def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, Row]:
+    """Evaluate one network -> the lines of its table. folder: of what is written, unless --log_path says otherwise."""
     surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
     if settings.diagnostics and subject.eps == 0:
         raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
-    log = Path(settings.log_path or subject.file.parent / "test.log")
+    log = Path(settings.log_path or folder / "test.log")
     distributed.from_first(lambda: report.refuse_unwritable(log, settings.save_adversarial))  # before the attacks
-    say, origin = open_log(log), provenance(subject.split.labels.device, settings.seed, [LIBRARY])
+    split, say = subject.split, open_log(log)
+    origin = provenance(split.labels.device, settings.seed, [LIBRARY])
 
     def stop(signum: int, frame: object) -> None:
         again = f"{distributed.launcher()} {shlex.join(sys.argv)}"
         raise Stopped(signum, f"stopped; finished blocks are kept, and the same command goes on: {again}")
 
-    foreign = (settings.model.partition(":")[0], as_input(subject.split.images[:FEW])) if settings.model else ()
+    foreign = (subject.info["module"], as_input(split.images[:FEW])) if settings.model else ()
     kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
-    other = nullcontext() if surrogate is None else frozen(surrogate)
-    with stop_signals(stop), computing(settings.precision), frozen(subject.model) as net, other as attacked:
-        subject = subject._replace(model=net)
+    subject = subject._replace(model=attacked(subject.model))
+    other = surrogate and attacked(surrogate)
+    with stop_signals(stop), computing(settings.precision):
         own = {key: subject.info.get(key) for key in ("gate", "ra_blocks")}
         how = {"gate": own["gate"] or "label", "blocks": own["ra_blocks"] or 2, "predict": settings.predict}
-        ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, attacked, **how)
+        ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, other, **how)
         plans = planned_attacks(settings, subject, ways, surrogate)
         say(in_one_line(origin))
         say(f"{subject.file}: {subject.described()}")
@@ -298,17 +345,25 @@ def white_attack(settings: Evaluation) -> None:
                 f"AutoAttack, adaptive attacks and diagnostics take long: blocks of {BLOCK} images, each kept in "
                 f"{kept.folder} when it is finished; --n-examples N takes fewer"
             )
+        by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
+        with computing("fp32"):
+            doubted = doubts(subject.model, as_input(split.images[:SOME]), split.labels[:SOME], by_gradient)
         rows, worst = run_attacks(subject, plans, kept, settings.test_batch_size, say)
         diagnosis = None
         if settings.diagnostics:
-            diagnosis = report.run_diagnostics(subject, rows["natural"].right, ways, settings, log.parent, say)
+            right = rows["natural"].right
+            rows["diagnostics"], diagnosis = report.run_diagnostics(subject, right, worst, ways, settings, log, say)
+        rows |= report.worst_cases(rows)
+        rows = {name: row._replace(notes=[*doubted, *row.notes]) for name, row in rows.items()}
         if distributed.first():
-            rows |= report.worst_cases(rows)
-            report.write_json(log.with_name("white_attack.json"), settings, subject, rows, diagnosis, origin)
-            for line in report.table(rows, subject):
+            more = {"provenance": origin, "predicted": report.predictions(subject, worst)}
+            report.write_json(log.with_name("white_attack.json"), settings, subject, rows, diagnosis, more)
+            for line in report.table(rows, subject, doubted):
                 say(line)
             if len(rows) > 1:
                 say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst, rows))
             if settings.save_adversarial:
                 right = [*rows.values()][-1].right  # the worst case, where there are several attacks
-                say(report.save_adversarial(Path(settings.save_adversarial), subject, worst, right))
+                saved = Path(settings.save_adversarial), subject, worst, more["predicted"]["worst case"], right
+                say(report.save_adversarial(*saved))
+    return rows
