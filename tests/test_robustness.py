@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import foolbox
@@ -149,6 +150,23 @@ def test_autoattack_through_the_script_is_autoattack_called_directly(tmp_path, b
     flags = ("--attacks", "autoattack", "--n-examples", "45", "--save-adversarial", tmp_path / "found.npz")
     record = evaluate(tmp_path, "robust", *flags)
     same_as_directly(robust(), tmp_path, 45, EPS, small_blocks, record)
+    parts = record["attacks"]["AutoAttack"]["parts"]
+    assert [*parts] == ["APGD-CE", "APGD-T", "FAB-T", "SQUARE"]
+    left = [part["robust_accuracy"] for part in parts.values()]
+    assert left == sorted(left, reverse=True) and left[-1] == pytest.approx(accuracy(record, "AutoAttack"))
+    assert left[0] < accuracy(record, "natural")
+    assert f"note, AutoAttack: {left[0]:.2f} % after APGD-CE, " in (tmp_path / "test.log").read_text()
+    by_class = record["classes"]
+    assert sum(c["images"] * c["natural"] for c in by_class.values()) == pytest.approx(45 * accuracy(record, "natural"))
+    worst = [c["worst case"] for c in by_class.values()]
+    assert len(worst) == 10 and worst == sorted(worst)
+    assert sum(c["images"] * c["worst case"] for c in by_class.values()) == pytest.approx(
+        30 * accuracy(record, "AutoAttack")
+    )
+    for name, row in (("natural", "natural"), ("worst case", "AutoAttack")):
+        found = torch.tensor(record["predicted"][name]) == torch.tensor(record["labels"])
+        assert torch.equal(found, right(record, row))
+    assert record["threat_model"] == "Linf, eps 0.1 on images in [0, 1]"
 
 
 @pytest.mark.slow
@@ -190,7 +208,13 @@ class Calls(list):
 
 
 @pytest.fixture
-def counted(monkeypatch, small_blocks):
+def no_pictures(monkeypatch):
+    for name in ("draw_examples", "draw_robustness"):
+        monkeypatch.setattr(utils.report, name, lambda *args: args[-1].write_bytes(b""))
+
+
+@pytest.fixture
+def counted(monkeypatch, small_blocks, no_pictures):
     """One step of FGSM stands for every attack of the script, and is counted; no library is called, nothing drawn."""
     calls = Calls()
 
@@ -437,6 +461,7 @@ def test_damaged_and_foreign_blocks_are_attacked_anew(tmp_path, counted):
         {"settings": json.dumps({"seconds": 1, "made": "now"})},
         {"settings": json.dumps({"seconds": None, "notes": [], "made": "now"})},
         {"settings": json.dumps({"seconds": 1, "notes": 3, "made": "now"})},
+        {"settings": json.dumps({"seconds": 1, "notes": [], "made": "now", "parts": [5]})},
     ):
         if isinstance(damage, bytes):
             file.write_bytes(damage)
@@ -528,6 +553,11 @@ def test_notes_alike_but_for_numbers_are_said_once():
     row = joined_row([found([], made="yesterday, cpu"), found([])])
     assert row.notes == ["1 of 2 blocks of 250 images kept from an earlier evaluation (yesterday, cpu)"]
     assert row.seconds == 3 and row.right.tolist() == [True, False, True, False]
+    blocks = [found([])._replace(parts=parts) for parts in ({"A": (2, 1.0), "B": (1, 2.0)}, {"A": (0, 3.0)})]
+    row = joined_row(blocks)  # a block of which nothing is left ends AutoAttack early
+    assert row.parts == {"A": {"robust_accuracy": 50, "seconds": 4}, "B": {"robust_accuracy": 25, "seconds": 2}}
+    assert row.notes == ["50.00 % after A, 4.0 s", "25.00 % after B, 2.0 s"]
+    assert joined_row([*blocks, found([])]).notes == []  # one kept by the first release, which says nothing of parts
 
 
 # Worst cases
@@ -568,11 +598,27 @@ def test_adaptive_finds_what_pgd_on_each_head_finds(full):
     assert ((wrong[1] | wrong[2]) & ~wrong[0]).any()  # or the final head alone would do
 
 
-def test_a_surrogate_is_one_more_view(trained, tmp_path, brief_library):
-    flags = ("--attacks", "adaptive", "--restarts", "1", "--n-examples", "20", "--epsilon", "0.2", "--num-steps", "10")
-    record = evaluate(tmp_path, "robust", *flags, "--surrogate", trained[2])
+def test_a_surrogate_is_one_more_view_and_an_attack_by_itself(trained, tmp_path, brief_library):
+    flags = ("--restarts", "1", "--n-examples", "20", "--epsilon", "0.2", "--num-steps", "10")
+    record = evaluate(tmp_path, "robust", *flags, "--attacks", "adaptive,transfer", "--surrogate", trained[2])
     assert {"adaptive: final", "adaptive: surrogate", "adaptive, worst case"} <= set(record["attacks"])
     assert accuracy(record, "adaptive: surrogate") < accuracy(record, "natural")
+    assert accuracy(record, "transfer PGD-10") < accuracy(record, "natural")
+
+
+def test_square_by_itself_needs_no_gradient(tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setattr(utils.robustness, "square", partial(utils.autoattack.square, queries=60))
+    record = evaluate(tmp_path, "in_steps", "--attacks", "fgsm,square", "--n-examples", "20", "--epsilon", "0.3")
+    assert accuracy(record, "Square") < accuracy(record, "FGSM") == accuracy(record, "natural")
+
+
+def test_several_runs_have_a_mean_and_a_range(tmp_path, capsys, no_pictures):
+    runs = [digits_checkpoint(tmp_path / name / "best_adv_model.pt", name == "ra").parent for name in ("ra", "plain")]
+    flags = ("--attacks", "fgsm", "--n-examples", "30", "--epsilon", "0.2")
+    assert execute(ATTACK, "--ckpt_url", *runs, *flags) == 0
+    found = [accuracy(json.loads((run / "white_attack.json").read_text()), "FGSM") for run in runs]
+    said = f"FGSM  {sum(found) / 2:.2f}  {min(found):.2f} - {max(found):.2f}"
+    assert capsys.readouterr().out.splitlines()[-1] == said and found[0] != found[1]
 
 
 # Planted frauds
@@ -586,7 +632,7 @@ def test_a_hardened_head_in_front_of_an_undefended_one_is_exposed(tmp_path, brie
     assert accuracy(record, "adaptive, worst case") < 10
 
 
-def test_what_diagnostics_find_is_in_the_worst_case(tmp_path, monkeypatch):
+def test_what_diagnostics_find_is_in_the_worst_case(tmp_path, monkeypatch, no_pictures):
     """Of table, picture and npz: PGD on the final logits is led astray, the views of --diagnostics are not."""
     for name, value in (("QUERIES", 5), ("RADII", (0.5,)), ("RESTARTS", 1), ("STEPS", (1, 40))):
         monkeypatch.setattr(utils.diagnostics, name, value)
@@ -671,7 +717,7 @@ def test_eps_0(tmp_path, brief_library):
         ("with_ra", None),
     ],
 )
-def test_what_leads_every_attack_astray_is_said_of_every_line(model, said, tmp_path):
+def test_what_leads_every_attack_astray_is_said_of_every_line(model, said, tmp_path, no_pictures):
     record = evaluate(tmp_path, model, "--attacks", "fgsm,pgd,noise", "--num-steps", "1", "--n-examples", "20")
     lines = (tmp_path / "test.log").read_text().splitlines()
     (start,) = [i for i, line in enumerate(lines) if line.startswith("attack ")]
@@ -687,7 +733,7 @@ def test_no_gradient_no_note_of_it(tmp_path):
     assert "exactly zero" not in str(evaluate(tmp_path, "in_steps", "--attacks", "natural,noise", "--n-examples", "9"))
 
 
-def test_autoattack_names_no_version_that_is_not_offered(tmp_path, brief_library):
+def test_autoattack_names_no_version_that_is_not_offered(tmp_path, brief_library, no_pictures):
     record = evaluate(tmp_path, "at_random", "--attacks", "autoattack", "--n-examples", "9")
     notes = " ".join(record["attacks"]["AutoAttack"]["notes"])
     assert "randomized" in notes and "version=" not in notes
@@ -886,6 +932,9 @@ def maps(): return nn.Conv2d(3, 10, 3)
 def pair(): return lambda x: (x, x)
 def larger(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 def flat(): return lambda x: torch.zeros(len(x), 10)
+def one_fails():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 10), nn.BatchNorm1d(10))
+    return lambda x: net(x)
 """
 
 
@@ -900,10 +949,94 @@ def beside_foreign(here, monkeypatch):
         sys.modules.pop(name, None)
 
 
+THEIRS = {
+    "models/__init__.py": "",
+    "models/nets.py": """
+import torch
+from torch import nn
+from torch.nn.utils import weight_norm
+from utils.blocks import block
+
+def plain(): return block(3)
+def grey(): return block(1)
+
+def normed():  # neither its weight nor what its hook keeps can be copied
+    net = block(3)
+    net[0], net.seen = weight_norm(net[0]), []
+    net[0].register_forward_hook(lambda module, inputs, output: net.seen.append(output))
+    return net
+
+class Late(nn.Module):
+    def forward(self, x):
+        from utils import late
+        return late.answer(x)
+
+late = Late
+""",
+    "utils/blocks.py": """
+import torch
+from torch import nn
+
+def block(channels):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+""",
+    "utils/late.py": "def answer(x): return x.flatten(1)[:, :10]\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ("models.nets:plain", (3, 16, 16)),
+        ("models.nets:grey", (1, 16, 16)),
+        ("models.nets:late", (3, 16, 16)),
+        ("models.nets:normed", (3, 28, 28)),
+        ("models/nets.py:plain", (3, 17, 17)),
+        ("../theirs/models/nets.py:late", (3, 9, 9)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_repository_with_models_and_utils_of_its_own(model, shape, tmp_path, monkeypatch, request):
+    """From there, or by a file's path; one folder lands there, and afterwards our own names are ours again."""
+    for name, source in THEIRS.items():
+        (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "theirs" / name).write_text(source)
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / ("elsewhere" if model.startswith("..") else "theirs")
+    before, path = {*folder.iterdir()}, [*sys.path]
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("models", "utils")}
+    if shape != (1, 16, 16):  # the picture of grey images is drawn
+        request.getfixturevalue("no_pictures")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    flags = (
+        "--dataset",
+        "digits",
+        "--image-size",
+        shape[-1],
+        "--n-examples",
+        "6",
+        "--attacks",
+        "fgsm",
+        "--device",
+        "cpu",
+    )
+    assert execute(ATTACK, "--model", model, *flags, "--save-adversarial", tmp_path / "found.npz") == 0
+    with np.load(tmp_path / "found.npz") as content:
+        assert content["images"].shape == (6, *shape)
+    (out,) = {*folder.iterdir()} - before
+    assert out.name == "evaluated" and len([*out.glob("*/test.log")]) == len([*out.glob("*/white_attack.json")]) == 1
+    assert {n: m for n, m in sys.modules.items() if n.split(".")[0] in ("models", "utils")} == ours and sys.path == path
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
         ("no_such_module:net", "no_such_module"),
+        ("no_such_file.py:net", "no_such_file"),
+        ("foreign_nets.py:absent", "absent"),
+        ("foreign_nets:one_fails", "(1, 3, 16, 16)"),
         ("broken_nets:net", "invalid syntax"),
         ("foreign_nets:absent", "absent"),
         ("foreign_nets", "package.module:function"),
@@ -929,6 +1062,7 @@ def test_a_foreign_network_that_is_none(function, said, beside_foreign, refused)
 def test_a_network_without_gradients_is_looked_at_without_attacks(beside_foreign):
     flags = ("--model", "foreign_nets:flat", "--dataset", "digits", "--n-examples", "4", "--device", "cpu")
     assert execute(ATTACK, *flags, "--attacks", "natural,noise") == 0
+    assert {file.name for file in beside_foreign.iterdir()} == {"foreign_nets.py", "broken_nets.py", "evaluated"}
 
 
 def test_wrong_flags(refused, trained, tmp_path):
@@ -941,6 +1075,10 @@ def test_wrong_flags(refused, trained, tmp_path):
     refused(ATTACK, *flags, "--save-adversarial", file / "images.npz", mentions=["--save-adversarial", "images.npz"])
     refused(ATTACK, *flags, "--save-adversarial", tmp_path, mentions=["--save-adversarial", "folder"])
     refused(ATTACK, *flags, "--diagnostics", "--epsilon", "0", mentions=["--diagnostics"])
+    refused(ATTACK, *flags[:4], "--attacks", "transfer", mentions=["--surrogate"])
+    refused(ATTACK, "--ckpt_url", file, file, mentions=["--ckpt_url"])
+    refused(ATTACK, "--ckpt_url", file, tmp_path, "--save-adversarial", "x.npz", mentions=["--save-adversarial"])
+    refused(ATTACK, *flags, "--image-size", "20", mentions=["--image-size 20"])
 
 
 def test_a_surrogate_of_other_classes(tmp_path):
