@@ -4,7 +4,9 @@
     python test_white_attack.py --ckpt_url PATH --attacks all --diagnostics      before a figure is believed
     python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra     a published bare state dict, plain network
     python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra --mean cifar10 --std cifar10    normalised images
-    python test_white_attack.py --model package.module:function --dataset cifar10      any classifier of [0, 1] images
+    python test_white_attack.py --model package.module:function --dataset cifar10      any classifier of [0, 1] images,
+                                                                   also FILE.py:function; written to ./evaluated
+    python test_white_attack.py --ckpt_url RUN RUN RUN             of several runs, mean and range too
 
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
 README's first table says what it finds for digits, and by which commands.

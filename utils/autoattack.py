@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from utils.attacks import Attack
@@ -59,8 +60,6 @@ def square(eps: float, seed: int, queries: int = 5000, **_: Says) -> Attack:
     """Black-box Square alone (Andriushchenko et al., arXiv 1912.00049), as in AutoAttack: it needs no gradient."""
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        from pyautoattack.square import SquareAttack
-
         how = dict(p_init=0.8, n_queries=queries, n_restarts=1, resc_schedule=False)
         library = SquareAttack(net, norm="Linf", eps=eps, seed=seed, device=x.device, **how)
         with torch.no_grad():
@@ -73,5 +72,5 @@ def take_part(line: str, images: int, parts: dict[str, tuple[int, float]]) -> No
     """Add a part of AutoAttack where its progress line says how many of the images stand after it, and its seconds."""
     said = re.fullmatch(r"robust accuracy after (\S+): ([\d.]+)% \(total time ([\d.]+) s\)", line)
     if said:
-        before = sum(seconds for _, seconds in parts.values())
-        parts[said[1]] = round(images * float(said[2]) / 100), float(said[3]) - before
+        seconds = float(said[3]) - sum(seconds for _, seconds in parts.values())
+        parts[said[1]] = round(images * float(said[2]) / 100), seconds

@@ -46,10 +46,7 @@ def no_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def doubts(net: nn.Module, x: Tensor, labels: Tensor, by_gradient: bool) -> list[str]:
-    """What makes the figure of every attack doubtful, as a few images x (n, 3, S, S) show it, a line for each.
-
-    by_gradient: whether an attack uses the gradient.
-    """
+    """What leads every attack astray, as some images (n, 3, S, S) show. by_gradient: whether an attack uses it."""
     with torch.no_grad():
         once, again, alone = net(x), net(x), torch.cat([net(image[None]) for image in x[:16]])
     unit, few, flat = once.abs().amax().clamp(min=1e-12), once[: len(alone)], torch.zeros(0)
@@ -155,28 +152,18 @@ def _signs(probe: Probe, final: Tensor, by_eps: list[tuple], by_steps: list[tupl
     of_views, pgd200, full = by_steps[STEPS.index(40)][2], by_steps[-1][1], by_eps[-1][1]
     rise = max(0.0, *(after[1] - before[1] for before, after in itertools.pairwise(by_eps)))
     missed = once - probe.accuracy(pgd | boxed)
-    left = f"PGD-40 leaves {once:.1f} % right"
+    of_iterates = f"iterates of PGD-40 on the final logits leave {best:.1f} % right, on every view {of_views:.1f} %"
+    of_square = f"Square alone leaves {by_box:.1f} % right and fools {missed:.1f} % of all images that PGD-40 does not"
+    left, turned = f"PGD-40 leaves {once:.1f} % right", f"PGD-40 turns {mended} of {len(wrong)} wrong images right"
     return [
-        Sign(
-            "the final logits hide what the views show",
-            best - of_views > 2,
-            f"iterates of PGD-40 on the final logits leave {best:.1f} % right, on every view {of_views:.1f} %",
-        ),
+        Sign("the final logits hide what the views show", best - of_views > 2, of_iterates),
         Sign("eps 1 leaves images right", full > 1, f"accuracy at eps 1 is {full:.1f} %"),
         Sign("a larger eps raises accuracy", rise > 1, f"accuracy rises with eps by {rise:.1f} points at most"),
         Sign("more steps still help", once - pgd200 > 1, f"{left}, PGD-{STEPS[-1]} {pgd200:.1f} %"),
         Sign("one step beats many", fgsm < once, f"{left}, FGSM {fgsm:.1f} %"),
         Sign("restarts still help", once - many > 3, f"{left} from one start, {many:.1f} % from {RESTARTS}"),
         Sign("random noise beats PGD", by_noise < once, f"{left}, {NOISE_DRAWS} draws of noise {by_noise:.1f} %"),
-        Sign(
-            "black-box finds what white-box misses",
-            missed > 1,
-            f"Square alone leaves {by_box:.1f} % right and fools {missed:.1f} % of all images that PGD-40 does not",
-        ),
+        Sign("black-box finds what white-box misses", missed > 1, of_square),
         Sign("gradients vanish", bool(flat.any()), f"gradients are zero at {flat.sum()} of {len(flat)} right images"),
-        Sign(
-            "attacks mend wrong images",
-            mended > 0.05 * max(len(wrong), 20),
-            f"PGD-40 turns {mended} of {len(wrong)} wrong images right",
-        ),
+        Sign("attacks mend wrong images", mended > 0.05 * max(len(wrong), 20), turned),
     ]

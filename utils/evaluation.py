@@ -232,10 +232,7 @@ def answer_by(model: nn.Module, predict: str, file: Path) -> None:
 
 
 def module_of(model: str) -> tuple[str, list[Path]]:
-    """Of --model: what to import, and the folders in which imports look first, the last of them the current one.
-
-    For a file, before that: the folder of the outermost package around it, and the one around that.
-    """
+    """What --model imports and from where: of a file the folder around its packages, the one above; the current one."""
     name = model.rpartition(":")[0]
     file = Path(name).resolve()
     if file.suffix != ".py":
@@ -273,10 +270,7 @@ class _Callable(nn.Module):
 
 
 def foreign_subject(settings: Evaluation) -> Subject:
-    """The classifier that --model builds, inside `at_home`, with the test images of --dataset.
-
-    They come in the side of --image-size, and grey where the network takes one channel only. Errors: UsageError.
-    """
+    """The classifier that --model builds, in `at_home`, with test images as it takes them; UsageError if it is none."""
     named, name = f"--model {settings.model}", module_of(settings.model)[0]
     try:
         built = getattr(importlib.import_module(name), settings.model.rpartition(":")[2])()

@@ -31,10 +31,7 @@ CURVES = ("PGD on the final logits", "PGD on every view")  # columns of the curv
 
 
 class Row(NamedTuple):
-    """A line of the table. right: (N,) bool, the verdicts image by image. notes: what a reader must know of it.
-
-    parts: of AutoAttack, the accuracy after each of its parts, and the part's seconds.
-    """
+    """A line of the table. right: (N,) bool, the verdicts. notes: what a reader must know. parts: of AutoAttack."""
 
     right: Tensor
     seconds: float
@@ -191,13 +188,13 @@ def write_json(
     write_record(file, record | more)
 
 
-@torch.no_grad()
 def predictions(subject: Subject, worst: Worst) -> dict[str, list[int]]:
     """The classes that the network answers: of each image as it is, and of the worst one found for it."""
     split, found = subject.split, {"natural": [], "worst case": []}
-    for name, images in zip(found, (as_input(split.images.cpu()), worst.images), strict=True):
-        for part in images.split(BLOCK):
-            found[name] += subject.model(part.to(split.labels.device)).argmax(1).tolist()
+    with torch.no_grad(), computing("fp32"):
+        for name, images in zip(found, (as_input(split.images.cpu()), worst.images), strict=True):
+            for part in images.split(BLOCK):
+                found[name] += subject.model(part.to(split.labels.device)).argmax(1).tolist()
     return found
 
 
@@ -248,10 +245,7 @@ def save_adversarial(file: Path, subject: Subject, worst: Worst, predicted: list
 def run_diagnostics(
     subject: Subject, natural: Tensor, worst: Worst, views: dict[str, View], settings: Evaluation, log: Path, say: Says
 ) -> tuple[Row, Diagnosis]:
-    """--diagnostics: the signs of masking, a line each, and two pictures; a bar names the part under way.
-
-    What fools the network at eps goes to `worst` and into the line of the table, as any attack's.
-    """
+    """--diagnostics: a line for each sign of masking, two pictures, a line of the table; `worst` takes what fools."""
     began, own = time.perf_counter(), Worst(subject.split)
     style = dict(desc="diagnostics", bar_format="{desc}: {postfix} {elapsed}", leave=False, disable=distributed.quiet())
     how = dict(eps=subject.eps, step_size=subject.step_size, seed=settings.seed, batch_size=settings.test_batch_size)

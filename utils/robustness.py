@@ -80,8 +80,7 @@ def planned_attacks(
     also, transfer = {"over heads": {"auxiliary weight": subject.auxiliary_weight}}, {}
     if surrogate is not None:
         also["surrogate"] = {"surrogate": fingerprint(surrogate)}
-        on_it = partial(pgd, lambda _, labels: cross_entropy(surrogate, labels))
-        alone = quick(on_it, step_size=step, steps=steps, **ball)
+        alone = quick(partial(pgd, lambda _, y: cross_entropy(surrogate, y)), step_size=step, steps=steps, **ball)
         transfer = {f"transfer PGD-{steps}": alone._replace(depends=alone.depends | also["surrogate"])}
     plans = {
         "natural": {"natural": Planned(lambda warned, says: None, {}, attacks.VERSION)},
@@ -287,16 +286,13 @@ def load_surrogate(path: str, subject: Subject) -> nn.Module:
 def attacked(model: nn.Module) -> nn.Module:
     """The network that attacks call: that of a `Standing`, or a foreign one itself, which copying might break."""
     if any(isinstance(module, ReverseAttentionNetwork) for module in model.modules()):
-        with suppress(RuntimeError, TypeError):  # one of ours in something that cannot be copied
+        with suppress(Exception):  # of one of ours in something that cannot be copied, whatever that raises
             return Standing(model).net
     return model
 
 
 def white_attack(settings: Evaluation) -> None:
-    """Evaluate a network under the attacks of --attacks: table, white_attack.json, test.log and a picture.
-
-    Several of --ckpt_url one after the other; then their mean and range.
-    """
+    """Evaluate the network of --model, or those of --ckpt_url one after the other; then their mean and range."""
     if settings.model:
         with at_home(settings.model):
             subject, folder = foreign_subject(settings), Path("evaluated") / re.sub(r"\W+", "-", settings.model)
@@ -314,7 +310,7 @@ def white_attack(settings: Evaluation) -> None:
 
 
 def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, Row]:
-    """Evaluate one network -> the lines of its table. folder: of what is written, unless --log_path says otherwise."""
+    """Attack a network -> its table, which goes to `folder`, or where --log_path says, with JSON, log and pictures."""
     surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
     if settings.diagnostics and subject.eps == 0:
         raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
