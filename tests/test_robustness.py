@@ -575,7 +575,7 @@ def test_the_worst_case_is_no_better_than_any_attack_image_by_image(full):
     assert torch.equal(worst, torch.stack([right(record, name) for name in names]).all(0))
     assert "diagnostics" in names
     assert record["attacks"]["worst case"]["notes"] == [
-        f"image by image, over {', '.join(list(record['attacks'])[:-2])}"
+        f"image by image, over {'; '.join(list(record['attacks'])[:-2])}"
     ]
     assert len({record["attacks"][name]["verdicts"] for name in names}) > 3  # they differ, so the worst case says more
 

@@ -94,7 +94,7 @@ def worst_cases(rows: dict[str, Row]) -> dict[str, Row]:
 
     def together(some: dict[str, Row]) -> Row:
         right = torch.stack([row.right for row in some.values()]).all(0)
-        return Row(right, sum(row.seconds for row in some.values()), [f"image by image, over {', '.join(some)}"])
+        return Row(right, sum(row.seconds for row in some.values()), [f"image by image, over {'; '.join(some)}"])
 
     adapted = {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
     found = {"adaptive, worst case": together(adapted)} if len(adapted) > 1 else {}
