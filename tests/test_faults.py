@@ -243,6 +243,22 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["figures.json"] and file.read_text() == "old"
 
 
+def test_only_what_is_open_for_writing_is_flushed_or_missed(tmp_path, monkeypatch):
+    """As on Windows, which has no fcntl either."""
+    fcntl, flush, flushed = pytest.importorskip("fcntl"), os.fsync, []
+
+    def fsync(opened):
+        if fcntl.fcntl(opened, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flushed.append(flush(opened))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("utils.files.fcntl", None)
+    with locked(tmp_path / ".lock", wait=False):
+        write_atomically(tmp_path / "figures.json", lambda file: file.write_text("new"))
+    assert (tmp_path / "figures.json").read_text() == "new" and len(flushed) == 1
+
+
 def test_a_lock_is_released_by_death(tmp_path):
     file = tmp_path / ".lock"
     script = (

@@ -1,5 +1,6 @@
 """Checkpoints that know what they are: written whole, read without running code, checked against their network."""
 
+import os
 import pickle
 import re
 import warnings
@@ -102,7 +103,7 @@ def _check_archive(path: Path) -> None:
 
 def checkpoint_file(path: str | Path) -> Path:
     """The checkpoint that `path` names: the file itself, or a run folder's best one, else its last."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     for file in (path / BEST, path / LAST) if path.is_dir() else (path,):
         if file.is_file() or file == path:
             return file

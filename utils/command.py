@@ -14,14 +14,23 @@ from utils.recipes import S
 
 def train(doc: str, **recipe: object) -> NoReturn:
     """The whole of a training script. doc: its docstring; recipe: its own defaults."""
+    _speak_utf8()
     command = parse_training(doc, recipe, sys.argv[1:])
     guarded(lambda: _named("utils.training:run")(command))
 
 
 def main(job: str, cls: type[S], doc: str) -> NoReturn:
     """The whole of another script. job: `module:function`, called with the settings, of class cls."""
+    _speak_utf8()
     settings = parse(cls, doc, sys.argv[1:])
     guarded(lambda: _named(job)(settings))
+
+
+def _speak_utf8() -> None:
+    """What a console's own encoding lacks, as in names of files, is said in UTF-8, and what that lacks is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # one of Python's own
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _named(job: str) -> Callable:

@@ -90,7 +90,7 @@ def load_splits(dataset: str, limits: Mapping[str, int | None], data_dir: str, i
         raise UsageError(f"{dataset} has images of side {sizes[dataset]}, not {image_size}; {mend}")
     if dataset not in LOADERS:
         raise UsageError(f"unknown data set {dataset!r}; known: {', '.join(LOADERS)}")
-    whole = [LOADERS[dataset](dataset, part, Path(data_dir), image_size) for part in limits]
+    whole = [LOADERS[dataset](dataset, part, Path(os.path.expanduser(data_dir)), image_size) for part in limits]
     found = [subset(part, limit) for part, limit in zip(whole, limits.values(), strict=True)]
     count, unreadable = sum(len(part.files) for part in found if isinstance(part, Listed)), []
     if count and distributed.first():
@@ -267,14 +267,14 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Listed
     if not root.is_dir():
         _get_tiny_imagenet(data_dir)
     try:
-        wnids = sorted(set((root / "wnids.txt").read_text().split()))
+        wnids = sorted(set((root / "wnids.txt").read_text(encoding="utf-8").split()))
         if part == "train":
             pairs = [(f, wnid) for wnid in wnids for f in _of_class(root / "train" / wnid)]
         elif (root / "val" / wnids[0]).is_dir():  # rearranged, as many do; the order stays
             pairs = [(f, wnid) for wnid in wnids for f in _of_class(root / "val" / wnid)]
             pairs.sort(key=lambda pair: (len(pair[0].name), pair[0].name))  # val_9 before val_10, as in the annotations
         else:
-            lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+            lines = (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
             pairs = [(root / "val" / "images" / name, wnid) for name, wnid, *_ in map(str.split, filter(None, lines))]
             strange = [f.name for f, _ in pairs if f.parent.name != "images"]  # a name with slashes leads elsewhere
             if strange:
@@ -283,7 +283,7 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Listed
         if len(pairs) != TINY_IMAGES[part]:
             raise ValueError(f"{len(pairs):,} images in its {part} part, not {TINY_IMAGES[part]:,}")
         words = root / "words.txt"  # of names for people alone, so it may be missing
-        lines = words.read_text().splitlines() if words.is_file() else []
+        lines = words.read_text(encoding="utf-8").splitlines() if words.is_file() else []
         named = dict(line.split("\t", 1) for line in lines if "\t" in line)
     except (OSError, ValueError, IndexError) as error:
         mend = "remove it, and it is unpacked anew from the zip"

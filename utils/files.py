@@ -28,10 +28,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
-        _flush(temporary)
+        _flush(temporary, os.O_RDWR)  # Windows flushes nothing that is opened for reading
         os.replace(temporary, path)
         with suppress(OSError):  # not every platform and file system lets a folder be flushed
-            _flush(path.parent)
+            _flush(path.parent, os.O_RDONLY)
     except OSError as error:
         raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -39,8 +39,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
+def _flush(path: Path, how: int) -> None:
+    opened = os.open(path, how)
     try:
         os.fsync(opened)
     finally:
@@ -62,7 +62,7 @@ def locked(file: Path, wait: bool) -> Iterator[None]:
     """
     said = False
     while True:
-        with open(file, "a") as opened:  # closing it releases the lock
+        with open(file, "a", encoding="utf-8") as opened:  # closing it releases the lock
             if _lock(opened, file):
                 try:
                     yield
@@ -106,11 +106,12 @@ def require_writable(folder: Path, mend: str) -> Path:
 def write_record(file: Path, record: dict) -> None:
     """Write a record as JSON; what the file held before is kept in it, under `earlier`."""
     try:
-        before = json.loads(file.read_text())
+        before = json.loads(file.read_text(encoding="utf-8"))
         earlier = [*before.pop("earlier", []), before]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # none yet, or none of ours
         earlier = []
-    write_atomically(file, lambda part: part.write_text(json.dumps(record | {"earlier": earlier}, indent=1) + "\n"))
+    text = json.dumps(record | {"earlier": earlier}, indent=1) + "\n"
+    write_atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_arrays(file: Path, settings: dict, **arrays: np.ndarray) -> None:

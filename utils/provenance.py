@@ -49,7 +49,7 @@ def commit() -> str | None:
     here = Path(__file__)
 
     def git(*args: str) -> str:
-        how = dict(cwd=here.parent, capture_output=True, text=True, check=True, timeout=20)
+        how = dict(cwd=here.parent, capture_output=True, text=True, encoding="utf-8", check=True, timeout=20)
         return subprocess.run(["git", "--no-optional-locks", *args], **how).stdout.strip()
 
     try:
@@ -63,7 +63,7 @@ def _card(device: object) -> dict:
     """A CUDA device: its name, memory, driver, and the versions of CUDA and cuDNN."""
     about, driver = torch.cuda.get_device_properties(torch.device(device)), None
     with suppress(OSError):  # Linux
-        driver = re.search(r"\d+\.[\d.]+", Path("/proc/driver/nvidia/version").read_text())
+        driver = re.search(r"\d+\.[\d.]+", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
     return {
         "name": about.name,
         "memory": f"{about.total_memory / 1e9:.0f} GB",
