@@ -33,6 +33,8 @@ import inspect
 import os
 import re
 import socket
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,10 +48,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import GRACE, RunError, Stopped, UsageError, first_line, several_processes
+from utils.errors import GRACE, TOLD, RunError, Stopped, UsageError, first_line, several_processes
 
 T = TypeVar("T")
 PATIENCE, PATIENCE_OF_NCCL = timedelta(days=7), timedelta(minutes=30)
+QUIET = 20  # seconds in which ranks find one another, before each says whom it waits for
 # How PyTorch's errors of communication read where they have no type of their own, as gloo's
 LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe|c10d|TCPStore", re.IGNORECASE)
 
@@ -67,6 +70,7 @@ def started() -> Iterator[None]:
     if not several_processes():
         yield
         return
+    alarm = _alarm()
     store, nccl = None, torch.cuda.is_available() and dist.is_nccl_available()
     together = False  # whether the ranks end at the same place: NCCL's group ends by all of them, or waits
     try:
@@ -74,6 +78,7 @@ def started() -> Iterator[None]:
         store = _unused_part(store, rank, count)
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        alarm.cancel()
         if nccl:  # by which only training steps go
             dist.group.WORLD._get_backend(torch.device("cuda"))._set_default_timeout(PATIENCE_OF_NCCL)
         yield
@@ -93,11 +98,25 @@ def started() -> Iterator[None]:
             raise RunError(f"{lost}; {mend}") from error
         raise
     finally:
+        alarm.cancel()
         if dist.is_initialized() and (together or not nccl):
             dist.destroy_process_group()
         # gloo's threads need Python's global lock to let go of their last tensors, and would abort the process if they
         # asked for it after Python has ended: leave it to them here
         time.sleep(0.2)
+
+
+def _alarm() -> threading.Timer:
+    """Says in a while whom this process waits for; UsageError where the environment's numbers are no launcher's."""
+    rank, count, host, port = (os.environ[key] for key in TOLD)
+    mend = f"unless torchrun has started this process, unset {', '.join(TOLD)}"
+    if not (rank.isdecimal() and count.isdecimal() and port.isdecimal() and int(rank) < int(count)):
+        raise UsageError(f"{', '.join(f'{key}={os.environ[key]}' for key in TOLD)} name no rank of a job; {mend}")
+    whom = f"rank 0 of {count}" if int(rank) else f"{int(count) - 1} more of {count}"
+    line = f"rank {rank} waits for {whom}, at {host}:{port}, for {QUIET} s by now; {mend}"
+    alarm = threading.Timer(QUIET, print, [line], {"file": sys.stderr, "flush": True})
+    alarm.start()
+    return alarm
 
 
 def _unused_part(store: dist.Store, rank: int, count: int) -> dist.Store:

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process of several
 GRACE = 5  # seconds that a rank waits for the launcher to end it after another rank has said why the job ends
 
 
@@ -22,8 +23,7 @@ class Stopped(BaseException):
 
 def several_processes() -> bool:
     """Whether torchrun has started this process as one of several ranks."""
-    told = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return os.environ.keys() >= told and os.environ["WORLD_SIZE"] != "1"
+    return os.environ.keys() >= set(TOLD) and os.environ["WORLD_SIZE"] != "1"
 
 
 def first_process() -> bool:
