@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from tests.helpers import (
     EVALUATE,
     PLAIN,
     RA,
+    ROOT,
     SCRIPTS,
     RunsCode,
     checkpoint,
+    environment,
     execute,
     files,
     folder,
@@ -33,6 +36,7 @@ from tests.helpers import (
     python,
 )
 from tests.helpers import state as state_of
+from utils.checkpoints import load_model
 from utils.options import parse, parse_training
 from utils.recipes import (
     PATH_OR_OWN,
@@ -77,7 +81,7 @@ WRONG = {  # by kind of setting
     "path": ["", " ", "a\nb"],
     "path or own": ["", " ", "a\nb"],
     "word": ["", " "],
-    "file name": ["", " ", "a/b", ".hidden"],
+    "file name": ["", " ", "a/b", "a\\b", "a:b", ".hidden", "a\nb"],
     "mean": CHANNELS,
     "std": [*CHANNELS, "0,0.1,0.1"],
     "switch": ["", "yes"],
@@ -118,6 +122,22 @@ def test_a_value_out_of_range_is_named(refused, tmp_path, flag):
             refused(ATTACK, "--ckpt_url", tmp_path, f"{flag}={value}", mentions=(flag, value))
 
 
+NEAR_MISSES = {
+    "--epsilon 8": "8/255", "--step-size 2.0": "2/255", "--epoch 3": "--epochs", "--eps 0.1": "--epsilon",
+    "--learning_rate 1": "--lr", "--steps 3": "--step-size or --num-steps", "-epochs 3": "--epochs",
+    "--dataset cifar": "cifar10 or cifar100", "--dataset CIFAR-10": "cifar10", "--arch resnet": "ResNet18",
+    "--method TRADES": "trades", "--strategy hard-adv": "hard_adv", "--momentum 9": None, "--epsilon 300": None,
+    "--bogus": None, "--dataset mnist": None,
+}  # fmt: skip
+
+
+def test_a_near_miss_is_answered(refused, tmp_path):
+    for miss, meant in NEAR_MISSES.items():
+        line = refused(ANCRA, "--model-dir", tmp_path / "run", *miss.split(), mentions=miss.split()[1:])
+        assert line.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in line, line
+    refused(ATTACK, "--ckpt_url", tmp_path, "--attacks", "autoatack", mentions=["did you mean autoattack?"])
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_unknown_flag_is_named(refused, script):
     for extra in ("--bogus", "--see", "stray"):
@@ -131,6 +151,7 @@ def test_an_unknown_flag_is_named(refused, script):
         (ANCRA, "--restart_epoch 1", ["--ckpt_url"]),
         (ANCRA, "--ckpt_url weights.pt", ["--restart_epoch"]),
         (ANCRA, "--restart_epoch 1 --ckpt_url weights.pt --resume", ["--restart_epoch", "--resume"]),
+        (ANCRA, "--overwrite --resume", ["--overwrite", "--resume"]),
         (ANCRA, "--restart_epoch 5 --ckpt_url weights.pt --epochs 5", ["--restart_epoch 5", "--epochs"]),
     ],
 )
@@ -178,9 +199,29 @@ def test_help_and_wrong_flags_answer_without_the_slow_imports(tmp_path):
     for script in SCRIPTS:
         answer = python(script, "--help", PYTHONPATH=str(tmp_path))
         assert (answer.returncode, answer.stderr) == (0, ""), script
+        assert answer.stdout.count(":\n  -") > 3 or "hist" in script, script  # groups of flags
+        assert "default: 8/255; digits: 0.1" in answer.stdout or not script.startswith("train")
         assert "(default: " in answer.stdout and f"python {script}" in answer.stdout, script
     answer = python(ANCRA, "--epochs", "0", PYTHONPATH=str(tmp_path))
     assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1 and "--epochs" in answer.stderr
+
+
+def test_paths_begin_at_home_and_lines_are_utf8(monkeypatch, tmp_path):
+    """Shells leave `~` alone behind `=`; consoles of other systems have encodings of their own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    settings = parse_training("", {}, ["--data-dir=~/data", "--model-dir", "~/runs/x", "--resume=~/r"]).settings
+    found = settings.data_dir, settings.model_dir, settings.resume
+    assert found == tuple(str(tmp_path / name) for name in ("data", "runs/x", "r"))
+    checkpoint(tmp_path / "x.pt")
+    assert load_model("~/x.pt")[1]["arch"] == "ResNet18"
+    answer = subprocess.run(
+        [sys.executable, ANCRA, "--strategy", "☃"],
+        cwd=ROOT,
+        env=environment(PYTHONIOENCODING="cp1252"),
+        capture_output=True,
+    )
+    assert "'☃'" in answer.stderr.decode("utf-8") and answer.returncode == 2
 
 
 @pytest.mark.parametrize("script", [ANCRA, ATTACK])

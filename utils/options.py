@@ -5,14 +5,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from utils import recipes
 from utils.errors import GRACE, first_process
-from utils.recipes import ATTACKS, SWITCH, TRUTH, Evaluation, Kind, S, Setting, Training, Umap, described, resolve
+from utils.recipes import ATTACKS, SWITCH, TRUTH, Evaluation, Kind, S, Setting, Training, Umap, described, idle, resolve
 
 
 class Command(NamedTuple):
@@ -27,8 +28,23 @@ def _wrong(message: str) -> NoReturn:
     raise argparse.ArgumentTypeError(message)
 
 
+def near(text: str, known: Iterable[str]) -> str:
+    """`; did you mean A or B?`, of the names that begin with a text or resemble it; nothing where none does."""
+    names = {name.lower().replace("_", "-").strip("-"): name for name in reversed([*known])}  # the first spelling
+    text = text.lower().replace("_", "-").strip("-")
+    same = [name for name in names if name.replace("-", "") == text.replace("-", "")]
+    begin = sorted((name for name in names if text and name.startswith(text)), key=len)
+    found = same or begin[:3] or get_close_matches(text, names, 2)
+    return f"; did you mean {' or '.join(names[name] for name in found)}?" if found else ""
+
+
+def _choice(known: tuple[str, ...], text: str) -> str:
+    return text if text in known else _wrong(f"invalid choice: {text!r} (of {', '.join(known)}){near(text, known)}")
+
+
 def _number(kind: Kind, text: str) -> float:
     """A real number; fractions such as 8/255 will do."""
+    value = math.nan
     with suppress(ValueError, ZeroDivisionError):
         over, _, under = text.partition("/")
         value = float(over) / float(under) if under else float(over)
@@ -36,7 +52,8 @@ def _number(kind: Kind, text: str) -> float:
         if kind.low <= value <= kind.high and math.isfinite(value) and value not in excluded:
             return value
     high = "" if kind.high == math.inf else f" and {'below' if kind.below else 'at most'} {kind.high:g}"
-    _wrong(f"{text!r} is not a number {'above' if kind.above else 'of at least'} {kind.low:g}{high}")
+    meant = f"; did you mean {value:g}/{kind.of}?" if kind.of and kind.high < value <= kind.of else ""
+    _wrong(f"{text!r} is not a number {'above' if kind.above else 'of at least'} {kind.low:g}{high}{meant}")
 
 
 def _whole(kind: Kind, text: str) -> int:
@@ -65,7 +82,7 @@ def _attacks(kind: Kind, text: str) -> tuple[str, ...]:
     names = ATTACKS if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in ATTACKS:
-            _wrong(f"{name!r} is none of {', '.join(ATTACKS)}, all")
+            _wrong(f"{name!r} is none of {', '.join(ATTACKS)}, all{near(name, (*ATTACKS, 'all'))}")
     return tuple(dict.fromkeys(names))
 
 
@@ -87,8 +104,9 @@ def _truth(kind: Kind, text: str) -> bool:
 
 
 def _path(kind: Kind, text: str) -> str:
+    """A path, `~` expanded, which shells leave alone in --flag=~/x."""
     text.strip() or _wrong("an empty path")
-    return text if text.isprintable() else _wrong(f"{text!r} has characters that cannot be shown")
+    return os.path.expanduser(text) if text.isprintable() else _wrong(f"{text!r} has characters that cannot be shown")
 
 
 def _word(kind: Kind, text: str) -> str:
@@ -96,9 +114,9 @@ def _word(kind: Kind, text: str) -> str:
 
 
 def _file_name(kind: Kind, text: str) -> str:
-    """The beginning of a file's name, without folders."""
-    if not text.strip() or "/" in text or os.sep in text or text.startswith(".") or "\0" in text:
-        _wrong(f"{text!r} is not a file name; folders go into --out")
+    """Part of a file's name, without folders and what some system forbids there."""
+    if not text.strip() or text.startswith(".") or not text.isprintable() or set(text) & set('/\\:*?"<>|'):
+        _wrong(f"{text!r} is not a file name; folders go into --out or --model-dir")
     return text
 
 
@@ -120,29 +138,29 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        defaults = resolve(cls, {}, script or {})
+        defaults, group = resolve(cls, {}, script or {}), self
         for name, about in described(cls).items():
-            self._flag(name, about, getattr(defaults, name))
+            group = self.add_argument_group(about.group) if about.group else group
+            self._flag(group.add_argument, name, about, getattr(defaults, name))
 
-    def _flag(self, name: str, about: Setting, default: object) -> None:
+    def _flag(self, add: Callable, name: str, about: Setting, default: object) -> None:
         first = [f"--{name.replace('_', '-')}", *about.also]
         others = [f"--{flag[2:].replace(old, new)}" for flag in first if flag[:2] == "--" for old, new in ("_-", "-_")]
         spellings = dict.fromkeys([*first, *others])
         text, how = about.help + "; required" * about.required, {"nargs": "+"} if about.several else {}
         if isinstance(about.kind, tuple):
-            how["choices"] = about.kind
+            how |= {"type": partial(_choice, about.kind), "metavar": f"{{{','.join(about.kind)}}}"}
         elif about.kind.name == "switch":
             how["action"] = "store_true"
         else:
             how["type"] = partial(READERS[about.kind.name], about.kind)
-            how["metavar"] = METAVARS.get(about.kind.name, "N")
+            how["metavar"] = METAVARS.get(about.kind.name, "N" if about.kind.name in ("whole", "side") else "NAME")
             if about.kind.name in ("truth", "path or own"):
                 how |= {"nargs": "?", "const": True}
-        shown = eps_text if name == "epsilon" else _shown
-        others = [f"{_shown(names)}: {shown(v)}" for names, v in about.by.items() if v != default]
+        others = [f"{as_given(names)}: {as_given(v)}" for names, v in about.by.items() if v != default]
         if (default is not None or others) and "action" not in how:
-            text += f" (default: {'; '.join([shown(default), *others])})"
-        self.add_argument(*spellings, dest=name, help=text.replace("%", "%%"), **how)
+            text += f" (default: {'; '.join([as_given(default), *others])})"
+        add(*spellings, dest=name, help=text.replace("%", "%%"), **how)
 
     def read(self, argv: list[str]) -> dict[str, Any]:
         """What a command line gives, by setting. Exits with status 2 where it is wrong."""
@@ -150,8 +168,14 @@ class Parser(argparse.ArgumentParser):
             flag, _, value = arg.partition("=")
             if value == "--" and flag.startswith("-"):  # argparse takes it for no value at all and says nothing
                 self.error(f"argument {flag}: expected a value, not '--'")
-        given = vars(self.parse_args(argv))
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = next((arg for arg in unknown if arg.startswith("-")), "").partition("=")[0]
+            words = flag.strip("-").replace("_", " ").replace("-", " ").lower()  # of a help, such as learning rate
+            said = [a.option_strings[0] for a in self._actions if words and f"{words} " in f"{a.help} "]
+            meant = near(flag, self._option_string_actions) or near(said[0] if said else "", said)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
     def error(self, message: str) -> NoReturn:
         if not first_process():
@@ -166,8 +190,12 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: {idle} accepted, no effect here", file=sys.stderr)
 
 
-def _shown(value: object) -> str:
-    return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+def as_given(value: object) -> str:
+    """A setting's value as a command line says it: 75,90,100 and 8/255."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    over = round(value * 255) if isinstance(value, float) and 0 < value < 1 else 0
+    return f"{over}/255" if over and over / 255 == value and len(str(value)) > 7 else str(value)
 
 
 def eps_text(eps: float) -> str:
@@ -189,7 +217,7 @@ def fits(name: str, value: object) -> bool:
     if type(value) not in (int, float, str, tuple):
         return False
     try:
-        return value in kind if isinstance(kind, tuple) else READERS[kind.name](kind, _shown(value)) == value
+        return value in kind if isinstance(kind, tuple) else READERS[kind.name](kind, as_given(value)) == value
     except (argparse.ArgumentTypeError, ValueError, KeyError):
         return False
 
@@ -216,12 +244,9 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
         parser.error(
             f"--extra-fraction {settings.extra_fraction} takes {extra} of {settings.batch_size} images a batch"
         )
-    idle = ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs") * settings.no_anc
-    idle += ("beta",) * (settings.method == "pgd") + ("cr_beta", "gate", "ra_blocks") * settings.no_ra
-    idle += ("awp_warmup",) * (not settings.awp) + ("extra_fraction",) * (not settings.extra_data)
-    idle += ("milestones",) * (settings.lr_schedule != "milestones")
-    idle += ("other_data",) * (settings.resume is None)
-    parser.say_idle(idle, given)
+    if settings.overwrite and settings.resume is not None:
+        parser.error("--overwrite replaces a run, --resume continues it; give one of them")
+    parser.say_idle(idle(settings), given)
     return Command(settings, given, script)
 
 
@@ -246,8 +271,8 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
         adaptive, transfer = (name in settings.attacks for name in ("adaptive", "transfer"))
         if transfer and settings.attacks != ATTACKS and settings.surrogate is None:
             parser.error("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
-        idle = () if adaptive else ("restarts",) if settings.diagnostics or transfer else ("restarts", "surrogate")
-        parser.say_idle((*idle, *(("arch", "width", "no_ra", "key", "mean", "std") if settings.model else ())), given)
+        unused = () if adaptive else ("restarts",) if settings.diagnostics or transfer else ("restarts", "surrogate")
+        parser.say_idle((*unused, *(("arch", "width", "no_ra", "key", "mean", "std") if settings.model else ())), given)
     if cls is Umap and settings.labels is not None:
         if len(set(settings.labels)) < len(settings.labels):
             parser.error("--labels names two panels alike")

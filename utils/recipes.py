@@ -47,14 +47,17 @@ class Kind:
     high: float = math.inf
     above: bool = False
     below: bool = False
+    of: int | None = None  # a number too large may be meant as a part of this, 8 as 8/255
 
 
 def whole(low: int = 0, high: int = 2**31 - 1) -> Kind:
     return Kind("whole", low, high)
 
 
-def number(low: float = 0, high: float = math.inf, above: bool = False, below: bool = False) -> Kind:
-    return Kind("number", low, high, above, below)
+def number(
+    low: float = 0, high: float = math.inf, above: bool = False, below: bool = False, of: int | None = None
+) -> Kind:
+    return Kind("number", low, high, above, below, of)
 
 
 EPOCHS, SIDE, SWITCH, TRUTH = Kind("epochs"), Kind("side", 16, LARGEST_SIDE), Kind("switch"), Kind("truth")
@@ -69,7 +72,7 @@ class Setting(NamedTuple):
     kind: a `Kind`, or the tuple of its choices. by: other defaults, by a data set's, method's or network's name or by a
     tuple of these that must all hold; later ones win. also: further spellings of its flag. several: the flag takes
     more than one value. free: may change on resume, since it does not change what is computed, only how far and where.
-    required: the command must give it.
+    required: the command must give it. group: the heading in --help that begins with it.
     """
 
     kind: Kind | tuple[str, ...]
@@ -79,6 +82,7 @@ class Setting(NamedTuple):
     several: bool = False
     free: bool = False
     required: bool = False
+    group: str = ""
 
 
 def setting(default: Any, kind: Kind | tuple[str, ...], help: str, **more: Any) -> Any:
@@ -93,12 +97,12 @@ class Training:
     and WRN-28-10's zeta are those of the authors' README of 2023-10-05.
     """
 
-    method: str = setting("trades", METHODS, "objective")
+    method: str = setting("trades", METHODS, "objective", group="what is trained on what")
     dataset: str = setting("cifar10", DATASETS, "data set")
     arch: str = setting("ResNet18", ARCHS, "network")
     no_ra: bool = setting(False, SWITCH, "without reverse attention")
     no_anc: bool = setting(False, SWITCH, "without asymmetric negative contrast")
-    batch_size: int = setting(128, whole(2), "images a training step")
+    batch_size: int = setting(128, whole(2), "images a training step", group="length and optimiser")
     test_batch_size: int | None = setting(
         None, whole(1), "images a batch of evaluation (default: 100, on CUDA 250)", free=True
     )
@@ -107,19 +111,19 @@ class Training:
     lr: float = setting(0.01, number(0, above=True), "learning rate of SGD", by={"digits": 0.03})
     momentum: float = setting(0.9, number(0, 1), "momentum of SGD")
     weight_decay: float = setting(2e-4, number(0), "weight decay, on every parameter", also=("--wd",))
-    epsilon: float = setting(8 / 255, number(0, 1), "L-infinity radius on [0, 1]; 8/255 works", by={"digits": 0.1})
+    epsilon: float = setting(8 / 255, number(0, 1, of=255), "L-infinity radius", by={"digits": 0.1}, group="attack")
     num_steps: int = setting(10, whole(1), "steps of a training attack")
-    step_size: float = setting(0.007, number(0, 1, above=True), "size of an attack step", by={"digits": 0.02})
+    step_size: float = setting(0.007, number(0, 1, True, of=255), "size of an attack step", by={"digits": 0.02})
     inner: str = setting("ce", ("ce", "kl"), "what the untargeted training attack ascends")
-    beta: float = setting(6.0, number(0), "weight of the KL term of trades and mart", by={"mart": 5.0})
+    beta: float = setting(6.0, number(0), "weight of the KL term of trades and mart", by={"mart": 5.0}, group="loss")
     alpha: float = setting(1.0, number(0, 1), "asymmetry of ANC; 1 freezes the natural side")
     zeta: float = setting(3.0, number(0), "weight of ANC", by={"WRN-28-10": 6.0})
     cr_beta: float = setting(2.0, number(0), "weight of the auxiliary heads")
-    strategy: str = setting("random_adv", CHOICES_OF_NEGATIVES, "choice of negatives")
-    warmup_epochs: int = setting(10, whole(0), "epochs in which every strategy chooses at random")
+    strategy: str = setting("random_adv", CHOICES_OF_NEGATIVES, "choice of negatives", group="negatives")
+    warmup_epochs: int = setting(10, whole(0), "epochs in which every strategy chooses at random", by={"digits": 4})
     sample_class_number: int = setting(1, whole(1, 1000), "classes of negatives an anchor")
     sample_number: int = setting(1, whole(1, 1000), "negatives of each class")
-    awp: float = setting(0.0, number(0), "adversarial weight perturbation; 0.005 for trades and mart, 0.01 for pgd")
+    awp: float = setting(0.0, number(0), "adversarial weight perturbation; 0.005, 0.01 for pgd", group="combined with")
     awp_warmup: int = setting(10, whole(0), "epochs without --awp", by={"pgd": 0})
     ema: float = setting(
         0.0, number(0, 1, below=True), "average the weights, 0.995, and evaluate, select and save the average"
@@ -140,6 +144,7 @@ class Training:
         GATES,
         "row of W that weights a map: of the label in training and the prediction else, of the prediction, of all by "
         "softmax, or none at all",
+        group="network, images",
     )
     ra_blocks: int = setting(2, whole(1, 2), "last blocks with reverse attention; the first WRN code had 1")
     width: int | None = setting(
@@ -158,10 +163,10 @@ class Training:
     val_size: int = setting(0, whole(0), "select the best epoch on N held-out training images, not on the test set")
     limit_train: int | None = setting(None, whole(2), "train on N images only, for trials")
     limit_test: int | None = setting(None, whole(1), "evaluate on N images only, for trials")
-    eval_interval: int = setting(1, whole(1), "evaluate every N epochs, and after the last", free=True)
+    eval_interval: int = setting(1, whole(1), "evaluate every N epochs, and after the last", free=True, group="log")
     log_interval: int = setting(100, whole(1), "log every N batches", free=True)
     save_freq: int = setting(10, whole(1), "keep a checkpoint every N epochs", also=("-s",), free=True)
-    seed: int = setting(1, whole(0), "seed of all that is random")
+    seed: int = setting(1, whole(0), "seed of all that is random", group="seed and files")
     data_dir: str = setting(
         "./data",
         PATH,
@@ -172,14 +177,17 @@ class Training:
     model_dir: str = setting("./model/ANCRA", PATH, "beginning of the run folder's name")
     restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
     ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch")
+    tag: str | None = setting(None, FILE_NAME, "ends the run folder's name; tells runs of changed code apart")
     resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
     other_data: bool = setting(False, SWITCH, "let --resume go on with other images than those that the run had")
+    overwrite: bool = setting(False, SWITCH, "replace the run that the folder holds; what is lost is said")
     precision: str = setting(
         "default",
         PRECISIONS,
         "of training: PyTorch's own (on CUDA TF32 in convolutions), float32, TF32 in matrix products too, or bfloat16 "
         "autocast; the verdicts of evaluation are float32 whatever it is",
         also=("--amp",),
+        group="device",
     )
     compile: bool = setting(False, TRUTH, "train through torch.compile; needs a compiler", free=True)
     cuda_graph: bool = setting(True, TRUTH, "replay the training attack as one CUDA graph; same images", free=True)
@@ -195,7 +203,7 @@ def described(cls: type) -> dict[str, Setting]:
 
 def again(name: str, default: Any, **changes: Any) -> Any:
     """A setting of `Training` in another script: another default, and whatever `changes` says."""
-    same = described(Training)[name]._replace(by={}, free=False)
+    same = described(Training)[name]._replace(by={}, free=False, group="")
     return field(default=default, metadata={"setting": same._replace(**changes)})
 
 
@@ -203,7 +211,7 @@ def again(name: str, default: Any, **changes: Any) -> Any:
 class Checkpoint:
     """What every script takes that looks at a trained network; None is what the checkpoint or its data set says."""
 
-    dataset: str | None = again("dataset", None)
+    dataset: str | None = again("dataset", None, group="network and images")
     data_dir: str | None = again("data_dir", None)
     image_size: int | None = again("image_size", None)
     arch: str | None = again("arch", None)
@@ -218,7 +226,7 @@ class Checkpoint:
     std: tuple[float, ...] | None = setting(None, STD, "as --mean")
     key: str | None = setting(None, WORD, "which weights of a file that holds several, such as model_ema")
     n_examples: int | None = setting(None, whole(1), "first N test images of a fixed shuffle", also=("--limit-test",))
-    test_batch_size: int = again("test_batch_size", 200, help="images a batch")
+    test_batch_size: int = again("test_batch_size", 200, help="images a batch", group="batch, attack, device")
     epsilon: float | None = again("epsilon", None, help="L-infinity radius on [0, 1] (default: the data set's)")
     step_size: float | None = again("step_size", None, help="size of an attack step (default: the data set's)")
     seed: int = again("seed", 1)
@@ -238,7 +246,12 @@ class Evaluation(Checkpoint):
     """The settings of test_white_attack.py."""
 
     ckpt_url: tuple[str, ...] | None = setting(
-        None, PATH, "checkpoint files or run folders; one is required", also=("--model-dir",), several=True
+        None,
+        PATH,
+        "checkpoint files or run folders; one is required",
+        also=("--model-dir",),
+        several=True,
+        group="evaluation",
     )
     model: str | None = setting(None, PATH, "any classifier instead: package.module:function, or FILE.py:function")
     image_size: int | None = again("image_size", None, kind=whole(1, LARGEST_SIDE), help="side of digits and folder")
@@ -263,7 +276,9 @@ FEATURES_SETTING = FEATURES, "weighted: behind reverse attention, as published; 
 class Distances(Checkpoint):
     """The settings of feature_distance.py."""
 
-    model_dir: str | None = setting(None, PATH, "run folder or checkpoint file", also=("--ckpt_url",), required=True)
+    model_dir: str | None = setting(
+        None, PATH, "run folder or file", also=("--ckpt_url",), required=True, group="distances"
+    )
     target_label: str | None = setting(None, WORD, "a class by name or number, or `all`", required=True)
     num_steps: int = again("num_steps", 10, help="steps of PGD")
     features: str = setting("weighted", *FEATURES_SETTING)
@@ -297,6 +312,7 @@ class Umap(Checkpoint):
         also=("--ckpt_url",),
         several=True,
         required=True,
+        group="picture",
     )
     labels: tuple[str, ...] | None = setting(None, WORD, "titles of the panels (default: method)", several=True)
     adversarial: bool = setting(False, SWITCH, "embed the images' PGD examples together with them")
@@ -336,7 +352,18 @@ def dataset_defaults(dataset: str) -> Training:
     return resolve(Training, {"dataset": dataset})
 
 
+def idle(settings: Training) -> tuple[str, ...]:
+    """The settings of a run whose values change nothing, by name."""
+    of_anc = ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs")
+    names = of_anc * settings.no_anc + ("beta",) * (settings.method == "pgd")
+    names += ("cr_beta", "gate", "ra_blocks") * settings.no_ra + ("awp_warmup",) * (not settings.awp)
+    names += ("extra_fraction",) * (not settings.extra_data)
+    return names + ("milestones",) * (settings.lr_schedule != "milestones")
+
+
 def stored(settings: Training) -> dict[str, Any]:
     """The settings that define a run, as checkpoints keep them: plain values, lists for tuples."""
-    values = {name: value for name, value in asdict(settings).items() if name not in ("resume", "other_data")}
+    values = {
+        name: value for name, value in asdict(settings).items() if name not in ("resume", "other_data", "overwrite")
+    }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
