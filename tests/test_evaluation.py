@@ -25,7 +25,7 @@ from utils.attacks import (
 from utils.checkpoints import load_model
 from utils.data import as_input, subset
 from utils.errors import UsageError
-from utils.evaluation import Subject, over_images, percent, verdicts
+from utils.evaluation import Subject, chance, over_images, percent, verdicts
 from utils.options import parse
 from utils.recipes import NORMALISATIONS, Evaluation
 from utils.robustness import fingerprint, white_attack
@@ -289,3 +289,14 @@ def test_runs_are_named_by_method_and_ablation():
     ):
         info = {"recipe": recipe, "reverse_attention": ra}
         assert Subject(Path("run/best_adv_model.pt"), None, info, "digits", None, 0.1, 0.02).method == name
+
+
+def test_a_table_names_a_network_at_chance(tmp_path, capsys):
+    """It answers one class, so that no attack can change it: as robust as it is useless."""
+    for favour in (0.0, 1e4):
+        content = digits_content()
+        content["model"]["fc.bias"][3] += favour
+        torch.save(content, tmp_path / "weights.pt")
+        white_attack(parse(Evaluation, "", ["--ckpt_url", str(tmp_path / "weights.pt"), "--attacks", "natural"]))
+        assert ("note: natural is at chance" in capsys.readouterr().out) == (favour > 0)
+    assert chance(torch.tensor([2, 0, 2])) == pytest.approx(200 / 3) and chance(torch.tensor([1, 1])) == -1

@@ -122,6 +122,20 @@ def test_functions_are_short(name):
             assert lines <= LONGEST_FUNCTION, f"{getattr(node, 'name', 'lambda')} in {name} has {lines} lines"
 
 
+@pytest.mark.parametrize("name", [*FILES])
+def test_text_is_utf8_on_every_system(name):
+    """Each text file that is opened says so: Windows would take its own encoding."""
+    for call in (node for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call)):
+        function = ast.unparse(call.func)
+        opens = function.split(".")[-1] in ("open", "read_text", "write_text") and function not in (
+            "os.open",
+            "Image.open",
+        )
+        said = [ast.unparse(part) for part in (*call.args, *call.keywords)]
+        if opens and not any(re.fullmatch(r"'[rwa]b'", part) for part in said):
+            assert "encoding='utf-8'" in said, f"{name}: {ast.unparse(call)}"
+
+
 def test_utils_can_be_held_in_mind():
     lines = {name: len(file.read_text().splitlines()) for name, file in FILES.items() if name.startswith("utils")}
     assert sum(lines.values()) <= LONGEST_UTILS, lines

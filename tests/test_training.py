@@ -18,8 +18,10 @@ from tests.helpers import (
     PLAIN,
     RA,
     ROOT,
+    RUN,
     SCRIPTS,
     assert_same_run,
+    digits_split,
     files,
     folder,
     image_folder,
@@ -36,7 +38,7 @@ from utils.checkpoints import load_model
 from utils.errors import RunError, Stopped, UsageError
 from utils.figures import save_or_note
 from utils.options import parse, parse_training
-from utils.recipes import Evaluation
+from utils.recipes import Evaluation, Training, dataset_defaults
 from utils.step import first_head_right
 
 TWO = ("--milestones", 2)
@@ -92,10 +94,68 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
     assert record["settings"]["epsilon"] == 0.1 and record["seed"] == 1 and record["versions"]["torch"]
     rows = metrics(run)
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    best = max(rows, key=lambda row: float(row["pgd40_heads_accuracy"]))
+    best = max(rows, key=lambda row: (float(row["pgd40_heads_accuracy"]), float(row["natural_accuracy"])))
     assert load_model(run)[1]["epoch"] == int(best["epoch"])
     assert "trades, reverse attention" in said and "test_white_attack.py --ckpt_url" in said
     assert said.splitlines()[-4:] == (run / "train.log").read_text().splitlines()[-4:]
+    assert said.splitlines()[-1].endswith("best_adv_model.pt")  # eps and step are the data set's own
+
+
+CANNOT_ACT = {
+    "--strategy hard": "",
+    "--strategy hard_adv --warmup-epochs 16": "strategy hard_adv: all 16 epochs are warm-up",
+    "--strategy soft --epochs 3 --milestones 2": "strategy soft: all 3 epochs are warm-up",
+    "--epochs 12": "milestones 14: behind the last epoch, 12",
+    "--milestones 4,20,30": "milestones 20,30: behind",
+    "--step-size 0.2": "step-size 0.2: above eps 0.1",
+    "--epsilon 0": "step-size 0.02: above eps 0",
+    "--epsilon 128/255 --num-steps 2": "epsilon 128/255: never reached, 2 steps go as far as 0.04",
+    "--num-steps 5": "",
+    "--sample_class_number 10": "sample-class-number 10: there are 9",
+    "--limit-train 2000": "limit-train 2000: there are 1437",
+    "--limit-test 400 --batch-size 1437": "limit-test 400: there are 360",
+}
+
+
+@pytest.mark.parametrize("flags", CANNOT_ACT)
+def test_settings_that_cannot_act_are_named(flags):
+    train, test = digits_split("train"), digits_split()
+    notes = training.without_effect(settings("--dataset", "digits", *flags.split()), training.Data(train, test, test))
+    assert len(notes) == bool(CANNOT_ACT[flags]), notes
+    assert all(note.startswith(f"no effect  {CANNOT_ACT[flags]}") for note in notes)
+    plain = settings("--dataset", "digits", *flags.split(), recipe=PLAIN)
+    notes = training.without_effect(plain, training.Data(train, test, test))
+    assert not any("strategy" in note or "class-number" in note for note in notes)
+
+
+def test_strategies_act_in_most_epochs_of_digits():
+    digits = dataset_defaults("digits")
+    assert 2 * digits.warmup_epochs < digits.epochs and Training.warmup_epochs == 10
+
+
+def test_the_evaluation_that_a_run_recommends_takes_its_eps_and_step(tmp_path, capsys):
+    """What cannot act stands beside the figures, too."""
+    train(tmp_path, "--epsilon", "32/255", "--step-size", 0.1, "--epochs", 1)
+    *_, note, _, _, command = capsys.readouterr().out.splitlines()
+    assert command.endswith("best_adv_model.pt --epsilon 32/255 --step-size 0.1") and "milestones 11,14" in note
+    argv = command.partition("test_white_attack.py ")[2].split()
+    assert (parse(Evaluation, "", argv).epsilon, parse(Evaluation, "", argv).step_size) == (32 / 255, 0.1)
+
+
+def test_the_best_epoch_is_the_most_robust_then_the_most_accurate_then_the_first():
+    figures = [(50.0, 20.0), (60.0, 30.0), (None, None), (70.0, 30.0), (70.0, 30.0), (90.0, 10.0)]
+    rows = [{"epoch": i, "natural_accuracy": n, "pgd40_heads_accuracy": r} for i, (n, r) in enumerate(figures)]
+    assert training.best_row(rows)["epoch"] == 3 and training.best_row(rows[2:3]) is None
+
+
+def test_a_network_that_answers_one_class_is_named(tmp_path, monkeypatch, capsys):
+    train(tmp_path / "1", "--epochs", 1, "--limit-test", 30, "--limit-train", 200)
+    assert "at chance" not in capsys.readouterr().out
+    monkeypatch.setattr(training, "verdicts", lambda net, split, *rest, **more: split.labels == split.labels[0])
+    run = train(tmp_path / "2", "--epochs", 1)
+    log = (run / "train.log").read_text().splitlines()
+    named = [line for line in log if ", at chance: one class for every image attains " in line]
+    assert [line.partition(" ")[0] for line in named] == ["epoch", "last", "best"]
 
 
 def test_curves_that_cannot_be_drawn_are_one_note(tmp_path, monkeypatch):
@@ -179,11 +239,13 @@ def test_what_is_there_stays(straight, tmp_path, capsys):
     """A second run does not overwrite the first; a resume says which settings win, and has nothing left to train."""
     run = Path(shutil.copytree(straight, tmp_path / straight.name))
     before = files(run)
-    with pytest.raises(UsageError, match=r"holds a run already; continue it by --resume, or name another --model-dir"):
+    with pytest.raises(UsageError, match=r"holds a run already; continue it by --resume, or name .* --model-dir"):
         train(tmp_path, *TWO)
     assert files(run) == before
     train(tmp_path, "--lr", 5, "--resume", run)
-    assert "--lr: the run has 0.03, the command 5.0; the run's wins" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--lr: the run has 0.03, the command 5.0; the run's wins" in said
+    assert "resumed    in epoch 3, 0 images done; nothing is left to train, raise --epochs" in said
     assert {file: content for file, content in files(run).items() if file.suffix == ".pt"} == {
         file: content for file, content in before.items() if file.suffix == ".pt"
     }
@@ -231,8 +293,70 @@ def test_settings_that_change_the_result_have_folders_of_their_own():
     names = {runs.run_folder(parse_training("", RA, flag)) for flag in flags}
     assert len(names) == len(flags)
     assert Path("model/ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1") in names
-    same = [["--model-dir", "./model/ANCRA/"], ["--epochs", "5"], ["--no-cuda"]]
+    same = [["--model-dir", "./model/ANCRA/"], ["--model-dir", "model/ANCRA\\"], ["--epochs", "5"], ["--no-cuda"]]
     assert {runs.run_folder(parse_training("", RA, flag)) for flag in same} <= names
+
+
+def named(*flags, recipe=RA):
+    return runs.run_folder(parse_training("", recipe, list(map(str, flags)))).name
+
+
+def test_a_folder_s_name_says_what_acts_and_nothing_else(tmp_path, monkeypatch):
+    plain = PLAIN | {"model_dir": "./model/TRADES"}
+    assert named(recipe=plain) == named("--zeta", 2, "--strategy", "soft", recipe=plain) == "TRADES-beta-6.0-seed-1"
+    assert named("--method", "pgd", "--beta", 2, recipe=plain) == "TRADES-seed-1-pgd"
+    assert named("--method", "mart", "--lr", 1, recipe=plain) == "TRADES-beta-5.0-seed-1-mart-lr-1.0"
+    assert named("--no-ra", "--cr_beta", 1) == named("--no-ra")
+    assert named("--method", "pgd") == "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-pgd"
+    assert named("--tag", "wider gate") == named() + "-tag-wider gate"
+    monkeypatch.chdir(tmp_path)
+    one, other = (named("--dataset", "folder", "--data-dir", tmp_path / part / "cats") for part in "ab")
+    assert one != other and "-folder-cats-" in one
+    assert named("--dataset", "folder", "--data-dir", "a/cats/") == one and named("--data-dir", "a") == named()
+
+
+def test_a_run_that_failed_before_its_first_step_has_no_claim(straight, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        patch.setattr(training, "attack_batch", lambda *args: (_ for _ in ()).throw(RunError("no memory")))
+        train(tmp_path, *TWO)
+    assert state(folder(tmp_path))["progress"]["rows"] == []
+    assert_same_run(straight, train(tmp_path, *TWO))
+
+
+def test_overwriting_says_what_is_lost_and_keeps_what_is_not_the_run_s(straight, tmp_path, monkeypatch, capsys):
+    run = Path(shutil.copytree(straight, tmp_path / straight.name))
+    (run / "notes.txt").write_text("mine")
+    before = files(run)
+    with monkeypatch.context() as patch, pytest.raises(UsageError):  # whatever is wrong, nothing is lost
+        patch.setattr(training, "load_training_data", lambda *args: (_ for _ in ()).throw(UsageError("no data")))
+        train(tmp_path, *TWO, "--overwrite")
+    assert files(run) == before
+    train(tmp_path, *TWO, "--overwrite", "--epochs", 1)
+    said = capsys.readouterr().out
+    assert f"--overwrite: the run of 2 epochs in {run} is lost: best_adv_model.pt, " in said
+    assert len(metrics(run)) == 1 and (run / "notes.txt").read_text() == "mine"
+    assert (run / "train.log").read_text().count("evaluate by") == 1
+
+
+def test_a_bare_resume_finds_the_run_it_came_from(straight, tmp_path, capsys):
+    """Under an older name, or where the command changes a number of it."""
+    older = Path(shutil.copytree(straight, tmp_path / "run-of-the-first-release"))
+    for flags in ((), ("--lr", 5), ("--seed", 2, "--batch-size", 12)):
+        assert train(tmp_path, *TWO, *flags, "--resume") == older
+        said = capsys.readouterr().out
+        assert f"continuing {older}" in said and said.count("the run's wins") == 1 + len(flags) / 2  # --model-dir
+    for flags in (("--tag", "x"), ("--no-anc",), ("--method", "pgd")):
+        with pytest.raises(UsageError, match=rf"does not exist; name a run by --resume PATH: {older}$"):
+            train(tmp_path, *TWO, *flags, "--resume")
+    other = Path(shutil.copytree(straight, tmp_path / "run-again"))
+    with pytest.raises(UsageError, match=rf"does not exist; name .*: {other}, {older}$"):
+        train(tmp_path, *TWO, "--resume")
+    for damaged in ("", "[]", '{"settings": 3}', '{"settings": {"no_anc": "x"}}'):
+        (other / "run.json").write_text(damaged)
+        assert (
+            runs.run_to_resume(parse_training("", RA, [*RUN, "--milestones=2", "--model-dir", str(tmp_path / "run")]))
+            == older
+        )
 
 
 def test_a_resume_with_other_data_is_refused_and_records_itself_otherwise(tmp_path, monkeypatch):

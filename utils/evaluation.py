@@ -103,6 +103,12 @@ def percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
 
 
+def chance(labels: Tensor) -> float:
+    """What the best single class for every image attains, in percent; -1 where labels (N,) are of one class only."""
+    most = percent(labels == labels.mode().values)
+    return most if most < 100 else -1.0
+
+
 class Subject(NamedTuple):
     """A network and the test images it is looked at with, on the device, and the attack settings of its data set."""
 

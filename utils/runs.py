@@ -1,8 +1,12 @@
 """Run folders: their names, who may write to them, their log, and what a resumed run takes from them."""
 
+import glob
+import json
 import math
+import os
+import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import STATE, check_state, described, ordinary, outline, read
+from utils.checkpoints import BEST, LAST, STATE, check_state, described, ordinary, outline, read
 from utils.errors import UsageError
 from utils.files import locked, remove_leftovers, require_writable
 from utils.options import Command, fits
-from utils.recipes import PATH, Training, resolve, stored
+from utils.recipes import PATH, Training, idle, resolve, stored
 from utils.recipes import described as known_settings
 
 VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
@@ -28,7 +32,11 @@ NO_NATURAL = {"train_natural_accuracy_first_head": None}
 NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
 ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
 SINCE_FIRST_RELEASE = {"cuda_graph", "awp", "awp_warmup", "ema", "lr_schedule", "warmup_lr", "label_smoothing"}
-SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks"}
+SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks", "tag"}
+OWN = ("method", "dataset", "arch", "no_ra", "no_anc")  # what tells runs apart before any number does
+PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")  # what a published folder's name says
+WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.png")
+WRITTEN += ("test.log", "white_attack.json", "adversarial_examples.png", "robust_vs_*.png")  # by its evaluation
 SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
 
 
@@ -41,28 +49,78 @@ class Start(NamedTuple):
     file: Path | None = None
 
 
+def results(settings: Training) -> dict[str, Any]:
+    """The settings on which a run's results depend, by which folders are named and a bare --resume looks for one."""
+    about, unused = known_settings(Training), {"model_dir", "ckpt_url", *idle(settings)}
+    found = {key: value for key, value in stored(settings).items() if not about[key].free and key not in unused}
+    return found | ({"data_dir": os.path.realpath(settings.data_dir)} if settings.dataset == "folder" else {})
+
+
 def run_folder(command: Command) -> Path:
-    """{model_dir}-strategy-..-seed-.., followed by whatever else differs from the script's own defaults."""
-    s, script = command.settings, resolve(Training, {}, command.script)
-    name = f"{s.model_dir.rstrip('/')}-strategy-{s.strategy}-alpha-{s.alpha}-beta-{s.beta}-zeta-{s.zeta}-seed-{s.seed}"
-    own = ("method", "dataset", "arch", "no_ra", "no_anc")
-    differs = [key for key in own if getattr(s, key) != getattr(script, key)]
+    """{model_dir}-strategy-..-seed-.., without ANC what of it acts, and what differs from the script's own defaults."""
+    s, script, found = command.settings, resolve(Training, {}, command.script), results(command.settings)
+    name = s.model_dir.rstrip("/\\")
+    name += "".join(f"-{key}-{getattr(s, key)}" for key in PUBLISHED if key in found or not s.no_anc)
+    differs = [key for key in OWN if getattr(s, key) != getattr(script, key)]
     name += "".join(f"-{key.replace('_', '-') if key.startswith('no') else getattr(s, key)}" for key in differs)
+    if "data_dir" in found:
+        name += f"-{Path(found['data_dir']).name}-{zlib.crc32(os.fsencode(found['data_dir'])) % 16**4:04x}"
     usual = stored(resolve(Training, {key: getattr(s, key) for key in ("dataset", "method", "arch")}, command.script))
-    said = {"model_dir", "strategy", "alpha", "beta", "zeta", "seed", "ckpt_url", *own}
-    for key, value in stored(s).items():
-        if key not in said and not known_settings(Training)[key].free and value != usual[key]:
-            value = Path(value).stem if known_settings(Training)[key].kind is PATH else value
+    for key, value in found.items():
+        if key not in (*PUBLISHED, *OWN, "data_dir") and value != usual[key]:
+            value = Path(value).stem if known_settings(Training)[key].kind is PATH and value else value
             name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
     return Path(name)
 
 
+def run_to_resume(command: Command) -> Path:
+    """The folder of the run that a bare --resume means: of its name, or the only one that it can have been.
+
+    That one has the command's settings, under an older name, or others where the command gives a number. Errors:
+    UsageError, which names the runs of this --model-dir that it can have been, or the most similar ones.
+    """
+    folder, mine, runs = run_folder(command), results(command.settings), []
+    if (folder / STATE).is_file():
+        return folder
+    for file in folder.parent.glob(f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged
+            recipe = of_today(json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"])
+            its = results(Training(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items()}))
+            differs = {key for key in its.keys() & mine.keys() - {"restart_epoch"} if its[key] != mine[key]}
+            runs.append((len(differs), not differs <= command.given.keys() - {*OWN, "data_dir", "tag"}, file.parent))
+    found = [run for count, _, run in sorted(runs) if not count] or [run for _, other, run in sorted(runs) if not other]
+    if len(found) == 1:
+        print(f"--resume: no run in {folder}; continuing {found[0]}")
+        return found[0]
+    if runs:
+        named = ", ".join(map(str, found or [run for *_, run in sorted(runs)[:5]]))
+        raise UsageError(f"--resume: {folder / STATE} does not exist; name a run by --resume PATH: {named}")
+    return folder
+
+
 def refuse_existing(folder: Path) -> None:
-    """UsageError where a folder holds a run already."""
+    """UsageError where a folder holds a run already, unless that one ended before its first step."""
     if (folder / STATE).exists():
-        raise UsageError(f"{folder} holds a run already; continue it by --resume, or name another --model-dir")
-    if any(folder.glob("*.pt")) or (folder / "metrics.csv").exists():
+        fresh = False
+        with suppress(UsageError, LookupError, TypeError, RuntimeError):  # a damaged state is somebody's, too
+            progress = read(folder / STATE)["progress"]
+            fresh = progress["order"] is None and progress["rows"] == []
+        if not fresh:
+            mend = "continue it by --resume, or name another --model-dir or a --tag; --overwrite replaces it"
+            raise UsageError(f"{folder} holds a run already; {mend}")
+    if any(file.name != STATE for file in folder.glob("*.pt")) or (folder / "metrics.csv").exists():
         raise UsageError(f"{folder} holds a run that cannot be resumed; remove it, or name another --model-dir")
+
+
+def remove_existing(folder: Path) -> None:
+    """Say what a folder's run has to lose, and remove its files; others stay."""
+    files, epochs = sorted({file for pattern in WRITTEN for file in folder.glob(pattern)}), ""
+    with suppress(UsageError, LookupError, TypeError):
+        epochs = f" of {len(read(folder / STATE)['progress']['rows'])} epochs"
+    if files:
+        print(f"--overwrite: the run{epochs} in {folder} is lost: {', '.join(file.name for file in files)}")
+    for file in files:
+        file.unlink()
 
 
 def take_folder(folder: Path, held: ExitStack) -> None:
@@ -86,9 +144,9 @@ def prepare(command: Command, held: ExitStack) -> Start:
         print("started anew by torchrun, as if --resume had been given")
         resume = True
     if resume is None:
-        refuse_existing(folder)
+        command.settings.overwrite or refuse_existing(folder)
         return Start(command.settings, folder)
-    file = folder if resume is True else Path(resume)
+    file = run_to_resume(command) if resume is True else Path(resume)
     file = file if file.is_file() else file / STATE
     if not file.is_file():
         raise UsageError(f"--resume: {file} does not exist; start the run without --resume, or name its folder")
@@ -191,7 +249,7 @@ def open_log(file: Path) -> Callable[[str], None]:
     def log(line: str) -> None:
         tqdm.write(line)
         try:
-            with open(file, "a") as out:
+            with open(file, "a", encoding="utf-8") as out:
                 out.write(line + "\n")
         except OSError as error:  # a full disk, which Python reports without the file's name
             raise OSError(error.errno, error.strerror, str(file)) from error

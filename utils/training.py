@@ -34,12 +34,12 @@ from utils.data import (
 )
 from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
 from utils.errors import RunError, Stopped, UsageError, stop_signals
-from utils.evaluation import percent, verdicts
+from utils.evaluation import chance, percent, verdicts
 from utils.figures import draw_curves, save_or_note
 from utils.files import write_atomically, write_record
-from utils.options import Command, eps_text
+from utils.options import Command, as_given, eps_text
 from utils.provenance import in_one_line, provenance
-from utils.recipes import Training, combined, stored
+from utils.recipes import Training, combined, dataset_defaults, stored
 from utils.runs import Start, open_log, prepare
 from utils.step import Figures, attack_batch, backward, training_loss
 
@@ -82,9 +82,10 @@ class Run:
     of them are done, sums over those, and the rows of metrics.csv so far.
     """
 
-    def __init__(self, settings: Training, folder: Path, device: torch.device, data: Split) -> None:
-        self.settings, self.folder, self.device, self.classes = settings, folder, device, data.classes
-        self.training_images, self.checksums = len(data.labels), {}
+    def __init__(self, settings: Training, folder: Path, device: torch.device, data: Data) -> None:
+        self.settings, self.folder, self.device, self.classes = settings, folder, device, data.train.classes
+        self.training_images, self.chance = len(data.train.labels), chance(data.selection.labels)
+        self.checksums, self.notes = {}, without_effect(settings, data)
         self.log = open_log(folder / "train.log")
         self.note = cache(lambda said: said and self.log(said))  # once, what each epoch would say
         self.stop = 0  # the signal that asks for a stop
@@ -92,7 +93,7 @@ class Run:
         torch.manual_seed(settings.seed)
         how = {key: getattr(settings, key) for key in ("width", "image_size", "gate", "ra_blocks")}
         try:
-            model = build_model(settings.arch, len(data.classes), reverse_attention=not settings.no_ra, **how)
+            model = build_model(settings.arch, len(self.classes), reverse_attention=not settings.no_ra, **how)
         except ValueError as error:  # an image size that this network does not take
             raise UsageError(str(error)) from error
         if settings.sync_bn and distributed.world() > 1:
@@ -145,7 +146,8 @@ class Run:
     def take_folder(self, held: ExitStack) -> None:
         """Hold the folder and save the state that a run starts with."""
         runs.take_folder(self.folder, held)
-        runs.refuse_existing(self.folder)  # another process may have been faster
+        clear = runs.remove_existing if self.settings.overwrite else runs.refuse_existing
+        clear(self.folder)  # another process may have been faster
         try:
             self.save_state()
         except OSError as error:
@@ -199,8 +201,8 @@ class Run:
         line = f"{'interrupted' if signum == signal.SIGINT else 'terminated'}; continue by: {again}"
 
         def save_and_log() -> None:
-            self.save_state()
-            with suppress(OSError), open(self.folder / "train.log", "a") as out:  # the state is saved, that counts
+            self.save_state()  # that counts, whatever becomes of the log
+            with suppress(OSError), open(self.folder / "train.log", "a", encoding="utf-8") as out:
                 out.write(line + "\n")
 
         distributed.from_first(save_and_log)  # the others end after it only
@@ -223,7 +225,7 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     parts = {"training": data.train, "selection": data.selection} | ({"test": data.test} if data.test else {})
     parts |= {"extra": data.extra} if data.extra else {}
     sums = require_same_on_ranks(where, *parts.values())
-    job = Run(settings, start.folder, device, data.train)
+    job = Run(settings, start.folder, device, data)
     job.checksums = {} if old else dict(zip(parts, sums, strict=True))
     if state is None:
         if settings.restart_epoch:
@@ -277,7 +279,7 @@ def announce(job: Run, data: Data, start: Start) -> None:
     if idle:
         print(f"{Path(sys.argv[0]).name}: {', '.join(idle)} accepted, no effect here", file=sys.stderr)
     job.log(in_one_line(job.provenance))
-    job.log(describe(job, data))
+    job.log("\n".join([describe(job, data), *job.notes]))
     record = {
         "settings": stored(settings),
         "precision": precision(settings, job.device),
@@ -290,7 +292,8 @@ def announce(job: Run, data: Data, start: Start) -> None:
     }
     write_record(job.folder / "run.json", job.provenance | record)
     if start.state is not None:
-        job.log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done")
+        over = "; nothing is left to train, raise --epochs" * (job.progress["epoch"] > settings.epochs)
+        job.log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done{over}")
         if start.state["ranks"] != ranks:
             carried = "weights, optimiser, random draws and position carry over; BatchNorm sees other slices"
             job.log(f"ranks      {start.state['ranks']} before, {ranks} now: {carried}")
@@ -334,6 +337,25 @@ def rate(settings: Training, done: float) -> float:
     """The learning rate behind so many epochs."""
     s = settings
     return learning_rate(s.lr_schedule, s.lr, s.epochs, done, milestones=s.milestones, warmup=s.warmup_lr)
+
+
+def without_effect(s: Training, data: Data) -> list[str]:
+    """What a run is asked for that cannot act in it, a line each, for its log: the figures hide it."""
+    late, reach, notes = [epoch for epoch in s.milestones if epoch > s.epochs], s.num_steps * s.step_size, []
+    if not (s.no_anc or s.strategy.startswith("random")) and s.warmup_epochs >= s.epochs:
+        notes.append(f"strategy {s.strategy}: all {s.epochs} epochs are warm-up, at random; lower --warmup-epochs")
+    if late:
+        notes.append(f"milestones {as_given(tuple(late))}: behind the last epoch, {s.epochs}; lr never falls there")
+    if s.step_size > s.epsilon:
+        notes.append(f"step-size {as_given(s.step_size)}: above eps {as_given(s.epsilon)}, which cuts every step short")
+    if reach < s.epsilon * (1 - 1e-9):
+        notes.append(f"epsilon {as_given(s.epsilon)}: never reached, {s.num_steps} steps go as far as {reach:.4g}")
+    images, others = len(data.train.labels), len(data.train.classes) - 1
+    there = {"limit_train": images, "batch_size": images, "limit_test": len(data.selection.labels)}
+    for key, count in (there if s.no_anc else there | {"sample_class_number": others}).items():
+        if (getattr(s, key) or 0) > count:
+            notes.append(f"{key.replace('_', '-')} {getattr(s, key)}: there are {count}")
+    return [f"no effect  {note}" for note in notes]
 
 
 def train_epoch(job: Run, train: Split, extra: Split | None = None) -> None:
@@ -486,6 +508,7 @@ def epoch_line(job: Run, row: dict) -> str:
     left = (epochs - row["epoch"]) * row["seconds"] / 60
     if row["natural_accuracy"] is not None:
         accuracies = f"natural {row['natural_accuracy']:.2f} %, pgd40_heads {row['pgd40_heads_accuracy']:.2f} %"
+        accuracies += at_chance(job, row["natural_accuracy"])
     return (
         f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  train, first head: "
         f"natural {shown(row['train_natural_accuracy_first_head'])}, robust "
@@ -499,7 +522,7 @@ def write_metrics(job: Run) -> None:
     """metrics.csv and the curves, whole, from the rows so far."""
 
     def write(file: Path) -> None:
-        with open(file, "w", newline="") as out:
+        with open(file, "w", newline="", encoding="utf-8") as out:
             table = csv.DictWriter(out, runs.ROW, lineterminator="\n")
             table.writeheader()
             table.writerows(job.progress["rows"])
@@ -510,9 +533,14 @@ def write_metrics(job: Run) -> None:
 
 
 def best_row(rows: list[dict]) -> dict | None:
-    """The first row with the highest pgd40_heads_accuracy, the epoch of best_adv_model.pt."""
+    """The row of best_adv_model.pt: of the highest pgd40_heads_accuracy, then natural accuracy, then the first."""
     evaluated = [row for row in rows if row["pgd40_heads_accuracy"] is not None]
-    return max(evaluated, key=lambda row: row["pgd40_heads_accuracy"], default=None)
+    return max(evaluated, key=lambda row: (row["pgd40_heads_accuracy"], row["natural_accuracy"]), default=None)
+
+
+def at_chance(job: Run, natural: float) -> str:
+    """What stands behind a network's accuracies where they say nothing of robustness."""
+    return f", at chance: one class for every image attains {job.chance:.2f} %" if natural <= job.chance else ""
 
 
 def report(job: Run, data: Data) -> None:
@@ -526,6 +554,7 @@ def report(job: Run, data: Data) -> None:
             job.log(
                 f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
                 f"{row['pgd40_heads_accuracy']:.2f} % on {data.selected} at eps {eps_text(settings.epsilon)}"
+                f"{at_chance(job, row['natural_accuracy'])}"
             )
     if data.test is None:
         job.log("no test folder: no figure is of images that did not choose the epoch")
@@ -533,7 +562,11 @@ def report(job: Run, data: Data) -> None:
         best, _ = distributed.from_first(lambda: load_model(folder / BEST))  # not into job.model, which a stop saves
         natural, robust = evaluate(job, best.to(job.device), data.test.to(job.device))
         job.log(f"best epoch on {data.tested}: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
-    job.log(
-        f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}\nevaluate by: "
-        f"python test_white_attack.py --ckpt_url {shlex.quote(str(folder / BEST))}"
-    )
+    for note in job.notes:
+        job.log(note)
+    usual, command = dataset_defaults(settings.dataset), ["test_white_attack.py", "--ckpt_url", str(folder / BEST)]
+    for key in ("epsilon", "step_size"):
+        if getattr(settings, key) != getattr(usual, key):
+            command += [f"--{key.replace('_', '-')}", as_given(getattr(settings, key))]
+    job.log(f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}")
+    job.log(f"evaluate by: python {shlex.join(command)}")
