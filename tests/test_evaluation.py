@@ -25,7 +25,7 @@ from utils.attacks import (
 from utils.checkpoints import load_model
 from utils.data import as_input, subset
 from utils.errors import UsageError
-from utils.evaluation import Subject, chance, over_images, percent, verdicts
+from utils.evaluation import Subject, at_chance, over_images, percent, verdicts
 from utils.options import parse
 from utils.recipes import NORMALISATIONS, Evaluation
 from utils.robustness import fingerprint, white_attack
@@ -298,5 +298,8 @@ def test_a_table_names_a_network_at_chance(tmp_path, capsys):
         content["model"]["fc.bias"][3] += favour
         torch.save(content, tmp_path / "weights.pt")
         white_attack(parse(Evaluation, "", ["--ckpt_url", str(tmp_path / "weights.pt"), "--attacks", "natural"]))
-        assert ("note: natural is at chance" in capsys.readouterr().out) == (favour > 0)
-    assert chance(torch.tensor([2, 0, 2])) == pytest.approx(200 / 3) and chance(torch.tensor([1, 1])) == -1
+        assert ("note, natural, at chance: one class for every image attains 10." in capsys.readouterr().out) == (
+            favour > 0
+        )
+    labels = torch.tensor([2, 0, 2])
+    assert "66.67 %" in at_chance(66.66, labels) and not at_chance(67, labels) and not at_chance(50, labels[:1])

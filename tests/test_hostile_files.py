@@ -60,6 +60,8 @@ from utils.errors import RunError, UsageError
 from utils.files import locked, write_record
 from utils.options import parse_training
 from utils.provenance import provenance
+from utils.recipes import stored
+from utils.runs import run_folder, run_to_resume
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 SEED = 0 if TIMES == 1 else 1000 + TIMES
@@ -662,11 +664,16 @@ def test_mutated_caches_are_read_or_made_anew(tmp_path, numbers):
 
 @some_mutations
 def test_mutated_records_of_a_run_never_stop_it(tmp_path, numbers):
-    """run.json is only copied into the next one; train.log and metrics.csv are never read."""
-    file = tmp_path / "run.json"
-    whole = json.dumps({"command": "python", "earlier": [{"seed": 1}], "settings": {"lr": 0.1}}).encode()
+    """run.json is copied into the next one, and says which run a bare --resume means; the others are never read."""
+    file, command = tmp_path / "run-1" / "run.json", parse_training("", RA, ["--model-dir", str(tmp_path / "run")])
+    file.parent.mkdir()
+    (file.parent / "last_state.pt").touch()
+    known = stored(command.settings)
+    whole = json.dumps({"command": "python", "earlier": [{"seed": 1}], "settings": known}).encode()
 
     def use():
+        with contextlib.suppress(UsageError):  # a run of other settings
+            assert run_to_resume(command) in (file.parent, run_folder(command))
         write_record(file, {"seed": 2})
         assert isinstance(json.loads(file.read_text())["earlier"], list)
 

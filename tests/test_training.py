@@ -96,6 +96,8 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     best = max(rows, key=lambda row: (float(row["pgd40_heads_accuracy"]), float(row["natural_accuracy"])))
     assert load_model(run)[1]["epoch"] == int(best["epoch"])
+    assert [row["selected"] for row in rows] == ["01"[row is best] for row in rows]
+    assert all(len(value) <= 13 for row in rows for value in row.values())  # 0.0001, not 0.00010000000000000002
     assert "trades, reverse attention" in said and "test_white_attack.py --ckpt_url" in said
     assert said.splitlines()[-4:] == (run / "train.log").read_text().splitlines()[-4:]
     assert said.splitlines()[-1].endswith("best_adv_model.pt")  # eps and step are the data set's own

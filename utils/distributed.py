@@ -112,8 +112,7 @@ def _alarm() -> threading.Timer:
     mend = f"unless torchrun has started this process, unset {', '.join(TOLD)}"
     if not (rank.isdecimal() and count.isdecimal() and port.isdecimal() and int(rank) < int(count)):
         raise UsageError(f"{', '.join(f'{key}={os.environ[key]}' for key in TOLD)} name no rank of a job; {mend}")
-    whom = f"rank 0 of {count}" if int(rank) else f"{int(count) - 1} more of {count}"
-    line = f"rank {rank} waits for {whom}, at {host}:{port}, for {QUIET} s by now; {mend}"
+    line = f"rank {rank} of {count} waits for {'rank 0' if int(rank) else 'the others'} at {host}:{port}; {mend}"
     alarm = threading.Timer(QUIET, print, [line], {"file": sys.stderr, "flush": True})
     alarm.start()
     return alarm

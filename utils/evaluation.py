@@ -103,10 +103,10 @@ def percent(right: Tensor) -> float:
     return 100 * right.double().mean().item()
 
 
-def chance(labels: Tensor) -> float:
-    """What the best single class for every image attains, in percent; -1 where labels (N,) are of one class only."""
-    most = percent(labels == labels.mode().values)
-    return most if most < 100 else -1.0
+def at_chance(natural: float, labels: Tensor) -> str:
+    """What to say behind an accuracy on images of these labels that one class for all of them attains, too; or ''."""
+    single = percent(labels == labels.mode().values)
+    return f", at chance: one class for every image attains {single:.2f} %" if natural <= single < 100 else ""
 
 
 class Subject(NamedTuple):

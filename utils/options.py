@@ -104,7 +104,6 @@ def _truth(kind: Kind, text: str) -> bool:
 
 
 def _path(kind: Kind, text: str) -> str:
-    """A path, `~` expanded, which shells leave alone in --flag=~/x."""
     text.strip() or _wrong("an empty path")
     return os.path.expanduser(text) if text.isprintable() else _wrong(f"{text!r} has characters that cannot be shown")
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from utils import distributed
+
 ALWAYS = ("torch", "torchvision", "numpy")
 WHERE_IMPORTED = {"scikit-learn": "sklearn", "umap-learn": "umap", "pyautoattack": "pyautoattack", "pillow": "PIL"}
 
@@ -25,7 +27,7 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
     card = {"card": _card(device)} if torch.device(device).type == "cuda" else {}
     imported = [name for name, module in WHERE_IMPORTED.items() if module in sys.modules]
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": f"{distributed.launcher()} {shlex.join(sys.argv)}",
         "commit": commit(),
         "versions": {"python": sys.version.split()[0]}
         | {name: _version(name) for name in dict.fromkeys((*ALWAYS, *imported, *packages))},

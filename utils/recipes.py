@@ -181,15 +181,14 @@ class Training:
     resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
     other_data: bool = setting(False, SWITCH, "let --resume go on with other images than those that the run had")
     overwrite: bool = setting(False, SWITCH, "replace the run that the folder holds; what is lost is said")
+    compile: bool = setting(False, TRUTH, "train through torch.compile; needs a compiler", free=True, group="device")
     precision: str = setting(
         "default",
         PRECISIONS,
         "of training: PyTorch's own (on CUDA TF32 in convolutions), float32, TF32 in matrix products too, or bfloat16 "
         "autocast; the verdicts of evaluation are float32 whatever it is",
         also=("--amp",),
-        group="device",
     )
-    compile: bool = setting(False, TRUTH, "train through torch.compile; needs a compiler", free=True)
     cuda_graph: bool = setting(True, TRUTH, "replay the training attack as one CUDA graph; same images", free=True)
     device: str = setting("auto", PATH, "auto, cpu, cuda or cuda:N", free=True)
     no_cuda: bool = setting(False, SWITCH, "use the CPU", free=True)

@@ -19,7 +19,7 @@ from utils.data import Split, as_input
 from utils.devices import computing
 from utils.diagnostics import Diagnosis, diagnose
 from utils.errors import RunError, UsageError
-from utils.evaluation import Subject, chance, percent
+from utils.evaluation import Subject, at_chance, percent
 from utils.figures import draw_examples, draw_robustness, save_or_note
 from utils.files import require_writable, write_atomically, write_record
 from utils.options import eps_text
@@ -137,8 +137,8 @@ def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator
             yield f"note, {name}: {note}"
     classes = [f"{name} {c['natural']:.2f}/{c['worst case']:.2f}" for name, c in by_class(rows, subject.split).items()]
     yield f"classes, the weakest first, natural/worst case: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
-    if "natural" in rows and percent(rows["natural"].right) <= chance(subject.split.labels):
-        yield "note: natural is at chance, one class for every image does as well: the rest says nothing of robustness"
+    if "natural" in rows and (said := at_chance(percent(rows["natural"].right), subject.split.labels)):
+        yield f"note, natural{said}: nothing here says anything of robustness"
     if subject.info["reverse_attention"] and "adaptive, worst case" not in rows:
         yield "note: attacks on the final logits overestimate networks with reverse attention; add --attacks all"
     yield "| network | " + " | ".join(rows) + " |"

@@ -34,7 +34,7 @@ from utils.data import (
 )
 from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
 from utils.errors import RunError, Stopped, UsageError, stop_signals
-from utils.evaluation import chance, percent, verdicts
+from utils.evaluation import at_chance, percent, verdicts
 from utils.figures import draw_curves, save_or_note
 from utils.files import write_atomically, write_record
 from utils.options import Command, as_given, eps_text
@@ -84,7 +84,7 @@ class Run:
 
     def __init__(self, settings: Training, folder: Path, device: torch.device, data: Data) -> None:
         self.settings, self.folder, self.device, self.classes = settings, folder, device, data.train.classes
-        self.training_images, self.chance = len(data.train.labels), chance(data.selection.labels)
+        self.training_images, self.selection_labels = len(data.train.labels), data.selection.labels
         self.checksums, self.notes = {}, without_effect(settings, data)
         self.log = open_log(folder / "train.log")
         self.note = cache(lambda said: said and self.log(said))  # once, what each epoch would say
@@ -350,9 +350,9 @@ def without_effect(s: Training, data: Data) -> list[str]:
         notes.append(f"step-size {as_given(s.step_size)}: above eps {as_given(s.epsilon)}, which cuts every step short")
     if reach < s.epsilon * (1 - 1e-9):
         notes.append(f"epsilon {as_given(s.epsilon)}: never reached, {s.num_steps} steps go as far as {reach:.4g}")
-    images, others = len(data.train.labels), len(data.train.classes) - 1
-    there = {"limit_train": images, "batch_size": images, "limit_test": len(data.selection.labels)}
-    for key, count in (there if s.no_anc else there | {"sample_class_number": others}).items():
+    images, there = len(data.train.labels), {} if s.no_anc else {"sample_class_number": len(data.train.classes) - 1}
+    there |= {"limit_train": images, "batch_size": images, "limit_test": len(data.selection.labels)}
+    for key, count in there.items():
         if (getattr(s, key) or 0) > count:
             notes.append(f"{key.replace('_', '-')} {getattr(s, key)}: there are {count}")
     return [f"no effect  {note}" for note in notes]
@@ -508,7 +508,7 @@ def epoch_line(job: Run, row: dict) -> str:
     left = (epochs - row["epoch"]) * row["seconds"] / 60
     if row["natural_accuracy"] is not None:
         accuracies = f"natural {row['natural_accuracy']:.2f} %, pgd40_heads {row['pgd40_heads_accuracy']:.2f} %"
-        accuracies += at_chance(job, row["natural_accuracy"])
+        accuracies += at_chance(row["natural_accuracy"], job.selection_labels)
     return (
         f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  train, first head: "
         f"natural {shown(row['train_natural_accuracy_first_head'])}, robust "
@@ -520,15 +520,17 @@ def epoch_line(job: Run, row: dict) -> str:
 
 def write_metrics(job: Run) -> None:
     """metrics.csv and the curves, whole, from the rows so far."""
+    rows, best = job.progress["rows"], best_row(job.progress["rows"])
+    short = [{key: f"{value:.9g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
     def write(file: Path) -> None:
         with open(file, "w", newline="", encoding="utf-8") as out:
-            table = csv.DictWriter(out, runs.ROW, lineterminator="\n")
+            table = csv.DictWriter(out, [*runs.ROW, "selected"], lineterminator="\n")
             table.writeheader()
-            table.writerows(job.progress["rows"])
+            table.writerows(line | {"selected": int(row is best)} for line, row in zip(short, rows, strict=True))
 
     write_atomically(job.folder / "metrics.csv", write)
-    draw = partial(draw_curves, job.progress["rows"], best_row(job.progress["rows"]))
+    draw = partial(draw_curves, rows, best)
     job.note(save_or_note(draw, job.folder / "training_curves.png"))
 
 
@@ -536,11 +538,6 @@ def best_row(rows: list[dict]) -> dict | None:
     """The row of best_adv_model.pt: of the highest pgd40_heads_accuracy, then natural accuracy, then the first."""
     evaluated = [row for row in rows if row["pgd40_heads_accuracy"] is not None]
     return max(evaluated, key=lambda row: (row["pgd40_heads_accuracy"], row["natural_accuracy"]), default=None)
-
-
-def at_chance(job: Run, natural: float) -> str:
-    """What stands behind a network's accuracies where they say nothing of robustness."""
-    return f", at chance: one class for every image attains {job.chance:.2f} %" if natural <= job.chance else ""
 
 
 def report(job: Run, data: Data) -> None:
@@ -554,19 +551,18 @@ def report(job: Run, data: Data) -> None:
             job.log(
                 f"{name} epoch, {row['epoch']}: natural {row['natural_accuracy']:.2f} %, PGD-40 over heads "
                 f"{row['pgd40_heads_accuracy']:.2f} % on {data.selected} at eps {eps_text(settings.epsilon)}"
-                f"{at_chance(job, row['natural_accuracy'])}"
+                f"{at_chance(row['natural_accuracy'], job.selection_labels)}"
             )
     if data.test is None:
         job.log("no test folder: no figure is of images that did not choose the epoch")
     elif data.test is not data.selection:
         best, _ = distributed.from_first(lambda: load_model(folder / BEST))  # not into job.model, which a stop saves
         natural, robust = evaluate(job, best.to(job.device), data.test.to(job.device))
-        job.log(f"best epoch on {data.tested}: natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %")
-    for note in job.notes:
-        job.log(note)
+        said = f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{at_chance(natural, data.test.labels)}"
+        job.log(f"best epoch on {data.tested}: {said}")
     usual, command = dataset_defaults(settings.dataset), ["test_white_attack.py", "--ckpt_url", str(folder / BEST)]
     for key in ("epsilon", "step_size"):
         if getattr(settings, key) != getattr(usual, key):
             command += [f"--{key.replace('_', '-')}", as_given(getattr(settings, key))]
-    job.log(f"checkpoint {folder / BEST}\ncurves     {folder / 'training_curves.png'}")
+    job.log("\n".join([*job.notes, f"checkpoint {folder / BEST}", f"curves     {folder / 'training_curves.png'}"]))
     job.log(f"evaluate by: python {shlex.join(command)}")
