@@ -255,7 +255,7 @@ def blur(eps: float) -> Attack:
 
     return attack
 """
-RADIUS = 'epsilon: float = setting(8 / 255, number(0, 1), "L-infinity radius on [0, 1]; 8/255 works", by={'
+RADIUS = 'epsilon: float = setting(8 / 255, number(0, 1, of=255), "L-infinity radius", by={'
 MODELS = "from models.reverse_attention import Heads, ReverseAttentionNetwork\n"
 BEFORE, AFTER = "before", "after"
 
