@@ -3,8 +3,9 @@
     python draw_umap.py --model_dir RUN [RUN ...] [--adversarial] [--n-examples N]
     python draw_umap.py --model_dir F --dataset cifar10 --no-ra          a published bare state dict, plain network
 
-Draws PNG and PDF at the width of a column and saves the embedding as npz. Titles carry the silhouette of the classes
-and the share of nearest neighbours of the same class, both in feature space, weighted and unweighted.
+Draws PNG and PDF at the width of a column into ./plots, and saves the embedding there as npz. Titles carry the
+silhouette of the classes and the share of nearest neighbours of the same class (label agreement), both in feature
+space, weighted and unweighted.
 `python draw_umap.py --model_dir model/TRADES-ResNet18-*digits model/ANCRA-*digits`, of 360 images each:
 silhouettes of 0.60 (TRADES) and 0.90 (ANCRA-TRADES) with the first release.
 """
