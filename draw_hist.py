@@ -4,7 +4,8 @@
     python draw_hist.py --distances A-0.npz B-0.npz --labels TRADES ANCRA
 
 Draws what feature_distance.py saved into ./plots, as PNG and PDF at the width of a column.
-`python draw_hist.py`, of two runs on digits with ten classes each: 40 figures; they took the first release 14 s on 2 CPU cores.
+`python draw_hist.py`, of two runs on digits with ten classes each: 40 figures, which took the first release
+14 s on 2 CPU cores.
 """
 
 from utils.command import main
