@@ -146,7 +146,7 @@ def test_a_table_and_a_log_beside_the_checkpoint_at_the_data_set_s_eps(tmp_path,
     assert all(float(figures["natural"]) >= float(figures[name]) for name in figures)
     assert table in (file.parent / "test.log").read_text()
     run(*flags, "--epsilon", "8/255")  # the command wins
-    assert "eps 0.031373, step 0.02" in capsys.readouterr().out
+    assert "eps 8/255, step 0.02" in capsys.readouterr().out
     assert (file.parent / "test.log").read_text().count("\nPGD-4") == 2
 
 
