@@ -264,7 +264,7 @@ class Evaluation(Checkpoint):
     diagnostics: bool = setting(False, SWITCH, "look for signs of gradient masking; two pictures")
     save_adversarial: str | None = setting(None, PATH, "npz for the worst image found of each one")
     log_path: str | None = setting(
-        None, PATH, "log to append to, beside which the other files go (default: test.log beside the checkpoint)"
+        None, PATH, "log to append to; other files go beside it (default: test.log by the checkpoint or in ./evaluated)"
     )
 
 
