@@ -14,7 +14,7 @@ def test_a_record_is_plain_and_says_how_to_repeat(monkeypatch):
     record = provenance(torch.device("cpu"), 7, packages=["ruff", "no-such-package"])
     assert json.loads(json.dumps(record)) == record
     assert record["command"].endswith("train_CIFAR10_ResNet.py --model-dir 'my runs'")
-    assert (record["device"], record["seed"]) == ("cpu", 7)
+    assert (record["device"], record["seed"]) == ("cpu", 7) and record["cpu"] and record["threads"] >= 1
     assert record["versions"]["torch"] == torch.__version__ and record["versions"]["no-such-package"] is None
     assert {"python", "torchvision", "numpy", "ruff"} <= record["versions"].keys()
     assert "\n" not in in_one_line(record) and torch.__version__ in in_one_line(record)

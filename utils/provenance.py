@@ -1,5 +1,6 @@
 """Where an output file comes from: command, commit, versions, device, seed."""
 
+import platform
 import re
 import shlex
 import subprocess
@@ -32,6 +33,8 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
         "versions": {"python": sys.version.split()[0]}
         | {name: _version(name) for name in dict.fromkeys((*ALWAYS, *imported, *packages))},
         "device": str(device),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
         **card,
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
@@ -59,6 +62,14 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the system tells; last digits depend on it."""
+    with suppress(OSError, StopIteration):  # Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _card(device: object) -> dict:
