@@ -348,3 +348,11 @@ def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
     assert execute(ATTACK, "--ckpt_url", file, *flags, "--predict=auxiliary1") == 0
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
     refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))
+
+
+def test_a_published_file_answers_by_a_head_too(tmp_path, capsys):
+    model = load_model(digits_checkpoint(tmp_path / "run.pt"))[0]
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.pt")
+    flags = ("--dataset=digits", "--n-examples=8", "--attacks=natural", "--device=cpu", "--predict=auxiliary2")
+    assert execute(ATTACK, "--ckpt_url", tmp_path / "bare.pt", *flags) == 0
+    assert "taken for ResNet18" in capsys.readouterr().out

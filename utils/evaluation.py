@@ -215,7 +215,9 @@ def doubts(subject: Subject, settings: Checkpoint) -> list[str]:
     images = {"": own[1]}
     if settings.mean or own[1] is None:  # the file's own is no guess
         images = {"": None} | {f" --mean {n} --std {n}": Normalise(**of) for n, of in NORMALISATIONS.items()}
-    ways = {ra + by: (not ra, how) for ra in ("", " --no-ra") for by, how in images.items()}
+    ways = {by: (own[0], how) for by, how in images.items()}
+    if model.predict == "final":  # a head of a plain network cannot answer
+        ways = {ra + by: (not ra, how) for ra in ("", " --no-ra") for by, how in images.items()}
     for flags, way in {"as taken": own, **ways}.items():
         if shares.get("as taken", 0) < 90:
             model.reverse_attention, model.normalise = way
