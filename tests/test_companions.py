@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -284,8 +285,8 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
     best = load_model(straight / "model-wrn-last.pt")[0].state_dict()
     assert_equal(best, one["average"], "what is saved is the average")
     assert not torch.equal(best["conv1.weight"], one["model"]["conv1.weight"])
-    for word in ("awp-0.01", "ema-0.9", "lr_schedule-cosine", "gate-soft"):
-        assert word in straight.name
+    assert "awp-0.01" in straight.name and "ema-0.9" in straight.name
+    assert len(straight.name) == 200 and re.search("-[0-9a-f]{8}$", straight.name)  # too long for a name, and cut
 
 
 # Gates, heads that answer, blocks
@@ -344,7 +345,7 @@ def test_a_head_that_answers_and_one_block(tmp_path):
 
 def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
     file = digits_checkpoint(tmp_path / "best_adv_model.pt")
-    flags = ("--n-examples=8", "--num-steps=2", "--attacks=natural,pgd,adaptive", "--restarts=1", "--device=cpu")
+    flags = ("--n-examples=8", "--num-steps=2", "--attacks=natural,pgd", "--device=cpu")
     assert execute(ATTACK, "--ckpt_url", file, *flags, "--predict=auxiliary1") == 0
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
     refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))

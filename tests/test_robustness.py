@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from utils.diagnostics import Diagnosis, diagnose
 from utils.errors import RunError, Stopped, UsageError
 from utils.evaluation import foreign_subject, percent, verdicts
 from utils.options import parse
-from utils.recipes import Evaluation
+from utils.recipes import ATTACKS, Evaluation
 from utils.report import wilson
 from utils.robustness import Found, Kept, fingerprint, joined_row, planned_attacks, white_attack
 
@@ -339,6 +340,7 @@ def test_what_is_kept_belongs_to_network_images_attack_and_its_settings(flags, a
 
     def files(*flags, weight=2.0, surrogate=1.0, network="one", **changes):
         settings = settings_of("with_ra", "--attacks", "all", "--n-examples", "10", *flags)
+        settings = settings if "--attacks" in flags else replace(settings, attacks=ATTACKS)
         subject = foreign_subject(settings)
         subject = subject._replace(info=subject.info | {"recipe": {"cr_beta": weight}})
         other = nn.Conv2d(3, 3, 1)

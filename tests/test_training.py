@@ -343,11 +343,11 @@ def test_overwriting_says_what_is_lost_and_keeps_what_is_not_the_run_s(straight,
 def test_a_bare_resume_finds_the_run_it_came_from(straight, tmp_path, capsys):
     """Under an older name, or where the command changes a number of it."""
     older = Path(shutil.copytree(straight, tmp_path / "run-of-the-first-release"))
-    for flags in ((), ("--lr", 5), ("--seed", 2, "--batch-size", 12)):
+    for flags in ((), ("--lr", 5), ("--zeta", 2, "--batch-size", 12)):
         assert train(tmp_path, *TWO, *flags, "--resume") == older
         said = capsys.readouterr().out
         assert f"continuing {older}" in said and said.count("the run's wins") == 1 + len(flags) / 2  # --model-dir
-    for flags in (("--tag", "x"), ("--no-anc",), ("--method", "pgd")):
+    for flags in (("--tag", "x"), ("--no-anc",), ("--method", "pgd"), ("--seed", 2), ("--strategy", "hard_adv")):
         with pytest.raises(UsageError, match=rf"does not exist; name a run by --resume PATH: {older}$"):
             train(tmp_path, *TWO, *flags, "--resume")
     other = Path(shutil.copytree(straight, tmp_path / "run-again"))

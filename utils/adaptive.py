@@ -83,6 +83,7 @@ def views(
     """Every view of a network by name. auxiliary_weight: lambda of the loss over heads that it was trained with.
 
     gate, blocks, predict: of a network with reverse attention; a gate that is smooth, or none, needs no smoothing.
+    `final` is what the network answers, `final logits` those of its last head where another one answers.
     """
     known: dict[str, View] = {"final": plain}
 
@@ -91,7 +92,7 @@ def views(
 
     if reverse_attention:
         if predict != "final":
-            add("final", lambda heads: [(1, heads.final)])
+            add("final logits", lambda heads: [(1, heads.final)])
         for i in range(blocks):
             add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
         if blocks > 1:

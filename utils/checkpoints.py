@@ -117,11 +117,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
     and std that images are normalised by, or None; notes, what was assumed. Those of a published state dict are read
     off its tensors, as far as they can be (classes, dataset, recipe and epoch are None then, and reverse_attention True
     unless overridden: no tensor tells). overrides: values that replace these, None meaning unknown; key, which of the
-    state dicts in the file. Errors: UsageError where the file is no checkpoint or its tensors do not fit.
+    state dicts in the file; predict, the head that answers. Errors: UsageError where the file is no checkpoint or its
+    tensors do not fit.
     """
-    path, key = checkpoint_file(path), overrides.pop("key", None)
+    path, key, predict = checkpoint_file(path), overrides.pop("key", None), overrides.pop("predict", "final")
     content = read(path)
     ours = isinstance(content.get("model"), dict) and "reverse_attention" in content
+    if unknown := overrides.keys() - {*_DESCRIPTION, "mean", "std"}:
+        raise TypeError(f"load_model: nothing known as {', '.join(sorted(unknown))}")
     if ours and key is not None:
         raise UsageError(f"{path} is a run's checkpoint, of one network; leave --key out")
     state, normalisation, notes = (content["model"], {}, []) if ours else weights_in(content, path, key)
@@ -133,6 +136,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
         except Exception as error:  # tensors of a stranger may have any names and shapes
             held = ", ".join(map(_shown, [*state][:5]))
             raise UsageError(f"{path} is of no network known here ({', '.join(ARCHS)}): {held} ...") from error
+    if ours:  # written before there were others
+        info |= {key: default for key, default in (("gate", "label"), ("ra_blocks", 2)) if info[key] is None}
     for name, value in overrides.items():
         known = info.get(name)
         if value is None:
@@ -152,6 +157,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
     model.to_empty(device="cpu").load_state_dict(state)
     if info["mean"]:
         model.normalise = Normalise(info["mean"], info["std"])
+    answer_by(model, predict, path)
     if not ours:
         ra = f"with{'' if info['reverse_attention'] else 'out'} reverse attention"
         images = f"normalised by {info['mean']}, {info['std']}" if info["mean"] else "not normalised"
@@ -197,7 +203,11 @@ def weights_in(
     for odd in [k for k, v in beside.items() if v.numel() > 1 and k not in buffers]:
         raise UsageError(f"{path} holds {_shown(odd)} beside its {_shown(chosen[0])}, as no network here does")
     others = [name for name in names if name != chosen[0]][:9]
-    said = {"weights": chosen[:1], "mean and std": buffers[:2], "other weights, which --key takes": others}
+    said = {
+        "weights": chosen[:1],
+        "mean and std": buffers[:2],
+        "other weights, not taken (--key of an evaluation takes them)": others,
+    }
     notes = [f"{what}: {', '.join(map(_shown, where))}" for what, where in said.items() if any(where)]
     state = {k: v for k, v in own.items() if k not in buffers and not k.startswith("sub_block1.")}
     return state, normalisation, notes
@@ -214,8 +224,17 @@ def _dictionaries(content: dict) -> Iterator[tuple[str, dict[str, Tensor]]]:
                 waiting.append(((*trail, _shown(name)), value))
 
 
+def answer_by(model: nn.Module, predict: str, path: Path) -> None:
+    """Let a network answer with the logits of one of its heads; UsageError where it has none of that name."""
+    names = ["final", "auxiliary1", "auxiliary2"][: 1 + model.ra_blocks * model.reverse_attention]
+    if predict not in names:
+        raise UsageError(f"--predict {predict}: {path} has {', '.join(names)} alone")
+    model.predict = predict
+
+
 _DESCRIPTION = {"arch": str, "classes": list, "num_classes": int, "reverse_attention": bool, "width": int}
 _DESCRIPTION |= {"image_size": int, "dataset": str, "recipe": dict, "epoch": int, "gate": str, "ra_blocks": int}
+_DESCRIPTION |= {"averaged": bool}
 
 
 def described(content: dict, path: Path) -> dict:

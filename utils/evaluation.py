@@ -132,13 +132,15 @@ class Subject(NamedTuple):
         """What a run is called in tables and figures: ANCRA-TRADES, TRADES-RA, TRADES; else its file's name."""
         method = self.recipe.get("method")
         if not isinstance(method, str) or not method.isidentifier():
-            return self.file.stem
+            return str(self.info["arch"]) if self.info.get("module") else self.file.stem
         method = "PGD-AT" if method == "pgd" else method.upper()
         ra, anc = self.info["reverse_attention"], not self.recipe.get("no_anc")
         name = (
             "ANCRA-" + method.removesuffix("-AT") if ra and anc else method + ("-RA" if ra else "-ANC" if anc else "")
         )
-        return ", ".join([name, *combined(self.recipe)])
+        more = combined(self.recipe) + ["not averaged"] * (self.info.get("averaged") is False and "ema" in self.recipe)
+        answers = getattr(self.model, "predict", "final")
+        return ", ".join([name, *more, *([answers] if answers != "final" else [])])
 
     @property
     def auxiliary_weight(self) -> float:
@@ -174,10 +176,9 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     Errors: UsageError where checkpoint and data set do not match.
     """
     device, file = pick_device(settings.device, settings.no_cuda), checkpoint_file(path)
-    about = ("key", "arch", "width", "image_size", "dataset", "mean", "std", "gate", "ra_blocks")
+    about = ("key", "arch", "width", "image_size", "dataset", "mean", "std", "gate", "ra_blocks", "predict")
     said = {key: getattr(settings, key) for key in about}
     model, info = load_model(file, device, reverse_attention=False if settings.no_ra else None, **said)
-    answer_by(model, settings.predict, file)
     dataset = info["dataset"] or Training.dataset
     if dataset not in DATASETS:
         known = ", ".join(DATASETS)
@@ -231,14 +232,6 @@ def doubts(subject: Subject, settings: Checkpoint) -> list[str]:
     return [f"{said}, near chance; is {subject.dataset} its data, and were --arch, --width, --key meant so?"] * near
 
 
-def answer_by(model: nn.Module, predict: str, file: Path) -> None:
-    """Let a network answer with the logits of one of its heads; UsageError where it has none of that name."""
-    names = ["final", "auxiliary1", "auxiliary2"][: 1 + model.ra_blocks * model.reverse_attention]
-    if predict not in names:
-        raise UsageError(f"--predict {predict}: {file} has {', '.join(names)} alone")
-    model.predict = predict
-
-
 def module_of(model: str) -> tuple[str, list[Path]]:
     """What --model imports and from where: of a file the folder around its packages, the one above; the current one."""
     name = model.rpartition(":")[0]
@@ -282,6 +275,8 @@ def foreign_subject(settings: Evaluation) -> Subject:
     named, name = f"--model {settings.model}", module_of(settings.model)[0]
     try:
         built = getattr(importlib.import_module(name), settings.model.rpartition(":")[2])()
+    except SystemExit as error:
+        raise UsageError(f"{named} ends when it is imported; let it parse arguments under __main__ only") from error
     except Exception as error:  # whatever the user's own code raises
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UsageError(f"{named}: {said}; name package.module:function or FILE.py:function, no arguments") from error
@@ -291,6 +286,7 @@ def foreign_subject(settings: Evaluation) -> Subject:
     # one that answers with heads, as those of `models` do, has their views
     ra = getattr(model, "reverse_attention", None) is True
     info = {"arch": settings.model, "reverse_attention": ra, "recipe": None, "module": name}
+    info |= {key: getattr(model, key, None) for key in ("gate", "ra_blocks")}
     device, dataset = pick_device(settings.device, settings.no_cuda), settings.dataset or Training.dataset
     side = settings.image_size or dataset_defaults(dataset).image_size
     data = looked_at(settings, dataset, settings.data_dir or Training.data_dir, side, device)
@@ -302,9 +298,8 @@ def foreign_subject(settings: Evaluation) -> Subject:
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise UsageError(f"{named} answers with {got}; logits (N, {classes}) are needed")
     if not answer.requires_grad and (settings.diagnostics or not set(settings.attacks).issubset(BLIND)):
-        raise UsageError(
-            f"{named} answers without a gradient of the images; only --attacks {','.join(BLIND)} do without"
-        )
+        only = f"only --attacks {','.join(BLIND)} do without (transfer with --surrogate)"
+        raise UsageError(f"{named} answers without a gradient of the images; {only}")
     return subject
 
 
@@ -320,4 +315,6 @@ def _taken(named: str, model: nn.Module, split: Split) -> tuple[Split, object]:
             return split._replace(images=images), answer
         except Exception as error:  # again whatever it raises
             failed.append(f"images {tuple(x.shape)}: {type(error).__name__}: {first_line(error)}")
-    raise UsageError(f"{named} fails on {failed[0]}; on grey ones too; --image-size gives it others")
+    raise UsageError(
+        f"{named} fails on {failed[0]}; on grey ones too; for digits and folder --image-size gives it others"
+    )

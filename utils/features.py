@@ -209,7 +209,7 @@ def origin(subjects: Sequence[Subject], settings: Distances | Umap) -> dict:
     first, seed = subjects[0], settings.seed
     about = {"checkpoints": [str(s.file) for s in subjects], "dataset": first.dataset, "features": settings.features}
     about |= {"epsilon": first.eps, "step_size": first.step_size, "num_steps": settings.num_steps, "seed": seed}
-    about |= {"precision": settings.precision, "notes": [s.notes for s in subjects]}
+    about |= {"predict": settings.predict, "precision": settings.precision, "notes": [s.notes for s in subjects]}
     return about | {"provenance": provenance(first.split.labels.device, seed)}
 
 
@@ -363,7 +363,7 @@ def refuse_mixed(group: list[Entry], features: str | None) -> None:
             if one[key] != two[key]:
                 said = f"{both} do not belong into one histogram: {key} {one[key]!r} and {two[key]!r}"
                 raise UsageError(f"{said}; choose by --dataset, --distances or --features")
-        for key in ("epsilon", "step_size", "num_steps", "strategy", "test_images"):
+        for key in ("epsilon", "step_size", "num_steps", "strategy", "predict", "test_images"):
             if one.get(key) != two.get(key):
                 print(f"note: {both} differ in {key}: {one.get(key)} and {two.get(key)}")
 

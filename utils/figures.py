@@ -81,7 +81,7 @@ def draw_curves(rows: list[dict], best: dict | None) -> Figure:
         accuracy.plot(best["epoch"], best["pgd40_heads_accuracy"], **ring)
     accuracy.set_ylim(0, 100)
     handles = list(accuracy.get_lines())
-    falls = [after["epoch"] - 0.5 for before, after in itertools.pairwise(rows) if after["lr"] < before["lr"]]
+    falls = [after["epoch"] - 0.5 for before, after in itertools.pairwise(rows) if after["lr"] < before["lr"] / 5]
     for axes, name in ((loss, "training loss"), (accuracy, "accuracy in %")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

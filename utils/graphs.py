@@ -11,11 +11,12 @@ WARM_UP = 3  # calls before the recording, in which libraries choose their kerne
 
 
 class Graphed:
-    """A function of nested tuples of tensors, replayed as a CUDA graph wherever it is called as it was the first time.
+    """A function of nested tuples of tensors, replayed as a CUDA graph wherever it is called as it was when recorded.
 
-    As the first time means: tensors of the same shapes, and everything else equal. Other calls, such as an epoch's
-    last and smaller batch, run as they are. What the function reads besides its arguments, a network's weights, has to
-    stay where it is in memory; new values there count. It may neither draw random numbers nor wait for the device.
+    That means: with tensors of the same shapes, and everything else equal. It is recorded at the second call in a row
+    that is like the one before; other calls, such as an epoch's last and smaller batch, run as they are. What the
+    function reads besides its arguments, a network's weights, has to stay where it is in memory; new values there
+    count. It may neither draw random numbers nor wait for the device.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -23,17 +24,17 @@ class Graphed:
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = tree_flatten(args)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         kind = structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        if self.graph is None:
-            self._record(args, kind)
-        elif kind != self.kind:
+        if kind != self.kind:
+            self.kind = kind if self.graph is None else self.kind
             return self.function(*args)
-        torch._foreach_copy_(self.inputs, tensors)
+        if self.graph is None:
+            self._record(args)
+        torch._foreach_copy_(self.inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
         self.graph.replay()
         return tree_map(torch.clone, self.outputs)
 
-    def _record(self, args: Any, kind: Any) -> None:
+    def _record(self, args: Any) -> None:
         own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -45,4 +46,4 @@ class Graphed:
         with torch.cuda.graph(graph):
             self.outputs = self.function(*own)
         self.inputs = [leaf for leaf in tree_flatten(own)[0] if isinstance(leaf, Tensor)]
-        self.graph, self.kind = graph, kind
+        self.graph = graph

@@ -13,7 +13,21 @@ from typing import Any, NamedTuple, NoReturn
 
 from utils import recipes
 from utils.errors import GRACE, first_process
-from utils.recipes import ATTACKS, SWITCH, TRUTH, Evaluation, Kind, S, Setting, Training, Umap, described, idle, resolve
+from utils.recipes import (
+    ALL_ATTACKS,
+    ATTACKS,
+    SWITCH,
+    TRUTH,
+    Evaluation,
+    Kind,
+    S,
+    Setting,
+    Training,
+    Umap,
+    described,
+    idle,
+    resolve,
+)
 
 
 class Command(NamedTuple):
@@ -79,7 +93,7 @@ def _epochs(kind: Kind, text: str) -> tuple[int, ...]:
 
 
 def _attacks(kind: Kind, text: str) -> tuple[str, ...]:
-    names = ATTACKS if text == "all" else [name.strip() for name in text.split(",")]
+    names = ALL_ATTACKS if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in ATTACKS:
             _wrong(f"{name!r} is none of {', '.join(ATTACKS)}, all{near(name, (*ATTACKS, 'all'))}")
@@ -245,7 +259,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
         )
     if settings.overwrite and settings.resume is not None:
         parser.error("--overwrite replaces a run, --resume continues it; give one of them")
-    parser.say_idle(idle(settings), given)
+    parser.say_idle(idle(settings) + ("other_data",) * (settings.resume is None), given)
     return Command(settings, given, script)
 
 
@@ -263,15 +277,18 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
         if (settings.ckpt_url is None) == (settings.model is None):
             parser.error("one of --ckpt_url PATH, a checkpoint file or a run folder, and --model M:F is required")
         runs, side = settings.ckpt_url or (), settings.image_size
-        if len(set(runs)) < len(runs) or (len(runs) > 1 and settings.save_adversarial):
-            parser.error("--ckpt_url takes several runs, each once, and not with --save-adversarial")
+        if len(set(runs)) < len(runs) or (len(runs) > 1 and (settings.save_adversarial or settings.log_path)):
+            parser.error("--ckpt_url takes several runs, each once, and not with --save-adversarial or --log_path")
         if runs and side is not None and (side < 16 or side % 8):
             parser.error(f"--image-size {side} is not a multiple of 8, at least 16")
         adaptive, transfer = (name in settings.attacks for name in ("adaptive", "transfer"))
-        if transfer and settings.attacks != ATTACKS and settings.surrogate is None:
+        if transfer and settings.attacks != ALL_ATTACKS and settings.surrogate is None:
             parser.error("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
         unused = () if adaptive else ("restarts",) if settings.diagnostics or transfer else ("restarts", "surrogate")
-        parser.say_idle((*unused, *(("arch", "width", "no_ra", "key", "mean", "std") if settings.model else ())), given)
+        unused += ("arch", "width", "no_ra", "key", "mean", "std", "gate", "ra_blocks", "predict") * bool(
+            settings.model
+        )
+        parser.say_idle(unused, given)
     if cls is Umap and settings.labels is not None:
         if len(set(settings.labels)) < len(settings.labels):
             parser.error("--labels names two panels alike")

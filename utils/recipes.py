@@ -22,6 +22,7 @@ GATES = ("label", "predicted", "soft", "none")
 PRECISIONS = ("default", "fp32", "tf32", "bf16")
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive", "noise", "square", "transfer")
 BLIND = ("natural", "noise", "square", "transfer")  # those that need no gradient of the network
+ALL_ATTACKS = tuple(name for name in ATTACKS if name != "square")  # which AutoAttack contains
 FEATURES = ("weighted", "unweighted")
 LARGEST_SIDE = 1024
 # Settings that combine the method with something else, and what a run is called that has one
@@ -255,7 +256,9 @@ class Evaluation(Checkpoint):
     model: str | None = setting(None, PATH, "any classifier instead: package.module:function, or FILE.py:function")
     image_size: int | None = again("image_size", None, kind=whole(1, LARGEST_SIDE), help="side of digits and folder")
     attacks: tuple[str, ...] = setting(
-        ("natural", "fgsm", "pgd", "cw", "autoattack"), SEVERAL_ATTACKS, f"which of {', '.join(ATTACKS)}; or all"
+        ("natural", "fgsm", "pgd", "cw", "autoattack"),
+        SEVERAL_ATTACKS,
+        f"which of {', '.join(ATTACKS)}; all but square by `all`",
     )
     num_steps: int = again("num_steps", 40, help="steps of PGD; CW takes half as many")
     random: bool = setting(True, TRUTH, "start FGSM, PGD and CW at random")
@@ -342,8 +345,9 @@ def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = 
 
 def combined(recipe: Mapping[str, Any]) -> list[str]:
     """What stored settings combine the method with, in words: `AWP 0.005`."""
-    plain = asdict(Training())
-    return [f"{word} {recipe[key]}" for key, word in COMPANIONS.items() if recipe.get(key, plain[key]) != plain[key]]
+    plain, unused = asdict(Training()), ("gate", "ra_blocks") if recipe.get("no_ra") else ()
+    own = {key: recipe[key] for key in COMPANIONS if recipe.get(key, plain[key]) != plain[key] and key not in unused}
+    return [f"{COMPANIONS[key]} {value}" for key, value in own.items()]
 
 
 def dataset_defaults(dataset: str) -> Training:

@@ -26,7 +26,7 @@ from utils.options import eps_text
 from utils.recipes import Evaluation
 
 ADAPTIVE = "adaptive: "
-THREAT = "Linf, eps {:.5g} on images in [0, 1]"
+THREAT = "Linf, eps {} on images in [0, 1]"
 CURVES = ("PGD on the final logits", "PGD on every view")  # columns of the curves, besides eps or steps
 
 
@@ -154,7 +154,10 @@ def write_json(
 
     verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
     """
-    split, known = subject.split, ("arch", "width", "reverse_attention", "epoch", "image_size", "recipe", "mean", "std")
+    split, known = (
+        subject.split,
+        ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size", "recipe", "mean", "std"),
+    )
     said = ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")
     said += ("test_batch_size", "n_examples", "diagnostics", "precision", "predict")
     record = {
@@ -164,7 +167,7 @@ def write_json(
         "dataset": subject.dataset,
         "images": len(split.labels),
         "image_numbers": None if split.numbers is None else split.numbers.tolist(),
-        "threat_model": THREAT.format(subject.eps),
+        "threat_model": THREAT.format(eps_text(subject.eps)),
         "settings": {"eps": subject.eps, "step_size": subject.step_size}
         | {key: getattr(settings, key) for key in said}
         | {"auxiliary_weight": subject.auxiliary_weight},
@@ -235,7 +238,7 @@ def save_adversarial(file: Path, subject: Subject, worst: Worst, predicted: list
 
     def write(part: Path) -> None:
         with open(part, "wb") as out:
-            np.savez_compressed(out, **content, eps=np.float32(eps), threat_model=THREAT.format(eps))
+            np.savez_compressed(out, **content, eps=np.float32(eps), threat_model=THREAT.format(eps_text(eps)))
 
     write_atomically(file, write)
     differ = int((found != right).sum())

@@ -26,7 +26,7 @@ from utils.adaptive import View, adaptive, views
 from utils.attacks import NOISE_DRAWS, Attack, Standing, cross_entropy, margin, margins, noise, pgd
 from utils.autoattack import BLOCK, Says, autoattack, square, take_part
 from utils.autoattack import VERSION as AUTOATTACK_VERSION
-from utils.checkpoints import load_model, told
+from utils.checkpoints import checkpoint_file, load_model, told
 from utils.data import Split, as_input, numbers_of
 from utils.devices import computing
 from utils.diagnostics import doubts
@@ -117,7 +117,8 @@ def fingerprint(model: nn.Module, foreign: str = "", images: Tensor | None = Non
     if images is not None:
         images = images.detach().requires_grad_()
         values.append(model(images))
-        values += torch.autograd.grad(values[-1].sum(), images) if values[-1].requires_grad else []
+        if values[-1].requires_grad:
+            values += torch.autograd.grad(values[-1].sum(), images, allow_unused=True)
     for value in values:
         digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
     return digest.hexdigest()
@@ -299,13 +300,15 @@ def white_attack(settings: Evaluation) -> None:
             if not settings.log_path:
                 require_writable(folder, "name another by --log_path")
             evaluate(settings, subject, folder)
-    runs, kinds = [], set()
+    runs, kinds, files = [], set(), [checkpoint_file(path).resolve() for path in settings.ckpt_url or ()]
+    if len({file.parent for file in files}) < len(files):
+        raise UsageError("--ckpt_url names two checkpoints of one folder, whose files would replace each other")
     for path in settings.ckpt_url or ():
         subject = load_subject(settings, path)
         runs.append(evaluate(settings, subject, subject.file.parent))
-        kinds.add((subject.dataset, subject.eps))
+        kinds.add((subject.dataset, subject.split.classes, subject.eps))
     if len(runs) > 1 and distributed.first():
-        for line in report.over_runs(runs) if len(kinds) == 1 else ["no mean: the runs differ in data set or eps"]:
+        for line in report.over_runs(runs) if len(kinds) == 1 else ["no mean: the runs differ in data or eps"]:
             tqdm.write(line)
 
 
@@ -328,8 +331,8 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, 
     subject = subject._replace(model=attacked(subject.model))
     other = surrogate and attacked(surrogate)
     with stop_signals(stop), computing(settings.precision):
-        own = {key: subject.info.get(key) for key in ("gate", "ra_blocks")}
-        how = {"gate": own["gate"] or "label", "blocks": own["ra_blocks"] or 2, "predict": settings.predict}
+        own, answers = subject.info, getattr(subject.model, "predict", "final")
+        how = {"gate": own.get("gate") or "label", "blocks": own.get("ra_blocks") or 2, "predict": answers}
         ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, other, **how)
         plans = planned_attacks(settings, subject, ways, surrogate)
         say(in_one_line(origin))

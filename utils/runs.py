@@ -35,9 +35,12 @@ SINCE_FIRST_RELEASE = {"cuda_graph", "awp", "awp_warmup", "ema", "lr_schedule", 
 SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks", "tag"}
 OWN = ("method", "dataset", "arch", "no_ra", "no_anc")  # what tells runs apart before any number does
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")  # what a published folder's name says
-WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.png")
-WRITTEN += ("test.log", "white_attack.json", "adversarial_examples.png", "robust_vs_*.png")  # by its evaluation
+WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.*")
+WRITTEN += ("test.log", "white_attack.json", "adversarial_examples.*", "robust_vs_*.*")  # by its evaluation
 SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
+
+
+LONGEST_NAME = 200  # bytes of a run folder's; longer ones are cut and end in a checksum
 
 
 class Start(NamedTuple):
@@ -53,6 +56,7 @@ def results(settings: Training) -> dict[str, Any]:
     """The settings on which a run's results depend, by which folders are named and a bare --resume looks for one."""
     about, unused = known_settings(Training), {"model_dir", "ckpt_url", *idle(settings)}
     found = {key: value for key, value in stored(settings).items() if not about[key].free and key not in unused}
+    found |= {"epochs": settings.epochs} if settings.lr_schedule != "milestones" else {}
     return found | ({"data_dir": os.path.realpath(settings.data_dir)} if settings.dataset == "folder" else {})
 
 
@@ -66,11 +70,14 @@ def run_folder(command: Command) -> Path:
     if "data_dir" in found:
         name += f"-{Path(found['data_dir']).name}-{zlib.crc32(os.fsencode(found['data_dir'])) % 16**4:04x}"
     usual = stored(resolve(Training, {key: getattr(s, key) for key in ("dataset", "method", "arch")}, command.script))
-    for key, value in found.items():
+    for key, value in sorted(found.items(), key=lambda item: item[0] == "tag"):
         if key not in (*PUBLISHED, *OWN, "data_dir") and value != usual[key]:
             value = Path(value).stem if known_settings(Training)[key].kind is PATH and value else value
             name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
-    return Path(name)
+    folder, own = Path(name), os.fsencode(Path(name).name)
+    if len(own) > LONGEST_NAME:  # of a file, 255 bytes on most systems
+        folder = folder.with_name(f"{os.fsdecode(own[: LONGEST_NAME - 9])}-{zlib.crc32(own):08x}")
+    return folder
 
 
 def run_to_resume(command: Command) -> Path:
@@ -80,6 +87,8 @@ def run_to_resume(command: Command) -> Path:
     UsageError, which names the runs of this --model-dir that it can have been, or the most similar ones.
     """
     folder, mine, runs = run_folder(command), results(command.settings), []
+    kinds = {key: about.kind for key, about in known_settings(Training).items()}
+    numbers = {key for key in command.given if key != "seed" and getattr(kinds[key], "name", "") in ("number", "whole")}
     if (folder / STATE).is_file():
         return folder
     for file in folder.parent.glob(f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"):
@@ -87,7 +96,7 @@ def run_to_resume(command: Command) -> Path:
             recipe = of_today(json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"])
             its = results(Training(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items()}))
             differs = {key for key in its.keys() & mine.keys() - {"restart_epoch"} if its[key] != mine[key]}
-            runs.append((len(differs), not differs <= command.given.keys() - {*OWN, "data_dir", "tag"}, file.parent))
+            runs.append((len(differs), not differs <= numbers, file.parent))
     found = [run for count, _, run in sorted(runs) if not count] or [run for _, other, run in sorted(runs) if not other]
     if len(found) == 1:
         print(f"--resume: no run in {folder}; continuing {found[0]}")
@@ -174,6 +183,7 @@ def require_state(state: dict, file: Path) -> None:
     if isinstance(recipe, dict) and recipe.get("ema"):
         needed |= {"average": dict, "average_steps": int}
     wrong = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
+    wrong += ["average_steps"] if "average_steps" in needed and state.get("average_steps", 0) < 0 else []
     wrong += [key for key in ("checksums", "provenance") if not isinstance(state.get(key, {}), dict)]
     wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:
@@ -194,6 +204,8 @@ def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:
     given, about = command.given, known_settings(Training)
     devices = {"device", "no_cuda"}  # a device is said by both together
     free = {key for key in (*given, *(devices if devices & given.keys() else ())) if about[key].free}
+    free |= {"extra_data"} & given.keys() if recipe["extra_data"] else set()  # it may have moved, and has a checksum
+    free -= {"epochs"} if recipe["lr_schedule"] != "milestones" else set()  # the rate of every step depends on them
     for key, value in recipe.items():
         asked = stored(command.settings)[key]
         if key in given and asked != value:

@@ -137,6 +137,7 @@ class Run:
             "classes": list(self.classes),
             "num_classes": len(self.classes),
             "reverse_attention": not settings.no_ra,
+            "averaged": model is not self.model,
             "recipe": stored(settings),
             "epoch": self.progress["epoch"],
             "provenance": self.provenance,
@@ -230,6 +231,7 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     if state is None:
         if settings.restart_epoch:
             load_weights(job.model, Path(settings.ckpt_url))
+            job.average = Average(job.model) if settings.ema else None
         distributed.from_first(lambda: job.take_folder(held))
     elif state["classes"] != list(data.train.classes) or state["training_images"] != job.training_images:
         own = f"{state['training_images']} images of {len(state['classes'])} classes"
@@ -309,6 +311,7 @@ def describe(job: Run, data: Data) -> str:
     s = job.settings
     parts = [] if s.no_ra else ["reverse attention"]
     parts += [] if s.no_anc else [f"asymmetric negative contrast ({s.strategy}, alpha {s.alpha}, zeta {s.zeta})"]
+    falls = f"x0.1 at {list(s.milestones)}" if s.lr_schedule == "milestones" else s.lr_schedule
     ranks = f", {distributed.world()} ranks" if distributed.world() > 1 else ""
     counts = torch.bincount(data.train.labels, minlength=len(job.classes)).tolist()
     each = ", ".join(f"{name}: {count}" for name, count in zip(job.classes, counts, strict=True))
@@ -325,12 +328,17 @@ def describe(job: Run, data: Data) -> str:
         "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
         "attack": f"L-infinity eps {eps_text(s.epsilon)}, {s.num_steps} steps of {eps_text(s.step_size)}",
         **({"with": ", ".join(more)} if (more := combined(stored(s))) else {}),
-        "optimiser": f"SGD lr {s.lr}, x0.1 at {list(s.milestones)}, momentum {s.momentum}, weight decay "
+        "optimiser": f"SGD lr {s.lr}, {falls}, momentum {s.momentum}, weight decay "
         f"{s.weight_decay}; {s.epochs} epochs, batch {s.batch_size}, seed {s.seed}",
         "device": f"{job.device}, {precision(s, job.device)}{', compiled' if s.compile else ''}{ranks}",
         "output": f"{job.folder}/",
     }
     return "\n".join(f"{name:<11}{line}" for name, line in lines.items())
+
+
+def share(job: Run, done: int) -> float:
+    """The share of an epoch's steps that lie behind the one that begins behind `done` images, or contains it."""
+    return done // job.own_images / math.ceil(job.training_images / job.own_images)
 
 
 def rate(settings: Training, done: float) -> float:
@@ -341,7 +349,10 @@ def rate(settings: Training, done: float) -> float:
 
 def without_effect(s: Training, data: Data) -> list[str]:
     """What a run is asked for that cannot act in it, a line each, for its log: the figures hide it."""
-    late, reach, notes = [epoch for epoch in s.milestones if epoch > s.epochs], s.num_steps * s.step_size, []
+    late = [epoch for epoch in s.milestones if epoch > s.epochs and s.lr_schedule == "milestones"]
+    reach, notes = s.num_steps * s.step_size, []
+    if s.awp and s.awp_warmup >= s.epochs:
+        notes.append(f"awp {s.awp}: all {s.epochs} epochs are its warm-up; lower --awp-warmup")
     if not (s.no_anc or s.strategy.startswith("random")) and s.warmup_epochs >= s.epochs:
         notes.append(f"strategy {s.strategy}: all {s.epochs} epochs are warm-up, at random; lower --warmup-epochs")
     if late:
@@ -351,7 +362,7 @@ def without_effect(s: Training, data: Data) -> list[str]:
     if reach < s.epsilon * (1 - 1e-9):
         notes.append(f"epsilon {as_given(s.epsilon)}: never reached, {s.num_steps} steps go as far as {reach:.4g}")
     images, there = len(data.train.labels), {} if s.no_anc else {"sample_class_number": len(data.train.classes) - 1}
-    there |= {"limit_train": images, "batch_size": images, "limit_test": len(data.selection.labels)}
+    there |= {"limit_train": images, "batch_size": images, "limit_test": len((data.test or data.selection).labels)}
     for key, count in there.items():
         if (getattr(s, key) or 0) > count:
             notes.append(f"{key.replace('_', '-')} {getattr(s, key)}: there are {count}")
@@ -371,7 +382,7 @@ def train_epoch(job: Run, train: Split, extra: Split | None = None) -> None:
     with tqdm(total=total, initial=progress["done"], **style) as bar:
         for indices in batches(order[progress["done"] :], job.own_images):
             for group in job.optimizer.param_groups:
-                group["lr"] = rate(settings, epoch - 1 + progress["done"] / total)
+                group["lr"] = rate(settings, epoch - 1 + share(job, progress["done"]))
             batch = train.take(indices)
             if extra is not None:
                 seeds = settings.seed, epoch, progress["done"]
@@ -479,14 +490,15 @@ def finish_epoch(job: Run, selection: Split) -> None:
     if job.average is not None:
         job.average.take_statistics(job.model)
     settings, progress, checkpoint = job.settings, job.progress, job.checkpoint(job.evaluated)
+    job.checkpoint(job.model)  # refuses absurd weights, before anything of this epoch is written
     epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
     began, accuracies = time.perf_counter(), (None, None)
     if epoch % settings.eval_interval == 0 or epoch == settings.epochs:
         accuracies = evaluate(job, job.evaluated, selection)
     shares = natural_share(sums), 100 * sums["robust"] / total
-    took = total / sums["seconds"], sums["seconds"] + time.perf_counter() - began
-    last = (total - 1) // job.own_images * job.own_images  # how many images the last step came behind
-    losses = rate(settings, epoch - 1 + last / total), sums["loss"] / total, sums["contrast"] / total
+    images = total * settings.batch_size / job.own_images  # with those of --extra-data
+    took = images / sums["seconds"], sums["seconds"] + time.perf_counter() - began
+    losses = rate(settings, epoch - 1 + share(job, total - 1)), sums["loss"] / total, sums["contrast"] / total
     row = dict(zip(runs.ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
     best = best_row(progress["rows"])
     progress["rows"].append(row)
