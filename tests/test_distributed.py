@@ -468,6 +468,7 @@ def epochs(run):
     return [int(row["epoch"]) for row in metrics(run)]
 
 
+@pytest.mark.slow
 def test_ranks_continue_a_run_and_a_stop_of_one_stops_all(short_runs, tmp_path, capsys):
     """One process, then two ranks until one of them is told to stop, then one process again: one run."""
     run = run_alone(tmp_path, "--epochs=1")

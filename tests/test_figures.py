@@ -125,6 +125,7 @@ def test_cosines_near_1_have_bins_of_their_own(tmp_path):
     assert shown[-1] == 1 and shown[-2] > 0.9 and len(shown) == 5
 
 
+@pytest.mark.slow
 def test_no_argument_draws_everything_in_distances(here, capsys):
     for seed, method in enumerate(("PGD-AT", "TRADES", "ANCRA-TRADES")):
         for target in (0, 3):
@@ -138,6 +139,7 @@ def test_no_argument_draws_everything_in_distances(here, capsys):
     assert_printable(here / "plots" / stems[0])
 
 
+@pytest.mark.slow
 def test_files_and_labels_are_drawn_as_named(here, monkeypatch):
     import utils.features
 
@@ -170,6 +172,7 @@ def test_letters_that_the_font_lacks_are_one_line_a_file(tmp_path, capsys, recwa
     assert [line.split(":")[1] for line in said] == [" one.png", " one.pdf"] and not recwarn.list
 
 
+@pytest.mark.slow
 def test_nothing_opens_a_window_or_heeds_the_users_settings(here):
     """Neither MPLBACKEND, be it unknown, nor a matplotlibrc changes a bit of what is drawn."""
     distances(here / "distances" / "a-3.npz")

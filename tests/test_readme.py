@@ -322,6 +322,7 @@ def test_every_row_of_the_table_is_made():
     assert re.findall(r"(?m)^\| (an? [\w ]+) \|", section("Change one idea")) == list(CHANGES)
 
 
+@pytest.mark.slow
 def test_each_idea_is_changed_as_the_table_says(tmp_path):
     copy = tmp_path / "copy"
     for name in ("models", "utils"):

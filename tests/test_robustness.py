@@ -673,6 +673,7 @@ def test_diagnostics_raise_signs_for_vanishing_gradients(monkeypatch):
     assert all(sign.figure for sign in found.signs)
 
 
+@pytest.mark.slow
 def test_diagnostics_of_an_honest_network(monkeypatch):
     """No sign is raised; accuracy falls with eps, to nothing at eps 1, and with steps until it stays."""
     raised, found = signs(robust(), 100, monkeypatch)

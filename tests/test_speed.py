@@ -181,6 +181,7 @@ def test_a_frozen_copy_is_gone_when_its_attack_is_over():
         gc.enable()
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_process_alone_and_does_not_grow():
     """Not that of the one that started it, and of memory that is no longer held, too; a copy kept adds 3 MB a step."""
     held = b"1" * 1_500_000_000
