@@ -1,12 +1,15 @@
 """Runs on digits: what they write, and that a stopped run continues exactly."""
 
+import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,7 +100,7 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
     best = max(rows, key=lambda row: (float(row["pgd40_heads_accuracy"]), float(row["natural_accuracy"])))
     assert load_model(run)[1]["epoch"] == int(best["epoch"])
     assert [row["selected"] for row in rows] == ["01"[row is best] for row in rows]
-    assert all(len(value) <= 13 for row in rows for value in row.values())  # 0.0001, not 0.00010000000000000002
+    assert all(len(value) <= 15 for row in rows for value in row.values())  # 0.0001, not 0.00010000000000000002
     assert "trades, reverse attention" in said and "test_white_attack.py --ckpt_url" in said
     assert said.splitlines()[-4:] == (run / "train.log").read_text().splitlines()[-4:]
     assert said.splitlines()[-1].endswith("best_adv_model.pt")  # eps and step are the data set's own
@@ -235,6 +238,45 @@ def test_a_run_of_the_first_release_goes_on(tmp_path, amp, tf32, precision):
     torch.save(saved, run / "last_state.pt")
     train(tmp_path, "--epochs", 2, "--resume", run)
     assert state(run)["recipe"]["precision"] == precision and [row["epoch"] for row in metrics(run)] == ["1", "2"]
+
+
+@pytest.mark.parametrize(("flags", "kl"), [((), True), (("--method", "mart"), True), (("--method", "pgd"), False)])
+def test_metrics_hold_the_terms_of_the_loss(tmp_path, flags, kl):
+    (row,) = metrics(train(tmp_path, *flags, "--epochs", 1, "--zeta", 3, "--beta", 4, "--eval-interval", 9))
+    values = {key: float(row[key]) for key in ("loss", "contrast", "cross_entropy", "kl", "auxiliary")}
+    assert (values["kl"] > 0) == kl and values["cross_entropy"] > 0 and values["auxiliary"] > 0
+    if not flags:  # the others' first term is not a cross-entropy alone, or has no KL
+        total = values["cross_entropy"] + 4 * values["kl"] + values["auxiliary"] + 3 * values["contrast"]
+        assert values["loss"] == pytest.approx(total, rel=1e-5)
+    if flags[1:] == ("pgd",):
+        total = values["cross_entropy"] + values["auxiliary"] + 3 * values["contrast"]
+        assert values["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_tensorboard_is_written_where_it_is_asked_for(tmp_path, monkeypatch):
+    written, real = [], importlib.util.find_spec
+
+    class Writer:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *failure):
+            pass
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or real(name))
+    run = train(tmp_path / "1", "--epochs", 1, "--tensorboard")
+    assert written[0] == run / "tensorboard" and ("lr", 0.03, 1) in written
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
+    with pytest.raises(UsageError, match="--tensorboard needs the package tensorboard"):
+        train(tmp_path / "2", "--tensorboard")
+    assert not list((tmp_path / "2").glob("*"))
 
 
 def test_what_is_there_stays(straight, tmp_path, capsys):

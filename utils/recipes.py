@@ -166,6 +166,7 @@ class Training:
     limit_test: int | None = setting(None, whole(1), "evaluate on N images only, for trials")
     eval_interval: int = setting(1, whole(1), "evaluate every N epochs, and after the last", free=True, group="log")
     log_interval: int = setting(100, whole(1), "log every N batches", free=True)
+    tensorboard: bool = setting(False, SWITCH, "write what metrics.csv holds for TensorBoard, too", free=True)
     save_freq: int = setting(10, whole(1), "keep a checkpoint every N epochs", also=("-s",), free=True)
     seed: int = setting(1, whole(0), "seed of all that is random", group="seed and files")
     data_dir: str = setting(

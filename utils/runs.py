@@ -27,17 +27,21 @@ VERSION = 1  # of last_state.pt; raised when an older one can no longer be conti
 
 FIGURES = ("lr", "loss", "contrast", "train_natural_accuracy_first_head", "train_robust_accuracy_first_head")
 FIGURES += ("natural_accuracy", "pgd40_heads_accuracy", "train_images_per_second", "seconds")
-ROW = {"epoch": 1} | dict.fromkeys(FIGURES, 0.0)  # of metrics.csv, with values of the types that it holds
+TERMS = ("cross_entropy", "kl", "auxiliary")  # of the loss besides contrast; unknown in rows of the first release
+ROW = {"epoch": 1} | dict.fromkeys((*FIGURES, *TERMS), 0.0)  # of metrics.csv, with values of the types that it holds
 NO_NATURAL = {"train_natural_accuracy_first_head": None}
 NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
 ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
 SINCE_FIRST_RELEASE = {"cuda_graph", "awp", "awp_warmup", "ema", "lr_schedule", "warmup_lr", "label_smoothing"}
-SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks", "tag"}
+SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks", "tag", "tensorboard"}
 OWN = ("method", "dataset", "arch", "no_ra", "no_anc")  # what tells runs apart before any number does
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")  # what a published folder's name says
 WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.*")
 WRITTEN += ("test.log", "white_attack.json", "adversarial_examples.*", "robust_vs_*.*")  # by its evaluation
-SUMS = dict.fromkeys(("loss", "contrast", "natural", "natural_images", "robust", "seconds"), 0.0)  # over an epoch
+ROWS += tuple(row | dict.fromkeys(TERMS) for row in ROWS)
+SUMS = dict.fromkeys(
+    ("loss", "contrast", *TERMS, "natural", "natural_images", "robust", "seconds"), 0.0
+)  # over an epoch
 
 
 LONGEST_NAME = 200  # bytes of a run folder's; longer ones are cut and end in a checksum
@@ -164,6 +168,10 @@ def prepare(command: Command, held: ExitStack) -> Start:
     if isinstance(state.get("recipe"), dict):
         state["recipe"] = of_today(state["recipe"])
     require_state(state, file)
+    with suppress(TypeError, AttributeError, KeyError, RuntimeError):  # damaged: `usable` will say so
+        state["progress"]["rows"] = [row | {k: row.get(k) for k in TERMS} for row in state["progress"]["rows"]]
+        if sums := state["progress"]["sums"]:
+            state["progress"]["sums"] = dict.fromkeys(TERMS, 0.0) | sums
     settings = resumed_settings(command, state["recipe"])
     network = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "gate", "ra_blocks")}
     network |= {"num_classes": len(state["classes"]), "reverse_attention": not settings.no_ra}

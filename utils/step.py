@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Heads
@@ -30,23 +31,29 @@ class Attacked(NamedTuple):
 class Terms(NamedTuple):
     """Loss of a batch, its contrast before zeta (0 without negatives), and the heads they were computed from.
 
-    natural is None where the method needs no natural forward.
+    natural is None where the method needs no natural forward. auxiliary: what the auxiliary heads add to the loss,
+    contrast aside, detached.
     """
 
     loss: Tensor
     contrast: Tensor
     natural: Heads | None
     adversarial: Heads
+    auxiliary: Tensor
 
 
 class Figures(NamedTuple):
-    """Of a step over the whole batch: loss, contrast, and the shares of right predictions of the first head.
+    """Of a step over the whole batch: the loss and its terms, and the shares of right predictions of the first head.
 
-    natural is None where the method needs no natural forward.
+    cross_entropy (of trades on natural images, else on adversarial ones) and kl are those of the final logits,
+    auxiliary is what the other heads add. natural is None where the method needs no natural forward.
     """
 
     loss: float
     contrast: float
+    cross_entropy: float
+    kl: float
+    auxiliary: float
     robust: float
     natural: float | None = None
 
@@ -112,17 +119,19 @@ def training_loss(model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacke
         natural = model(x, labels, heads=True)
     adversarial = model(attacked.adversarial, labels, heads=True)
     if settings.method == "pgd":
-        loss = over(lambda adv: pgd_loss(adv, labels, settings.label_smoothing), adversarial)
+        objective = partial(pgd_loss, labels=labels, label_smoothing=settings.label_smoothing)
+        loss, final = over(objective, adversarial), objective(adversarial.final)
     else:
         objective = {"trades": trades_loss, "mart": mart_loss}[settings.method]
         how = settings.beta, *((settings.label_smoothing,) if settings.label_smoothing else ())
         loss = over(lambda nat, adv: objective(nat, adv, labels, *how), natural, adversarial)
-    contrast = loss.new_zeros(())
+        final = objective(natural.final, adversarial.final, labels, *how)
+    auxiliary, contrast = (loss - final).detach(), loss.new_zeros(())
     if attacked.negative is not None:
         negative = model(attacked.negative, attacked.negative_labels, heads=True)
         contrast = over(lambda nat, neg: asymmetric_negative_contrast(nat, neg, settings.alpha), natural, negative)
         loss = loss + settings.zeta * contrast
-    return Terms(loss, contrast, natural, adversarial)
+    return Terms(loss, contrast, natural, adversarial, auxiliary)
 
 
 def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
@@ -146,6 +155,12 @@ def backward(
     own, weight = own_slice(len(x)), own_weight(len(x))
     terms = loss_of(x[own], labels[own], attacked, settings)
     (terms.loss * (weight * world())).backward()  # every term is a mean; gradients are averaged over ranks
-    parts = [terms.loss.detach(), terms.contrast.detach(), first_head_right(terms.adversarial, labels[own])]
+    with torch.no_grad():
+        adversarial, kl = terms.adversarial.final, torch.zeros_like(terms.loss)
+        if settings.method != "pgd":
+            kl = kl_divergence(terms.natural.final, adversarial)
+        shown = terms.natural.final if settings.method == "trades" else adversarial
+        parts = [terms.loss.detach(), terms.contrast.detach(), F.cross_entropy(shown, labels[own]), kl, terms.auxiliary]
+        parts += [first_head_right(terms.adversarial, labels[own])]
     parts += [] if terms.natural is None else [first_head_right(terms.natural, labels[own])]
     return total(torch.stack(parts) * weight)

@@ -1,6 +1,7 @@
 """A training run: the loop around `step`, and everything that it evaluates, logs and saves."""
 
 import csv
+import importlib.util
 import math
 import shlex
 import signal
@@ -213,6 +214,8 @@ class Run:
 def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     """The run with its data, at its start or where it was left, on its device; held: gets the folder's lock."""
     settings, state = start.settings, start.state
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:  # before anything is trained
+        raise UsageError("--tensorboard needs the package tensorboard; pip install it, or leave it out")
     device = pick_device(settings.device, settings.no_cuda)
     if settings.sync_bn and device.type != "cuda":
         mend = "leave it out" if state is None else "this run was started with it, continue it where there are some"
@@ -440,8 +443,8 @@ def take_up(job: Run) -> None:
             where = f"{what} is {value} in epoch {epoch}, batch {number}"
             raise RunError(f"{where}; {job.last_good}; lower --lr, or look at the data")
     sums = job.progress["sums"]
-    sums["loss"] += figures.loss * images
-    sums["contrast"] += figures.contrast * images
+    for name in ("loss", "contrast", *runs.TERMS):
+        sums[name] += getattr(figures, name) * images
     sums["robust"] += round(figures.robust * images)
     if figures.natural is not None:
         sums["natural"] += round(figures.natural * images)
@@ -499,7 +502,8 @@ def finish_epoch(job: Run, selection: Split) -> None:
     images = total * settings.batch_size / job.own_images  # with those of --extra-data
     took = images / sums["seconds"], sums["seconds"] + time.perf_counter() - began
     losses = rate(settings, epoch - 1 + share(job, total - 1)), sums["loss"] / total, sums["contrast"] / total
-    row = dict(zip(runs.ROW, (epoch, *losses, *shares, *accuracies, *took), strict=True))
+    terms = (sums[name] / total for name in runs.TERMS)
+    row = dict(zip(runs.ROW, (epoch, *losses, *shares, *accuracies, *took, *terms), strict=True))
     best = best_row(progress["rows"])
     progress["rows"].append(row)
     job.log(epoch_line(job, row))
@@ -542,8 +546,20 @@ def write_metrics(job: Run) -> None:
             table.writerows(line | {"selected": int(row is best)} for line, row in zip(short, rows, strict=True))
 
     write_atomically(job.folder / "metrics.csv", write)
+    if job.settings.tensorboard:
+        write_for_tensorboard(job.folder, rows[-1])
     draw = partial(draw_curves, rows, best)
     job.note(save_or_note(draw, job.folder / "training_curves.png"))
+
+
+def write_for_tensorboard(folder: Path, row: dict) -> None:
+    """Add an epoch's row of metrics.csv to what TensorBoard shows of the run."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    with SummaryWriter(folder / "tensorboard") as writer:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
 
 
 def best_row(rows: list[dict]) -> dict | None:
