@@ -168,7 +168,7 @@ def assert_failed(status, errors, run, cause, names=""):
     assert errors[0].endswith(f": {os.strerror(cause)}; what was saved before is intact")
 
 
-MOMENTS = [(at, index) for index in range(8) for at in ("write", "table", "save", "flush", "rename", "curves")]
+MOMENTS = [(at, index) for index in range(8) for at in ("write", "table", "save", "flush", "rename")]
 
 
 @pytest.mark.parametrize("moment", some_of(MOMENTS, quick=2))
