@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests import benchmarks
-from tests.helpers import digits_network, digits_split
+from tests import benchmarks, card
+from tests.helpers import digits_network, digits_split, python
 from utils.attacks import cross_entropy_over_heads, frozen, linf_pgd
 
 QUICK = (
@@ -38,6 +38,13 @@ def test_a_benchmark_runs_and_writes_its_figures(tmp_path, capsys, name):
     assert all(column in table for column in rows[0])
     for row in rows:
         assert all(value > 0 for key, value in row.items() if key in ("seconds", "images/s", "GFLOP/s", "share %"))
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_card_runs_without_one(tmp_path):
+    done = python("-m", "tests.card", "--device", "cpu", "--out", tmp_path / "card.json")
+    found = json.loads((tmp_path / "card.json").read_text())
+    assert done.returncode == 0 and found.keys() == {"made", *card.PARTS} and all(map(len, found.values()))
 
 
 def test_every_attack_of_the_pgd_benchmark_leaves_the_same_accuracy(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """AWP, averaged weights, schedules, extra data, label smoothing, gates: each against a derivation of its own."""
 
 import copy
+import json
 import math
 import re
 from dataclasses import replace
@@ -19,9 +20,12 @@ from tests.test_reference import deviation
 from utils.adaptive import views
 from utils.checkpoints import load_model
 from utils.companions import Average, adversarial_weights, learning_rate
-from utils.data import load_extra, with_extra
+from utils.data import as_input, load_extra, load_split, with_extra
 from utils.errors import Stopped, UsageError
+from utils.evaluation import load_subject
 from utils.losses import pgd_loss, trades_loss
+from utils.options import parse
+from utils.recipes import Evaluation
 from utils.step import Attacked, training_loss
 
 # Adversarial weight perturbation
@@ -285,6 +289,13 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
     best = load_model(straight / "model-wrn-last.pt")[0].state_dict()
     assert_equal(best, one["average"], "what is saved is the average")
     assert not torch.equal(best["conv1.weight"], one["model"]["conv1.weight"])
+    named = [
+        load_subject(parse(Evaluation, "", ["--ckpt_url", "x", "--device=cpu"]), run).method
+        for run in (straight, straight / "last_state.pt", train(tmp_path / "3", "--epochs=1"))
+    ]
+    averaged = "ANCRA-TRADES, AWP 0.01, EMA 0.9, extra data extra.npz, label smoothing 0.1, schedule cosine"
+    averaged += ", lr warm-up 1, gate soft"
+    assert named == [averaged, f"{averaged}, not averaged", "ANCRA-TRADES"]
     assert "awp-0.01" in straight.name and "ema-0.9" in straight.name
     assert len(straight.name) == 200 and re.search("-[0-9a-f]{8}$", straight.name)  # too long for a name, and cut
 
@@ -347,6 +358,13 @@ def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
     file = digits_checkpoint(tmp_path / "best_adv_model.pt")
     flags = ("--n-examples=8", "--num-steps=2", "--attacks=natural,pgd", "--device=cpu")
     assert execute(ATTACK, "--ckpt_url", file, *flags, "--predict=auxiliary1") == 0
+    record = json.loads((tmp_path / "white_attack.json").read_text())
+    images = as_input(load_split("digits", "test", "", 16, 8).images)
+    expected = load_model(file)[0](images, heads=True).auxiliary[0].argmax(1).tolist()
+    assert record["predicted"]["natural"] == expected and record["settings"]["predict"] == "auxiliary1"
+    assert load_model(file, predict="auxiliary1")[0](images).argmax(1).tolist() == expected
+    with pytest.raises(TypeError, match="nothing known as predicts"):
+        load_model(file, predicts="auxiliary1")
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
     refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))
 

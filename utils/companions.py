@@ -71,12 +71,10 @@ def learning_rate(
     if done < warmup:
         return lr * done / warmup
     share = (done - warmup) / max(epochs - warmup, 1)
-    return (
-        lr
-        * {
-            "milestones": 0.1 ** sum(math.floor(done) + 1 >= milestone for milestone in milestones),
-            "piecewise": 0.1 ** sum(done >= part * epochs for part in (0.5, 0.75)),
-            "cosine": (1 + math.cos(math.pi * share)) / 2,
-            "cyclic": min(4 * share, 4 / 3 * (1 - share)),
-        }[schedule]
-    )
+    factors = {
+        "milestones": 0.1 ** sum(math.floor(done) + 1 >= milestone for milestone in milestones),
+        "piecewise": 0.1 ** sum(done >= part * epochs for part in (0.5, 0.75)),
+        "cosine": (1 + math.cos(math.pi * share)) / 2,
+        "cyclic": min(4 * share, 4 / 3 * (1 - share)),
+    }
+    return lr * factors[schedule]

@@ -135,12 +135,11 @@ class Subject(NamedTuple):
             return str(self.info["arch"]) if self.info.get("module") else self.file.stem
         method = "PGD-AT" if method == "pgd" else method.upper()
         ra, anc = self.info["reverse_attention"], not self.recipe.get("no_anc")
-        name = (
-            "ANCRA-" + method.removesuffix("-AT") if ra and anc else method + ("-RA" if ra else "-ANC" if anc else "")
-        )
-        more = combined(self.recipe) + ["not averaged"] * (self.info.get("averaged") is False and "ema" in self.recipe)
+        name = method + ("-RA" if ra else "-ANC" if anc else "")
+        said = ["ANCRA-" + method.removesuffix("-AT") if ra and anc else name, *combined(self.recipe)]
+        said += ["not averaged"] * (self.info.get("averaged") is False and bool(self.recipe.get("ema")))
         answers = getattr(self.model, "predict", "final")
-        return ", ".join([name, *more, *([answers] if answers != "final" else [])])
+        return ", ".join(said + [answers] * (answers != "final"))
 
     @property
     def auxiliary_weight(self) -> float:
@@ -204,11 +203,11 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
         raise UsageError(f"{file} has {count} classes and {dataset} has {len(classes)}; name its own data by --dataset")
     if info["classes"] is not None and list(classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
-    return subject._replace(notes=notes + told(file, doubts(subject, settings) if notes else []))
+    return subject._replace(notes=notes + told(file, misread(subject, settings) if notes else []))
 
 
 @torch.no_grad()
-def doubts(subject: Subject, settings: Checkpoint) -> list[str]:
+def misread(subject: Subject, settings: Checkpoint) -> list[str]:
     """What speaks against the way in which a published file was read: that few of some natural images are right."""
     model, count = subject.model, min(FEW, settings.test_batch_size, len(subject.split.labels))
     batch = subject.split.take(torch.arange(count, device=subject.split.labels.device))
@@ -305,10 +304,14 @@ def foreign_subject(settings: Evaluation) -> Subject:
 
 def _taken(named: str, model: nn.Module, split: Split) -> tuple[Split, object]:
     """The images that a network takes, grey where it takes no others, and its answer to two of them."""
-    luma = torch.tensor([0.299, 0.587, 0.114], device=split.images.device)[:, None, None]
-    grey = torch.cat([(part * luma).sum(1, keepdim=True).round().byte() for part in split.images.split(500)])
+
+    def grey() -> Tensor:
+        luma = torch.tensor([0.299, 0.587, 0.114], device=split.images.device)[:, None, None]
+        return torch.cat([(part * luma).sum(1, keepdim=True).round().byte() for part in split.images.split(500)])
+
     failed = []
-    for images in (split.images, grey):
+    for made in (lambda: split.images, grey):
+        images = made()
         try:
             for x in (as_input(images[:1]), as_input(images[:2])):  # an attack may be left with one image
                 answer = model(x.requires_grad_())

@@ -207,8 +207,8 @@ def as_given(value: object) -> str:
     """A setting's value as a command line says it: 75,90,100 and 8/255."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    over = round(value * 255) if isinstance(value, float) and 0 < value < 1 else 0
-    return f"{over}/255" if over and over / 255 == value and len(str(value)) > 7 else str(value)
+    short = eps_text(value) if isinstance(value, float) and 0 < value < 1 else ""
+    return short if short.endswith("/255") and float(short[:-4]) / 255 == value else str(value)
 
 
 def eps_text(eps: float) -> str:
@@ -249,14 +249,10 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     if settings.label_smoothing and settings.method == "mart":
         parser.error("--label-smoothing is of the cross-entropy of pgd and trades; mart has another, leave it out")
     if settings.warmup_lr >= settings.epochs:
-        parser.error(
-            f"--warmup-lr {settings.warmup_lr} leaves no epoch at the full rate; --epochs is {settings.epochs}"
-        )
-    extra = round(settings.batch_size * settings.extra_fraction)
-    if settings.extra_data and not 0 < extra < settings.batch_size:
-        parser.error(
-            f"--extra-fraction {settings.extra_fraction} takes {extra} of {settings.batch_size} images a batch"
-        )
+        parser.error(f"--warmup-lr {settings.warmup_lr} leaves no epoch behind it; --epochs is {settings.epochs}")
+    extra, whole = settings.extra_images, settings.batch_size
+    if settings.extra_data and not 0 < extra < whole:
+        parser.error(f"--extra-fraction {settings.extra_fraction} takes {extra} of {whole} images a batch")
     if settings.overwrite and settings.resume is not None:
         parser.error("--overwrite replaces a run, --resume continues it; give one of them")
     parser.say_idle(idle(settings) + ("other_data",) * (settings.resume is None), given)
@@ -285,10 +281,8 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
         if transfer and settings.attacks != ALL_ATTACKS and settings.surrogate is None:
             parser.error("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
         unused = () if adaptive else ("restarts",) if settings.diagnostics or transfer else ("restarts", "surrogate")
-        unused += ("arch", "width", "no_ra", "key", "mean", "std", "gate", "ra_blocks", "predict") * bool(
-            settings.model
-        )
-        parser.say_idle(unused, given)
+        of_files = ("arch", "width", "no_ra", "key", "mean", "std", "gate", "ra_blocks", "predict")
+        parser.say_idle(unused + of_files * bool(settings.model), given)
     if cls is Umap and settings.labels is not None:
         if len(set(settings.labels)) < len(settings.labels):
             parser.error("--labels names two panels alike")

@@ -5,6 +5,7 @@ the five classes below. A setting comes from, in rising order: its default, the 
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
@@ -196,6 +197,11 @@ class Training:
     no_cuda: bool = setting(False, SWITCH, "use the CPU", free=True)
     sync_bn: bool = setting(False, SWITCH, "under torchrun: BatchNorm over the batches of all ranks; CUDA only")
 
+    @property
+    def extra_images(self) -> int:
+        """How many images of a batch are from --extra-data."""
+        return round(self.batch_size * self.extra_fraction) if self.extra_data else 0
+
 
 def described(cls: type) -> dict[str, Setting]:
     """What there is to know of each setting of a class, by name, in the class's order."""
@@ -327,6 +333,7 @@ class Umap(Checkpoint):
     show: bool = setting(False, SWITCH, "also open a window")
 
 
+OF_A_COMMAND = ("resume", "other_data", "overwrite")  # settings that are no run's
 S = TypeVar("S", Training, Evaluation, Distances, Histograms, Umap)
 
 
@@ -348,6 +355,8 @@ def combined(recipe: Mapping[str, Any]) -> list[str]:
     """What stored settings combine the method with, in words: `AWP 0.005`."""
     plain, unused = asdict(Training()), ("gate", "ra_blocks") if recipe.get("no_ra") else ()
     own = {key: recipe[key] for key in COMPANIONS if recipe.get(key, plain[key]) != plain[key] and key not in unused}
+    if "extra_data" in own:
+        own["extra_data"] = os.path.basename(own["extra_data"])
     return [f"{COMPANIONS[key]} {value}" for key, value in own.items()]
 
 
@@ -367,7 +376,5 @@ def idle(settings: Training) -> tuple[str, ...]:
 
 def stored(settings: Training) -> dict[str, Any]:
     """The settings that define a run, as checkpoints keep them: plain values, lists for tuples."""
-    values = {
-        name: value for name, value in asdict(settings).items() if name not in ("resume", "other_data", "overwrite")
-    }
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    own = {name: value for name, value in asdict(settings).items() if name not in OF_A_COMMAND}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}

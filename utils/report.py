@@ -137,7 +137,7 @@ def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator
             yield f"note, {name}: {note}"
     classes = [f"{name} {c['natural']:.2f}/{c['worst case']:.2f}" for name, c in by_class(rows, subject.split).items()]
     yield f"classes, the weakest first, natural/worst case: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
-    if "natural" in rows and (said := at_chance(percent(rows["natural"].right), subject.split.labels)):
+    if said := at_chance(percent(rows["natural"].right), subject.split.labels):
         yield f"note, natural{said}: nothing here says anything of robustness"
     if subject.info["reverse_attention"] and "adaptive, worst case" not in rows:
         yield "note: attacks on the final logits overestimate networks with reverse attention; add --attacks all"
@@ -154,10 +154,8 @@ def write_json(
 
     verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
     """
-    split, known = (
-        subject.split,
-        ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size", "recipe", "mean", "std"),
-    )
+    split, known = subject.split, ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size")
+    known += ("recipe", "mean", "std")
     said = ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")
     said += ("test_batch_size", "n_examples", "diagnostics", "precision", "predict")
     record = {

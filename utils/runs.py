@@ -32,19 +32,16 @@ ROW = {"epoch": 1} | dict.fromkeys((*FIGURES, *TERMS), 0.0)  # of metrics.csv, w
 NO_NATURAL = {"train_natural_accuracy_first_head": None}
 NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
 ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
+ROWS += tuple(row | dict.fromkeys(TERMS) for row in ROWS)  # and as the first release did
 SINCE_FIRST_RELEASE = {"cuda_graph", "awp", "awp_warmup", "ema", "lr_schedule", "warmup_lr", "label_smoothing"}
 SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks", "tag", "tensorboard"}
 OWN = ("method", "dataset", "arch", "no_ra", "no_anc")  # what tells runs apart before any number does
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")  # what a published folder's name says
 WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.*")
 WRITTEN += ("test.log", "white_attack.json", "adversarial_examples.*", "robust_vs_*.*")  # by its evaluation
-ROWS += tuple(row | dict.fromkeys(TERMS) for row in ROWS)
-SUMS = dict.fromkeys(
-    ("loss", "contrast", *TERMS, "natural", "natural_images", "robust", "seconds"), 0.0
-)  # over an epoch
-
-
 LONGEST_NAME = 200  # bytes of a run folder's; longer ones are cut and end in a checksum
+# Sums over an epoch
+SUMS = dict.fromkeys(("loss", "contrast", *TERMS, "natural", "natural_images", "robust", "seconds"), 0.0)
 
 
 class Start(NamedTuple):

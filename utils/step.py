@@ -118,15 +118,16 @@ def training_loss(model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacke
     if settings.method != "pgd" or attacked.negative is not None:
         natural = model(x, labels, heads=True)
     adversarial = model(attacked.adversarial, labels, heads=True)
+    smoothing = (settings.label_smoothing,) * bool(settings.label_smoothing)  # never of mart
     if settings.method == "pgd":
-        objective = partial(pgd_loss, labels=labels, label_smoothing=settings.label_smoothing)
-        loss, final = over(objective, adversarial), objective(adversarial.final)
+        heads, objective = (adversarial,), lambda adv: pgd_loss(adv, labels, *smoothing)
     else:
-        objective = {"trades": trades_loss, "mart": mart_loss}[settings.method]
-        how = settings.beta, *((settings.label_smoothing,) if settings.label_smoothing else ())
-        loss = over(lambda nat, adv: objective(nat, adv, labels, *how), natural, adversarial)
-        final = objective(natural.final, adversarial.final, labels, *how)
-    auxiliary, contrast = (loss - final).detach(), loss.new_zeros(())
+        loss_of = {"trades": trades_loss, "mart": mart_loss}[settings.method]
+        heads, objective = (natural, adversarial), lambda nat, adv: loss_of(nat, adv, labels, settings.beta, *smoothing)
+    loss = over(objective, *heads)
+    with torch.no_grad():
+        auxiliary = loss - objective(*(of.final for of in heads))
+    contrast = loss.new_zeros(())
     if attacked.negative is not None:
         negative = model(attacked.negative, attacked.negative_labels, heads=True)
         contrast = over(lambda nat, neg: asymmetric_negative_contrast(nat, neg, settings.alpha), natural, negative)

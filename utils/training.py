@@ -112,8 +112,7 @@ class Run:
         )
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.late: Late | None = None
-        extra = round(settings.batch_size * settings.extra_fraction) if settings.extra_data else 0
-        self.own_images = settings.batch_size - extra  # of a batch, the others are from --extra-data
+        self.own_images = settings.batch_size - settings.extra_images  # of a batch
         self.progress = {"epoch": settings.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
 
     @property
@@ -389,7 +388,7 @@ def train_epoch(job: Run, train: Split, extra: Split | None = None) -> None:
             batch = train.take(indices)
             if extra is not None:
                 seeds = settings.seed, epoch, progress["done"]
-                batch = with_extra(batch, extra, settings.batch_size - job.own_images, seeds)
+                batch = with_extra(batch, extra, settings.extra_images, seeds)
             figures = train_step(job, batch, epoch)
             take_up(job)
             progress["done"] += len(indices)
@@ -492,8 +491,8 @@ def finish_epoch(job: Run, selection: Split) -> None:
     distributed.share_buffers(job.model)
     if job.average is not None:
         job.average.take_statistics(job.model)
+        job.checkpoint(job.model)  # refuses absurd weights, before anything of this epoch is written
     settings, progress, checkpoint = job.settings, job.progress, job.checkpoint(job.evaluated)
-    job.checkpoint(job.model)  # refuses absurd weights, before anything of this epoch is written
     epoch, sums, total = progress["epoch"], progress["sums"], progress["done"]
     began, accuracies = time.perf_counter(), (None, None)
     if epoch % settings.eval_interval == 0 or epoch == settings.epochs:
