@@ -1,146 +1,287 @@
-"""What each part is worth against an attacker who knows it: runs of digits, seed by seed, as one table.
+"""What each part is worth against an attacker who knows it: runs of digits, seed by seed, as tables and a figure.
 
-python -m tests.study                          every table, days on 2 CPU cores
-python -m tests.study gates --seeds 1,2        some of: gates grid companions controls ablations
-python -m tests.study gates --print            what is there so far, as a table in Markdown
-python -m tests.study --commands               the two commands of every row, and nothing else
+python -m tests.study                          all tables, less than 3 hours on 2 CPU cores
+python -m tests.study gates grid --seeds 1     some of: gates grid companions best controls ablations
+python -m tests.study --full                   main job's settings and the whole evaluation, for a card or days
+python -m tests.study --print                  the tables of what is there; of a file: --out tests/golden/study.json
+python -m tests.study --commands               the three commands of every run, and nothing else
 
 It can be stopped and goes on: a run that is there is resumed, a finished one is kept, and so is every finished block of
-an evaluation. The last epoch is evaluated, which no test image has chosen. Runs lie in --out (default ./study).
-`worst case` is the lowest of all attacks of the table, image by image. Against the first row of a table: the difference
-of the mean worst cases on the same images, with a 95 % interval by resampling images and seeds.
+an evaluation. Runs lie in --out (./study), their verdicts together in study.json there, the figure in study.png. Each
+run has one thread, --jobs run side by side. The last epoch is evaluated, which no test image has chosen.
+
+SMALL and LEAN below are the settings of all rows. The adaptive attack makes 40 steps of PGD and 20 of each APGD on each
+view: of 250 images of a network of 4 epochs it left 55.6 % right, as 50 steps and a second start did. AutoAttack is run
+for seed 1 of the rows of `gates` with ANC and of TRADES.
 """
 
 import argparse
+import contextlib
+import csv
 import json
+import multiprocessing
+import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from utils.results import FILE, Groups, cell, table, verdicts
+
 ROOT = Path(__file__).parent.parent
-ATTACKS = ("natural", "fgsm", "pgd", "cw", "autoattack", "adaptive")
-PLAIN, NO_ANC, NO_RA = ("--no-ra", "--no-anc"), ("--no-anc",), ("--no-ra",)
+SMALL = ("--width=8", "--epochs=6", "--milestones=5,6", "--warmup-epochs=2", "--eval-interval=6")
+LEAN = ("--restarts=1", "--apgd-steps=20")
+ATTACKS = ("natural", "fgsm", "pgd", "cw", "adaptive")
+SEEDS = (1, 2, 3)
 
 
-def gates() -> dict[str, tuple[str, ...]]:
+class Row(NamedTuple):
+    """Flags of the training, how many seeds, and whether AutoAttack is run for the first one, too."""
+
+    flags: tuple[str, ...] = ()
+    seeds: int = 1
+    autoattack: bool = False
+    predict: str = "final"
+
+
+Rows = dict[str, Row]
+TRADES = Row(("--no-ra", "--no-anc"), 3, True)
+
+
+def gates() -> Rows:
     """Is it the supervision of both blocks, the contrast or the attention?"""
-    rows = {"TRADES": PLAIN}
+    rows = {"TRADES": TRADES}
     for gate in ("label", "predicted", "soft", "none"):
-        rows[f"ANCRA-TRADES, gate {gate}"] = (f"--gate={gate}",)
-        rows[f"TRADES-RA, gate {gate}, without ANC"] = (f"--gate={gate}", *NO_ANC)
+        flags = () if gate == "label" else (f"--gate={gate}",)
+        rows[f"gate {gate}"] = Row(flags, 3, True)
+        rows[f"gate {gate}, no ANC"] = Row((*flags, "--no-anc"))
     return rows
 
 
-def grid() -> dict[str, tuple[str, ...]]:
+def grid() -> Rows:
     """Every method alone, with each part and with both."""
-    parts = {"": PLAIN, " +ANC": NO_RA, " +RA": NO_ANC, " +both": ()}
-    methods = {"TRADES": "trades", "PGD": "pgd", "MART": "mart"}
-    return {f"{name}{part}": (f"--method={m}", *flags) for name, m in methods.items() for part, flags in parts.items()}
+    rows = {}
+    for name, flags in {"TRADES": (), "PGD": ("--method=pgd",), "MART": ("--method=mart",)}.items():
+        rows[name] = Row((*flags, *TRADES.flags), 3, name == "TRADES")
+        rows[f"{name} +ANC"] = Row((*flags, "--no-ra"))
+        rows[f"{name} +RA"] = Row((*flags, "--no-anc"))
+        rows[f"{name} +both"] = Row(flags, 3, name == "TRADES")
+    return rows
 
 
-def companions() -> dict[str, tuple[str, ...]]:
+AWP, EMA = ("--awp=0.005", "--awp-warmup=1"), ("--ema=0.995",)
+COMPANIONS = {" +AWP": AWP, " +EMA": EMA, " +AWP +EMA": (*AWP, *EMA)}
+
+
+def companions() -> Rows:
     """What the method is combined with."""
-    awp, ema, cosine = ("--awp=0.005", "--awp-warmup=2"), ("--ema=0.995",), ("--lr-schedule=cosine",)
-    more = {"": (), " +AWP": awp, " +EMA": ema, " +both": (*awp, *ema), " +cosine": cosine}
-    methods = {"TRADES": PLAIN, "ANCRA-TRADES": ()}
-    return {f"{name}{word}": (*own, *flags) for name, own in methods.items() for word, flags in more.items()}
+    rows = {}
+    for name, own in {"TRADES": TRADES, "ANCRA-TRADES": Row((), 3, True)}.items():
+        rows[name] = own
+        for word, flags in {**COMPANIONS, " +cosine": ("--lr-schedule=cosine",)}.items():
+            rows[name + word] = Row((*own.flags, *flags), 3)
+    return rows
 
 
-def controls() -> dict[str, tuple[str, ...]]:
-    """What a reviewer asks for: the sum over heads weighs three times as much, so the baseline at a threefold rate."""
-    return {"TRADES": PLAIN, "TRADES, lr 0.09": (*PLAIN, "--lr=0.09"), "heads of weight 0": ("--cr_beta=0",)}
+def best() -> Rows:
+    """No gate, with companions: do they add?"""
+    with_more = {f"gate none{word}": Row(("--gate=none", *flags)) for word, flags in COMPANIONS.items()}
+    return {"gate none": Row(("--gate=none",), 3, True), **with_more}
 
 
-def ablations() -> dict[str, tuple[str, ...]]:
+def controls() -> Rows:
+    """What a reviewer asks for. A sum over three heads weighs three times as much: the baseline at a threefold rate."""
+    return {
+        "TRADES": TRADES,
+        "TRADES, lr 0.09": Row((*TRADES.flags, "--lr=0.09")),
+        "gate none": Row(("--gate=none",), 3, True),
+        "gate none, heads in the losses alone": Row(("--gate=none", "--attack-cr-beta=0")),
+        "gate none, heads in the attack alone": Row(("--gate=none", "--cr_beta=0", "--attack-cr-beta=2")),
+    }
+
+
+def ablations() -> Rows:
     """The paper's, in small. Strategies act from the first epoch."""
-    strategies = [name + adv for name in ("random", "soft", "hard", "easy") for adv in ("_adv", "")]
-    rows = {f"strategy {name}": (f"--strategy={name}", "--warmup-epochs=0") for name in strategies}
-    rows |= {f"alpha {value}": (f"--alpha={value}",) for value in (0, 0.5)}
-    rows |= {f"zeta {value}": (f"--zeta={value}",) for value in (0, 1, 6)}
-    return rows | {f"lambda {value}": (f"--cr_beta={value}",) for value in (0, 1)}
+    rows = {"ANCRA-TRADES": Row((), 3, True)}
+    rows |= {f"answer by {head}": Row((), predict=head) for head in ("auxiliary1", "auxiliary2")}
+    for name in [name + adversarial for name in ("random", "soft", "hard", "easy") for adversarial in ("", "_adv")]:
+        if name != "random_adv":  # the row above: nothing else acts while it warms up
+            rows[f"strategy {name}"] = Row((f"--strategy={name}", "--warmup-epochs=0"))
+    rows |= {f"alpha {value}": Row((f"--alpha={value}",)) for value in (0, 0.5)}
+    rows |= {f"zeta {value}": Row((f"--zeta={value}",)) for value in (1, 6)}  # 0 is `gate label, no ANC`
+    return rows | {f"lambda {value}": Row((f"--cr_beta={value}",)) for value in (0, 1)}
 
 
-TABLES = {f.__name__: f for f in (gates, grid, companions, controls, ablations)}
+TABLES = {f.__name__: f for f in (gates, grid, companions, best, controls, ablations)}
 
 
-def commands(out: Path, flags: tuple[str, ...], seed: int) -> tuple[Path, list[str], list[str]]:
-    """Of a row and a seed: the beginning of its folder's name, the training, the evaluation but for its checkpoint."""
-    name = re.sub(r"[^\w.=-]+", "", "-".join(flag.lstrip("-") for flag in flags) or "ANCRA-TRADES") + f"-{seed}"
-    train = ["train_CIFAR10_ResNet.py", "--dataset=digits", f"--seed={seed}", f"--model-dir={out / name / 'run'}"]
-    return out / name, [*train, *flags], ["test_white_attack.py", f"--attacks={','.join(ATTACKS)}", "--ckpt_url"]
+class Run(NamedTuple):
+    """A row's run of one seed: where it lies, and its three commands, of which the run folder is left out."""
+
+    folder: Path
+    train: list[str]
+    evaluate: list[str]
+    measure: list[str]
+    predict: str
 
 
-def python(*argv: object) -> None:
-    """Run a script to its end; stop where it stops."""
-    print("python", shlex.join(map(str, argv)), flush=True)
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.returncode)
+def run_of(out: Path, row: Row, seed: int, full: bool = False, more: tuple = (), evaluation: tuple = ()) -> Run:
+    name = re.sub(r"[^\w.=-]+", "", "-".join(flag.lstrip("-") for flag in row.flags) or "ANCRA-TRADES") + f"-{seed}"
+    folder = out / name
+    train = ["train_CIFAR10_ResNet.py", "--dataset=digits", *(() if full else SMALL), *row.flags, f"--seed={seed}"]
+    attacks = (*ATTACKS, "autoattack") if full or (row.autoattack and seed == 1) else ATTACKS
+    evaluate = ["test_white_attack.py", f"--attacks={','.join(attacks)}", *(() if full else LEAN), *evaluation]
+    if row.predict != "final":
+        evaluate += [f"--predict={row.predict}", f"--log_path={folder / row.predict / 'test.log'}"]
+    measure = ["feature_distance.py", "--target_label=all", f"--out={folder / 'distances'}"]
+    return Run(folder, [*train, *more, f"--model-dir={folder / 'run'}"], evaluate, measure, row.predict)
 
 
-def make(out: Path, flags: tuple[str, ...], seed: int, evaluation: tuple[str, ...]) -> None:
-    """Train and evaluate what is not there yet."""
-    folder, train, evaluate = commands(out, flags, seed)
-    runs = list(folder.glob("run*"))
-    python(*train, *(["--resume", runs[0]] if runs else []))
-    (run,) = folder.glob("run*")
-    if not (run / "white_attack.json").exists():
-        python(*evaluate, run / "model-wrn-last.pt", *evaluation)
+def script(argv: list[object]) -> None:
+    """Run a script in this process, which has PyTorch loaded. RuntimeError where it ends with another status than 0."""
+    sys.argv = [str(arg) for arg in argv]
+    print("\npython", shlex.join(sys.argv), flush=True)
+    try:
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"status {end.code}: python {shlex.join(sys.argv)}") from end
 
 
-def verdicts(out: Path, flags: tuple[str, ...], seeds: list[int]) -> Iterator[dict[str, np.ndarray]]:
-    """Of each seed that has been evaluated: which images are right, by attack; `worst` is the lowest of all."""
-    for seed in seeds:
-        for file in commands(out, flags, seed)[0].glob("run*/white_attack.json"):
-            attacks = json.loads(file.read_text())["attacks"]
-            found = {name: np.array(list(map(int, a["verdicts"]))) for name, a in attacks.items()}
-            yield found | {"worst": np.minimum.reduce(list(found.values()))}
+def make(runs: list[Run]) -> float:
+    """Make the runs of a folder, one after the other -> seconds."""
+    began = time.perf_counter()
+    for run in runs:
+        make_one(run)
+    return time.perf_counter() - began
 
 
-def difference(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean of one less that of other, (seeds, images) each, with a 95 % interval over images and seeds, in points."""
-    random, images = np.random.default_rng(0), one.shape[1]
-    found = []
-    for _ in range(draws):
-        shown = random.integers(images, size=images)
-        means = [part[random.integers(len(part), size=len(part))][:, shown].mean() for part in (one, other)]
-        found.append(means[0] - means[1])
-    low, high = np.percentile(found, (2.5, 97.5))
-    return 100 * (one.mean() - other.mean()), 100 * low, 100 * high
+def make_one(run: Run) -> None:
+    """Train, evaluate and measure what is not there yet; what the scripts say goes to output.txt."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(open(run.folder / "output.txt", "a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(said))
+        stack.enter_context(contextlib.redirect_stderr(said))
+        there = sorted(run.folder.glob("run*"))
+        if not (there and (there[0] / "model-wrn-last.pt").exists() and list(there[0].glob(FILE))):
+            script([*run.train, *(["--resume", there[0]] if there else [])])
+        (trained,) = run.folder.glob("run*")
+        checkpoint = ["--ckpt_url", trained / "model-wrn-last.pt"]
+        written = (trained if run.predict == "final" else run.folder / run.predict) / FILE
+        written.parent.mkdir(exist_ok=True)
+        if not written.exists():
+            script([*run.evaluate, *checkpoint])
+        if not list((run.folder / "distances").glob("*.npz")):
+            script([*run.measure, *checkpoint])
 
 
-def table(out: Path, rows: dict[str, tuple[str, ...]], seeds: list[int]) -> Iterator[str]:
-    """The rows that have been evaluated, in Markdown."""
-    yield "| digits, % of images | seeds | natural | PGD-40 | AutoAttack | worst case, range | against the first row |"
-    yield "|---|---|---|---|---|---|---|"
-    base = None
-    for name, flags in rows.items():
-        found = list(verdicts(out, flags, seeds))
-        if not found:
-            continue
-        worst = np.stack([seed["worst"] for seed in found])
-        base = worst if base is None else base
-        cells = [f"{100 * np.mean([s[key].mean() for s in found]):.2f}" for key in columns(found[0])]
-        each = 100 * worst.mean(1)
-        spread = f"**{each.mean():.2f}**, {each.min():.2f} to {each.max():.2f}"
-        against = "" if base is worst else "{:+.1f} ({:+.1f} to {:+.1f})".format(*difference(worst, base))
-        yield f"| {name} | {len(found)} | {' | '.join(cells)} | {spread} | {against} |"
+def record_of(run: Run, row: Row, seed: int) -> dict | None:
+    """What the tables need of a finished run, and where it comes from; None where there is none."""
+    kept = run.folder.glob(f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}")
+    for file in kept:
+        record = json.loads(file.read_text())
+        attacks = {name: {"verdicts": attack["verdicts"]} for name, attack in record["attacks"].items()}
+        found = {"train": shlex.join(run.train[:-1]), "row": row.flags, "predict": row.predict, "seed": seed}
+        found |= {"cpu": record["provenance"]["cpu"], "commit": record["provenance"]["commit"]}
+        return found | {"labels": record["labels"], "attacks": attacks, "also": also(run, row)}
+    return None
 
 
-def columns(found: dict[str, np.ndarray]) -> tuple[str, ...]:
-    return "natural", next(name for name in found if name.startswith("PGD-")), "AutoAttack"
+def also(run: Run, row: Row) -> dict[str, float]:
+    """Of a run: mean cosine of features with those of the adversarial image and of a negative; seconds an epoch."""
+    if row.predict != "final":
+        return {}
+    files = sorted((run.folder / "distances").glob("*.npz"))
+    found = {}
+    for word, pair in {"alignment": "PP", "exclusion": "NP"}.items():
+        of = [np.load(file)[f"weighted_{pair}_cosine"] for file in files]
+        found |= {word: float(np.concatenate(of).mean())} if of else {}
+    for metrics in run.folder.glob("run*/metrics.csv"):
+        with metrics.open() as lines:
+            found["s an epoch"] = float(np.median([float(line["seconds"]) for line in csv.DictReader(lines)]))
+    return found
+
+
+def groups_of(rows: Rows, records: list[dict], seeds: tuple[int, ...]) -> Groups:
+    """The records of each row that has some."""
+    found = {}
+    for name, row in rows.items():
+        own = [r for r in records if (tuple(r["row"]), r["predict"]) == (row.flags, row.predict) and r["seed"] in seeds]
+        found |= {name: sorted(own, key=lambda r: r["seed"])} if own else {}
+    return found
+
+
+def draw(groups: Groups, file: Path) -> None:
+    """Worst case against natural accuracy, a mark a row; bars are the range over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, (name, records) in enumerate(groups.items()):
+        found = [verdicts(record) for record in records]
+        both = [[100 * of["natural"].mean() for of in found]]
+        for of in found:
+            of.pop("AutoAttack", None)  # which not every row has
+        both.append([100 * np.minimum.reduce(list(of.values())).mean() for of in found])
+        x, y = (np.mean(of) for of in both)
+        bars = [[[abs(mean - min(of))], [abs(max(of) - mean)]] for mean, of in zip((x, y), both, strict=True)]
+        label = f"{name}: {cell(both[1], 1)}"
+        axes.errorbar(x, y, bars[1], bars[0], fmt="osD^vP*X<>"[i % 10], color=f"C{i % 10}", label=label, ms=7)
+    axes.set(xlabel="natural accuracy, %", ylabel="worst case, %", title="digits, eps 0.1, small networks")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def show(tables: list[str], records: list[dict], seeds: tuple[int, ...], picture: Path | None) -> None:
+    for name in tables:
+        groups = groups_of(TABLES[name](), records, seeds)
+        if groups:
+            print(f"\n{name}: {TABLES[name].__doc__}\n", *table(groups), sep="\n", flush=True)
+    marks = groups_of(gates() | grid(), records, seeds)
+    if marks and picture:
+        draw(marks, picture)
+
+
+def work(wanted: list[Run], jobs: int) -> list[str]:
+    """Make the runs, `jobs` at once; what failed."""
+    folders: dict[Path, list[Run]] = {}
+    for run in wanted:
+        folders.setdefault(run.folder, []).append(run)
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # before a worker loads PyTorch
+    failed, spawn = [], multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        begun = {pool.submit(make, runs): folder for folder, runs in folders.items()}
+        try:
+            for i, future in enumerate(as_completed(begun), 1):
+                error = future.exception()
+                failed += [f"{begun[future]}: {error}"] * (error is not None)
+                said = f"failed: {error}" if error else f"{future.result():.0f} s"
+                print(f"{i} of {len(begun)}  {begun[future].name}  {said}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    return failed
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--out", type=Path, default=Path("study"))
+    parser.add_argument("--seeds", help="these, of every row; otherwise up to 3, as many as the row asks for")
+    parser.add_argument("--out", type=Path, help="default ./study, with --full ./study-full")
+    parser.add_argument("--full", action="store_true", help="main job's settings, standard evaluation, 3 seeds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once; 1 for a card")
     parser.add_argument("--print", action="store_true", help="print what is there")
     parser.add_argument("--commands", action="store_true", help="print the commands")
     parser.add_argument("--flags", default="", help="more flags of every training, for trials")
@@ -148,24 +289,34 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if unknown := set(given.tables) - set(TABLES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(TABLES)}")
-    seeds, out = [int(seed) for seed in given.seeds.split(",")], given.out.resolve()
-    more, evaluation = shlex.split(given.flags), shlex.split(given.evaluation)
-    for name in given.tables or TABLES:
-        rows = {row: (*flags, *more) for row, flags in TABLES[name]().items()}
-        for seed in () if given.print else seeds:  # seed by seed: a table of one seed is there first
-            for flags in rows.values():
-                if given.commands:
-                    folder, train, evaluate = commands(given.out, flags, seed)
-                    print(
-                        shlex.join(["python", *train]),
-                        "&&",
-                        shlex.join(["python", *evaluate]),
-                        f"{folder}/run*/model-wrn-last.pt",
-                    )
-                else:
-                    make(out, flags, seed, tuple(evaluation))
-        if not given.commands:
-            print(f"\n{name}: {TABLES[name].__doc__}\n", *table(out, rows, seeds), sep="\n", flush=True)
+    out, tables = given.out or Path("study-full" if given.full else "study"), given.tables or list(TABLES)
+    seeds = tuple(map(int, given.seeds.split(","))) if given.seeds else SEEDS
+    if out.suffix == ".json":
+        show(tables, json.loads(out.read_text())["runs"], seeds, None)
+        return
+    out = out if given.commands else out.resolve()
+    more = given.full, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
+    runs = {}  # table by table, seed by seed, each run once
+    for name in tables:
+        for seed in seeds:
+            for row in TABLES[name]().values():
+                if given.full or given.seeds or seed <= row.seeds:
+                    runs[row.flags, row.predict, seed] = run_of(out, row, seed, *more), row, seed
+    if given.commands:
+        for run, _, _ in runs.values():
+            checkpoint = f"--ckpt_url {run.folder}/run*/model-wrn-last.pt"
+            train, *looks = (f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure))
+            print(train, *(f"{look} {checkpoint}" for look in looks), sep=" && ")
+        return
+    failed = [] if given.print else work([run for run, _, _ in runs.values()], given.jobs)
+    records = [record for record in (record_of(*one) for one in runs.values()) if record]
+    if records and not given.print:
+        settings = {"small": SMALL, "lean": LEAN, "full": given.full}
+        (out / "study.json").write_text(json.dumps(settings | {"runs": records}, indent=0) + "\n")
+    show(tables, records, seeds, out / "study.png" if records else None)
+    if failed:
+        print("", *failed, sep="\n", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

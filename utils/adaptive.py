@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models import Heads
 from utils.attacks import Attack, margins, pgd
 from utils.autoattack import Listener, Says
+from utils.recipes import APGD_STEPS
 
 VERSION = 1  # raise it when a view or the attack changes, so that kept results are not reused
 
@@ -183,13 +184,22 @@ def view_pgd(
 
 
 def adaptive(
-    view: View, *, eps: float, step_size: float, steps: int, restarts: int, seed: int, warned: Says, says: Says
+    view: View,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    restarts: int,
+    seed: int,
+    warned: Says,
+    says: Says,
+    apgd_steps: int = APGD_STEPS,
 ) -> Attack:
     """The attack on one view, for `evaluation.verdicts`: PGD with restarts, APGD-CE, targeted APGD on the margin.
 
     Each goes on with the images that still stand; the returned image fools the network wherever one was found.
-    restarts: of PGD, by turns on cross-entropy and on the margin; the first is the PGD of the README's table moved to
-    this view. warned: is told of the library's warnings. says: of each stage as it begins.
+    steps, restarts: of PGD, by turns on cross-entropy and on the margin; the first is the PGD of the README's table
+    moved to this view. warned: is told of the library's warnings. says: of each stage as it begins.
     """
     logger = logging.Logger("adaptive")
     logger.addHandler(Listener(warned))
@@ -199,7 +209,7 @@ def adaptive(
         with torch.no_grad():
             targets = min(9, net(x[:1]).shape[1] - 1)
         how = dict(eps=eps, step_size=step_size, steps=steps, seed=seed)
-        library = dict(eps=eps, norm="Linf", n_iter=100, seed=seed, device=x.device, logger=logger)
+        library = dict(eps=eps, norm="Linf", n_iter=apgd_steps, seed=seed, device=x.device, logger=logger)
 
         def restart(draw: int) -> Callable[..., Tensor]:
             criterion = margins if draw % 2 else cross_entropies

@@ -26,6 +26,7 @@ BLIND = ("natural", "noise", "square", "transfer")  # those that need no gradien
 ALL_ATTACKS = tuple(name for name in ATTACKS if name != "square")  # which AutoAttack contains
 FEATURES = ("weighted", "unweighted")
 LARGEST_SIDE = 1024
+APGD_STEPS = 100  # as in AutoAttack
 # Settings that combine the method with something else, and what a run is called that has one
 COMPANIONS = {"awp": "AWP", "ema": "EMA", "extra_data": "extra data", "label_smoothing": "label smoothing"}
 COMPANIONS |= {"lr_schedule": "schedule", "warmup_lr": "lr warm-up", "gate": "gate", "ra_blocks": "RA blocks"}
@@ -117,6 +118,9 @@ class Training:
     num_steps: int = setting(10, whole(1), "steps of a training attack")
     step_size: float = setting(0.007, number(0, 1, True, of=255), "size of an attack step", by={"digits": 0.02})
     inner: str = setting("ce", ("ce", "kl"), "what the untargeted training attack ascends")
+    attack_cr_beta: float | None = setting(
+        None, number(0), "weight of the auxiliary heads in training attacks (default: --cr_beta)"
+    )
     beta: float = setting(6.0, number(0), "weight of the KL term of trades and mart", by={"mart": 5.0}, group="loss")
     alpha: float = setting(1.0, number(0, 1), "asymmetry of ANC; 1 freezes the natural side")
     zeta: float = setting(3.0, number(0), "weight of ANC", by={"WRN-28-10": 6.0})
@@ -198,6 +202,11 @@ class Training:
     sync_bn: bool = setting(False, SWITCH, "under torchrun: BatchNorm over the batches of all ranks; CUDA only")
 
     @property
+    def weight_in_attacks(self) -> float:
+        """Of the auxiliary heads in what training attacks ascend."""
+        return self.cr_beta if self.attack_cr_beta is None else self.attack_cr_beta
+
+    @property
     def extra_images(self) -> int:
         """How many images of a batch are from --extra-data."""
         return round(self.batch_size * self.extra_fraction) if self.extra_data else 0
@@ -270,6 +279,7 @@ class Evaluation(Checkpoint):
     num_steps: int = again("num_steps", 40, help="steps of PGD; CW takes half as many")
     random: bool = setting(True, TRUTH, "start FGSM, PGD and CW at random")
     restarts: int = setting(5, whole(1), "starts of the adaptive attack's PGD on each view")
+    apgd_steps: int = setting(APGD_STEPS, whole(5), "steps of the adaptive attack's APGD; fewer for a first look")
     surrogate: str | None = setting(None, PATH, "a checkpoint whose gradients `transfer` and the adaptive attack take")
     diagnostics: bool = setting(False, SWITCH, "look for signs of gradient masking; two pictures")
     save_adversarial: str | None = setting(None, PATH, "npz for the worst image found of each one")
@@ -369,7 +379,7 @@ def idle(settings: Training) -> tuple[str, ...]:
     """The settings of a run whose values change nothing, by name."""
     of_anc = ("strategy", "sample_class_number", "sample_number", "alpha", "zeta", "warmup_epochs")
     names = of_anc * settings.no_anc + ("beta",) * (settings.method == "pgd")
-    names += ("cr_beta", "gate", "ra_blocks") * settings.no_ra + ("awp_warmup",) * (not settings.awp)
+    names += ("cr_beta", "attack_cr_beta", "gate", "ra_blocks") * settings.no_ra + ("awp_warmup",) * (not settings.awp)
     names += ("extra_fraction",) * (not settings.extra_data)
     return names + ("milestones",) * (settings.lr_schedule != "milestones")
 

@@ -24,8 +24,8 @@ from utils.figures import draw_examples, draw_robustness, save_or_note
 from utils.files import require_writable, write_atomically, write_record
 from utils.options import eps_text
 from utils.recipes import Evaluation
+from utils.results import ADAPTIVE, FORMAT
 
-ADAPTIVE = "adaptive: "
 THREAT = "Linf, eps {} on images in [0, 1]"
 CURVES = ("PGD on the final logits", "PGD on every view")  # columns of the curves, besides eps or steps
 
@@ -152,13 +152,14 @@ def write_json(
 ) -> None:
     """white_attack.json: this evaluation, and those before it under `earlier`. more: what else is told of it.
 
-    verdicts: a character an image, 1 where it is right, in the order of the test set or of the shuffle of --n-examples.
+    `utils.results` says what of it is stable. Verdicts are in the order of the test set or of --n-examples' shuffle.
     """
     split, known = subject.split, ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size")
     known += ("recipe", "mean", "std")
-    said = ("num_steps", "random", "restarts", "seed", "surrogate", "attacks")
+    said = ("num_steps", "random", "restarts", "apgd_steps", "seed", "surrogate", "attacks")
     said += ("test_batch_size", "n_examples", "diagnostics", "precision", "predict")
     record = {
+        "format": FORMAT,
         "checkpoint": str(subject.file),
         "network": {"method": subject.method} | {key: subject.info.get(key) for key in known},
         "notes": subject.notes,

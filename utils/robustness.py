@@ -35,8 +35,9 @@ from utils.evaluation import Subject, at_home, foreign_subject, load_subject, ov
 from utils.files import read_arrays, require_writable, write_arrays
 from utils.options import eps_text
 from utils.provenance import in_one_line, provenance
-from utils.recipes import BLIND, Evaluation
+from utils.recipes import APGD_STEPS, BLIND, Evaluation
 from utils.report import Row, Worst
+from utils.results import ADAPTIVE, FILE
 from utils.runs import open_log
 
 FEW, SOME = 16, 64  # images whose answers tell a foreign network; those that are looked at for doubts
@@ -77,6 +78,8 @@ def planned_attacks(
     shared = {LIBRARY: metadata.version(LIBRARY), "attacks": attacks.VERSION}
     ball = {"eps": eps, "seed": seed, "start": "uniform" if settings.random else "image"}
     on_view = dict(eps=eps, step_size=step, steps=steps, restarts=settings.restarts, seed=seed)
+    if settings.apgd_steps != APGD_STEPS:
+        on_view["apgd_steps"] = settings.apgd_steps
     also, transfer = {"over heads": {"auxiliary weight": subject.auxiliary_weight}}, {}
     if surrogate is not None:
         also["surrogate"] = {"surrogate": fingerprint(surrogate)}
@@ -92,7 +95,7 @@ def planned_attacks(
         "transfer": transfer,
         "autoattack": {"AutoAttack": long(autoattack, AUTOATTACK_VERSION, {}, eps=eps, seed=seed)},
         "adaptive": {
-            report.ADAPTIVE + name: long(partial(adaptive, view), ADAPTIVE_VERSION, also.get(name, {}), **on_view)
+            ADAPTIVE + name: long(partial(adaptive, view), ADAPTIVE_VERSION, also.get(name, {}), **on_view)
             for name, view in ways.items()
         },
     }
@@ -356,7 +359,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, 
         rows = {name: row._replace(notes=[*doubted, *row.notes]) for name, row in rows.items()}
         if distributed.first():
             more = {"provenance": origin, "predicted": report.predictions(subject, worst)}
-            report.write_json(log.with_name("white_attack.json"), settings, subject, rows, diagnosis, more)
+            report.write_json(log.with_name(FILE), settings, subject, rows, diagnosis, more)
             for line in report.table(rows, subject, doubted):
                 say(line)
             if len(rows) > 1:

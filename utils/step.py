@@ -105,7 +105,7 @@ def attack_batch(
         if adversarial_negatives:
             start, anchors_class = gaussian_start(candidates, generator)[pairs], labels.repeat_interleave(count)[pairs]
             attacks.append(ToAttack(negative, start, towards_labels, anchors_class))
-    how = settings.cr_beta, settings.epsilon, settings.step_size, settings.num_steps
+    how = settings.weight_in_attacks, settings.epsilon, settings.step_size, settings.num_steps
     adversarial, *pushed = standing.linf_pgd_together(net, attacks, *how)
     return Attacked(adversarial, pushed[0] if pushed else negative, negative_labels)
 
