@@ -1,29 +1,40 @@
-"""The study's command runs, stops, goes on and counts as it says."""
+"""The study's command runs, stops, goes on and counts as it says; so does the table of any runs."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
+import torch
 
 from tests import study
+from tests.helpers import ROOT, python
+from utils import results
+from utils.options import parse, parse_training
+from utils.recipes import Distances, Evaluation
 
 
-def evaluated(out, flags, seed, **attacks):
-    """A run of the study as its evaluation leaves it."""
-    run = study.commands(out, flags, seed)[0] / "run"
-    run.mkdir(parents=True)
-    record = {"attacks": {name: {"verdicts": verdicts} for name, verdicts in attacks.items()}}
-    (run / "white_attack.json").write_text(json.dumps(record))
+def record(network=(), labels=(0, 1, 2, 3), **attacks):
+    """What an evaluation leaves, as far as the tables need it."""
+    return {
+        "format": results.FORMAT,
+        "network": {"method": "TRADES", "arch": "ResNet18"} | dict(network),
+        "labels": list(labels),
+        "attacks": {name.replace("_", " "): {"verdicts": verdicts} for name, verdicts in attacks.items()},
+    }
 
 
-def test_the_table_counts_the_lowest_of_all_attacks_image_by_image(tmp_path):
-    rows = {"first": ("--no-ra",), "second": (), "not there": ("--no-anc",)}
-    evaluated(tmp_path, ("--no-ra",), 1, natural="1111", **{"PGD-40": "1110", "AutoAttack": "1110"})
-    evaluated(tmp_path, (), 1, natural="1111", **{"PGD-40": "1110", "AutoAttack": "0111"})
-    evaluated(tmp_path, (), 2, natural="1111", **{"PGD-40": "1111", "AutoAttack": "1111"})
-    *_, first, second = study.table(tmp_path, rows, [1, 2, 3])
-    assert first == "| first | 1 | 100.00 | 75.00 | 75.00 | **75.00**, 75.00 to 75.00 |  |"
-    assert second.startswith("| second | 2 | 100.00 | 87.50 | 87.50 | **75.00**, 50.00 to 100.00 | +0.0 (-")
+def test_the_worst_case_is_the_lowest_of_the_attacks_that_all_have_image_by_image():
+    first = record(natural="1111", PGD="1110", **{"adaptive: final": "1110", "worst case": "0000"})
+    second = record(natural="1111", PGD="1110", AutoAttack="0000", **{"adaptive: a": "1011", "adaptive: b": "1101"})
+    third = record(natural="1111", PGD="1111", **{"adaptive: final": "1111"})
+    heads, _, one, two, _, note = results.table({"first": [first], "second": [second, third]})
+    assert heads == "| network | runs | natural | PGD | adaptive | AutoAttack | worst case | less first |"
+    assert one == "| first | 1 | 100.00 | 75.00 | 75.00 |  | **75.00** |  |"
+    cells = two.split(" | ")
+    assert cells[:2] == ["| second", "2"] and cells[5] == "0.00" and cells[6] == "**62.50 (25.00 to 100.00)**"
+    assert cells[4] == "75.00 (50.00 to 100.00)" and cells[7].startswith("-12.5 (")
+    assert note == "Worst case: image by image, the lowest of natural, PGD, adaptive."
 
 
 def test_a_difference_is_paired():
@@ -31,30 +42,92 @@ def test_a_difference_is_paired():
     one = np.tile(np.arange(200) % 2, (3, 1))
     other = one.copy()
     other[:, 1] = 0
-    value, low, high = study.difference(one, other)
+    value, low, high = results.difference(one, other)
     assert value == pytest.approx(0.5) and 0 <= low <= value <= high < 2
 
 
-def test_every_row_s_command_is_understood(tmp_path, capsys):
-    from utils.options import parse_training
+def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path, capsys):
+    recipes = [{"seed": 1, "lr": 0.03}, {"seed": 2, "lr": 0.03}, {"seed": 1, "lr": 0.09}, None]
+    for i, recipe in enumerate(recipes):
+        (tmp_path / str(i)).mkdir()
+        found = record({"recipe": recipe, "method": "TRADES" if recipe else "FILE"}, natural="1110", PGD=f"11{i % 2}0")
+        (tmp_path / str(i) / results.FILE).write_text(json.dumps(found))
+    assert results.main([str(tmp_path / str(i)) for i in range(4)]) == 0
+    rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:5]]
+    assert rows == [["| TRADES, lr 0.03", "2"], ["| TRADES, lr 0.09", "1"], ["| FILE", "1"]]
 
-    study.main(["--commands", "--seeds", "1"])
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("{", "is no white_attack.json of today's"),
+        ("[]", "is no white_attack.json"),
+        (json.dumps(record(natural="11", PGD="1")), "is no white_attack.json"),
+        (json.dumps(record(natural="12")), "is no white_attack.json"),
+        (json.dumps(record(natural="11") | {"format": 2}), "is no white_attack.json"),
+        (json.dumps(record(labels=(0, 1, 2), natural="111")), "of 3 and 4 images"),
+    ],
+)
+def test_what_is_no_evaluation_is_refused_in_a_line(content, said, tmp_path, capsys):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(record(natural="1111")))
+    if content is not None:
+        bad.write_text(content)
+    assert results.main([str(good), str(bad)]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_every_command_of_the_study_is_understood(capsys):
+    study.main(["--commands"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == sum(len(rows()) for rows in study.TABLES.values())
+    assert len(lines) == len(set(lines)) > 70
     for line in lines:
-        train = line.split(" && ")[0].split()[2:]
-        parse_training("", {}, train)
+        train, evaluate, measure = (command.split()[2:] for command in line.split(" && "))
+        settings = parse_training("", {}, train).settings
+        assert (settings.width, settings.epochs) == (8, 6)
+        assert parse(Evaluation, "", evaluate).attacks[-1] in ("adaptive", "autoattack")
+        assert parse(Distances, "", measure).target_label == "all"
+
+
+def test_published_figures_are_those_of_the_published_verdicts(capsys):
+    """README's rows of the study are what its file of verdicts gives."""
+    study.main(["--print", "--out", str(ROOT / "tests/golden/study.json")])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    worst = {
+        cells[0].strip("| "): next(c for c in cells if c.startswith("**"))
+        for cells in (r.split(" | ") for r in rows[1:])
+    }
+    text = (ROOT / "README.md").read_text()
+    named = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "**" in line]
+    shown = [(cells[0].strip("| "), next(c for c in cells if "**" in c)) for cells in named]
+    known = [(name, cell) for name, cell in shown if name in worst]
+    assert len(known) >= 5
+    assert known == [(name, worst[name]) for name, _ in known]
 
 
 @pytest.mark.slow
-def test_a_table_is_made_and_kept(tmp_path, capfd):
-    small = "--width=4 --epochs=1 --limit-train=24 --limit-test=6 --num-steps=1 --device=cpu"
-    quick = "--n-examples=4 --num-steps=2 --restarts=1 --device=cpu"
-    argv = ["controls", "--seeds", "1", "--out", str(tmp_path), "--flags", small, "--evaluation", quick]
-    study.main(argv)
-    table = capfd.readouterr().out.splitlines()[-3:]
-    assert [line.split(" | ")[0] for line in table] == ["| TRADES", "| TRADES, lr 0.09", "| heads of weight 0"]
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("white_attack.json")}
-    study.main(argv)
-    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("white_attack.json")}
-    assert capfd.readouterr().out.splitlines()[-3:] == table
+def test_a_table_is_made_and_kept_and_a_run_is_that_of_its_command(tmp_path, capfd):
+    small = "--width=4 --epochs=1 --milestones=none --limit-train=24 --limit-test=6 --num-steps=1 --device=cpu"
+    quick = "--n-examples=4 --num-steps=2 --apgd-steps=5 --device=cpu"
+    argv = ["best", "--seeds", "1", "--out", str(tmp_path / "study"), "--flags", small, "--evaluation", quick]
+
+    def made():
+        study.main(argv)
+        lines = capfd.readouterr().out.splitlines()
+        table = [line for line in lines if line.startswith("| gate")]
+        return table, {file: file.stat().st_mtime_ns for file in tmp_path.rglob("white_attack.json")}
+
+    first, again = made(), made()
+    assert first == again and len(first[1]) == 4
+    assert [row.split(" | ")[0] for row in first[0]] == [f"| {name}" for name in study.best()]
+
+    study.main(["--commands", *argv])
+    train = shlex.split(capfd.readouterr().out.splitlines()[-1].split(" && ")[0])
+    done = python(*train[1:-1], f"--model-dir={tmp_path / 'own' / 'run'}")
+    assert done.returncode == 0, done.stderr
+    (own,) = tmp_path.glob("own/run*/model-wrn-last.pt")
+    (made_before,) = tmp_path.glob(f"study/*awp*ema*/{own.parent.name}/{own.name}")
+    ours, theirs = (torch.load(file, weights_only=True) for file in (own, made_before))
+    assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
