@@ -11,8 +11,9 @@ an evaluation. Runs lie in --out (./study), their verdicts together in study.jso
 run has one thread, --jobs run side by side. The last epoch is evaluated, which no test image has chosen.
 
 SMALL and LEAN below are the settings of all rows. The adaptive attack makes 40 steps of PGD and 20 of each APGD on each
-view: of 250 images of a network of 4 epochs it left 55.6 % right, as 50 steps and a second start did. AutoAttack is run
-for seed 1 of the rows of `gates` with ANC and of TRADES.
+view: of 250 images of a network of 4 epochs it left 55.6 % right, as 50 steps and a second start did. A plain network
+has one view, others five or six, so its PGD has six starts. AutoAttack is run for seed 1 of TRADES and of the gates
+with ANC. Alignment and exclusion: mean cosine of features with those of the adversarial image, and of a negative.
 """
 
 import argparse
@@ -26,19 +27,26 @@ import runpy
 import shlex
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.results import FILE, Groups, cell, table, verdicts
+from utils.errors import UsageError
+from utils.options import parse, parse_training
+from utils.recipes import Evaluation, stored
+from utils.results import FILE, Groups, read, table, verdicts, worst_of
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--width=8", "--epochs=6", "--milestones=5,6", "--warmup-epochs=2", "--eval-interval=6")
-LEAN = ("--restarts=1", "--apgd-steps=20")
+LEAN = ("--apgd-steps=20",)
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "adaptive")
 SEEDS = (1, 2, 3)
+PLAIN_STARTS = 6  # as many as another network has views
+CLASSES = 10
+MARKS, COLOURS = "osD^vP*", 10
 
 
 class Row(NamedTuple):
@@ -114,7 +122,7 @@ def ablations() -> Rows:
         if name != "random_adv":  # the row above: nothing else acts while it warms up
             rows[f"strategy {name}"] = Row((f"--strategy={name}", "--warmup-epochs=0"))
     rows |= {f"alpha {value}": Row((f"--alpha={value}",)) for value in (0, 0.5)}
-    rows |= {f"zeta {value}": Row((f"--zeta={value}",)) for value in (1, 6)}  # 0 is `gate label, no ANC`
+    rows |= {f"zeta {value}": Row((f"--zeta={value}",)) for value in (0, 1, 6)}  # 0: negatives, but no contrast
     return rows | {f"lambda {value}": Row((f"--cr_beta={value}",)) for value in (0, 1)}
 
 
@@ -136,7 +144,9 @@ def run_of(out: Path, row: Row, seed: int, full: bool = False, more: tuple = (),
     folder = out / name
     train = ["train_CIFAR10_ResNet.py", "--dataset=digits", *(() if full else SMALL), *row.flags, f"--seed={seed}"]
     attacks = (*ATTACKS, "autoattack") if full or (row.autoattack and seed == 1) else ATTACKS
-    evaluate = ["test_white_attack.py", f"--attacks={','.join(attacks)}", *(() if full else LEAN), *evaluation]
+    restarts = f"--restarts={PLAIN_STARTS if '--no-ra' in row.flags else 1}"
+    evaluate = ["test_white_attack.py", f"--attacks={','.join(attacks)}", *(() if full else (restarts, *LEAN))]
+    evaluate += evaluation
     if row.predict != "final":
         evaluate += [f"--predict={row.predict}", f"--log_path={folder / row.predict / 'test.log'}"]
     measure = ["feature_distance.py", "--target_label=all", f"--out={folder / 'distances'}"]
@@ -178,79 +188,103 @@ def make_one(run: Run) -> None:
         written.parent.mkdir(exist_ok=True)
         if not written.exists():
             script([*run.evaluate, *checkpoint])
-        if not list((run.folder / "distances").glob("*.npz")):
+        if len(list((run.folder / "distances").glob("*.npz"))) < CLASSES:
             script([*run.measure, *checkpoint])
 
 
 def record_of(run: Run, row: Row, seed: int) -> dict | None:
-    """What the tables need of a finished run, and where it comes from; None where there is none."""
-    kept = run.folder.glob(f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}")
-    for file in kept:
-        record = json.loads(file.read_text())
-        attacks = {name: {"verdicts": attack["verdicts"]} for name, attack in record["attacks"].items()}
-        found = {"train": shlex.join(run.train[:-1]), "row": row.flags, "predict": row.predict, "seed": seed}
-        found |= {"cpu": record["provenance"]["cpu"], "commit": record["provenance"]["commit"]}
-        return found | {"labels": record["labels"], "attacks": attacks, "also": also(run, row)}
-    return None
+    """What the tables need of a finished run, and where it comes from; None where there is none.
+
+    UsageError where other settings than today's have made it.
+    """
+    files = list(run.folder.glob(f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}"))
+    if not files:
+        return None
+    record = read(str(files[0]))
+    recipe, looked = record["network"]["recipe"], record["settings"]
+    wanted, evaluation = stored(parse_training("", {}, run.train[1:]).settings), parse(Evaluation, "", run.evaluate[1:])
+    other = [key for key, value in wanted.items() if key not in ("model_dir", "resume") and recipe.get(key) != value]
+    other += [key for key in ("restarts", "apgd_steps", "n_examples") if looked[key] != getattr(evaluation, key)]
+    if other:
+        raise UsageError(f"{files[0]} is of another {', '.join(other)}; give another --out, or remove its folder")
+    found = {"row": row.flags, "predict": row.predict, "seed": seed, "train": shlex.join(["python", *run.train[:-1]])}
+    found |= {"evaluate": shlex.join(["python", *run.evaluate]), "provenance": record["provenance"]}
+    found |= {key: record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")}
+    attacks = {name: {"verdicts": attack["verdicts"]} for name, attack in record["attacks"].items()}
+    return found | {"attacks": attacks, "also": also(run, row)}
 
 
 def also(run: Run, row: Row) -> dict[str, float]:
-    """Of a run: mean cosine of features with those of the adversarial image and of a negative; seconds an epoch."""
+    """Of a run: alignment, exclusion, and seconds an epoch, of one thread beside another run's."""
     if row.predict != "final":
         return {}
     files = sorted((run.folder / "distances").glob("*.npz"))
     found = {}
     for word, pair in {"alignment": "PP", "exclusion": "NP"}.items():
         of = [np.load(file)[f"weighted_{pair}_cosine"] for file in files]
-        found |= {word: float(np.concatenate(of).mean())} if of else {}
+        found |= {word: float(np.concatenate(of).mean())} if len(of) == CLASSES else {}
     for metrics in run.folder.glob("run*/metrics.csv"):
         with metrics.open() as lines:
             found["s an epoch"] = float(np.median([float(line["seconds"]) for line in csv.DictReader(lines)]))
     return found
 
 
-def groups_of(rows: Rows, records: list[dict], seeds: tuple[int, ...]) -> Groups:
-    """The records of each row that has some."""
+def groups_of(rows: Rows, records: list[dict]) -> Groups:
+    """The records of each row that has some, by seed."""
     found = {}
     for name, row in rows.items():
-        own = [r for r in records if (tuple(r["row"]), r["predict"]) == (row.flags, row.predict) and r["seed"] in seeds]
+        own = [r for r in records if (tuple(r["row"]), r["predict"]) == (row.flags, row.predict)]
         found |= {name: sorted(own, key=lambda r: r["seed"])} if own else {}
     return found
 
 
-def draw(groups: Groups, file: Path) -> None:
-    """Worst case against natural accuracy, a mark a row; bars are the range over seeds."""
+def with_more(groups: Groups, lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a table, its rows with what else is known of their runs: means."""
+    keys = list(dict.fromkeys(key for records in groups.values() for record in records for key in record["also"]))
+    found = [[[r["also"][key] for r in records if key in r["also"]] for key in keys] for records in groups.values()]
+    cells = [keys, ["---"] * len(keys), *([f"{sum(v) / len(v):.3g}" if v else "" for v in row] for row in found)]
+    for i, line in enumerate(lines):
+        yield line + "".join(f" {cell} |" for cell in cells[i]) if i < len(cells) else line
+
+
+def draw(records: list[dict], file: Path, title: str) -> None:
+    """Worst case against natural accuracy, a mark a row, bars for the range over seeds; and the ablations' rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (name, records) in enumerate(groups.items()):
-        found = [verdicts(record) for record in records]
-        both = [[100 * of["natural"].mean() for of in found]]
-        for of in found:
-            of.pop("AutoAttack", None)  # which not every row has
-        both.append([100 * np.minimum.reduce(list(of.values())).mean() for of in found])
-        x, y = (np.mean(of) for of in both)
-        bars = [[[abs(mean - min(of))], [abs(max(of) - mean)]] for mean, of in zip((x, y), both, strict=True)]
-        label = f"{name}: {cell(both[1], 1)}"
-        axes.errorbar(x, y, bars[1], bars[0], fmt="osD^vP*X<>"[i % 10], color=f"C{i % 10}", label=label, ms=7)
-    axes.set(xlabel="natural accuracy, %", ylabel="worst case, %", title="digits, eps 0.1, small networks")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(file, dpi=110)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    once = {row.flags: (name, row) for name, row in (grid() | gates()).items()}  # names of gates where both have one
+    shown = [groups_of(dict(once.values()), records), groups_of(ablations(), records)]
+    attacks = [set(verdicts(record)) for of in shown for group in of.values() for record in group]
+    names = sorted(set.intersection(*attacks))  # those that every run has
+
+    def spread(group: list[dict], names: list[str] = names) -> tuple[float, float, float]:
+        each = 100 * worst_of([verdicts(record) for record in group], names).mean(1)
+        return each.mean(), each.mean() - each.min(), each.max() - each.mean()
+
+    for i, (name, group) in enumerate(shown[0].items()):
+        (x, *across), (y, *up) = spread(group, ["natural"]), spread(group)
+        how = {"fmt": MARKS[i % len(MARKS)], "color": f"C{i % COLOURS}", "label": f"{name}: {y:.1f}", "ms": 7}
+        left.errorbar(x, y, [[up[0]], [up[1]]], [[across[0]], [across[1]]], **how)
+    left.set(xlabel="natural accuracy, %", ylabel="worst case, %", title=title)
+    left.legend(fontsize=7)
+    for i, group in enumerate(reversed(shown[1].values())):
+        y, low, high = spread(group)
+        right.errorbar(y, i, xerr=[[low], [high]], fmt="o", color="C0")
+    right.set(yticks=range(len(shown[1])), yticklabels=[*reversed(shown[1])], xlabel="worst case, %", title="ablations")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def show(tables: list[str], records: list[dict], seeds: tuple[int, ...], picture: Path | None) -> None:
+def show(tables: list[str], records: list[dict]) -> None:
     for name in tables:
-        groups = groups_of(TABLES[name](), records, seeds)
+        groups = groups_of(TABLES[name](), records)
         if groups:
-            print(f"\n{name}: {TABLES[name].__doc__}\n", *table(groups), sep="\n", flush=True)
-    marks = groups_of(gates() | grid(), records, seeds)
-    if marks and picture:
-        draw(marks, picture)
+            print(f"\n{name}: {TABLES[name].__doc__}\n", *with_more(groups, table(groups)), sep="\n", flush=True)
 
 
 def work(wanted: list[Run], jobs: int) -> list[str]:
@@ -276,48 +310,64 @@ def work(wanted: list[Run], jobs: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--seeds", help="these, of every row; otherwise up to 3, as many as the row asks for")
     parser.add_argument("--out", type=Path, help="default ./study, with --full ./study-full")
     parser.add_argument("--full", action="store_true", help="main job's settings, standard evaluation, 3 seeds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once; 1 for a card")
-    parser.add_argument("--print", action="store_true", help="print what is there")
+    parser.add_argument("--print", action="store_true", help="print what is there, or in a study.json that --out names")
     parser.add_argument("--commands", action="store_true", help="print the commands")
     parser.add_argument("--flags", default="", help="more flags of every training, for trials")
     parser.add_argument("--evaluation", default="", help="more flags of every evaluation, for trials")
     given = parser.parse_args(argv)
-    if unknown := set(given.tables) - set(TABLES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(TABLES)}")
     out, tables = given.out or Path("study-full" if given.full else "study"), given.tables or list(TABLES)
+    if unknown := set(tables) - set(TABLES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(TABLES)}")
+    if not re.fullmatch(r"\d+(,\d+)*", given.seeds or "1") or given.jobs < 1:
+        parser.error("--seeds takes numbers such as 1,2,3, and --jobs one of at least 1")
     seeds = tuple(map(int, given.seeds.split(","))) if given.seeds else SEEDS
-    if out.suffix == ".json":
-        show(tables, json.loads(out.read_text())["runs"], seeds, None)
-        return
-    out = out if given.commands else out.resolve()
-    more = given.full, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
-    runs = {}  # table by table, seed by seed, each run once
-    for name in tables:
-        for seed in seeds:
-            for row in TABLES[name]().values():
-                if given.full or given.seeds or seed <= row.seeds:
-                    runs[row.flags, row.predict, seed] = run_of(out, row, seed, *more), row, seed
-    if given.commands:
-        for run, _, _ in runs.values():
-            checkpoint = f"--ckpt_url {run.folder}/run*/model-wrn-last.pt"
-            train, *looks = (f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure))
-            print(train, *(f"{look} {checkpoint}" for look in looks), sep=" && ")
-        return
-    failed = [] if given.print else work([run for run, _, _ in runs.values()], given.jobs)
-    records = [record for record in (record_of(*one) for one in runs.values()) if record]
-    if records and not given.print:
-        settings = {"small": SMALL, "lean": LEAN, "full": given.full}
+    try:
+        if out.suffix == ".json":
+            if not given.print:
+                parser.error("--out takes a folder; a study.json is only printed, by --print")
+            show(tables, json.loads(out.read_text())["runs"])
+            return
+        more = given.full, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
+        runs = {}  # table by table, seed by seed, each run once
+        for name in tables:
+            for seed in seeds:
+                for row in TABLES[name]().values():
+                    if given.full or given.seeds or seed <= row.seeds:
+                        how = (out if given.commands else out.resolve()), row, seed
+                        runs[row.flags, row.predict, seed] = run_of(*how, *more), row, seed
+        if given.commands:
+            for run, _, _ in runs.values():
+                checkpoint = f"--ckpt_url {run.folder}/run*/model-wrn-last.pt"
+                train, *looks = (f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure))
+                print(train, *(f"{look} {checkpoint}" for look in looks), sep=" && ")
+            return
+        failed = [] if given.print else work([run for run, _, _ in runs.values()], given.jobs)
+        everything = {
+            (row.flags, row.predict, seed): (run_of(out.resolve(), row, seed, *more), row, seed)
+            for rows in TABLES.values() for row in rows().values() for seed in {*SEEDS, *seeds}
+        }  # fmt: skip
+        records = [record for one in everything.values() if (record := record_of(*one))]
+        if not records:
+            parser.error(f"{out} holds no finished run")
+        settings = {"small": () if given.full else SMALL, "flags": given.flags, "evaluation": given.evaluation}
         (out / "study.json").write_text(json.dumps(settings | {"runs": records}, indent=0) + "\n")
-    show(tables, records, seeds, out / "study.png" if records else None)
+        show(tables, records)
+        draw(records, out / "study.png", "digits, eps 0.1" + ", small networks" * (not given.full))
+    except (OSError, ValueError, KeyError, UsageError) as error:
+        parser.error(str(error))
     if failed:
         print("", *failed, sep="\n", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(BrokenPipeError):
+        main()

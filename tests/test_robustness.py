@@ -863,7 +863,7 @@ def test_pictures_and_their_curves(full):
     assert [row["eps"] for row in found["by_eps"]] == pytest.approx([0, FULL_EPS, 2 * FULL_EPS, 1])
     assert [row["steps"] for row in found["by_steps"]] == [1, 5, 40]
     for row in (*found["by_eps"], *found["by_steps"]):
-        assert 0 <= row["PGD on every view"] <= row["PGD on the final logits"] <= 100
+        assert 0 <= row["PGD on every view"] <= row["PGD on the answer's logits"] <= 100
     lines = (folder / "test.log").read_text().splitlines()
     for sign in found["signs"]:  # what holds, and a sign's name only where it is raised
         assert f"{sign['figure']}: {'SIGN, ' + sign['name'] if sign['raised'] else 'ok'}" in lines

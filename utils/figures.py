@@ -122,12 +122,12 @@ def draw_examples(
 
 
 def draw_robustness(curve: list[tuple], xlabel: str, trained: object = None) -> Figure:
-    """Robust accuracy against eps or steps. curve: (eps or steps, PGD on the final logits, adaptive PGD), each of the
-    two (%, the ends of its interval). trained: the eps of training, marked. The axis is logarithmic beyond 0."""
+    """Robust accuracy against eps or steps. curve: (eps or steps, PGD on the answer's logits, adaptive PGD), each of
+    the two (%, the ends of its interval). trained: the eps of training, marked. The axis is logarithmic beyond 0."""
     figure = new_figure(3.8, width=4.6)
     axes = figure.subplots()
     x, *both = zip(*curve, strict=True)
-    final = dict(color="#0072b2", marker=".", label="PGD on the final logits")
+    final = dict(color="#0072b2", marker=".", label="PGD on the answer's logits")
     adaptive = dict(color="#d55e00", marker="s", ms=4, ls="--", label="adaptive: PGD on every view, worst case")
     for style, shares in zip((final, adaptive), both, strict=True):
         middle, low, high = zip(*shares, strict=True)

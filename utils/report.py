@@ -27,7 +27,7 @@ from utils.recipes import Evaluation
 from utils.results import ADAPTIVE, FORMAT
 
 THREAT = "Linf, eps {} on images in [0, 1]"
-CURVES = ("PGD on the final logits", "PGD on every view")  # columns of the curves, besides eps or steps
+CURVES = ("PGD on the answer's logits", "PGD on every view")  # columns of the curves, besides eps or steps
 
 
 class Row(NamedTuple):

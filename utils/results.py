@@ -3,8 +3,7 @@
 python -m utils.results RUN...        run folders or files; runs of one recipe and several seeds share a row
 
 Each row: mean robust accuracy in %, and the range where there are several seeds; `worst case`, image by image, over the
-attacks that all of the runs have; and its difference from the first row on the same images, with a 95 % interval by
-resampling images and seeds.
+attacks that all of the runs have; and its difference from the first row on the same images.
 
 The file is `white_attack.json`. This of it is stable, and "format" is raised when it changes:
 
@@ -14,24 +13,29 @@ threat_model, settings                         eps and step size on [0, 1], and 
 attacks.NAME    robust_accuracy and interval_95 in %, seconds, notes; verdicts, a character an image, 1 where it is
                 right. `natural` is no attack, `adaptive: VIEW` one of the views, `worst case` image by image over all
 provenance      command, commit, versions, device, processor, threads, seed, time
-earlier         the records of evaluations before this one, in the same format
+earlier         the records of evaluations before this one
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from utils.errors import UsageError
-from utils.recipes import Training, described
+from utils.recipes import Evaluation, Training, described, idle
 
 FORMAT = 1
 FILE = "white_attack.json"
 TOGETHER = ("worst case", "adaptive, worst case")  # lines that are made of others
 ADAPTIVE = "adaptive: "
+SETTINGS = described(Training)
+EVALUATED = {name: getattr(Evaluation, name) for name in ("num_steps", "random", "restarts", "apgd_steps", "predict")}
 Groups = dict[str, list[dict]]  # records by the name of their row
 
 
@@ -40,39 +44,60 @@ def read(path: str) -> dict:
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        found = [one["verdicts"] for one in record["attacks"].values()]
-        fits = len({len(one) for one in found}) == 1 and set("".join(found)) <= set("01") and found[0]
-        if not fits or record.get("format", FORMAT) != FORMAT:
+        images, found = len(record["labels"]), [attack["verdicts"] for attack in record["attacks"].values()]
+        fits = images and "natural" in record["attacks"] and all(len(one) == images for one in found)
+        if not fits or set("".join(found)) - set("01") or record.get("format", FORMAT) != FORMAT:
             raise ValueError
-        if not isinstance(record["network"], dict) or not isinstance(record["labels"], list):
+        if not all(isinstance(record[key], dict) for key in ("network", "settings")):
             raise TypeError
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}; test_white_attack.py --ckpt_url RUN writes it") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is no {FILE} of today's test_white_attack.py; evaluate the run anew") from error
-    return record
+    return record | {"file": str(file)}
+
+
+def images_of(record: dict) -> object:
+    """Which images were attacked, and within which ball."""
+    return [record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")]
+
+
+def identity(record: dict) -> dict[str, Any]:
+    """What makes two runs the same but for their seed: the recipe of the training, and how it was evaluated."""
+    network, settings, recipe = record["network"], record["settings"], record["network"].get("recipe")
+    own: dict[str, Any] = {"file": record.get("checkpoint")}  # of a network from elsewhere
+    if isinstance(recipe, dict):
+        known = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.items() if name in SETTINGS}
+        trained = Training(**known)
+        away = {name for name, about in SETTINGS.items() if about.free and name != "epochs"}
+        away |= {"seed", "model_dir", "data_dir", "tag", "device", "no_cuda", "ckpt_url", *idle(trained)}
+        own = {name: value for name, value in asdict(trained).items() if name not in away}
+    own |= {"network": network.get("arch"), "epoch": network.get("epoch"), "attack": record.get("threat_model")}
+    return own | {f"evaluation's {name}": settings.get(name, default) for name, default in EVALUATED.items()}
 
 
 def grouped(records: list[dict]) -> Groups:
-    """Records by recipe, seeds aside. A name is the method's, and where several share it what tells them apart."""
-    unlike = {name for name, about in described(Training).items() if about.free}
-    unlike |= {"seed", "model_dir", "data_dir", "tag", "device", "no_cuda", "ckpt_url"}
-    keys, groups = [], {}
-    for i, record in enumerate(records):
-        network = record["network"]
-        recipe = network.get("recipe")
-        if not isinstance(recipe, dict):  # of a file from elsewhere
-            recipe = {"file": record.get("checkpoint")}
-        own = {key: value for key, value in recipe.items() if key not in unlike or key == "epochs"}
-        own |= {"network": network.get("arch"), "data": record.get("dataset"), "attack": record.get("threat_model")}
-        keys.append(own | {"predict": record.get("settings", {}).get("predict", "final")})
-        groups.setdefault(json.dumps(keys[-1], sort_keys=True), []).append(i)
-    named: Groups = {}
-    for members in groups.values():
-        own, method = keys[members[0]], str(records[members[0]]["network"].get("method"))
-        rivals = [keys[of[0]] for of in groups.values() if str(records[of[0]]["network"].get("method")) == method]
-        apart = [key for key in own if any(own[key] != other.get(key) for other in rivals)]
-        named[", ".join([method, *(f"{key} {own[key]}" for key in apart)])] = [records[i] for i in members]
+    """Records by recipe and evaluation, seeds aside. A name is the method's, and what tells apart those that share it.
+
+    UsageError where a run is there twice.
+    """
+    groups: list[tuple[dict, list[dict]]] = []
+    for record in records:
+        own = identity(record)
+        members = next((members for key, members in groups if key == own), None)
+        if members is None:
+            groups.append((own, members := []))
+        if any(record.get("checkpoint") == other.get("checkpoint") for other in members):
+            raise UsageError(
+                f"{record['file']} is the evaluation of {record.get('checkpoint')}, which is there already"
+            )
+        members.append(record)
+    methods, named = [str(members[0]["network"].get("method")) for _, members in groups], {}
+    for method, (own, members) in zip(methods, groups, strict=True):
+        rivals = [key for other, (key, _) in zip(methods, groups, strict=True) if other == method]
+        keys = dict.fromkeys(key for rival in rivals for key in rival)
+        apart = [f"{key} {own.get(key)}" for key in keys if any(own.get(key) != rival.get(key) for rival in rivals)]
+        named[", ".join([method, *apart])] = members
     return named
 
 
@@ -105,37 +130,46 @@ def cell(values: list[float], digits: int = 2) -> str:
     return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
+def worst_of(seeds: list[dict[str, np.ndarray]], names: list[str]) -> np.ndarray:
+    """Which images stand all the attacks named, (seeds, images)."""
+    return np.stack([np.minimum.reduce([attacks[name] for name in names]) for attacks in seeds])
+
+
 def table(groups: Groups) -> Iterator[str]:
-    """The rows in Markdown, a note of what `worst case` is below. A record's `also` are further columns, numbers."""
+    """The rows in Markdown, and below them what `worst case` and the last column are."""
     found = {name: [verdicts(record) for record in records] for name, records in groups.items()}
     everything = [attacks for of in found.values() for attacks in of]
     columns = list(dict.fromkeys(name for attacks in everything for name in attacks))
     common = [name for name in columns if all(name in attacks for attacks in everything)]
-    also = list(dict.fromkeys(key for of in groups.values() for record in of for key in record.get("also", {})))
-    first = next(iter(groups))
-    heads = ["network", "runs", *columns, "worst case", f"less {first}", *also]
+    first, images = next(iter(groups)), images_of(next(iter(groups.values()))[0])
+    heads = ["network", "runs", *columns, "worst case", f"less {first}"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
-    base = None
+    base = worst_of(found[first], common)
     for name, seeds in found.items():
         cells = [name, str(len(seeds))]
         for column in columns:
-            cells.append(cell([100 * of[column].mean() for of in seeds if column in of] or [np.nan]).replace("nan", ""))
-        worst = np.stack([np.minimum.reduce([attacks[key] for key in common]) for attacks in seeds])
+            values = [100 * of[column].mean() for of in seeds if column in of]
+            part = f", {len(values)} of {len(seeds)} runs" if 0 < len(values) < len(seeds) else ""
+            cells.append(cell(values) + part if values else "")
+        worst = worst_of(seeds, common)
         cells.append(f"**{cell([100 * of.mean() for of in worst])}**")
-        if base is None:
-            base, labels = worst, groups[name][0].get("labels")
+        if name == first:
             cells.append("")
-        elif all(record.get("labels") == labels for record in groups[name]):
-            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*difference(worst, base)))
+        elif any(images_of(record) != images for record in groups[name]):
+            cells.append("other images or eps")
         else:
-            cells.append("other images")
-        for key in also:
-            values = [record["also"][key] for record in groups[name] if key in record.get("also", {})]
-            cells.append(f"{sum(values) / len(values):.3g}" if values else "")
+            alone = ", images alone" * (min(len(worst), len(base)) == 1)
+            cells.append("{:+.1f} ({:+.1f} to {:+.1f}{})".format(*difference(worst, base), alone))
         yield f"| {' | '.join(cells)} |"
     yield ""
-    yield f"Worst case: image by image, the lowest of {', '.join(common)}."
+    left = [name for name in columns if name not in common]
+    without = f"; without {', '.join(left)}, which not every run has" if left else ""
+    yield f"Worst case: image by image, the lowest of {', '.join(common)}{without}."
+    yield (
+        "Less the first row: on the same images, with a 95 % interval by resampling images and seeds; where a row has "
+        "one run, `images alone`: another seed may differ by more."
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -144,15 +178,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a folder that holds {FILE}, or such a file")
     try:
-        records = [read(path) for path in parser.parse_args(argv).runs]
-        sizes = {len(record["labels"]) for record in records}
-        if len(sizes) > 1:
-            counts = " and ".join(map(str, sorted(sizes)))
-            raise UsageError(f"the evaluations are of {counts} images; give those of the same images")
-        print(*table(grouped(records)), sep="\n")
+        groups = grouped([read(path) for path in parser.parse_args(argv).runs])
+        for name, (first, *others) in groups.items():
+            if any(images_of(record) != images_of(first) for record in others):
+                raise UsageError(f"the runs of {name} were evaluated on other images than one another")
+        print(*table(groups), sep="\n", flush=True)
     except UsageError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of a reader that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

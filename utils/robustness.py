@@ -330,6 +330,9 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, 
         raise Stopped(signum, f"stopped; finished blocks are kept, and the same command goes on: {again}")
 
     foreign = (subject.info["module"], as_input(split.images[:FEW])) if settings.model else ()
+    if "adaptive" in settings.attacks and settings.apgd_steps < APGD_STEPS:
+        few = f"{settings.apgd_steps} steps of each APGD on a view, not {APGD_STEPS}; a worst case may be lower"
+        subject = subject._replace(notes=[*subject.notes, few])
     kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
     subject = subject._replace(model=attacked(subject.model))
     other = surrogate and attacked(surrogate)
