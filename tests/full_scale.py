@@ -1,20 +1,26 @@
 """What the paper's rows cost to train: for each the command, its operations, and estimated hours on a card.
 
-python -m tests.full_scale                 ANCRA's rows of README's last table, as published
-python -m tests.full_scale --gate none     the same with another gate
-python -m tests.full_scale --awp 0.005     or any other flags of a training script
+python -m tests.full_scale                 ANCRA's rows of README's last table, and the operations of other gates
+python -m tests.full_scale --awp 0.005     the same with other flags of the method
 
-Operations are those of convolutions and matrix products, a multiplication and an addition each, as PyTorch's counter
-has them: both attacks, training forwards and backwards, and each epoch's natural and PGD-40 accuracy on all test
-images. Hours are ESTIMATES: operations by the share of a card's bfloat16 rate that a step was measured to use on one
-H200 (`tests.card`: 717 TFLOP/s; an H100 computes as fast), PreActResNet-18's taken to be ResNet-18's. Eight cards: an
-eighth of that, a bound that nothing of 16 images a card attains; nobody has run these rows here.
+Operations are those of convolutions and matrix products, a multiplication and an addition each, by PyTorch's formulas:
+both attacks, training forwards and backwards, and each epoch's natural and PGD-40 accuracy, as if every test image were
+right without an attack (others are not attacked). No card is needed.
+
+Hours are ESTIMATES: operations by the share of a card's bfloat16 rate that a step was measured to use on one H200
+(`tests.card`: 717 TFLOP/s; an H100 computes as fast). WRN-28-10's share is taken to be WRN-34-10's, PreActResNet-18's
+to be ResNet-18's; evaluation, which is neither bfloat16 nor compiled and was never timed on a card, to use that of a
+step without a flag. Eight cards: an eighth of that, a bound that nothing of 16 images a card attains. Nobody has run
+these rows here.
 """
 
 import argparse
+import ast
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,16 +34,13 @@ from utils.options import parse_training
 from utils.recipes import CLASSES, Training
 from utils.step import away_from_labels
 
+ROOT = Path(__file__).parent.parent
 RATE = 717e12  # bfloat16 products, operations a second
 SHARES = {"no flag": {"ResNet18": 0.16, "WRN": 0.26}, "--precision bf16 --compile": {"ResNet18": 0.28, "WRN": 0.56}}
 IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
+UNCOUNTED = ("limit_train", "limit_test", "val_size", "extra_data", "compile", "precision")
 RESNET, WRN = "train_CIFAR10_ResNet.py", "train_CIFAR10_WideResNet.py"
 PREACT = "train_Tiny_ImageNet_PreActResNet.py"
-RECIPES = {  # what each script gives `train`, which test_full_scale.py compares
-    RESNET: {"arch": "ResNet18", "dataset": "cifar10", "lr": 0.01, "weight_decay": 2e-4},
-    WRN: {"arch": "WRN-34-10", "dataset": "cifar10", "lr": 0.01, "weight_decay": 2e-4},
-    PREACT: {"arch": "PreActResNet18", "dataset": "tiny-imagenet", "lr": 0.1, "weight_decay": 5e-4},
-}
 ROWS = [
     *([RESNET, "--method", method] for method in ("pgd", "trades", "mart")),
     *([RESNET, "--dataset", "cifar100", "--method", method] for method in ("pgd", "trades", "mart")),
@@ -45,6 +48,12 @@ ROWS = [
     [WRN, "--arch", "WRN-28-10", "--method", "trades"],
     *([PREACT, "--method", method] for method in ("pgd", "trades", "mart")),
 ]
+
+
+def settings_of(script: str, *flags: str) -> Training:
+    """The settings of a training command: the script's own, by reading it, and its flags."""
+    call = next(node for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Call))
+    return parse_training("", {word.arg: ast.literal_eval(word.value) for word in call.keywords}, list(flags)).settings
 
 
 class Passes(NamedTuple):
@@ -120,18 +129,24 @@ def main(argv: list[str]) -> None:
         prog="python -m tests.full_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _, flags = parser.parse_known_args(argv)
-    print(f"| command | EFLOP, of these evaluation | {' | '.join(f'hours, 1 and 8 cards, {how}' for how in SHARES)} |")
-    print("|---|---|" + "---|" * len(SHARES))
+    gates = () if "--gate" in flags else ("soft", "none")
+    heads = ["command", "EFLOP", "of these evaluation", *(f"EFLOP, gate {gate}" for gate in gates)]
+    print(f"| {' | '.join([*heads, *(f'hours, 1 and 8 cards, {how}' for how in SHARES)])} |")
+    print("|" + "---|" * (len(heads) + len(SHARES)))
     for script, *own in ROWS:
-        settings = parse_training("", RECIPES[script], [*own, *flags]).settings
+        settings = settings_of(script, *own, *flags)
+        changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(Training, name)]
+        if changed or settings.dataset not in IMAGES:
+            parser.error(f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out")
         training, evaluation = run_of(settings)
         cells = [f"`python {shlex.join([script, *own, *flags])}`"]
-        cells.append(f"{1e-18 * (training + evaluation):.2f}, {1e-18 * evaluation:.2f}")
+        cells += [f"{1e-18 * operations:.2f}" for operations in (training + evaluation, evaluation)]
+        cells += [f"{1e-18 * sum(run_of(replace(settings, gate=gate))):.2f}" for gate in gates]
+        network = "WRN" if settings.arch.startswith("WRN") else "ResNet18"
         for shares in SHARES.values():
-            share = shares["WRN" if settings.arch.startswith("WRN") else "ResNet18"]
-            hours = (training + evaluation) / (share * RATE) / 3600
-            cells.append(f"{hours:.2f}, {hours / 8:.2f}")
-        print(f"| {' | '.join(cells)} |")
+            hours = (training / shares[network] + evaluation / SHARES["no flag"][network]) / RATE / 3600
+            cells.append(f"{hours:.1f}, {hours / 8:.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Operations on paper are those of a real step, counted while it runs."""
 
-import ast
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
 from tests import full_scale
-from tests.helpers import ROOT, settings
+from tests.helpers import settings
 from utils.attacks import Standing
 from utils.companions import adversarial_weights
 from utils.step import attack_batch, backward, training_loss
@@ -67,14 +67,29 @@ def test_a_run_s_operations_add_up_epochs_and_evaluations():
     assert full_scale.run_of(job) == (2 * early + 3 * late, 3 * 10_000 * (of.look + 40 * of.attack))
 
 
-@pytest.mark.parametrize("script", full_scale.RECIPES)
-def test_recipes_are_those_of_the_scripts(script):
-    call = next(node for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Call))
-    own = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg != "model_dir"}
-    assert own == full_scale.RECIPES[script]
+def test_the_counter_is_pytorch_s():
+    """Where PyTorch's own can count, which cannot follow gradients of an input."""
+    model = build_model("PreActResNet18", 10, width=4, image_size=16)
+    x, labels = torch.rand(2, 3, 16, 16), torch.tensor([3, 1])
+
+    def work():
+        heads = model(x, labels, heads=True)
+        (heads.final.sum() + sum(logits.sum() for logits in heads.auxiliary)).backward()
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    assert full_scale.counted(work) == counter.get_total_flops() > 0
 
 
 def test_the_table_has_a_row_for_each_of_the_paper_s(capsys):
-    full_scale.main(["--gate", "soft"])
+    full_scale.main(["--zeta", "2"])
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 11 and all("--gate soft" in row and row.count("|") == 5 for row in rows)
+    assert len(rows) == 11 and all("--zeta 2" in row and row.count("|") == 8 for row in rows)
+    assert [row.split(" ")[2] for row in rows] == [command[0] for command in full_scale.ROWS]
+
+
+@pytest.mark.parametrize("flags", ["--dataset digits", "--limit-train 100", "--precision bf16", "--val-size 10"])
+def test_what_is_not_counted_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        full_scale.main(flags.split())
+    assert end.value.code == 2 and "nothing is counted here for" in capsys.readouterr().err

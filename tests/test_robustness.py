@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ import utils.robustness
 from tests import tiny_networks
 from tests.helpers import ATTACK, ROOT, RunsCode, digits_checkpoint, digits_split, environment, execute
 from tests.tiny_networks import robust, scaled, undefended, with_ra
+from utils import results
 from utils.adaptive import views
 from utils.attacks import cross_entropy, frozen, image_noise, linf_pgd, noise, pgd
 from utils.checkpoints import load_model
@@ -323,6 +325,8 @@ TRANSFERRED = {"transfer PGD-40", "adaptive: surrogate"}
         (("--step-size", "0.01"), {"PGD-40", "CW-20", "transfer PGD-40"} | VIEWS),
         (("--num-steps", "41"), {"PGD-41", "transfer PGD-41"} | VIEWS),
         (("--restarts", "4"), VIEWS),
+        (("--apgd-steps", "20"), VIEWS),
+        (("--apgd-steps", "100"), set()),
         ("auxiliary weight", {"adaptive: over heads"}),
         ("surrogate", TRANSFERRED),
         ("version of what all attacks use", ALL),
@@ -622,6 +626,13 @@ def test_several_runs_have_a_mean_and_a_range(tmp_path, capsys, no_pictures):
     found = [accuracy(json.loads((run / "white_attack.json").read_text()), "FGSM") for run in runs]
     said = f"FGSM  {sum(found) / 2:.2f}  {min(found):.2f} - {max(found):.2f}"
     assert capsys.readouterr().out.splitlines()[-1] == said and found[0] != found[1]
+
+    assert results.main([str(run) for run in runs]) == 0  # the same side by side
+    rows = [line.split(" | ")[2:4] for line in capsys.readouterr().out.splitlines()[2:4]]
+    natural = [accuracy(results.read(str(run)), "natural") for run in runs]
+    assert rows == [[f"{of:.2f}" for of in both] for both in zip(natural, found, strict=True)]
+    documented = set(re.findall(r"^(\w+)", results.__doc__.split("stable")[1], re.MULTILINE)) | {"labels", "format"}
+    assert all(documented <= results.read(str(run)).keys() for run in runs) and len(documented) > 7
 
 
 # Planted frauds

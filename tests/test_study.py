@@ -1,5 +1,6 @@
 """The study's command runs, stops, goes on and counts as it says; so does the table of any runs."""
 
+import itertools
 import json
 import shlex
 
@@ -13,11 +14,15 @@ from utils import results
 from utils.options import parse, parse_training
 from utils.recipes import Distances, Evaluation
 
+_numbers = itertools.count()
+
 
 def record(network=(), labels=(0, 1, 2, 3), **attacks):
     """What an evaluation leaves, as far as the tables need it."""
     return {
         "format": results.FORMAT,
+        "checkpoint": str(next(_numbers)),
+        "settings": {"restarts": 5},
         "network": {"method": "TRADES", "arch": "ResNet18"} | dict(network),
         "labels": list(labels),
         "attacks": {name.replace("_", " "): {"verdicts": verdicts} for name, verdicts in attacks.items()},
@@ -28,13 +33,17 @@ def test_the_worst_case_is_the_lowest_of_the_attacks_that_all_have_image_by_imag
     first = record(natural="1111", PGD="1110", **{"adaptive: final": "1110", "worst case": "0000"})
     second = record(natural="1111", PGD="1110", AutoAttack="0000", **{"adaptive: a": "1011", "adaptive: b": "1101"})
     third = record(natural="1111", PGD="1111", **{"adaptive: final": "1111"})
-    heads, _, one, two, _, note = results.table({"first": [first], "second": [second, third]})
+    heads, _, one, two, _, note, intervals = results.table({"first": [first], "second": [second, third]})
     assert heads == "| network | runs | natural | PGD | adaptive | AutoAttack | worst case | less first |"
-    assert one == "| first | 1 | 100.00 | 75.00 | 75.00 |  | **75.00** |  |"
+    assert one == "| first | 1 | 100.00 | 75.00 | 75.00 |  | **75.00** |  |" and "images alone" in intervals
     cells = two.split(" | ")
-    assert cells[:2] == ["| second", "2"] and cells[5] == "0.00" and cells[6] == "**62.50 (25.00 to 100.00)**"
+    assert (
+        cells[:2] == ["| second", "2"] and cells[5] == "0.00, 1 of 2 runs" and cells[6] == "**62.50 (25.00 to 100.00)**"
+    )
     assert cells[4] == "75.00 (50.00 to 100.00)" and cells[7].startswith("-12.5 (")
-    assert note == "Worst case: image by image, the lowest of natural, PGD, adaptive."
+    assert cells[7].endswith(", images alone) |")
+    lowest = "Worst case: image by image, the lowest of natural, PGD, adaptive"
+    assert note == f"{lowest}; without AutoAttack, which not every run has."
 
 
 def test_a_difference_is_paired():
@@ -47,14 +56,30 @@ def test_a_difference_is_paired():
 
 
 def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path, capsys):
-    recipes = [{"seed": 1, "lr": 0.03}, {"seed": 2, "lr": 0.03}, {"seed": 1, "lr": 0.09}, None]
+    """Settings that an older version did not have, and those without an effect, do not."""
+    plain = {"no_anc": True, "no_ra": True, "lr": 0.03}
+    recipes = [plain | {"seed": 1}, plain | {"seed": 2, "attack_cr_beta": None, "zeta": 9}, plain | {"lr": 0.09}, None]
     for i, recipe in enumerate(recipes):
         (tmp_path / str(i)).mkdir()
         found = record({"recipe": recipe, "method": "TRADES" if recipe else "FILE"}, natural="1110", PGD=f"11{i % 2}0")
         (tmp_path / str(i) / results.FILE).write_text(json.dumps(found))
-    assert results.main([str(tmp_path / str(i)) for i in range(4)]) == 0
+    paths = [str(tmp_path / str(i)) for i in range(4)]
+    assert results.main(paths) == 0
     rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:5]]
     assert rows == [["| TRADES, lr 0.03", "2"], ["| TRADES, lr 0.09", "1"], ["| FILE", "1"]]
+    assert results.main([*paths, paths[0]]) == 2
+    assert "which is there already" in capsys.readouterr().err
+    other = json.loads((tmp_path / "1" / results.FILE).read_text()) | {"settings": {"restarts": 1}}
+    (tmp_path / "1" / results.FILE).write_text(json.dumps(other))
+    assert results.main(paths[:2]) == 0
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert rows == ["| TRADES, evaluation's restarts 5", "| TRADES, evaluation's restarts 1"]
+
+
+def test_other_images_are_not_compared():
+    first, second = record(natural="1111", PGD="1110"), record(natural="1111", PGD="1110")
+    *_, row, _, _, _ = results.table({"first": [first], "second": [second | {"image_numbers": [3, 1, 2, 0]}]})
+    assert row.endswith("| other images or eps |")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +91,10 @@ def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path
         (json.dumps(record(natural="11", PGD="1")), "is no white_attack.json"),
         (json.dumps(record(natural="12")), "is no white_attack.json"),
         (json.dumps(record(natural="11") | {"format": 2}), "is no white_attack.json"),
-        (json.dumps(record(labels=(0, 1, 2), natural="111")), "of 3 and 4 images"),
+        (json.dumps(record(labels=(0, 1, 2), natural="1111")), "is no white_attack.json"),
+        (json.dumps(record(PGD="1111")), "is no white_attack.json"),
+        (json.dumps(record(natural="1111") | {"settings": None}), "is no white_attack.json"),
+        ("[" * 100_000, "is no white_attack.json"),
     ],
 )
 def test_what_is_no_evaluation_is_refused_in_a_line(content, said, tmp_path, capsys):
@@ -91,20 +119,37 @@ def test_every_command_of_the_study_is_understood(capsys):
         assert parse(Distances, "", measure).target_label == "all"
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nothing"], "unknown: nothing; known: gates"),
+        (["--seeds", "x"], "--seeds takes numbers"),
+        (["--jobs", "0"], "--jobs one of at least 1"),
+        (["--print", "--out", "nowhere"], "nowhere holds no finished run"),
+        (["--print", "--out", "nowhere.json"], "No such file"),
+        (["--out", "study.json"], "only printed"),
+    ],
+)
+def test_wrong_use_of_the_study_is_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        study.main(argv)
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_published_figures_are_those_of_the_published_verdicts(capsys):
-    """README's rows of the study are what its file of verdicts gives."""
-    study.main(["--print", "--out", str(ROOT / "tests/golden/study.json")])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    worst = {
-        cells[0].strip("| "): next(c for c in cells if c.startswith("**"))
-        for cells in (r.split(" | ") for r in rows[1:])
-    }
-    text = (ROOT / "README.md").read_text()
-    named = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "**" in line]
-    shown = [(cells[0].strip("| "), next(c for c in cells if "**" in c)) for cells in named]
-    known = [(name, cell) for name, cell in shown if name in worst]
-    assert len(known) >= 5
-    assert known == [(name, worst[name]) for name, _ in known]
+    """README's rows of the study are what its file of verdicts gives, each of the table that README names first."""
+    study.main(["gates", "grid", "companions", "--print", "--out", str(ROOT / "tests/golden/study.json")])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "**" in line]
+    worst = {cells[0].strip("| "): next(c for c in cells if "**" in c) for cells in reversed(rows)}
+    shown = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines() if "**" in line]
+    named = [
+        (cells[0].strip("| "), cell)
+        for cells in shown
+        for cell in cells
+        if cells[0].strip("| ") in worst and "**" in cell
+    ]
+    assert len(named) >= 8
+    assert named == [(name, worst[name]) for name, _ in named]
 
 
 @pytest.mark.slow
