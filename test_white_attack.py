@@ -6,7 +6,7 @@
     python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra --mean cifar10 --std cifar10    normalised images
     python test_white_attack.py --model package.module:function --dataset cifar10      any classifier of [0, 1] images,
                                                                    also FILE.py:function; written to ./evaluated
-    python test_white_attack.py --ckpt_url RUN RUN RUN             of several runs, mean and range too
+    python test_white_attack.py --ckpt_url RUN RUN RUN             of several runs, also side by side
 
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
 README's first table says what it finds for digits, and by which commands.

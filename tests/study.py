@@ -25,6 +25,7 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import UsageError
+from utils.errors import UsageError, stop_signals
 from utils.options import parse, parse_training
 from utils.recipes import Evaluation, stored
 from utils.results import FILE, Groups, read, table, verdicts, worst_of
@@ -46,6 +47,7 @@ ATTACKS = ("natural", "fgsm", "pgd", "cw", "adaptive")
 SEEDS = (1, 2, 3)
 PLAIN_STARTS = 6  # as many as another network has views
 CLASSES = 10
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 MARKS, COLOURS = "osD^vP*", 10
 
 
@@ -154,12 +156,17 @@ def run_of(out: Path, row: Row, seed: int, full: bool = False, more: tuple = (),
 
 
 def script(argv: list[object]) -> None:
-    """Run a script in this process, which has PyTorch loaded. RuntimeError where it ends with another status than 0."""
+    """Run a script in this process, which has PyTorch loaded, and end the process where a signal ended the script.
+
+    RuntimeError where it fails.
+    """
     sys.argv = [str(arg) for arg in argv]
     print("\npython", shlex.join(sys.argv), flush=True)
     try:
         runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
     except SystemExit as end:
+        if end.code in STOPPED:
+            os._exit(end.code)  # before this process takes up another run
         if end.code:
             raise RuntimeError(f"status {end.code}: python {shlex.join(sys.argv)}") from end
 
@@ -294,18 +301,20 @@ def work(wanted: list[Run], jobs: int) -> list[str]:
         folders.setdefault(run.folder, []).append(run)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # before a worker loads PyTorch
     failed, spawn = [], multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+
+    def stop(signum: int, frame: object) -> None:
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # its script saves and ends
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + signum)
+
+    with stop_signals(stop), ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         begun = {pool.submit(make, runs): folder for folder, runs in folders.items()}
-        try:
-            for i, future in enumerate(as_completed(begun), 1):
-                error = future.exception()
-                failed += [f"{begun[future]}: {error}"] * (error is not None)
-                said = f"failed: {error}" if error else f"{future.result():.0f} s"
-                print(f"{i} of {len(begun)}  {begun[future].name}  {said}", flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=True, cancel_futures=True)
-            print("stopped; the same command goes on", file=sys.stderr)
-            sys.exit(130)
+        for i, future in enumerate(as_completed(begun), 1):
+            error = future.exception()
+            failed += [f"{begun[future]}: {error}"] * (error is not None)
+            said = f"failed: {error}" if error else f"{future.result():.0f} s"
+            print(f"{i} of {len(begun)}  {begun[future].name}  {said}", flush=True)
     return failed
 
 

@@ -590,11 +590,11 @@ def test_resuming_with_a_weight_that_is_not_finite_is_refused(refused, finished)
 def test_a_state_of_the_first_release_resumes_and_one_of_another_version_is_refused(refused, finished):
     """The first release wrote no version."""
     file, state = finished / "last_state.pt", state_of(finished)
-    settings = {key: value for key, value in state["recipe"].items() if key != "sync_bn"}
-    for changed in ({"version": state["version"] + 1}, {"version": torch.zeros(2)}, {"recipe": settings}):
+    unknown = {"recipe": state["recipe"] | {"sharpness": 1.0}}
+    for changed in ({"version": state["version"] + 1}, {"version": torch.zeros(2)}, unknown):
         torch.save(state | changed, file)
-        refused(ANCRA, "--resume", finished, mentions=(file, "another version"))
-    del state["version"]
+        refused(ANCRA, "--resume", finished, mentions=(file, "another version", "sharpness" * (changed is unknown)))
+    del state["version"], state["recipe"]["awp"]  # a setting that is new since then
     torch.save(state, file)
     assert execute(ANCRA, "--resume", finished, "--epochs", "2") == 0
     assert [row["epoch"] for row in metrics(finished)] == ["1", "2"]

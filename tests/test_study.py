@@ -68,12 +68,13 @@ def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path
     rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:5]]
     assert rows == [["| TRADES, lr 0.03", "2"], ["| TRADES, lr 0.09", "1"], ["| FILE", "1"]]
     assert results.main([*paths, paths[0]]) == 2
-    assert "which is there already" in capsys.readouterr().err
+    assert "is there twice" in capsys.readouterr().err
     other = json.loads((tmp_path / "1" / results.FILE).read_text()) | {"settings": {"restarts": 1}}
     (tmp_path / "1" / results.FILE).write_text(json.dumps(other))
     assert results.main(paths[:2]) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
     assert rows == ["| TRADES, evaluation's restarts 5", "| TRADES, evaluation's restarts 1"]
+    assert results.main([str(tmp_path)]) == 2 and "holds no white_attack.json" in capsys.readouterr().err
 
 
 def test_other_images_are_not_compared():

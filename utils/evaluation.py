@@ -131,7 +131,7 @@ class Subject(NamedTuple):
     def method(self) -> str:
         """What a run is called in tables and figures: ANCRA-TRADES, TRADES-RA, TRADES; else its file's name."""
         method = self.recipe.get("method")
-        if not isinstance(method, str) or not method.isidentifier():
+        if not isinstance(method, str) or not method.replace("-", "_").isidentifier():
             return str(self.info["arch"]) if self.info.get("module") else self.file.stem
         method = "PGD-AT" if method == "pgd" else method.upper()
         ra, anc = self.info["reverse_attention"], not self.recipe.get("no_anc")

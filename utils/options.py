@@ -187,6 +187,7 @@ class Parser(argparse.ArgumentParser):
             words = flag.strip("-").replace("_", " ").replace("-", " ").lower()  # of a help, such as learning rate
             said = [a.option_strings[0] for a in self._actions if words and f"{words} " in f"{a.help} "]
             meant = near(flag, self._option_string_actions) or near(said[0] if said else "", said)
+            meant = meant if flag else "; a value follows its flag, such as --dataset digits, several A,B by commas"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 

@@ -101,14 +101,6 @@ def worst_cases(rows: dict[str, Row]) -> dict[str, Row]:
     return found | ({"worst case": together(rows)} if len(rows) + len(found) > 2 else {})
 
 
-def over_runs(runs: list[dict[str, Row]]) -> Iterator[str]:
-    """Mean and range over several runs of each line that all their tables have."""
-    yield f"{len(runs)} runs, mean and range:"
-    for name in (name for name in runs[0] if all(name in rows for rows in runs)):
-        found = [percent(rows[name].right) for rows in runs]
-        yield f"{name}  {sum(found) / len(found):.2f}  {min(found):.2f} - {max(found):.2f}"
-
-
 def by_class(rows: dict[str, Row], split: Split) -> dict[str, dict[str, float]]:
     """Of each class, how many images there are, and natural and worst-case accuracy in percent; the worst first."""
     verdicts, found = {"natural": rows["natural"].right, "worst case": [*rows.values()][-1].right}, {}
@@ -149,8 +141,8 @@ def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator
 
 def write_json(
     file: Path, settings: Evaluation, subject: Subject, rows: dict[str, Row], diagnosis: Diagnosis | None, more: dict
-) -> None:
-    """white_attack.json: this evaluation, and those before it under `earlier`. more: what else is told of it.
+) -> dict:
+    """white_attack.json: this evaluation, which is returned, and those before it as `earlier`. more: what else is told.
 
     `utils.results` says what of it is stable. Verdicts are in the order of the test set or of --n-examples' shuffle.
     """
@@ -190,6 +182,7 @@ def write_json(
         named = {f"by_{x}": [dict(zip((x, *CURVES), row, strict=True)) for row in curves[x]] for x in curves}
         record["diagnostics"] = {"signs": [sign._asdict() for sign in diagnosis.signs]} | named
     write_record(file, record | more)
+    return record
 
 
 def predictions(subject: Subject, worst: Worst) -> dict[str, list[int]]:

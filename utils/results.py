@@ -42,6 +42,8 @@ Groups = dict[str, list[dict]]  # records by the name of their row
 def read(path: str) -> dict:
     """What the evaluation of a run, a folder or its white_attack.json, has written. UsageError where that is not so."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if Path(path).is_dir() and not file.exists():
+        raise UsageError(f"{path} holds no {FILE}; name a run's folder, after test_white_attack.py --ckpt_url RUN")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         images, found = len(record["labels"]), [attack["verdicts"] for attack in record["attacks"].values()]
@@ -51,10 +53,10 @@ def read(path: str) -> dict:
         if not all(isinstance(record[key], dict) for key in ("network", "settings")):
             raise TypeError
     except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}; test_white_attack.py --ckpt_url RUN writes it") from error
+        raise UsageError(f"{file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is no {FILE} of today's test_white_attack.py; evaluate the run anew") from error
-    return record | {"file": str(file)}
+    return record
 
 
 def images_of(record: dict) -> object:
@@ -70,7 +72,7 @@ def identity(record: dict) -> dict[str, Any]:
         known = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.items() if name in SETTINGS}
         trained = Training(**known)
         away = {name for name, about in SETTINGS.items() if about.free and name != "epochs"}
-        away |= {"seed", "model_dir", "data_dir", "tag", "device", "no_cuda", "ckpt_url", *idle(trained)}
+        away |= {"seed", "model_dir", "data_dir", "device", "no_cuda", "ckpt_url", *idle(trained)}
         own = {name: value for name, value in asdict(trained).items() if name not in away}
     own |= {"network": network.get("arch"), "epoch": network.get("epoch"), "attack": record.get("threat_model")}
     return own | {f"evaluation's {name}": settings.get(name, default) for name, default in EVALUATED.items()}
@@ -88,15 +90,14 @@ def grouped(records: list[dict]) -> Groups:
         if members is None:
             groups.append((own, members := []))
         if any(record.get("checkpoint") == other.get("checkpoint") for other in members):
-            raise UsageError(
-                f"{record['file']} is the evaluation of {record.get('checkpoint')}, which is there already"
-            )
+            raise UsageError(f"the evaluation of {record.get('checkpoint')} is there twice; give it once")
         members.append(record)
     methods, named = [str(members[0]["network"].get("method")) for _, members in groups], {}
     for method, (own, members) in zip(methods, groups, strict=True):
         rivals = [key for other, (key, _) in zip(methods, groups, strict=True) if other == method]
-        keys = dict.fromkeys(key for rival in rivals for key in rival)
-        apart = [f"{key} {own.get(key)}" for key in keys if any(own.get(key) != rival.get(key) for rival in rivals)]
+        against = {key: [rival.get(key) for rival in rivals] for rival in rivals for key in rival}
+        against |= {key: [other.get(key) for other, _ in groups] for key in own if key.startswith("evaluation's")}
+        apart = [f"{key} {own.get(key)}" for key, values in against.items() if any(own.get(key) != v for v in values)]
         named[", ".join([method, *apart])] = members
     return named
 

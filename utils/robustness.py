@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import ReverseAttentionNetwork
-from utils import attacks, distributed, report
+from utils import attacks, distributed, report, results
 from utils.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.adaptive import View, adaptive, views
 from utils.attacks import NOISE_DRAWS, Attack, Standing, cross_entropy, margin, margins, noise, pgd
@@ -37,7 +37,7 @@ from utils.options import eps_text
 from utils.provenance import in_one_line, provenance
 from utils.recipes import APGD_STEPS, BLIND, Evaluation
 from utils.report import Row, Worst
-from utils.results import ADAPTIVE, FILE
+from utils.results import ADAPTIVE
 from utils.runs import open_log
 
 FEW, SOME = 16, 64  # images whose answers tell a foreign network; those that are looked at for doubts
@@ -296,27 +296,36 @@ def attacked(model: nn.Module) -> nn.Module:
 
 
 def white_attack(settings: Evaluation) -> None:
-    """Evaluate the network of --model, or those of --ckpt_url one after the other; then their mean and range."""
+    """Evaluate the network of --model, or those of --ckpt_url one after the other, then side by side."""
     if settings.model:
         with at_home(settings.model):
             subject, folder = foreign_subject(settings), Path("evaluated") / re.sub(r"\W+", "-", settings.model)
             if not settings.log_path:
                 require_writable(folder, "name another by --log_path")
             evaluate(settings, subject, folder)
-    runs, kinds, files = [], set(), [checkpoint_file(path).resolve() for path in settings.ckpt_url or ()]
+    files = [checkpoint_file(path).resolve() for path in settings.ckpt_url or ()]
     if len({file.parent for file in files}) < len(files):
         raise UsageError("--ckpt_url names two checkpoints of one folder, whose files would replace each other")
+    records = []
     for path in settings.ckpt_url or ():
         subject = load_subject(settings, path)
-        runs.append(evaluate(settings, subject, subject.file.parent))
-        kinds.add((subject.dataset, subject.split.classes, subject.eps))
-    if len(runs) > 1 and distributed.first():
-        for line in report.over_runs(runs) if len(kinds) == 1 else ["no mean: the runs differ in data or eps"]:
-            tqdm.write(line)
+        records.append(evaluate(settings, subject, subject.file.parent))
+    if len(records) > 1 and distributed.first():
+        print(*results.table(results.grouped(records)), sep="\n")
 
 
-def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, Row]:
-    """Attack a network -> its table, which goes to `folder`, or where --log_path says, with JSON, log and pictures."""
+def weaker(settings: Evaluation) -> list[str]:
+    """What a reader of the adaptive attack's figures must know of its settings."""
+    usual = {name: getattr(Evaluation, name) for name in ("restarts", "num_steps", "apgd_steps")}
+    few = [f"{name} {getattr(settings, name)} for {of}" for name, of in usual.items() if getattr(settings, name) < of]
+    return [f"a weaker adaptive attack than usual: {', '.join(few)}"] * bool(few and "adaptive" in settings.attacks)
+
+
+def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
+    """Attack a network; its table goes to `folder`, or where --log_path says, with JSON, log and pictures.
+
+    Returns what the JSON holds; nothing on other ranks than the first.
+    """
     surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
     if settings.diagnostics and subject.eps == 0:
         raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
@@ -330,9 +339,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, 
         raise Stopped(signum, f"stopped; finished blocks are kept, and the same command goes on: {again}")
 
     foreign = (subject.info["module"], as_input(split.images[:FEW])) if settings.model else ()
-    if "adaptive" in settings.attacks and settings.apgd_steps < APGD_STEPS:
-        few = f"{settings.apgd_steps} steps of each APGD on a view, not {APGD_STEPS}; a worst case may be lower"
-        subject = subject._replace(notes=[*subject.notes, few])
+    subject = subject._replace(notes=[*subject.notes, *weaker(settings)])
     kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
     subject = subject._replace(model=attacked(subject.model))
     other = surrogate and attacked(surrogate)
@@ -354,7 +361,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, 
         with computing("fp32"):
             doubted = doubts(subject.model, as_input(split.images[:SOME]), split.labels[:SOME], by_gradient)
         rows, worst = run_attacks(subject, plans, kept, settings.test_batch_size, say)
-        diagnosis = None
+        diagnosis, record = None, {}
         if settings.diagnostics:
             right = rows["natural"].right
             rows["diagnostics"], diagnosis = report.run_diagnostics(subject, right, worst, ways, settings, log, say)
@@ -362,7 +369,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, 
         rows = {name: row._replace(notes=[*doubted, *row.notes]) for name, row in rows.items()}
         if distributed.first():
             more = {"provenance": origin, "predicted": report.predictions(subject, worst)}
-            report.write_json(log.with_name(FILE), settings, subject, rows, diagnosis, more)
+            record = report.write_json(log.with_name(results.FILE), settings, subject, rows, diagnosis, more)
             for line in report.table(rows, subject, doubted):
                 say(line)
             if len(rows) > 1:
@@ -371,4 +378,4 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict[str, 
                 right = [*rows.values()][-1].right  # the worst case, where there are several attacks
                 saved = Path(settings.save_adversarial), subject, worst, more["predicted"]["worst case"], right
                 say(report.save_adversarial(*saved))
-    return rows
+    return record

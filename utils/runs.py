@@ -33,8 +33,6 @@ NO_NATURAL = {"train_natural_accuracy_first_head": None}
 NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
 ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
 ROWS += tuple(row | dict.fromkeys(TERMS) for row in ROWS)  # and as the first release did
-SINCE_FIRST_RELEASE = {"cuda_graph", "awp", "awp_warmup", "ema", "lr_schedule", "warmup_lr", "label_smoothing"}
-SINCE_FIRST_RELEASE |= {"extra_data", "extra_fraction", "gate", "ra_blocks", "tag", "tensorboard", "attack_cr_beta"}
 OWN = ("method", "dataset", "arch", "no_ra", "no_anc")  # what tells runs apart before any number does
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")  # what a published folder's name says
 WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.*")
@@ -180,9 +178,10 @@ def require_state(state: dict, file: Path) -> None:
     """UsageError where what a file holds is no run's last_state.pt; optimiser and progress: see `usable`."""
     described(state, file)
     version, recipe = state.get("version", VERSION), state.get("recipe")
-    known = type(version) is int and version == VERSION
-    if not known or (isinstance(recipe, dict) and recipe.keys() != stored(resolve(Training, {})).keys()):
-        raise UsageError(f"{file} was written by another version of this code; its settings do not match")
+    unknown = sorted(map(str, recipe.keys() - stored(Training()).keys())) if isinstance(recipe, dict) else []
+    if unknown or type(version) is not int or version != VERSION:
+        settings = f", with settings unknown here: {', '.join(unknown)}" if unknown else ""
+        raise UsageError(f"{file} was written by another version of this code{settings}; resume it by that one")
     needed = {"model": dict, "recipe": dict, "progress": dict, "optimizer": dict, "generator": Tensor, "classes": list}
     needed |= {"training_images": int, "ranks": int}
     if isinstance(recipe, dict) and recipe.get("ema"):
@@ -196,12 +195,12 @@ def require_state(state: dict, file: Path) -> None:
 
 
 def of_today(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Stored settings of an older version of this code in the words of this one; settings new since then are off."""
+    """Stored settings of an older version of this code in the words of this one; those new since then are defaults."""
     recipe = dict(recipe)
     if {"amp", "tf32"} <= recipe.keys():
         amp, tf32 = recipe.pop("amp"), recipe.pop("tf32")
         recipe["precision"] = "bf16" if amp == "bf16" else "tf32" if tf32 is True else "fp32"
-    return {key: value for key, value in stored(Training()).items() if key in SINCE_FIRST_RELEASE} | recipe
+    return stored(Training()) | recipe
 
 
 def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:
