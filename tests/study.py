@@ -19,6 +19,7 @@ with ANC. Alignment and exclusion: mean cosine of features with those of the adv
 import argparse
 import contextlib
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -209,7 +210,9 @@ def record_of(run: Run, row: Row, seed: int) -> dict | None:
         return None
     record = read(str(files[0]))
     recipe, looked = record["network"]["recipe"], record["settings"]
-    wanted, evaluation = stored(parse_training("", {}, run.train[1:]).settings), parse(Evaluation, "", run.evaluate[1:])
+    with contextlib.redirect_stderr(io.StringIO()):  # of flags without an effect the run has told
+        wanted = stored(parse_training("", {}, run.train[1:]).settings)
+    evaluation = parse(Evaluation, "", [*run.evaluate[1:], f"--ckpt_url={files[0].parent}"])
     other = [key for key, value in wanted.items() if key not in ("model_dir", "resume") and recipe.get(key) != value]
     other += [key for key in ("restarts", "apgd_steps", "n_examples") if looked[key] != getattr(evaluation, key)]
     if other:
@@ -222,7 +225,7 @@ def record_of(run: Run, row: Row, seed: int) -> dict | None:
 
 
 def also(run: Run, row: Row) -> dict[str, float]:
-    """Of a run: alignment, exclusion, and seconds an epoch, of one thread beside another run's."""
+    """Of a run: alignment, exclusion, and seconds of its fastest epoch, on one thread beside another run."""
     if row.predict != "final":
         return {}
     files = sorted((run.folder / "distances").glob("*.npz"))
@@ -232,7 +235,7 @@ def also(run: Run, row: Row) -> dict[str, float]:
         found |= {word: float(np.concatenate(of).mean())} if len(of) == CLASSES else {}
     for metrics in run.folder.glob("run*/metrics.csv"):
         with metrics.open() as lines:
-            found["s an epoch"] = float(np.median([float(line["seconds"]) for line in csv.DictReader(lines)]))
+            found["s an epoch"] = min(float(line["seconds"]) for line in csv.DictReader(lines))
     return found
 
 
