@@ -255,6 +255,10 @@ def blur(eps: float) -> Attack:
 
     return attack
 """
+FLAG = """    shift: float = setting(0.0, number(0, 5), "of the anchor's class")
+"""
+SHIFTED = """    print("USED: a flag" if settings.shift == 2.5 else settings.shift)
+"""
 RADIUS = 'epsilon: float = setting(8 / 255, number(0, 1, of=255), "L-infinity radius", by={'
 MODELS = "from models.reverse_attention import Heads, ReverseAttentionNetwork\n"
 BEFORE, AFTER = "before", "after"
@@ -276,6 +280,16 @@ CHANGES = {
         ),
         ("utils/negatives.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
         ("utils/recipes.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
+    ],
+    "a flag": [
+        ("utils/recipes.py", BEFORE, '    strategy: str = setting("random_adv"', FLAG),
+        (
+            "utils/step.py",
+            BEFORE,
+            "    own, net = own_slice(",
+            '    print("USED: a flag") if settings.shift == 2.5 else None\n',
+        ),
+        ("utils/recipes.py", AFTER, 'of_anc = ("strategy", ', '"shift", '),
     ],
     "a network": [
         ("models/small.py", "", "", NETWORK),
@@ -334,6 +348,7 @@ def test_each_idea_is_changed_as_the_table_says(tmp_path):
             change(copy / name, *how)
     flags = (
         "--dataset=stripes --image-size=16 --arch=Small --width=8 --method=pairing --strategy=near_adv --inner=margin "
+        "--shift=2.5 "
         "--warmup-epochs=0 --batch-size=16 --limit-train=32 --limit-test=4 --epochs=1 --num-steps=2 --device=cpu"
     )
     trained = python(ANCRA, *flags.split(), "--model-dir", tmp_path / "run", cwd=copy, PYTHONPATH="")
@@ -343,7 +358,7 @@ def test_each_idea_is_changed_as_the_table_says(tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     used = {"training": trained.stdout, "evaluation": evaluated.stdout}
     for job, ideas in {
-        "training": ("a loss", "a strategy", "a network", "a data set", "a training attack"),
+        "training": ("a loss", "a strategy", "a flag", "a network", "a data set", "a training attack"),
         "evaluation": ("a network", "a data set", "a view", "an attack of the evaluation"),
     }.items():
         for idea in ideas:
