@@ -348,9 +348,9 @@ def main(argv: list[str] | None = None) -> None:
             show(tables, json.loads(out.read_text())["runs"])
             return
         more = given.full, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
-        runs = {}  # table by table, seed by seed, each run once
-        for name in tables:
-            for seed in seeds:
+        runs = {}  # seed by seed, table by table, each run once
+        for seed in seeds:
+            for name in tables:
                 for row in TABLES[name]().values():
                     if given.full or given.seeds or seed <= row.seeds:
                         how = (out if given.commands else out.resolve()), row, seed
