@@ -188,8 +188,9 @@ def make_one(run: Run) -> None:
         stack.enter_context(contextlib.redirect_stdout(said))
         stack.enter_context(contextlib.redirect_stderr(said))
         there = sorted(run.folder.glob("run*"))
-        if not (there and (there[0] / "model-wrn-last.pt").exists() and list(there[0].glob(FILE))):
-            script([*run.train, *(["--resume", there[0]] if there else [])])
+        if not (there and (there[0] / FILE).exists()):
+            again = ["--resume", there[0]] if there and (there[0] / "last_state.pt").exists() else ["--overwrite"]
+            script([*run.train, *again])
         (trained,) = run.folder.glob("run*")
         checkpoint = ["--ckpt_url", trained / "model-wrn-last.pt"]
         written = (trained if run.predict == "final" else run.folder / run.predict) / FILE
