@@ -1,7 +1,7 @@
 """What each part is worth against an attacker who knows it: runs of digits, seed by seed, as tables and a figure.
 
 python -m tests.study                          all tables, less than 3 hours on 2 CPU cores
-python -m tests.study gates grid --seeds 1     some of: gates grid companions best controls ablations
+python -m tests.study gates --seeds 1          some of: gates trades pgd mart companions best controls ablations
 python -m tests.study --full                   main job's settings and the whole evaluation, for a card or days
 python -m tests.study --print                  the tables of what is there; of a file: --out tests/golden/study.json
 python -m tests.study --commands               the three commands of every run, and nothing else
@@ -75,15 +75,29 @@ def gates() -> Rows:
     return rows
 
 
-def grid() -> Rows:
-    """Every method alone, with each part and with both."""
-    rows = {}
-    for name, flags in {"TRADES": (), "PGD": ("--method=pgd",), "MART": ("--method=mart",)}.items():
-        rows[name] = Row((*flags, *TRADES.flags), 3, name == "TRADES")
-        rows[f"{name} +ANC"] = Row((*flags, "--no-ra"))
-        rows[f"{name} +RA"] = Row((*flags, "--no-anc"))
-        rows[f"{name} +both"] = Row(flags, 3, name == "TRADES")
-    return rows
+def parts_of(name: str, *flags: str) -> Rows:
+    """A method alone, with each part and with both."""
+    return {
+        name: Row((*flags, *TRADES.flags), 3, not flags),
+        f"{name} +ANC": Row((*flags, "--no-ra")),
+        f"{name} +RA": Row((*flags, "--no-anc")),
+        f"{name} +both": Row(flags, 3, not flags),
+    }
+
+
+def trades() -> Rows:
+    """TRADES alone, with each part and with both."""
+    return parts_of("TRADES")
+
+
+def pgd() -> Rows:
+    """PGD adversarial training alone, with each part and with both."""
+    return parts_of("PGD", "--method=pgd")
+
+
+def mart() -> Rows:
+    """MART alone, with each part and with both."""
+    return parts_of("MART", "--method=mart")
 
 
 AWP, EMA = ("--awp=0.005", "--awp-warmup=1"), ("--ema=0.995",)
@@ -129,7 +143,7 @@ def ablations() -> Rows:
     return rows | {f"lambda {value}": Row((f"--cr_beta={value}",)) for value in (0, 1)}
 
 
-TABLES = {f.__name__: f for f in (gates, grid, companions, best, controls, ablations)}
+TABLES = {f.__name__: f for f in (gates, trades, pgd, mart, companions, best, controls, ablations)}
 
 
 class Run(NamedTuple):
@@ -266,7 +280,10 @@ def draw(records: list[dict], file: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    once = {row.flags: (name, row) for name, row in (grid() | gates()).items()}  # names of gates where both have one
+    every = {**trades(), **pgd(), **mart(), **gates()}
+    once = {row.flags: (name, row) for name, row in every.items()}  # names of gates where both have one
+        row.flags: (name, row) for name, row in (trades() | pgd() | mart() | gates()).items()
+    }  # names of gates where both have one
     shown = [groups_of(dict(once.values()), records), groups_of(ablations(), records)]
     attacks = [set(verdicts(record)) for of in shown for group in of.values() for record in group]
     names = sorted(set.intersection(*attacks))  # those that every run has
