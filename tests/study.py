@@ -282,8 +282,6 @@ def draw(records: list[dict], file: Path, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     every = {**trades(), **pgd(), **mart(), **gates()}
     once = {row.flags: (name, row) for name, row in every.items()}  # names of gates where both have one
-        row.flags: (name, row) for name, row in (trades() | pgd() | mart() | gates()).items()
-    }  # names of gates where both have one
     shown = [groups_of(dict(once.values()), records), groups_of(ablations(), records)]
     attacks = [set(verdicts(record)) for of in shown for group in of.values() for record in group]
     names = sorted(set.intersection(*attacks))  # those that every run has
