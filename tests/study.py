@@ -279,7 +279,7 @@ def draw(records: list[dict], file: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     every = {**trades(), **pgd(), **mart(), **gates()}
     once = {row.flags: (name, row) for name, row in every.items()}  # names of gates where both have one
     shown = [groups_of(dict(once.values()), records), groups_of(ablations(), records)]
@@ -295,7 +295,7 @@ def draw(records: list[dict], file: Path, title: str) -> None:
         how = {"fmt": MARKS[i % len(MARKS)], "color": f"C{i % COLOURS}", "label": f"{name}: {y:.1f}", "ms": 7}
         left.errorbar(x, y, [[up[0]], [up[1]]], [[across[0]], [across[1]]], **how)
     left.set(xlabel="natural accuracy, %", ylabel="worst case, %", title=title)
-    left.legend(fontsize=7)
+    left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for i, group in enumerate(reversed(shown[1].values())):
         y, low, high = spread(group)
         right.errorbar(y, i, xerr=[[low], [high]], fmt="o", color="C0")
