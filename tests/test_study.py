@@ -3,13 +3,17 @@
 import itertools
 import json
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from tests import study
-from tests.helpers import ROOT, python
+from tests.helpers import ROOT, environment, python
 from utils import results
 from utils.options import parse, parse_training
 from utils.recipes import Distances, Evaluation
@@ -150,7 +154,7 @@ def test_published_figures_are_those_of_the_published_verdicts(capsys):
 
 
 @pytest.mark.slow
-def test_a_table_is_made_and_kept_and_a_run_is_that_of_its_command(tmp_path, capfd):
+def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_path, capfd):
     small = "--width=4 --epochs=1 --milestones=none --limit-train=24 --limit-test=6 --num-steps=1 --device=cpu"
     quick = "--n-examples=4 --num-steps=2 --apgd-steps=5 --device=cpu"
     argv = ["best", "--seeds", "1", "--out", str(tmp_path / "study"), "--flags", small, "--evaluation", quick]
@@ -160,6 +164,17 @@ def test_a_table_is_made_and_kept_and_a_run_is_that_of_its_command(tmp_path, cap
         lines = capfd.readouterr().out.splitlines()
         table = [line for line in lines if line.startswith("| gate")]
         return table, {file: file.stat().st_mtime_ns for file in tmp_path.rglob("white_attack.json")}
+
+    began = [sys.executable, "-m", "tests.study", *argv]
+    with subprocess.Popen(
+        began, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        while not list(tmp_path.rglob("last_state.pt")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.terminate()
+        assert b"stopped; the same command goes on" in process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM
 
     first, again = made(), made()
     assert first == again and len(first[1]) == 4
