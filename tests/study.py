@@ -124,7 +124,7 @@ def controls() -> Rows:
     """What a reviewer asks for. A sum over three heads weighs three times as much: the baseline at a threefold rate."""
     return {
         "TRADES": TRADES,
-        "TRADES, lr 0.09": Row((*TRADES.flags, "--lr=0.09")),
+        "TRADES, lr 0.09": Row((*TRADES.flags, "--lr=0.09"), 3),
         "gate none": Row(("--gate=none",), 3, True),
         "gate none, heads in the losses alone": Row(("--gate=none", "--attack-cr-beta=0")),
         "gate none, heads in the attack alone": Row(("--gate=none", "--cr_beta=0", "--attack-cr-beta=2")),
