@@ -71,7 +71,7 @@ def gates() -> Rows:
     for gate in ("label", "predicted", "soft", "none"):
         flags = () if gate == "label" else (f"--gate={gate}",)
         rows[f"gate {gate}"] = Row(flags, 3, True)
-        rows[f"gate {gate}, no ANC"] = Row((*flags, "--no-anc"))
+        rows[f"gate {gate}, no ANC"] = Row((*flags, "--no-anc"), 3 if gate in ("label", "none") else 1)
     return rows
 
 
@@ -79,8 +79,8 @@ def parts_of(name: str, *flags: str) -> Rows:
     """A method alone, with each part and with both."""
     return {
         name: Row((*flags, *TRADES.flags), 3, not flags),
-        f"{name} +ANC": Row((*flags, "--no-ra")),
-        f"{name} +RA": Row((*flags, "--no-anc")),
+        f"{name} +ANC": Row((*flags, "--no-ra"), 1 if flags else 3),
+        f"{name} +RA": Row((*flags, "--no-anc"), 1 if flags else 3),
         f"{name} +both": Row(flags, 3, not flags),
     }
 
