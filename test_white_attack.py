@@ -9,7 +9,7 @@
     python test_white_attack.py --ckpt_url RUN RUN RUN             of several runs, also side by side
 
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
-README's first table says what it finds for digits, and by which commands.
+README's first table says what it finds for digits, `python -m tests.study --commands` by which commands.
 """
 
 from utils.command import main

@@ -233,7 +233,9 @@ def record_of(run: Run, row: Row, seed: int) -> dict | None:
     if other:
         raise UsageError(f"{files[0]} is of another {', '.join(other)}; give another --out, or remove its folder")
     found = {"row": row.flags, "predict": row.predict, "seed": seed, "train": shlex.join(["python", *run.train[:-1]])}
-    found |= {"evaluate": shlex.join(["python", *run.evaluate]), "provenance": record["provenance"]}
+    found |= {"evaluate": shlex.join(["python", *run.evaluate]).replace(f"{run.folder.parent}{os.sep}", "")}
+    origin = record["provenance"]
+    found |= {"provenance": {key: origin.get(key) for key in ("commit", "versions", "device", "cpu", "threads")}}
     found |= {key: record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")}
     attacks = {name: {"verdicts": attack["verdicts"]} for name, attack in record["attacks"].items()}
     return found | {"attacks": attacks, "also": also(run, row)}
@@ -386,7 +388,8 @@ def main(argv: list[str] | None = None) -> None:
         if not records:
             parser.error(f"{out} holds no finished run")
         settings = {"small": () if given.full else SMALL, "flags": given.flags, "evaluation": given.evaluation}
-        (out / "study.json").write_text(json.dumps(settings | {"runs": records}, indent=0) + "\n")
+        lines = ",\n".join(map(json.dumps, records))  # a line for each run
+        (out / "study.json").write_text(json.dumps(settings | {"runs": []})[:-2] + f"\n{lines}]}}\n")
         show(tables, records)
         draw(records, out / "study.png", "digits, eps 0.1" + ", small networks" * (not given.full))
     except (OSError, ValueError, KeyError, UsageError) as error:
