@@ -282,7 +282,7 @@ def draw(records: list[dict], file: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    every = {**trades(), **pgd(), **mart(), **gates()}
+    every = {**controls(), **trades(), **pgd(), **mart(), **gates()}
     once = {row.flags: (name, row) for name, row in every.items()}  # names of gates where both have one
     shown = [groups_of(dict(once.values()), records), groups_of(ablations(), records)]
     attacks = [set(verdicts(record)) for of in shown for group in of.values() for record in group]
