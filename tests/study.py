@@ -1,7 +1,7 @@
 """What each part is worth against an attacker who knows it: runs of digits, seed by seed, as tables and a figure.
 
-python -m tests.study                          all tables, less than 3 hours on 2 CPU cores
-python -m tests.study gates --seeds 1          some of: gates trades pgd mart companions best controls ablations
+python -m tests.study                          all tables, 2 to 3 hours on 2 CPU cores
+python -m tests.study gates mart --seeds 1     some of its tables and seeds; which there are: --help
 python -m tests.study --full                   main job's settings and the whole evaluation, for a card or days
 python -m tests.study --print                  the tables of what is there; of a file: --out tests/golden/study.json
 python -m tests.study --commands               the three commands of every run, and nothing else
@@ -11,9 +11,10 @@ an evaluation. Runs lie in --out (./study), their verdicts together in study.jso
 run has one thread, --jobs run side by side. The last epoch is evaluated, which no test image has chosen.
 
 SMALL and LEAN below are the settings of all rows. The adaptive attack makes 40 steps of PGD and 20 of each APGD on each
-view: of 250 images of a network of 4 epochs it left 55.6 % right, as 50 steps and a second start did. A plain network
-has one view, others five or six, so its PGD has six starts. AutoAttack is run for seed 1 of TRADES and of the gates
-with ANC. Alignment and exclusion: mean cosine of features with those of the adversarial image, and of a negative.
+view; of 250 images of a network of 4 epochs 25 with one start and 20 with two left 55.6 % right, as 50 with two did. A
+plain network has one view, others five or six, so its PGD has six starts. AutoAttack is run for seed 1 of TRADES and of
+the gates with ANC. Alignment and exclusion: mean cosine of features with those of the adversarial image, and of a
+negative. 70 of the 90 evaluations, with their trainings, took 106 minutes of 2 cores of an AMD EPYC.
 """
 
 import argparse
@@ -100,6 +101,16 @@ def mart() -> Rows:
     return parts_of("MART", "--method=mart")
 
 
+def contrast() -> Rows:
+    """What ANC adds beside the published gate."""
+    return {name: gates()[name] for name in ("gate label, no ANC", "gate label")}
+
+
+def contrast_alone() -> Rows:
+    """What ANC adds where nothing is weighted."""
+    return {name: gates()[name] for name in ("gate none, no ANC", "gate none")}
+
+
 AWP, EMA = ("--awp=0.005", "--awp-warmup=1"), ("--ema=0.995",)
 COMPANIONS = {" +AWP": AWP, " +EMA": EMA, " +AWP +EMA": (*AWP, *EMA)}
 
@@ -143,17 +154,20 @@ def ablations() -> Rows:
     return rows | {f"lambda {value}": Row((f"--cr_beta={value}",)) for value in (0, 1)}
 
 
-TABLES = {f.__name__: f for f in (gates, trades, pgd, mart, companions, best, controls, ablations)}
+TABLES = {
+    f.__name__: f for f in (gates, contrast, contrast_alone, trades, pgd, mart, companions, best, controls, ablations)
+}
 
 
 class Run(NamedTuple):
     """A row's run of one seed: where it lies, and its three commands, of which the run folder is left out."""
 
+    row: Row
+    seed: int
     folder: Path
     train: list[str]
     evaluate: list[str]
     measure: list[str]
-    predict: str
 
 
 def run_of(out: Path, row: Row, seed: int, full: bool = False, more: tuple = (), evaluation: tuple = ()) -> Run:
@@ -167,7 +181,17 @@ def run_of(out: Path, row: Row, seed: int, full: bool = False, more: tuple = (),
     if row.predict != "final":
         evaluate += [f"--predict={row.predict}", f"--log_path={folder / row.predict / 'test.log'}"]
     measure = ["feature_distance.py", "--target_label=all", f"--out={folder / 'distances'}"]
-    return Run(folder, [*train, *more, f"--model-dir={folder / 'run'}"], evaluate, measure, row.predict)
+    return Run(row, seed, folder, [*train, *more, f"--model-dir={folder / 'run'}"], evaluate, measure)
+
+
+def runs_of(out: Path, tables: Iterable[str], seeds: Iterable[int], all_seeds: bool, *how: object) -> list[Run]:
+    """Seed by seed, table by table, each run once. all_seeds: of every row, not only as many as it asks for."""
+    found = {}
+    for seed in seeds:
+        for row in (row for name in tables for row in TABLES[name]().values()):
+            if all_seeds or seed <= row.seeds:
+                found[row.flags, row.predict, seed] = run_of(out, row, seed, *how)
+    return list(found.values())
 
 
 def script(argv: list[object]) -> None:
@@ -207,7 +231,7 @@ def make_one(run: Run) -> None:
             script([*run.train, *again])
         (trained,) = run.folder.glob("run*")
         checkpoint = ["--ckpt_url", trained / "model-wrn-last.pt"]
-        written = (trained if run.predict == "final" else run.folder / run.predict) / FILE
+        written = (trained if run.row.predict == "final" else run.folder / run.row.predict) / FILE
         written.parent.mkdir(exist_ok=True)
         if not written.exists():
             script([*run.evaluate, *checkpoint])
@@ -215,11 +239,12 @@ def make_one(run: Run) -> None:
             script([*run.measure, *checkpoint])
 
 
-def record_of(run: Run, row: Row, seed: int) -> dict | None:
+def record_of(run: Run) -> dict | None:
     """What the tables need of a finished run, and where it comes from; None where there is none.
 
     UsageError where other settings than today's have made it.
     """
+    row = run.row
     files = list(run.folder.glob(f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}"))
     if not files:
         return None
@@ -232,18 +257,22 @@ def record_of(run: Run, row: Row, seed: int) -> dict | None:
     other += [key for key in ("restarts", "apgd_steps", "n_examples") if looked[key] != getattr(evaluation, key)]
     if other:
         raise UsageError(f"{files[0]} is of another {', '.join(other)}; give another --out, or remove its folder")
-    found = {"row": row.flags, "predict": row.predict, "seed": seed, "train": shlex.join(["python", *run.train[:-1]])}
+    found = {
+        "row": row.flags,
+        "predict": row.predict,
+        "seed": run.seed,
+        "train": shlex.join(["python", *run.train[:-1]]),
+    }
     found |= {"evaluate": shlex.join(["python", *run.evaluate]).replace(f"{run.folder.parent}{os.sep}", "")}
-    origin = record["provenance"]
-    found |= {"provenance": {key: origin.get(key) for key in ("commit", "versions", "device", "cpu", "threads")}}
+    found |= {key: record["provenance"].get(key) for key in ("commit", "versions", "device", "cpu", "threads")}
     found |= {key: record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")}
-    attacks = {name: {"verdicts": attack["verdicts"]} for name, attack in record["attacks"].items()}
-    return found | {"attacks": attacks, "also": also(run, row)}
+    attacks = {name: {"verdicts": "".join(map(str, right))} for name, right in verdicts(record).items()}
+    return found | {"attacks": attacks, "also": also(run)}
 
 
-def also(run: Run, row: Row) -> dict[str, float]:
+def also(run: Run) -> dict[str, float]:
     """Of a run: alignment, exclusion, and seconds of its fastest epoch, on one thread beside another run."""
-    if row.predict != "final":
+    if run.row.predict != "final":
         return {}
     files = sorted((run.folder / "distances").glob("*.npz"))
     found = {}
@@ -308,7 +337,15 @@ def draw(records: list[dict], file: Path, title: str) -> None:
     plt.close(figure)
 
 
-def show(tables: list[str], records: list[dict]) -> None:
+def save(records: list[dict], file: Path, **settings: object) -> None:
+    """study.json: what is the same in all records once, and a line for each record with the rest."""
+    same = {key: value for key, value in records[0].items() if all(r[key] == value for r in records)}
+    lines = ",\n".join(json.dumps({key: r[key] for key in r if key not in same}) for r in records)
+    file.write_text(json.dumps(settings | {"same": same, "runs": []})[:-2] + f"\n{lines}]}}\n")
+
+
+def show(tables: list[str], records: list[dict], seeds: tuple[int, ...]) -> None:
+    records = [record for record in records if record["seed"] in seeds]
     for name in tables:
         groups = groups_of(TABLES[name](), records)
         if groups:
@@ -363,34 +400,25 @@ def main(argv: list[str] | None = None) -> None:
         if out.suffix == ".json":
             if not given.print:
                 parser.error("--out takes a folder; a study.json is only printed, by --print")
-            show(tables, json.loads(out.read_text())["runs"])
+            file = json.loads(out.read_text())
+            show(tables, [file["same"] | record for record in file["runs"]], seeds)
             return
-        more = given.full, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
-        runs = {}  # seed by seed, table by table, each run once
-        for seed in seeds:
-            for name in tables:
-                for row in TABLES[name]().values():
-                    if given.full or given.seeds or seed <= row.seeds:
-                        how = (out if given.commands else out.resolve()), row, seed
-                        runs[row.flags, row.predict, seed] = run_of(*how, *more), row, seed
+        how = given.full, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
+        out = out if given.commands else out.resolve()
+        wanted = runs_of(out, tables, seeds, given.full or bool(given.seeds), *how)
         if given.commands:
-            for run, _, _ in runs.values():
+            for run in wanted:
                 checkpoint = f"--ckpt_url {run.folder}/run*/model-wrn-last.pt"
                 train, *looks = (f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure))
                 print(train, *(f"{look} {checkpoint}" for look in looks), sep=" && ")
             return
-        failed = [] if given.print else work([run for run, _, _ in runs.values()], given.jobs)
-        everything = {
-            (row.flags, row.predict, seed): (run_of(out.resolve(), row, seed, *more), row, seed)
-            for rows in TABLES.values() for row in rows().values() for seed in {*SEEDS, *seeds}
-        }  # fmt: skip
-        records = [record for one in everything.values() if (record := record_of(*one))]
+        failed = [] if given.print else work(wanted, given.jobs)
+        records = [r for run in runs_of(out, list(TABLES), {*SEEDS, *seeds}, True, *how) if (r := record_of(run))]
         if not records:
             parser.error(f"{out} holds no finished run")
-        settings = {"small": () if given.full else SMALL, "flags": given.flags, "evaluation": given.evaluation}
-        lines = ",\n".join(map(json.dumps, records))  # a line for each run
-        (out / "study.json").write_text(json.dumps(settings | {"runs": []})[:-2] + f"\n{lines}]}}\n")
-        show(tables, records)
+        small = () if given.full else SMALL
+        save(records, out / "study.json", small=small, flags=given.flags, evaluation=given.evaluation)
+        show(tables, records, seeds)
         draw(records, out / "study.png", "digits, eps 0.1" + ", small networks" * (not given.full))
     except (OSError, ValueError, KeyError, UsageError) as error:
         parser.error(str(error))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -149,8 +150,11 @@ def test_published_figures_are_those_of_the_published_verdicts(capsys):
         return {row[0]: next(cell for cell in row if "**" in cell) for row in reversed(cells)}
 
     study.main(["--print", "--out", str(ROOT / "tests/golden/study.json")])
-    found, shown = rows(capsys.readouterr().out), rows((ROOT / "README.md").read_text())
+    printed = capsys.readouterr().out
+    found, shown = rows(printed), rows((ROOT / "README.md").read_text())
     assert len(shown) >= 8 and shown == {name: found[name] for name in shown}
+    intervals = re.findall(r"[\d.]+ \([+-][\d.]+ to \+[\d.]+\)", (ROOT / "README.md").read_text())
+    assert len(intervals) > 8 and all(interval in printed for interval in intervals)
 
 
 @pytest.mark.slow

@@ -166,8 +166,8 @@ def load_extra(path: str, like: Split) -> Split:
             held = {name: file[name] for name in ("image", "label") if name in file}
     except Exception as error:  # an archive may be damaged in any way
         raise UsageError(f"--extra-data {path} is no npz of plain arrays ({first_line(error)})") from error
-    for name in {"image", "label"} - held.keys():
-        raise UsageError(f"--extra-data {path} has no array {name!r}; it needs `image` and `label`")
+    if missing := [name for name in ("image", "label") if name not in held]:
+        raise UsageError(f"--extra-data {path} has no array {missing[0]!r}; it needs `image` and `label`")
     images, labels = held["image"], held["label"]
     side, classes = like.images.shape[-1], len(like.classes)
     if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3) or not len(images):

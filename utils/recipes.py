@@ -388,3 +388,17 @@ def stored(settings: Training) -> dict[str, Any]:
     """The settings that define a run, as checkpoints keep them: plain values, lists for tuples."""
     own = {name: value for name, value in asdict(settings).items() if name not in OF_A_COMMAND}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
+
+def of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings of an older version of this code in the words of this one; those new since then are defaults."""
+    recipe = dict(recipe)
+    if {"amp", "tf32"} <= recipe.keys():
+        amp, tf32 = recipe.pop("amp"), recipe.pop("tf32")
+        recipe["precision"] = "bf16" if amp == "bf16" else "tf32" if tf32 is True else "fp32"
+    return stored(Training()) | recipe
+
+
+def restored(recipe: Mapping[str, Any]) -> Training:
+    """What `stored` has made of settings, in this version or an older one. TypeError for unknown names."""
+    return Training(**{name: tuple(v) if isinstance(v, list) else v for name, v in of_today(recipe).items()})

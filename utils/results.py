@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UsageError
-from utils.recipes import Evaluation, Training, described, idle
+from utils.recipes import Evaluation, Training, described, idle, of_today, restored
 
 FORMAT = 1
 FILE = "white_attack.json"
@@ -69,8 +69,7 @@ def identity(record: dict) -> dict[str, Any]:
     network, settings, recipe = record["network"], record["settings"], record["network"].get("recipe")
     own: dict[str, Any] = {"file": record.get("checkpoint")}  # of a network from elsewhere
     if isinstance(recipe, dict):
-        known = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe.items() if name in SETTINGS}
-        trained = Training(**known)
+        trained = restored({name: value for name, value in of_today(recipe).items() if name in SETTINGS})
         away = {name for name, about in SETTINGS.items() if about.free and name != "epochs"}
         away |= {"seed", "model_dir", "data_dir", "device", "no_cuda", "ckpt_url", *idle(trained)}
         own = {name: value for name, value in asdict(trained).items() if name not in away}
@@ -81,7 +80,7 @@ def identity(record: dict) -> dict[str, Any]:
 def grouped(records: list[dict]) -> Groups:
     """Records by recipe and evaluation, seeds aside. A name is the method's, and what tells apart those that share it.
 
-    UsageError where a run is there twice.
+    UsageError where a run is there twice, or seeds of a row were attacked on other images than one another.
     """
     groups: list[tuple[dict, list[dict]]] = []
     for record in records:
@@ -91,6 +90,10 @@ def grouped(records: list[dict]) -> Groups:
             groups.append((own, members := []))
         if any(record.get("checkpoint") == other.get("checkpoint") for other in members):
             raise UsageError(f"the evaluation of {record.get('checkpoint')} is there twice; give it once")
+        if members and images_of(record) != images_of(members[0]):
+            raise UsageError(
+                f"the runs of {record['network'].get('method')} were evaluated on other images than one another"
+            )
         members.append(record)
     methods, named = [str(members[0]["network"].get("method")) for _, members in groups], {}
     for method, (own, members) in zip(methods, groups, strict=True):
@@ -125,9 +128,9 @@ def difference(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> tuple[f
     return 100 * (one.mean() - other.mean()), 100 * low, 100 * high
 
 
-def cell(values: list[float], digits: int = 2) -> str:
+def cell(values: list[float]) -> str:
     """A mean, and the range of several values."""
-    mean, low, high = (f"{of:.{digits}f}" for of in (sum(values) / len(values), min(values), max(values)))
+    mean, low, high = (f"{of:.2f}" for of in (sum(values) / len(values), min(values), max(values)))
     return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
@@ -179,11 +182,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a folder that holds {FILE}, or such a file")
     try:
-        groups = grouped([read(path) for path in parser.parse_args(argv).runs])
-        for name, (first, *others) in groups.items():
-            if any(images_of(record) != images_of(first) for record in others):
-                raise UsageError(f"the runs of {name} were evaluated on other images than one another")
-        print(*table(groups), sep="\n", flush=True)
+        print(*table(grouped([read(path) for path in parser.parse_args(argv).runs])), sep="\n", flush=True)
     except UsageError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -78,7 +78,7 @@ def planned_attacks(
     shared = {LIBRARY: metadata.version(LIBRARY), "attacks": attacks.VERSION}
     ball = {"eps": eps, "seed": seed, "start": "uniform" if settings.random else "image"}
     on_view = dict(eps=eps, step_size=step, steps=steps, restarts=settings.restarts, seed=seed)
-    if settings.apgd_steps != APGD_STEPS:
+    if settings.apgd_steps != APGD_STEPS:  # else as before there was the flag: what was kept then is good
         on_view["apgd_steps"] = settings.apgd_steps
     also, transfer = {"over heads": {"auxiliary weight": subject.auxiliary_weight}}, {}
     if surrogate is not None:

@@ -20,7 +20,7 @@ from utils.checkpoints import BEST, LAST, STATE, check_state, described, ordinar
 from utils.errors import UsageError
 from utils.files import locked, remove_leftovers, require_writable
 from utils.options import Command, fits
-from utils.recipes import PATH, Training, idle, resolve, stored
+from utils.recipes import PATH, Training, idle, of_today, resolve, restored, stored
 from utils.recipes import described as known_settings
 
 VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
@@ -92,8 +92,7 @@ def run_to_resume(command: Command) -> Path:
         return folder
     for file in folder.parent.glob(f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged
-            recipe = of_today(json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"])
-            its = results(Training(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items()}))
+            its = results(restored(json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"]))
             differs = {key for key in its.keys() & mine.keys() - {"restart_epoch"} if its[key] != mine[key]}
             runs.append((len(differs), not differs <= numbers, file.parent))
     found = [run for count, _, run in sorted(runs) if not count] or [run for _, other, run in sorted(runs) if not other]
@@ -192,15 +191,6 @@ def require_state(state: dict, file: Path) -> None:
     wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:
         raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
-
-
-def of_today(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Stored settings of an older version of this code in the words of this one; those new since then are defaults."""
-    recipe = dict(recipe)
-    if {"amp", "tf32"} <= recipe.keys():
-        amp, tf32 = recipe.pop("amp"), recipe.pop("tf32")
-        recipe["precision"] = "bf16" if amp == "bf16" else "tf32" if tf32 is True else "fp32"
-    return stored(Training()) | recipe
 
 
 def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:
