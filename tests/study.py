@@ -2,7 +2,7 @@
 
 python -m tests.study                          all tables, 2 to 3 hours on 2 CPU cores
 python -m tests.study gates mart --seeds 1     some of its tables and seeds; which there are: --help
-python -m tests.study --full                   main job's settings and the whole evaluation, for a card or days
+python -m tests.study --scale main             of the main job's training, for a card; full: the whole evaluation, too
 python -m tests.study --print                  the tables of what is there; of a file: --out tests/golden/study.json
 python -m tests.study --commands               the three commands of every run, and nothing else
 
@@ -48,6 +48,7 @@ LEAN = ("--apgd-steps=20",)
 ATTACKS = ("natural", "fgsm", "pgd", "cw", "adaptive")
 SEEDS = (1, 2, 3)
 PLAIN_STARTS = 6  # as many as another network has views
+SCALES = ("small", "main", "full")
 CLASSES = 10
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 MARKS, COLOURS = "osD^vP*", 10
@@ -170,10 +171,15 @@ class Run(NamedTuple):
     measure: list[str]
 
 
-def run_of(out: Path, row: Row, seed: int, full: bool = False, more: tuple = (), evaluation: tuple = ()) -> Run:
+def small_of(scale: str) -> tuple[str, ...]:
+    return SMALL if scale == "small" else ()
+
+
+def run_of(out: Path, row: Row, seed: int, scale: str = "small", more: tuple = (), evaluation: tuple = ()) -> Run:
     name = re.sub(r"[^\w.=-]+", "", "-".join(flag.lstrip("-") for flag in row.flags) or "ANCRA-TRADES") + f"-{seed}"
     folder = out / name
-    train = ["train_CIFAR10_ResNet.py", "--dataset=digits", *(() if full else SMALL), *row.flags, f"--seed={seed}"]
+    train = ["train_CIFAR10_ResNet.py", "--dataset=digits", *small_of(scale), *row.flags, f"--seed={seed}"]
+    full = scale == "full"
     attacks = (*ATTACKS, "autoattack") if full or (row.autoattack and seed == 1) else ATTACKS
     restarts = f"--restarts={PLAIN_STARTS if '--no-ra' in row.flags else 1}"
     evaluate = ["test_white_attack.py", f"--attacks={','.join(attacks)}", *(() if full else (restarts, *LEAN))]
@@ -382,15 +388,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--seeds", help="these, of every row; otherwise up to 3, as many as the row asks for")
-    parser.add_argument("--out", type=Path, help="default ./study, with --full ./study-full")
-    parser.add_argument("--full", action="store_true", help="main job's settings, standard evaluation, 3 seeds")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once; 1 for a card")
+    parser.add_argument("--out", type=Path, help="default ./study, with --scale ./study-main, ./study-full")
+    parser.add_argument("--scale", choices=SCALES, default="small", help="full: also 3 seeds of every row")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, also on one card")
     parser.add_argument("--print", action="store_true", help="print what is there, or in a study.json that --out names")
     parser.add_argument("--commands", action="store_true", help="print the commands")
     parser.add_argument("--flags", default="", help="more flags of every training, for trials")
     parser.add_argument("--evaluation", default="", help="more flags of every evaluation, for trials")
     given = parser.parse_args(argv)
-    out, tables = given.out or Path("study-full" if given.full else "study"), given.tables or list(TABLES)
+    scale, tables = given.scale, given.tables or list(TABLES)
+    out = given.out or Path("study" if scale == "small" else f"study-{scale}")
     if unknown := set(tables) - set(TABLES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(TABLES)}")
     if not re.fullmatch(r"\d+(,\d+)*", given.seeds or "1") or given.jobs < 1:
@@ -403,9 +410,9 @@ def main(argv: list[str] | None = None) -> None:
             file = json.loads(out.read_text())
             show(tables, [file["same"] | record for record in file["runs"]], seeds)
             return
-        how = given.full, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
+        how = scale, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
         out = out if given.commands else out.resolve()
-        wanted = runs_of(out, tables, seeds, given.full or bool(given.seeds), *how)
+        wanted = runs_of(out, tables, seeds, scale == "full" or bool(given.seeds), *how)
         if given.commands:
             for run in wanted:
                 checkpoint = f"--ckpt_url {run.folder}/run*/model-wrn-last.pt"
@@ -416,10 +423,9 @@ def main(argv: list[str] | None = None) -> None:
         records = [r for run in runs_of(out, list(TABLES), {*SEEDS, *seeds}, True, *how) if (r := record_of(run))]
         if not records:
             parser.error(f"{out} holds no finished run")
-        small = () if given.full else SMALL
-        save(records, out / "study.json", small=small, flags=given.flags, evaluation=given.evaluation)
+        save(records, out / "study.json", small=small_of(scale), flags=given.flags, evaluation=given.evaluation)
         show(tables, records, seeds)
-        draw(records, out / "study.png", "digits, eps 0.1" + ", small networks" * (not given.full))
+        draw(records, out / "study.png", "digits, eps 0.1" + ", small networks" * (scale == "small"))
     except (OSError, ValueError, KeyError, UsageError) as error:
         parser.error(str(error))
     if failed:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,11 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import utils.step as page
 from models import build_model
+from tests.conftest import shorten_runs
 from tests.golden_numbers import FOLDER, GoldenNetwork, assert_near
-from tests.helpers import ATTACK, digits_checkpoint, digits_network, digits_split, execute, settings, train
+from tests.helpers import ATTACK, digits_checkpoint, digits_network, digits_split, execute, folder, settings, train
+from tests.test_companions import EVERYTHING, extra_file
 from utils import distributed
 from utils.adaptive import adaptive, views
 from utils.attacks import (
@@ -30,6 +34,7 @@ from utils.attacks import (
     pgd,
     pgd40_heads,
 )
+from utils.companions import Average, adversarial_weights
 from utils.devices import computing
 from utils.evaluation import verdicts
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, trades_loss
@@ -138,13 +143,16 @@ def cpu_draws():
         ("ResNet18", {}),
         ("PreActResNet18", {"method": "mart", "strategy": "hard_adv"}),
         ("WRN-28-10", {"method": "pgd", "inner": "kl", "strategy": "soft", "sample_class_number": 2}),
+        ("ResNet18", {"gate": "soft", "ra_blocks": 1}),
+        ("PreActResNet18", {"gate": "none"}),
     ],
 )
 def test_three_steps_are_those_of_a_cpu_in_float64(arch, changes, graph):
     s, found = replace(settings(), num_steps=3, warmup_epochs=0, image_size=16, **changes), []
     for device in (torch.device("cpu"), CUDA):
         torch.manual_seed(0)
-        model = build_model(arch, 5, width=1 if arch[0] == "W" else 4, image_size=16).double().to(device).train()
+        how = {"width": 1 if arch[0] == "W" else 4, "image_size": 16, "gate": s.gate, "ra_blocks": s.ra_blocks}
+        model = build_model(arch, 5, **how).double().to(device).train()
         standing, generator = Standing(model, graph=graph and device == CUDA), torch.Generator().manual_seed(2)
         optimizer, values = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), []
         draw = torch.Generator().manual_seed(1)
@@ -159,6 +167,31 @@ def test_three_steps_are_those_of_a_cpu_in_float64(arch, changes, graph):
             optimizer.step()
             optimizer.zero_grad()
         found.append(values + list(model.state_dict().values()))
+    assert max(relative(b, a) for a, b in zip(*found, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_perturbed_weights_and_averaged_ones_are_those_of_a_cpu_in_float64(graph):
+    """Moved in place and back, as the recorded attack needs it."""
+    s, found = replace(settings("--awp=0.01", "--ema=0.9"), num_steps=3), []
+    for device in (torch.device("cpu"), CUDA):
+        torch.manual_seed(0)
+        model = build_model("ResNet18", 5, width=4, image_size=16).double().to(device).train()
+        standing, generator = Standing(model, graph=graph and device == CUDA), torch.Generator().manual_seed(2)
+        optimizer, average = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), Average(model)
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(4):
+            x = torch.rand(8, 3, 16, 16, generator=draw, dtype=torch.double).to(device)
+            labels = (torch.arange(8) % 5).to(device)
+            with cpu_draws():
+                attacked = attack_batch(standing, x, labels, s, generator, 1)
+            gradients = partial(backward, partial(training_loss, model), x, labels, attacked, s)
+            with adversarial_weights(model, gradients, s.awp):
+                gradients()
+                optimizer.step()
+            optimizer.zero_grad()
+            average.update(model, s.ema)
+        found.append([*model.state_dict().values(), *average.model.parameters()])
     assert max(relative(b, a) for a, b in zip(*found, strict=True)) < 1e-6
 
 
@@ -196,9 +229,15 @@ def weights(run):
     return torch.load(run / "last_state.pt", weights_only=True)["model"]
 
 
+ANY_EPOCHS = ("--lr-schedule=milestones", "--warmup-lr=0")  # a run of two begins as one of one does
+
+
+@pytest.mark.parametrize("more", [(), EVERYTHING], ids=["", "everything"])
 @pytest.mark.parametrize("precision", ["default", "bf16"])
-def test_a_resumed_run_is_the_uninterrupted_one_and_goes_on_on_a_cpu(tmp_path, short_runs, precision):
-    flags = ("--precision", precision)
+def test_a_resumed_run_is_the_uninterrupted_one_and_goes_on_on_a_cpu(tmp_path, short_runs, precision, more):
+    flags = ("--precision", precision, *more)
+    if more:
+        flags += ("--extra-data", extra_file(tmp_path / "extra.npz"), *ANY_EPOCHS)
     straight = short(tmp_path / "straight", "--epochs=2", *flags)
     resumed = short(tmp_path / "resumed", "--epochs=1", *flags)
     short(tmp_path / "resumed", "--epochs=2", "--resume", *flags)
@@ -325,6 +364,40 @@ def test_two_ranks_on_one_card_have_the_gradients_of_one_process(tmp_path):
     for images in CASES:
         found = torch.load(Path(tmp_path) / f"{images}.pt")
         assert max(relative(a, b) for a, b in zip(found, gradients(images), strict=True)) < 1e-6, images
+
+
+class OfOne(int):
+    """A world of one rank that does not take itself for one, so that everything goes through NCCL."""
+
+    def __eq__(self, other):
+        return False
+
+    __hash__ = int.__hash__
+
+
+def a_rank_by_nccl(rank, folder):
+    """NCCL takes a card for one rank only."""
+    torch.cuda.set_device(0)
+    torch.backends.cudnn.deterministic = True
+    store = dist.FileStore(f"{folder}/store", 1)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_runs(patch)
+        patch.setattr(distributed, "world", lambda: OfOne(1))
+        patch.setenv("MASTER_ADDR", "localhost")
+        assert type(distributed.parallel(torch.nn.Linear(1, 1).to(CUDA), print)) is DistributedDataParallel
+        short(Path(folder) / "nccl", "--epochs=2", "--precision=fp32", "--batch-size=32")
+    dist.destroy_process_group()
+
+
+def test_a_run_by_nccl_is_the_run_without(tmp_path, short_runs):
+    """Its own thread looks after the card while an attack is recorded, and gradients are reduced during backward."""
+    mp.spawn(a_rank_by_nccl, (str(tmp_path),), 1)
+    alone = short(tmp_path / "alone", "--epochs=2", "--precision=fp32", "--batch-size=32")
+    with torch.serialization.safe_globals([OfOne]):  # the number of ranks
+        found = weights(folder(tmp_path / "nccl"))
+    for key, value in weights(alone).items():
+        assert relative(found[key].float(), value.float()) < 1e-3, key
 
 
 def test_a_training_forward_has_the_golden_gradients():
