@@ -179,8 +179,8 @@ def run_of(out: Path, row: Row, seed: int, scale: str = "small", more: tuple = (
     name = re.sub(r"[^\w.=-]+", "", "-".join(flag.lstrip("-") for flag in row.flags) or "ANCRA-TRADES") + f"-{seed}"
     folder = out / name
     train = ["train_CIFAR10_ResNet.py", "--dataset=digits", *small_of(scale), *row.flags, f"--seed={seed}"]
-    full = scale == "full"
-    attacks = (*ATTACKS, "autoattack") if full or (row.autoattack and seed == 1) else ATTACKS
+    full, first = scale == "full", scale == "small" and row.autoattack and seed == 1
+    attacks = (*ATTACKS, "autoattack") if full or first else ATTACKS
     restarts = f"--restarts={PLAIN_STARTS if '--no-ra' in row.flags else 1}"
     evaluate = ["test_white_attack.py", f"--attacks={','.join(attacks)}", *(() if full else (restarts, *LEAN))]
     evaluate += evaluation
@@ -325,7 +325,7 @@ def draw(records: list[dict], file: Path, title: str) -> None:
 
     def spread(group: list[dict], names: list[str] = names) -> tuple[float, float, float]:
         each = 100 * worst_of([verdicts(record) for record in group], names).mean(1)
-        return each.mean(), each.mean() - each.min(), each.max() - each.mean()
+        return each.mean(), max(0, each.mean() - each.min()), max(0, each.max() - each.mean())  # rounding
 
     for i, (name, group) in enumerate(shown[0].items()):
         (x, *across), (y, *up) = spread(group, ["natural"]), spread(group)
