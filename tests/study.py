@@ -271,6 +271,7 @@ def record_of(run: Run) -> dict | None:
     }
     found |= {"evaluate": shlex.join(["python", *run.evaluate]).replace(f"{run.folder.parent}{os.sep}", "")}
     found |= {key: record["provenance"].get(key) for key in ("commit", "versions", "device", "cpu", "threads")}
+    found["card"] = record["provenance"].get("card", {}).get("name")
     found |= {key: record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")}
     attacks = {name: {"verdicts": "".join(map(str, right))} for name, right in verdicts(record).items()}
     return found | {"attacks": attacks, "also": also(run)}

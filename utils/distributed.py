@@ -26,7 +26,8 @@ after 30 seconds, and its own status is 1). If a process dies the others end wit
 a machine that vanishes is noticed when the network notices. --max-restarts=N goes on from the last epoch's end while
 the first process stays on its machine; otherwise add --resume. It also restarts after a wrong flag and after a stop of
 a single rank: stop torchrun itself. Any number of ranks can resume; stopped inside an epoch, all take the first rank's
-statistics. Tried on CPUs by gloo on one machine; NCCL, --sync-bn and real nodes were not.
+statistics. Tried by gloo on one machine, by NCCL with one rank (tests/test_cuda.py); several cards, --sync-bn and real
+nodes were not.
 """
 
 import inspect
