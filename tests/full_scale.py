@@ -1,7 +1,7 @@
 """What the paper's rows cost to train: for each the command, its operations, and estimated hours on a card.
 
 python -m tests.full_scale                 ANCRA's rows of README's last table, and the operations of other gates
-python -m tests.full_scale --awp 0.005     the same with other flags of the method
+python -m tests.full_scale --gate none     the same with other flags of the method
 
 Operations are those of convolutions and matrix products, a multiplication and an addition each, by PyTorch's formulas:
 both attacks, training forwards and backwards, and each epoch's natural and PGD-40 accuracy, as if every test image were
@@ -31,14 +31,15 @@ from torch.utils.flop_counter import flop_registry
 from models import Heads, build_model
 from utils.losses import over_heads
 from utils.options import parse_training
-from utils.recipes import CLASSES, Training
+from utils.recipes import CLASSES, Training, dataset_defaults
 from utils.step import away_from_labels
 
 ROOT = Path(__file__).parent.parent
 RATE = 717e12  # bfloat16 products, operations a second
 SHARES = {"no flag": {"ResNet18": 0.16, "WRN": 0.26}, "--precision bf16 --compile": {"ResNet18": 0.28, "WRN": 0.56}}
 IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
-UNCOUNTED = ("limit_train", "limit_test", "val_size", "extra_data", "compile", "precision")
+UNCOUNTED = ("limit_train", "limit_test", "val_size", "extra_data", "image_size", "restart_epoch", "resume")
+UNCOUNTED += ("compile", "precision")
 RESNET, WRN = "train_CIFAR10_ResNet.py", "train_CIFAR10_WideResNet.py"
 PREACT = "train_Tiny_ImageNet_PreActResNet.py"
 ROWS = [
@@ -121,7 +122,7 @@ def run_of(settings: Training) -> tuple[float, float]:
     of, (images, tests) = passes(settings, CLASSES[settings.dataset]), IMAGES[settings.dataset]
     training = images * sum(step_of(settings, of, epoch) for epoch in range(1, settings.epochs + 1))
     evaluations = -(-settings.epochs // settings.eval_interval)
-    return training, evaluations * tests * (of.look + 40 * of.attack)
+    return training, evaluations * tests * (2 * of.look + 40 * of.attack)  # looked at before and behind the attack
 
 
 def main(argv: list[str]) -> None:
@@ -131,15 +132,18 @@ def main(argv: list[str]) -> None:
     _, flags = parser.parse_known_args(argv)
     gates = () if "--gate" in flags else ("soft", "none")
     heads = ["command", "EFLOP", "of these evaluation", *(f"EFLOP, gate {gate}" for gate in gates)]
+    rows = [(row, settings_of(*row, *flags)) for row in ROWS]
+    for _, settings in rows:
+        own = dataset_defaults(settings.dataset)
+        changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(own, name)]
+        if changed or settings.dataset not in IMAGES:
+            said = f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out"
+            parser.exit(2, f"{parser.prog}: error: {said}\n")
     print(f"| {' | '.join([*heads, *(f'hours, 1 and 8 cards, {how}' for how in SHARES)])} |")
     print("|" + "---|" * (len(heads) + len(SHARES)))
-    for script, *own in ROWS:
-        settings = settings_of(script, *own, *flags)
-        changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(Training, name)]
-        if changed or settings.dataset not in IMAGES:
-            parser.error(f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out")
+    for row, settings in rows:
         training, evaluation = run_of(settings)
-        cells = [f"`python {shlex.join([script, *own, *flags])}`"]
+        cells = [f"`python {shlex.join([*row, *flags])}`"]
         cells += [f"{1e-18 * operations:.2f}" for operations in (training + evaluation, evaluation)]
         cells += [f"{1e-18 * sum(run_of(replace(settings, gate=gate))):.2f}" for gate in gates]
         network = "WRN" if settings.arch.startswith("WRN") else "ResNet18"

@@ -14,7 +14,7 @@ SMALL and LEAN below are the settings of all rows. The adaptive attack makes 40 
 view; of 250 images of a network of 4 epochs 25 with one start and 20 with two left 55.6 % right, as 50 with two did. A
 plain network has one view, others five or six, so its PGD has six starts. AutoAttack is run for seed 1 of TRADES and of
 the gates with ANC. Alignment and exclusion: mean cosine of features with those of the adversarial image, and of a
-negative. 70 of the 90 evaluations, with their trainings, took 106 minutes of 2 cores of an AMD EPYC.
+negative. All 90 evaluations, with their trainings, took 134 minutes of 2 cores of an AMD EPYC, beside other work.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ import numpy as np
 
 from utils.errors import UsageError, stop_signals
 from utils.options import parse, parse_training
-from utils.recipes import Evaluation, stored
+from utils.recipes import Evaluation, of_today, stored
 from utils.results import FILE, Groups, read, table, verdicts, worst_of
 
 ROOT = Path(__file__).parent.parent
@@ -113,23 +114,27 @@ def contrast_alone() -> Rows:
 
 
 AWP, EMA = ("--awp=0.005", "--awp-warmup=1"), ("--ema=0.995",)
-COMPANIONS = {" +AWP": AWP, " +EMA": EMA, " +AWP +EMA": (*AWP, *EMA)}
+COMPANIONS = {"AWP": AWP, "EMA": EMA, "AWP +EMA": (*AWP, *EMA), "cosine": ("--lr-schedule=cosine",)}
 
 
-def companions() -> Rows:
-    """What the method is combined with."""
-    rows = {}
-    for name, own in {"TRADES": TRADES, "ANCRA-TRADES": Row((), 3, True)}.items():
-        rows[name] = own
-        for word, flags in {**COMPANIONS, " +cosine": ("--lr-schedule=cosine",)}.items():
-            rows[name + word] = Row((*own.flags, *flags), 3)
-    return rows
+def combined(name: str, own: Row, seeds: int, words: Iterable[str] = tuple(COMPANIONS)) -> Rows:
+    """A row alone, and with each of its companions."""
+    return {name: own} | {f"{name} +{word}": Row((*own.flags, *COMPANIONS[word]), seeds) for word in words}
+
+
+def companions_trades() -> Rows:
+    """What TRADES is combined with: does it add?"""
+    return combined("TRADES", TRADES, 3)
+
+
+def companions_ancra() -> Rows:
+    """The same for the published method."""
+    return combined("ANCRA-TRADES", Row((), 3, True), 3)
 
 
 def best() -> Rows:
-    """No gate, with companions: do they add?"""
-    with_more = {f"gate none{word}": Row(("--gate=none", *flags)) for word, flags in COMPANIONS.items()}
-    return {"gate none": Row(("--gate=none",), 3, True), **with_more}
+    """The same without a gate."""
+    return combined("gate none", Row(("--gate=none",), 3, True), 1, ("AWP", "EMA", "AWP +EMA"))
 
 
 def controls() -> Rows:
@@ -155,9 +160,8 @@ def ablations() -> Rows:
     return rows | {f"lambda {value}": Row((f"--cr_beta={value}",)) for value in (0, 1)}
 
 
-TABLES = {
-    f.__name__: f for f in (gates, contrast, contrast_alone, trades, pgd, mart, companions, best, controls, ablations)
-}
+TABLES = (gates, contrast, contrast_alone, trades, pgd, mart, companions_trades, companions_ancra, best, controls)
+TABLES = {f.__name__: f for f in (*TABLES, ablations)}
 
 
 class Run(NamedTuple):
@@ -255,12 +259,13 @@ def record_of(run: Run) -> dict | None:
     if not files:
         return None
     record = read(str(files[0]))
-    recipe, looked = record["network"]["recipe"], record["settings"]
+    recipe, looked = of_today(record["network"]["recipe"]), record["settings"]
     with contextlib.redirect_stderr(io.StringIO()):  # of flags without an effect the run has told
         wanted = stored(parse_training("", {}, run.train[1:]).settings)
     evaluation = parse(Evaluation, "", [*run.evaluate[1:], f"--ckpt_url={files[0].parent}"])
-    other = [key for key, value in wanted.items() if key not in ("model_dir", "resume") and recipe.get(key) != value]
-    other += [key for key in ("restarts", "apgd_steps", "n_examples") if looked[key] != getattr(evaluation, key)]
+    other = [key for key, value in wanted.items() if key not in ("model_dir", "resume") and recipe[key] != value]
+    told = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(evaluation).items() if name in looked}
+    other += [name for name, value in told.items() if name != "step_size" and looked[name] != value]  # the data set's
     if other:
         raise UsageError(f"{files[0]} is of another {', '.join(other)}; give another --out, or remove its folder")
     found = {
@@ -351,8 +356,23 @@ def save(records: list[dict], file: Path, **settings: object) -> None:
     file.write_text(json.dumps(settings | {"same": same, "runs": []})[:-2] + f"\n{lines}]}}\n")
 
 
+def saved(file: Path) -> list[dict]:
+    """The records that `save` has written."""
+    try:
+        content = json.loads(file.read_text())
+        records = [content["same"] | record for record in content["runs"]]
+        if not all({"row", "predict", "seed", "attacks", "labels", "also"} <= record.keys() for record in records):
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no study.json") from error
+    return records
+
+
 def show(tables: list[str], records: list[dict], seeds: tuple[int, ...]) -> None:
+    """Print tables; UsageError where none of them has a run."""
     records = [record for record in records if record["seed"] in seeds]
+    if not any(groups_of(TABLES[name](), records) for name in tables):
+        raise UsageError(f"no finished run of {', '.join(tables)} with seeds {', '.join(map(str, seeds))}")
     for name in tables:
         groups = groups_of(TABLES[name](), records)
         if groups:
@@ -396,6 +416,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--commands", action="store_true", help="print the commands")
     parser.add_argument("--flags", default="", help="more flags of every training, for trials")
     parser.add_argument("--evaluation", default="", help="more flags of every evaluation, for trials")
+    parser.error = lambda said: parser.exit(2, f"{parser.prog}: error: {said}\n")  # without the usage
     given = parser.parse_args(argv)
     scale, tables = given.scale, given.tables or list(TABLES)
     out = given.out or Path("study" if scale == "small" else f"study-{scale}")
@@ -408,15 +429,13 @@ def main(argv: list[str] | None = None) -> None:
         if out.suffix == ".json":
             if not given.print:
                 parser.error("--out takes a folder; a study.json is only printed, by --print")
-            file = json.loads(out.read_text())
-            show(tables, [file["same"] | record for record in file["runs"]], seeds)
-            return
+            return show(tables, saved(out), seeds)
         how = scale, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
         out = out if given.commands else out.resolve()
         wanted = runs_of(out, tables, seeds, scale == "full" or bool(given.seeds), *how)
         if given.commands:
             for run in wanted:
-                checkpoint = f"--ckpt_url {run.folder}/run*/model-wrn-last.pt"
+                checkpoint = f"--ckpt_url {shlex.quote(str(run.folder))}/run*/model-wrn-last.pt"
                 train, *looks = (f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure))
                 print(train, *(f"{look} {checkpoint}" for look in looks), sep=" && ")
             return

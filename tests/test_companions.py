@@ -18,6 +18,7 @@ from models import GATES, build_model
 from tests.helpers import ANCRA, ATTACK, assert_equal, digits_checkpoint, digits_split, execute, folder, settings, train
 from tests.test_reference import deviation
 from utils.adaptive import views
+from utils.attacks import Standing
 from utils.checkpoints import load_model
 from utils.companions import Average, adversarial_weights, learning_rate
 from utils.data import as_input, load_extra, load_split, with_extra
@@ -26,7 +27,7 @@ from utils.evaluation import load_subject
 from utils.losses import pgd_loss, trades_loss
 from utils.options import parse
 from utils.recipes import Evaluation
-from utils.step import Attacked, training_loss
+from utils.step import Attacked, attack_batch, training_loss
 
 # Adversarial weight perturbation
 
@@ -54,32 +55,41 @@ def ours(model, x, labels, attacked, s, gamma):
     return model.state_dict()
 
 
-def derived(model, x, labels, attacked, s, gamma, restored="after"):
-    """Two steps by hand: functional calls, a momentum of its own, and no statistics of the first forwards."""
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    statistics = {name: b.clone() for name, b in model.named_buffers()}
-    momentum = {name: torch.zeros_like(w) for name, w in weights.items()}
+def by_hand(model, at, momentum, case, gamma, lr, restored="after"):
+    """A step by functional calls, a momentum of its own, and no statistics of the first forwards -> all at its end.
 
-    def gradients(at):
-        moving = {name: w.clone().requires_grad_() for name, w in at.items()}
-        buffers = {name: b.clone() for name, b in statistics.items()}
+    at: parameters and buffers by name; momentum: of the parameters, which is moved on in place.
+    """
+    weights = {name: at[name] for name in momentum}
+
+    def gradients(weights):
+        moving = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        buffers = {name: b.clone() for name, b in at.items() if name not in momentum}
 
         def network(images, gate=None, heads=False):
             return functional_call(model, moving | buffers, (images, gate, heads))
 
-        loss = training_loss(network, x, labels, attacked, s).loss
+        loss = training_loss(network, *case).loss
         return dict(zip(moving, torch.autograd.grad(loss, list(moving.values())), strict=True)), buffers
 
+    first, _ = gradients(weights)
+    moves = {name: gamma * weights[name].norm() / (g.norm() + 1e-20) * g for name, g in first.items() if g.ndim > 1}
+    moved = {name: w + moves.get(name, 0) for name, w in weights.items()}
+    second, buffers = gradients(moved)
+    begin = moved if restored == "after" else weights
+    for name, gradient in second.items():
+        momentum[name] = 0.9 * momentum[name] + gradient + case[-1].weight_decay * begin[name]
+        weights[name] = begin[name] - lr * momentum[name] - (moves.get(name, 0) if restored == "after" else 0)
+    return weights | buffers
+
+
+def derived(model, x, labels, attacked, s, gamma, restored="after"):
+    """Two steps by hand."""
+    at = {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    momentum = {name: torch.zeros_like(w) for name, w in model.named_parameters()}
     for _ in range(2):
-        first, _ = gradients(weights)
-        moves = {name: gamma * weights[name].norm() / (g.norm() + 1e-20) * g for name, g in first.items() if g.ndim > 1}
-        moved = {name: w + moves.get(name, 0) for name, w in weights.items()}
-        second, statistics = gradients(moved)
-        at = moved if restored == "after" else weights
-        for name, gradient in second.items():
-            momentum[name] = 0.9 * momentum[name] + gradient + 2e-4 * at[name]
-            weights[name] = at[name] - 0.1 * momentum[name] - (moves.get(name, 0) if restored == "after" else 0)
-    return weights | statistics
+        at = by_hand(model, at, momentum, (x, labels, attacked, s), gamma, 0.1, restored)
+    return at
 
 
 @pytest.mark.parametrize(("no_ra", "method"), [(False, "trades"), (True, "trades"), (False, "mart"), (False, "pgd")])
@@ -96,6 +106,14 @@ def test_a_step_with_adversarial_weights(no_ra, method):
     ):
         assert max(deviation(found[name], wrong[name]) for name in dict(case[0].named_parameters())) > 1e-6
     assert any(not torch.equal(start[name], value) for name, value in found.items())
+
+
+def test_a_network_without_statistics():
+    model = torch.nn.Linear(2, 2)
+    average = Average(model)
+    with adversarial_weights(model, lambda: model(torch.ones(1, 2)).sum().backward(), 0.1):
+        pass
+    average.take_statistics(model)
 
 
 def test_weights_come_back_whatever_happens_inside():
@@ -236,6 +254,11 @@ def test_extra_data_that_is_no_npz(tmp_path, refused):
         (("--label-smoothing=1",), "below 1"),
         (("--method=mart", "--label-smoothing=0.1"), "mart has another"),
         (("--warmup-lr=16",), "leaves no epoch"),
+        (("--awp-warmup=3",), "--awp-warmup is of --awp, which is off"),
+        (("--extra-fraction=0.5",), "--extra-fraction is of --extra-data, which is off"),
+        (("--no-ra", "--gate=soft"), "--gate is of reverse attention, which is off"),
+        (("--no-ra", "--ra_blocks=1"), "--ra-blocks is of reverse attention, which is off"),
+        (("--awp=0.005", "--epochs=10"), "--awp never acts: all 10 epochs are its warm-up; lower --awp-warmup"),
         (("--gate=hard",), "invalid choice"),
         (("--ra-blocks=3",), "from 1 to 2"),
     ],
@@ -300,6 +323,47 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
     assert len(straight.name) == 200 and re.search("-[0-9a-f]{8}$", straight.name)  # too long for a name, and cut
 
 
+def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch, short_runs):
+    """Every step of a run against one by hand: AWP from its epoch on, the rate of the step, momentum as it is."""
+    real, evaluated, looked, steps, averages = training.train_step, training.evaluate, [], [], []
+
+    def watched(job, batch, epoch):
+        model, generator = copy.deepcopy(job.model), torch.Generator()
+        generator.set_state(job.generator.get_state())
+        before, states = copy.deepcopy(model.state_dict()), job.optimizer.state.values()
+        momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        momentum |= dict(zip(momentum, [state["momentum_buffer"].clone() for state in states], strict=False))
+        averages[:] = averages or [dict(model.named_parameters())]
+        figures = real(job, batch, epoch)
+        x, group = as_input(batch.images), job.optimizer.param_groups[0]
+        attacked = attack_batch(Standing(model), x, batch.labels, job.settings, generator, epoch)
+        own, share = len(steps) % 3, 0.05 * (epoch > 1)
+        done, decay = epoch - 1 + own / 3, min(0.3, (1 + len(steps)) / (10 + len(steps)))
+        lr = 0.03 * (done if done < 1 else (1 + math.cos(math.pi * (done - 1) / 2)) / 2)
+        assert group["lr"] == pytest.approx(lr, abs=1e-9) and group["momentum"] == 0.9
+        case = x, batch.labels, attacked, job.settings
+        expected, wrong = (by_hand(model, before, dict(momentum), case, of, lr) for of in (share, 0.05 - share))
+        found = job.model.state_dict()
+        assert max(deviation(found[name], expected[name]) for name in momentum) < 1e-4
+        assert lr == 0 or max(deviation(found[name], wrong[name]) for name in momentum) > 1e-3
+        averages[0] = {name: decay * averages[0][name] + (1 - decay) * found[name] for name in momentum}
+        for name, value in job.average.model.named_parameters():
+            assert deviation(value, averages[0][name]) < 1e-5
+        steps.append(epoch)
+        return figures
+
+    def noting(job, model, split):
+        looked.append(model is job.average.model)
+        return evaluated(job, model, split)
+
+    monkeypatch.setattr(training, "train_step", watched)
+    monkeypatch.setattr(training, "evaluate", noting)
+    flags = ("--awp=0.05", "--awp-warmup=1", "--ema=0.3", "--lr-schedule=cosine", "--warmup-lr=1", "--width=4")
+    flags += ("--weight-decay=1",)  # which tells perturbed weights from others
+    train(tmp_path, *flags, "--epochs=3", "--limit-train=48", "--batch-size=16", "--lr=0.03", "--eval-interval=1")
+    assert steps == [1, 1, 1, 2, 2, 2, 3, 3, 3] and looked == [True] * 3
+
+
 # Gates, heads that answer, blocks
 
 
@@ -352,6 +416,7 @@ def test_a_head_that_answers_and_one_block(tmp_path):
     assert torch.allclose(one(x, heads=True).auxiliary[0], plain(x), atol=1e-6)  # its map comes before any weighting
     assert list(views(True, 2.0, blocks=1)) == ["final", "auxiliary 1", "over heads", "smooth gates"]
     assert "smooth gates" not in views(True, 2.0, gate="soft")
+    assert list(views(True, 2.0, gate="none")) == ["final", "auxiliary 1", "mean auxiliary", "over heads"]
 
 
 def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
@@ -367,6 +432,30 @@ def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
         load_model(file, predicts="auxiliary1")
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
     refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))
+    refused(ATTACK, "--ckpt_url", file, "--no-ra", "--gate=soft", mentions=("--gate: of reverse attention", "--no-ra"))
+    refused(ATTACK, "--model", "x:f", "--predict=auxiliary1", mentions=("--predict: of reverse attention", "--model"))
+
+
+WRAPPED = """
+from utils.checkpoints import load_model
+def make():
+    return load_model({file!r}, predict="auxiliary1")[0]
+"""
+
+
+def test_under_every_attack_a_head_that_answers_is_a_network_of_its_own(tmp_path):
+    file = digits_checkpoint(tmp_path / "best_adv_model.pt")
+    (tmp_path / "wrapped.py").write_text(WRAPPED.format(file=str(file)))
+    flags = ("--n-examples=40", "--num-steps=6", "--restarts=1", "--apgd-steps=5", "--device=cpu")
+    flags += ("--attacks=natural,fgsm,pgd,cw,adaptive", "--epsilon=0.08")
+    elsewhere = ("--model", f"{tmp_path}/wrapped.py:make", "--dataset=digits", "--image-size=16")
+    found = []
+    for network in (("--ckpt_url", file, "--predict=auxiliary1"), elsewhere, ("--ckpt_url", file)):
+        assert execute(ATTACK, *network, *flags, f"--log_path={tmp_path}/test.log") == 0
+        attacks = json.loads((tmp_path / "white_attack.json").read_text())["attacks"]
+        found.append([attacks[name]["verdicts"] for name in ("natural", "FGSM", "PGD-6", "CW-3", "adaptive: final")])
+    assert found[0] == found[1] != found[2]
+    assert len(set(found[0])) > 2
 
 
 def test_a_published_file_answers_by_a_head_too(tmp_path, capsys):

@@ -285,9 +285,11 @@ def test_runs_are_named_by_method_and_ablation():
         (False, {"method": "pgd", "no_anc": True}, "PGD-AT"),
         (True, {"method": "pgd"}, "ANCRA-PGD"),
         (True, {"method": ["?"]}, "best_adv_model"),
+        (True, {"method": "trades", "awp": "a|b", "extra_data": 5, "gate": "x"}, "ANCRA-TRADES, gate soft"),
         (True, None, "best_adv_model"),
+        (False, None, "best_adv_model"),
     ):
-        info = {"recipe": recipe, "reverse_attention": ra}
+        info = {"recipe": recipe, "reverse_attention": ra, "gate": "soft" if recipe and "awp" in recipe else None}
         assert Subject(Path("run/best_adv_model.pt"), None, info, "digits", None, 0.1, 0.02).method == name
 
 

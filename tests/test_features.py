@@ -266,6 +266,15 @@ def test_names_of_cifar_are_torchvision_s(monkeypatch):
     assert class_names(load_split("cifar10", "test", "", 32)) == list("abcd")
 
 
+def test_pgd_is_on_the_head_that_answers(run):
+    flags = ("--n-examples=80", "--num-steps=3")
+    one, other = measured(run, 3, *flags), measured(run, 3, *flags, "--predict=auxiliary1")
+    assert (one[0]["predict"], other[0]["predict"]) == ("final", "auxiliary1")
+    assert other[0]["method"] == f"{one[0]['method']}, auxiliary1"
+    assert not np.allclose(one[1]["weighted_PP_cosine"], other[1]["weighted_PP_cosine"])
+    assert np.array_equal(one[1]["weighted_NP_cosine"], other[1]["weighted_NP_cosine"])  # natural images
+
+
 # bad input
 
 RUN_3 = ("--model_dir", "run.pt", "--target_label", "3")

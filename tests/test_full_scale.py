@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import build_model
 from tests import full_scale
 from tests.helpers import settings
-from utils.attacks import Standing
+from utils.attacks import Standing, frozen, pgd40_heads
 from utils.companions import adversarial_weights
+from utils.data import Split
+from utils.evaluation import verdicts
 from utils.step import attack_batch, backward, training_loss
 
 TINY = ("--dataset", "digits", "--width", 4, "--num-steps", 2, "--batch-size", 8, "--warmup-epochs", 0)
@@ -64,7 +67,23 @@ def test_a_run_s_operations_add_up_epochs_and_evaluations():
     of = full_scale.passes(job, 100)
     early, late = (50_000 * full_scale.step_of(job, of, epoch) for epoch in (2, 3))
     assert early < late
-    assert full_scale.run_of(job) == (2 * early + 3 * late, 3 * 10_000 * (of.look + 40 * of.attack))
+    training, evaluation = full_scale.run_of(job)
+    assert training == 2 * early + 3 * late
+    assert evaluation == pytest.approx(3 * 10_000 * (2 * of.look + 40 * of.attack))
+
+
+def test_an_evaluation_s_operations_are_those_that_are_counted_while_it_runs():
+    job = settings(*TINY, "--epochs", 1)
+    model = build_model("ResNet18", 10, width=4, image_size=16).eval()
+    split = Split(torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.zeros(8, dtype=torch.long), ("0", "1"))
+
+    def work():
+        with frozen(model) as net:
+            natural = verdicts(net, split, 4)
+            verdicts(net, split, 4, pgd40_heads(0.1, 0.02, 2.0, 1), torch.ones_like(natural))
+
+    with mock.patch.dict(full_scale.IMAGES, digits=(0, 8)):
+        assert full_scale.run_of(job)[1] == full_scale.counted(work) > 0
 
 
 def test_the_counter_is_pytorch_s():
@@ -88,8 +107,13 @@ def test_the_table_has_a_row_for_each_of_the_paper_s(capsys):
     assert [row.split(" ")[2] for row in rows] == [command[0] for command in full_scale.ROWS]
 
 
-@pytest.mark.parametrize("flags", ["--dataset digits", "--limit-train 100", "--precision bf16", "--val-size 10"])
+UNCOUNTED = ["--dataset digits", "--limit-train 100", "--precision bf16", "--val-size 10", "--image-size 64"]
+
+
+@pytest.mark.parametrize("flags", [*UNCOUNTED, "--restart_epoch 60 --ckpt_url x", "--resume x", "--bogus"])
 def test_what_is_not_counted_is_refused(flags, capsys):
     with pytest.raises(SystemExit) as end:
         full_scale.main(flags.split())
-    assert end.value.code == 2 and "nothing is counted here for" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and not captured.out and captured.err.count("\n") == 1
+    assert ("nothing is counted here for" in captured.err) != (flags == "--bogus")

@@ -26,7 +26,7 @@ def record(network=(), labels=(0, 1, 2, 3), **attacks):
     """What an evaluation leaves, as far as the tables need it."""
     return {
         "format": results.FORMAT,
-        "checkpoint": str(next(_numbers)),
+        "checkpoint": f"{next(_numbers)}/best_adv_model.pt",
         "settings": {"restarts": 5},
         "network": {"method": "TRADES", "arch": "ResNet18"} | dict(network),
         "labels": list(labels),
@@ -61,19 +61,31 @@ def test_a_difference_is_paired():
 
 
 def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path, capsys):
-    """Settings that an older version did not have, and those without an effect, do not."""
-    plain = {"no_anc": True, "no_ra": True, "lr": 0.03}
-    recipes = [plain | {"seed": 1}, plain | {"seed": 2, "attack_cr_beta": None, "zeta": 9}, plain | {"lr": 0.09}, None]
+    """Settings that an older version did not have, those without an effect, and nonsense do not; nor the best epoch."""
+    plain = {"no_anc": True, "no_ra": True, "lr": 0.03, "extra_data": "e.npz"}
+    other = {"seed": 2, "attack_cr_beta": None, "zeta": 9, "inner": 5, "extra_data": str(tmp_path / "e.npz")}
+    recipes = [plain | {"seed": 1}, plain | other, plain | {"lr": 0.09}, None]
     for i, recipe in enumerate(recipes):
         (tmp_path / str(i)).mkdir()
-        found = record({"recipe": recipe, "method": "TRADES" if recipe else "FILE"}, natural="1110", PGD=f"11{i % 2}0")
+        network = {"recipe": recipe, "method": "TRADES" if recipe else "FILE", "epoch": i}
+        found = record(network, natural="1110", PGD=f"11{i % 2}0")
         (tmp_path / str(i) / results.FILE).write_text(json.dumps(found))
     paths = [str(tmp_path / str(i)) for i in range(4)]
     assert results.main(paths) == 0
     rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:5]]
     assert rows == [["| TRADES, lr 0.03", "2"], ["| TRADES, lr 0.09", "1"], ["| FILE", "1"]]
     assert results.main([*paths, paths[0]]) == 2
-    assert "is there twice" in capsys.readouterr().err
+    assert "seed 1 is there twice" in capsys.readouterr().err
+    (tmp_path / "copy").mkdir()
+    again = json.loads((tmp_path / "0" / results.FILE).read_text()) | {"checkpoint": "elsewhere/best_adv_model.pt"}
+    (tmp_path / "copy" / results.FILE).write_text(json.dumps(again))
+    assert results.main([*paths, str(tmp_path / "copy")]) == 2
+    assert "seed 1 is there twice, in " in (said := capsys.readouterr().err) and "elsewhere" in said
+    last = again | {"checkpoint": "elsewhere/model-wrn-last.pt"}
+    (tmp_path / "copy" / results.FILE).write_text(json.dumps(last))
+    assert results.main([paths[0], str(tmp_path / "copy")]) == 0
+    rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert rows == ["| TRADES, weights best_adv_model.pt", "| TRADES, weights model-wrn-last.pt"]
     other = json.loads((tmp_path / "1" / results.FILE).read_text()) | {"settings": {"restarts": 1}}
     (tmp_path / "1" / results.FILE).write_text(json.dumps(other))
     assert results.main(paths[:2]) == 0
@@ -113,6 +125,12 @@ def test_what_is_no_evaluation_is_refused_in_a_line(content, said, tmp_path, cap
     assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
+def test_no_evaluation_at_all_is_a_line_too(capsys):
+    with pytest.raises(SystemExit):
+        results.main([])
+    assert capsys.readouterr().err == "python -m utils.results: error: the following arguments are required: RUN\n"
+
+
 def test_every_command_of_the_study_is_understood(capsys):
     study.main(["--commands"])
     lines = capsys.readouterr().out.splitlines()
@@ -132,6 +150,9 @@ def test_every_command_of_the_study_is_understood(capsys):
         (["--seeds", "x"], "--seeds takes numbers"),
         (["--jobs", "0"], "--jobs one of at least 1"),
         (["--print", "--out", "nowhere"], "nowhere holds no finished run"),
+        (["--print", "--out", str(ROOT / "tests/golden/study.json"), "--seeds", "9"], "no finished run of gates"),
+        (["--print", "--out", str(ROOT / "tests/golden/ResNet18.keys.json")], "is no study.json"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
         (["--print", "--out", "nowhere.json"], "No such file"),
         (["--out", "study.json"], "only printed"),
     ],
@@ -139,7 +160,8 @@ def test_every_command_of_the_study_is_understood(capsys):
 def test_wrong_use_of_the_study_is_one_line(argv, said, capsys):
     with pytest.raises(SystemExit) as end:
         study.main(argv)
-    assert end.value.code == 2 and said in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and said in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
 def test_published_figures_are_those_of_the_published_verdicts(capsys):
@@ -183,6 +205,10 @@ def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_p
     first, again = made(), made()
     assert first == again and len(first[1]) == 4
     assert [row.split(" | ")[0] for row in first[0]] == [f"| {name}" for name in study.best()]
+
+    with pytest.raises(SystemExit):
+        study.main([*argv[:-1], f"{quick} --num-steps=3", "--print"])
+    assert "is of another num_steps; give another --out" in capfd.readouterr().err
 
     study.main(["--commands", *argv])
     train = shlex.split(capfd.readouterr().out.splitlines()[-1].split(" && ")[0])

@@ -94,7 +94,7 @@ def views(
     if reverse_attention:
         if predict != "final":
             add("final logits", lambda heads: [(1, heads.final)])
-        for i in range(blocks):
+        for i in range(blocks - (gate == "none")):  # without a gate the last one is the final head
             add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
         if blocks > 1:
             add("mean auxiliary", lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))])

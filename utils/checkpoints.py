@@ -160,6 +160,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides
     answer_by(model, predict, path)
     if not ours:
         ra = f"with{'' if info['reverse_attention'] else 'out'} reverse attention"
+        ra += "".join(f", {key} {info[key]}" for key in ("gate", "ra_blocks") if info[key])
         images = f"normalised by {info['mean']}, {info['std']}" if info["mean"] else "not normalised"
         taken = f"taken for {info['arch']} of width {info['width']}, {ra}, images {images}"
         notes = [f"{taken}; no tensor tells all of it, see --no-ra, --mean and --std", *notes]

@@ -24,7 +24,8 @@ def adversarial_weights(model: nn.Module, gradients: Callable[[], object], gamma
     before = [buffer.clone() for buffer in buffers]
     gradients()
     with torch.no_grad():
-        torch._foreach_copy_(buffers, before)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
         weights = [p for p in model.parameters() if p.ndim > 1 and p.grad is not None]
         moves = [gamma * w.norm() / (w.grad.norm() + 1e-20) * w.grad for w in weights]
         model.zero_grad()
@@ -55,7 +56,8 @@ class Average:
     @torch.no_grad()
     def take_statistics(self, model: nn.Module) -> None:
         """Copy BatchNorm's statistics, which are not averaged."""
-        torch._foreach_copy_(list(self.model.buffers()), list(model.buffers()))
+        for own, value in zip(self.model.buffers(), model.buffers(), strict=True):
+            own.copy_(value)
 
 
 def learning_rate(

@@ -152,11 +152,11 @@ def _signs(probe: Probe, final: Tensor, by_eps: list[tuple], by_steps: list[tupl
     of_views, pgd200, full = by_steps[STEPS.index(40)][2], by_steps[-1][1], by_eps[-1][1]
     rise = max(0.0, *(after[1] - before[1] for before, after in itertools.pairwise(by_eps)))
     missed = once - probe.accuracy(pgd | boxed)
-    of_iterates = f"iterates of PGD-40 on the final logits leave {best:.1f} % right, on every view {of_views:.1f} %"
+    of_iterates = f"iterates of PGD-40 on the answer leave {best:.1f} % right, on every view {of_views:.1f} %"
     of_square = f"Square alone leaves {by_box:.1f} % right and fools {missed:.1f} % of all images that PGD-40 does not"
     left, turned = f"PGD-40 leaves {once:.1f} % right", f"PGD-40 turns {mended} of {len(wrong)} wrong images right"
     return [
-        Sign("the final logits hide what the views show", best - of_views > 2, of_iterates),
+        Sign("the answer hides what the views show", best - of_views > 2, of_iterates),
         Sign("eps 1 leaves images right", full > 1, f"accuracy at eps 1 is {full:.1f} %"),
         Sign("a larger eps raises accuracy", rise > 1, f"accuracy rises with eps by {rise:.1f} points at most"),
         Sign("more steps still help", once - pgd200 > 1, f"{left}, PGD-{STEPS[-1]} {pgd200:.1f} %"),

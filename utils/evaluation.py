@@ -1,7 +1,6 @@
 """Looking at a trained network: what it is and on which images, and the one loop over a split."""
 
 import importlib
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from utils.checkpoints import checkpoint_file, load_model, told
 from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks
 from utils.devices import computing, pick_device
 from utils.errors import RunError, UsageError, first_line
+from utils.options import fits
 from utils.recipes import (
     BLIND,
     CLASSES,
@@ -28,6 +28,7 @@ from utils.recipes import (
     Training,
     combined,
     dataset_defaults,
+    described,
 )
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
@@ -124,19 +125,21 @@ class Subject(NamedTuple):
 
     @property
     def recipe(self) -> dict:
-        """The settings that it was trained with, as far as its checkpoint says."""
-        return self.info["recipe"] if isinstance(self.info["recipe"], dict) else {}
+        """The settings that it was trained with, as far as its checkpoint says, and a training can have had them."""
+        said = self.info["recipe"] if isinstance(self.info["recipe"], dict) else {}
+        return {name: value for name, value in said.items() if name in described(Training) and fits(name, value)}
 
     @property
     def method(self) -> str:
         """What a run is called in tables and figures: ANCRA-TRADES, TRADES-RA, TRADES; else its file's name."""
-        method = self.recipe.get("method")
-        if not isinstance(method, str) or not method.replace("-", "_").isidentifier():
-            return str(self.info["arch"]) if self.info.get("module") else self.file.stem
-        method = "PGD-AT" if method == "pgd" else method.upper()
-        ra, anc = self.info["reverse_attention"], not self.recipe.get("no_anc")
-        name = method + ("-RA" if ra else "-ANC" if anc else "")
-        said = ["ANCRA-" + method.removesuffix("-AT") if ra and anc else name, *combined(self.recipe)]
+        method, ra, anc = self.recipe.get("method"), self.info["reverse_attention"], not self.recipe.get("no_anc")
+        name = str(self.info["arch"]) if self.info.get("module") else self.file.stem
+        if method is not None:
+            method = "PGD-AT" if method == "pgd" else method.upper()
+            name = method + ("-RA" if ra else "-ANC" if anc else "")
+            name = "ANCRA-" + method.removesuffix("-AT") if ra and anc else name
+        gates = {key: self.info.get(key) or getattr(Training, key) for key in ("gate", "ra_blocks")}
+        said = [name, *combined(self.recipe | gates | {"no_ra": not ra})]
         said += ["not averaged"] * (self.info.get("averaged") is False and bool(self.recipe.get("ema")))
         answers = getattr(self.model, "predict", "final")
         return ", ".join(said + [answers] * (answers != "final"))
@@ -144,8 +147,7 @@ class Subject(NamedTuple):
     @property
     def auxiliary_weight(self) -> float:
         """lambda, the weight of the auxiliary heads in the loss that it was trained with."""
-        weight = self.recipe.get("cr_beta")
-        return weight if isinstance(weight, float) and 0 <= weight < math.inf else Training.cr_beta
+        return self.recipe.get("cr_beta", Training.cr_beta)
 
     def described(self) -> str:
         ra = "with" if self.info["reverse_attention"] else "without"

@@ -245,7 +245,7 @@ def feature_distance(settings: Distances) -> None:
     print(f"{name}: {subject.described()}")
     print(
         f"PP: PGD-{settings.num_steps}, eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, "
-        f"on the final logits; NP: {settings.strategy} negatives; seed {settings.seed}"
+        f"on the answer; NP: {settings.strategy} negatives; seed {settings.seed}"
     )
     for target, file in files.items():
         found = {key: of_all[labels == target] for key, of_all in values.items()}
@@ -286,7 +286,8 @@ def measure_distances(subject: Subject, targets: list[int], settings: Distances)
 def print_distances(title: str, values: Values, info: dict, chosen: str) -> None:
     """A class's table, weighted and unweighted features side by side, and what it says of alignment and exclusion."""
     layers = FEATURES if info["reverse_attention"] else FEATURES[:1]
-    heads = ("weighted by the predicted class", "unweighted") if len(layers) > 1 else ("nothing is weighted",)
+    by = {"soft": "softmax", "none": "nothing"}.get(info.get("gate"), "the predicted class")
+    heads = (f"weighted by {by}", "unweighted") if len(layers) > 1 else ("nothing is weighted",)
     print(f"\n{title}, {len(values['weighted_PP_cosine'])} images")
     print(" " * 10 + "".join(f"{head:^44}" for head in heads))
     print(" " * 10 + "".join(f"{column:>11}" for column in ("max", "min", "mean", "variance")) * len(heads))

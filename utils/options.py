@@ -236,6 +236,10 @@ def fits(name: str, value: object) -> bool:
         return False
 
 
+BELONGS = {"awp_warmup": "--awp", "extra_fraction": "--extra-data"}  # settings of what is off without another
+BELONGS |= dict.fromkeys(("gate", "ra_blocks"), "reverse attention")
+
+
 def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command:
     """Parse a training script's command line. script: its own defaults. Exits with status 2 where it is wrong."""
     parser = Parser(Training, doc, script)
@@ -249,6 +253,11 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
         parser.error(f"--restart_epoch {settings.restart_epoch} leaves nothing to train; --epochs is {settings.epochs}")
     if settings.label_smoothing and settings.method == "mart":
         parser.error("--label-smoothing is of the cross-entropy of pgd and trades; mart has another, leave it out")
+    if not isinstance(settings.resume, str):  # another run's own settings count there
+        for name in (name for name in BELONGS if name in idle(settings) and name in given):
+            parser.error(f"--{name.replace('_', '-')} is of {BELONGS[name]}, which is off; leave it out")
+        if settings.awp and settings.awp_warmup >= settings.epochs:
+            parser.error(f"--awp never acts: all {settings.epochs} epochs are its warm-up; lower --awp-warmup")
     if settings.warmup_lr >= settings.epochs:
         parser.error(f"--warmup-lr {settings.warmup_lr} leaves no epoch behind it; --epochs is {settings.epochs}")
     extra, whole = settings.extra_images, settings.batch_size
@@ -268,6 +277,11 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
         if about.required and name not in given:
             parser.error(f"--{name} is required: {about.help}")
     settings = resolve(cls, given)
+    without = [flag for flag in ("--no-ra", "--model") if getattr(settings, flag[2:].replace("-", "_"), None)]
+    if without and (weighed := [f"--{name}" for name in ("gate", "ra_blocks", "predict") if name in given]):
+        parser.error(
+            f"{', '.join(weighed)}: of reverse attention, which {without[0]} is without; leave one of them out"
+        )
     if ("mean" in given) != ("std" in given):
         parser.error("--mean and --std need each other, such as --mean cifar10 --std cifar10")
     if cls is Evaluation:
@@ -281,8 +295,9 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
         adaptive, transfer = (name in settings.attacks for name in ("adaptive", "transfer"))
         if transfer and settings.attacks != ALL_ATTACKS and settings.surrogate is None:
             parser.error("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
-        unused = () if adaptive else ("restarts",) if settings.diagnostics or transfer else ("restarts", "surrogate")
-        of_files = ("arch", "width", "no_ra", "key", "mean", "std", "gate", "ra_blocks", "predict")
+        unused = () if adaptive else ("restarts", "apgd_steps")
+        unused += () if adaptive or settings.diagnostics or transfer else ("surrogate",)
+        of_files = ("arch", "width", "no_ra", "key", "mean", "std")
         parser.say_idle(unused + of_files * bool(settings.model), given)
     if cls is Umap and settings.labels is not None:
         if len(set(settings.labels)) < len(settings.labels):

@@ -131,7 +131,8 @@ def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator
     yield f"classes, the weakest first, natural/worst case: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
     if said := at_chance(percent(rows["natural"].right), subject.split.labels):
         yield f"note, natural{said}: nothing here says anything of robustness"
-    if subject.info["reverse_attention"] and "adaptive, worst case" not in rows:
+    hidden = subject.info["reverse_attention"] and subject.info.get("gate") not in ("soft", "none")
+    if hidden and "adaptive, worst case" not in rows:
         yield "note: attacks on the final logits overestimate networks with reverse attention; add --attacks all"
     yield "| network | " + " | ".join(rows) + " |"
     yield "|" + "---|" * (len(rows) + 1)

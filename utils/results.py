@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UsageError
+from utils.options import fits
 from utils.recipes import Evaluation, Training, described, idle, of_today, restored
 
 FORMAT = 1
@@ -67,20 +68,29 @@ def images_of(record: dict) -> object:
 def identity(record: dict) -> dict[str, Any]:
     """What makes two runs the same but for their seed: the recipe of the training, and how it was evaluated."""
     network, settings, recipe = record["network"], record["settings"], record["network"].get("recipe")
-    own: dict[str, Any] = {"file": record.get("checkpoint")}  # of a network from elsewhere
-    if isinstance(recipe, dict):
-        trained = restored({name: value for name, value in of_today(recipe).items() if name in SETTINGS})
+    file = str(record.get("checkpoint"))
+    own: dict[str, Any] = {"file": file, "gate": network.get("gate"), "ra_blocks": network.get("ra_blocks")}
+    if isinstance(recipe, dict):  # a run's
+        known = {name: value for name, value in of_today(recipe).items() if name in SETTINGS and fits(name, value)}
+        trained = restored(known)
         away = {name for name, about in SETTINGS.items() if about.free and name != "epochs"}
         away |= {"seed", "model_dir", "data_dir", "device", "no_cuda", "ckpt_url", *idle(trained)}
         own = {name: value for name, value in asdict(trained).items() if name not in away}
-    own |= {"network": network.get("arch"), "epoch": network.get("epoch"), "attack": record.get("threat_model")}
+        own |= {"weights": os.path.basename(file), "extra_data": os.path.basename(trained.extra_data or "")}
+    own |= {"network": network.get("arch"), "attack": record.get("threat_model")}
     return own | {f"evaluation's {name}": settings.get(name, default) for name, default in EVALUATED.items()}
+
+
+def seed_of(record: dict) -> object:
+    """The seed of the training; None of a network from elsewhere."""
+    recipe = record["network"].get("recipe")
+    return recipe.get("seed", Training.seed) if isinstance(recipe, dict) else None
 
 
 def grouped(records: list[dict]) -> Groups:
     """Records by recipe and evaluation, seeds aside. A name is the method's, and what tells apart those that share it.
 
-    UsageError where a run is there twice, or seeds of a row were attacked on other images than one another.
+    UsageError where a seed is there twice, or seeds of a row were attacked on other images than one another.
     """
     groups: list[tuple[dict, list[dict]]] = []
     for record in records:
@@ -88,8 +98,10 @@ def grouped(records: list[dict]) -> Groups:
         members = next((members for key, members in groups if key == own), None)
         if members is None:
             groups.append((own, members := []))
-        if any(record.get("checkpoint") == other.get("checkpoint") for other in members):
-            raise UsageError(f"the evaluation of {record.get('checkpoint')} is there twice; give it once")
+        for other in members:
+            if seed_of(record) == seed_of(other):
+                both = dict.fromkeys(str(of.get("checkpoint")) for of in (other, record))
+                raise UsageError(f"seed {seed_of(record)} is there twice, in {' and '.join(both)}; a seed counts once")
         if members and images_of(record) != images_of(members[0]):
             raise UsageError(
                 f"the runs of {record['network'].get('method')} were evaluated on other images than one another"
@@ -180,6 +192,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m utils.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.error = lambda said: parser.exit(2, f"{parser.prog}: error: {said}\n")  # without the usage
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a folder that holds {FILE}, or such a file")
     try:
         print(*table(grouped([read(path) for path in parser.parse_args(argv).runs])), sep="\n", flush=True)
