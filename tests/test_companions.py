@@ -267,6 +267,10 @@ def test_wrong_companions(refused, flags, said):
     refused(ANCRA, "--dataset=digits", *flags, mentions=(said,))
 
 
+def test_what_a_flag_belongs_to_may_be_the_resumed_run_s_own(capsys):
+    assert settings("--resume=run", "--awp-warmup=3", "--extra-fraction=0.5").awp_warmup == 3
+
+
 def test_label_smoothing_is_of_cross_entropy_alone():
     natural, adversarial, labels = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
     smooth = 0.9 * F.cross_entropy(natural, labels) - 0.1 * F.log_softmax(natural, 1).mean()

@@ -181,7 +181,7 @@ def test_published_figures_are_those_of_the_published_verdicts(capsys):
 
 @pytest.mark.slow
 def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_path, capfd):
-    small = "--width=4 --epochs=1 --milestones=none --limit-train=24 --limit-test=6 --num-steps=1 --device=cpu"
+    small = "--width=4 --epochs=2 --milestones=none --limit-train=24 --limit-test=6 --num-steps=1 --device=cpu"
     quick = "--n-examples=4 --num-steps=2 --apgd-steps=5 --device=cpu"
     argv = ["best", "--seeds", "1", "--out", str(tmp_path / "study"), "--flags", small, "--evaluation", quick]
 
