@@ -268,7 +268,12 @@ def test_wrong_companions(refused, flags, said):
 
 
 def test_what_a_flag_belongs_to_may_be_the_resumed_run_s_own(capsys):
+    """So may a default that is given, and one of a list of runs of which the first is without."""
     assert settings("--resume=run", "--awp-warmup=3", "--extra-fraction=0.5").awp_warmup == 3
+    assert settings("--resume", "--awp=0.1", "--epochs=8").awp_warmup == 10
+    assert settings("--awp=0", "--awp-warmup=3").awp_warmup == 3
+    assert settings("--no-ra", "--gate=label").gate == "label"
+    assert "accepted, no effect here" in capsys.readouterr().err
 
 
 def test_label_smoothing_is_of_cross_entropy_alone():
@@ -436,8 +441,8 @@ def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
         load_model(file, predicts="auxiliary1")
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
     refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))
-    refused(ATTACK, "--ckpt_url", file, "--no-ra", "--gate=soft", mentions=("--gate: of reverse attention", "--no-ra"))
-    refused(ATTACK, "--model", "x:f", "--predict=auxiliary1", mentions=("--predict: of reverse attention", "--model"))
+    refused(ATTACK, "--ckpt_url", file, "--no-ra", "--gate=soft", mentions=("--gate and --no-ra contradict",))
+    refused(ATTACK, "--model", "x:f", "--predict=auxiliary1", mentions=("--predict and --model contradict",))
 
 
 WRAPPED = """

@@ -1075,6 +1075,25 @@ def test_a_foreign_network_that_is_none(function, said, beside_foreign, refused)
     refused(ATTACK, *flags, mentions=[said])
 
 
+NAMES_OF_OURS = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.fc = torch.nn.Linear(2, 2), torch.nn.Linear(3 * 16 * 16, 10)
+    def predict(self, x):
+        return self(x).argmax(1)
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+"""
+
+
+def test_a_foreign_network_may_use_names_of_ours(here):
+    (here / "named.py").write_text(NAMES_OF_OURS)
+    flags = ("--dataset", "digits", "--image-size", "16", "--n-examples", "4", "--attacks", "fgsm", "--device", "cpu")
+    assert execute(ATTACK, "--model", "named.py:Net", *flags) == 0
+
+
 def test_a_network_without_gradients_is_looked_at_without_attacks(beside_foreign):
     flags = ("--model", "foreign_nets:flat", "--dataset", "digits", "--n-examples", "4", "--device", "cpu")
     assert execute(ATTACK, *flags, "--attacks", "natural,noise") == 0

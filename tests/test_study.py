@@ -75,17 +75,17 @@ def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path
     rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:5]]
     assert rows == [["| TRADES, lr 0.03", "2"], ["| TRADES, lr 0.09", "1"], ["| FILE", "1"]]
     assert results.main([*paths, paths[0]]) == 2
-    assert "seed 1 is there twice" in capsys.readouterr().err
+    assert "is there twice" in capsys.readouterr().err
     (tmp_path / "copy").mkdir()
     again = json.loads((tmp_path / "0" / results.FILE).read_text()) | {"checkpoint": "elsewhere/best_adv_model.pt"}
     (tmp_path / "copy" / results.FILE).write_text(json.dumps(again))
-    assert results.main([*paths, str(tmp_path / "copy")]) == 2
-    assert "seed 1 is there twice, in " in (said := capsys.readouterr().err) and "elsewhere" in said
+    assert results.main([paths[0], str(tmp_path / "copy")]) == 0
+    assert "TRADES: runs of seeds 1, 1; one seed twice tells nothing of other seeds." in capsys.readouterr().out
     last = again | {"checkpoint": "elsewhere/model-wrn-last.pt"}
     (tmp_path / "copy" / results.FILE).write_text(json.dumps(last))
     assert results.main([paths[0], str(tmp_path / "copy")]) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
-    assert rows == ["| TRADES, weights best_adv_model.pt", "| TRADES, weights model-wrn-last.pt"]
+    assert rows == ["| TRADES, weights of the best epoch", "| TRADES, weights of epoch 0"]
     other = json.loads((tmp_path / "1" / results.FILE).read_text()) | {"settings": {"restarts": 1}}
     (tmp_path / "1" / results.FILE).write_text(json.dumps(other))
     assert results.main(paths[:2]) == 0
@@ -165,18 +165,26 @@ def test_wrong_use_of_the_study_is_one_line(argv, said, capsys):
 
 
 def test_published_figures_are_those_of_the_published_verdicts(capsys):
-    """README's rows of the study are what its file of verdicts gives, each of the first table that has it."""
+    """README's rows and intervals are what its files of verdicts give, each row of the first table that has it."""
+    interval = r"[+-]\d+\.\d \([+-][\d.]+ to [+-][\d.]+(?:, images alone)?\)"
 
-    def rows(text):
-        cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "**" in line]
-        return {row[0]: next(cell for cell in row if "**" in cell) for row in reversed(cells)}
+    def rows(text, kind):
+        cells = [line.strip("| ").split(" | ") for line in text.splitlines() if re.search(kind, line)]
+        return {row[0]: next(cell for cell in row if re.search(kind, cell)) for row in reversed(cells)}
 
-    study.main(["--print", "--out", str(ROOT / "tests/golden/study.json")])
-    printed = capsys.readouterr().out
-    found, shown = rows(printed), rows((ROOT / "README.md").read_text())
+    readme, printed = (ROOT / "README.md").read_text(), {}
+    for name in ("study_main", "study"):
+        study.main(["--print", "--out", str(ROOT / f"tests/golden/{name}.json")])
+        printed[name] = capsys.readouterr().out
+    shown, found = rows(readme, r"\*\*\d"), rows(printed["study_main"], r"\*\*\d")
     assert len(shown) >= 8 and shown == {name: found[name] for name in shown}
-    intervals = re.findall(r"[\d.]+ \([+-][\d.]+ to \+[\d.]+\)", (ROOT / "README.md").read_text())
-    assert len(intervals) > 8 and all(interval in printed for interval in intervals)
+    told = re.findall(interval, readme)
+    assert len(told) > 15 and not [one for one in told if not any(one in text for text in printed.values())]
+    less, table = rows(printed["study_main"], interval), readme[readme.index("| less the row's method alone") :]
+    heads, _, *lines = (line.strip("| ").split(" | ") for line in table[: table.index("\n\n")].splitlines())
+    assert len(lines) == 2 and heads[1:] == [f"+{word}" for word in study.ADDED]
+    for name, *cells in lines:
+        assert cells == [less[f"{name} {head}"] for head in heads[1:]]
 
 
 @pytest.mark.slow
@@ -209,6 +217,13 @@ def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_p
     with pytest.raises(SystemExit):
         study.main([*argv[:-1], f"{quick} --num-steps=3", "--print"])
     assert "is of another num_steps; give another --out" in capfd.readouterr().err
+    for argv_of, said in (
+        ("--evaluation=--epsilon=0.05 " + quick, "another eps"),
+        ("--flags=--epochs=1", "never acts"),
+    ):
+        with pytest.raises(SystemExit):
+            study.main([*argv, argv_of, "--print"])
+        assert said in capfd.readouterr().err
 
     study.main(["--commands", *argv])
     train = shlex.split(capfd.readouterr().out.splitlines()[-1].split(" && ")[0])

@@ -95,7 +95,8 @@ def views(
         if predict != "final":
             add("final logits", lambda heads: [(1, heads.final)])
         for i in range(blocks - (gate == "none")):  # without a gate the last one is the final head
-            add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
+            if predict != f"auxiliary{i + 1}":  # that is `final`
+                add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
         if blocks > 1:
             add("mean auxiliary", lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))])
         weight = auxiliary_weight / blocks

@@ -148,11 +148,7 @@ def _to_channels_last(net: ReverseAttentionNetwork) -> None:
         # Where maps are 4x4, channels-last convolutions on a CPU reach half to two thirds of the default's rate.
         for block in net.last_blocks():
             block.to(memory_format=torch.contiguous_format)
-        net.last_blocks()[0].register_forward_pre_hook(_in_default_format)
-
-
-def _in_default_format(block: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].contiguous(),)
+        net.last_blocks()[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].contiguous(),))
 
 
 @contextmanager

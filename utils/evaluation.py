@@ -17,7 +17,7 @@ from utils.checkpoints import checkpoint_file, load_model, told
 from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks
 from utils.devices import computing, pick_device
 from utils.errors import RunError, UsageError, first_line
-from utils.options import fits
+from utils.options import fitting
 from utils.recipes import (
     BLIND,
     CLASSES,
@@ -28,7 +28,6 @@ from utils.recipes import (
     Training,
     combined,
     dataset_defaults,
-    described,
 )
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
@@ -125,9 +124,8 @@ class Subject(NamedTuple):
 
     @property
     def recipe(self) -> dict:
-        """The settings that it was trained with, as far as its checkpoint says, and a training can have had them."""
-        said = self.info["recipe"] if isinstance(self.info["recipe"], dict) else {}
-        return {name: value for name, value in said.items() if name in described(Training) and fits(name, value)}
+        """The settings that it was trained with, as far as its checkpoint says."""
+        return fitting(self.info["recipe"]) if isinstance(self.info["recipe"], dict) else {}
 
     @property
     def method(self) -> str:
@@ -141,8 +139,13 @@ class Subject(NamedTuple):
         gates = {key: self.info.get(key) or getattr(Training, key) for key in ("gate", "ra_blocks")}
         said = [name, *combined(self.recipe | gates | {"no_ra": not ra})]
         said += ["not averaged"] * (self.info.get("averaged") is False and bool(self.recipe.get("ema")))
-        answers = getattr(self.model, "predict", "final")
-        return ", ".join(said + [answers] * (answers != "final"))
+        return ", ".join(said + [self.answers] * (self.answers != "final"))
+
+    @property
+    def answers(self) -> str:
+        """The head whose logits are the network's answer."""
+        named = getattr(self.model, "predict", None)
+        return named if isinstance(named, str) else "final"  # a stranger's may be a method
 
     @property
     def auxiliary_weight(self) -> float:
@@ -287,7 +290,7 @@ def foreign_subject(settings: Evaluation) -> Subject:
     # one that answers with heads, as those of `models` do, has their views
     ra = getattr(model, "reverse_attention", None) is True
     info = {"arch": settings.model, "reverse_attention": ra, "recipe": None, "module": name}
-    info |= {key: getattr(model, key, None) for key in ("gate", "ra_blocks")}
+    info |= {key: getattr(model, key, None) for key in ("gate", "ra_blocks")} if ra else {}
     device, dataset = pick_device(settings.device, settings.no_cuda), settings.dataset or Training.dataset
     side = settings.image_size or dataset_defaults(dataset).image_size
     data = looked_at(settings, dataset, settings.data_dir or Training.data_dir, side, device)

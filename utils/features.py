@@ -285,8 +285,8 @@ def measure_distances(subject: Subject, targets: list[int], settings: Distances)
 
 def print_distances(title: str, values: Values, info: dict, chosen: str) -> None:
     """A class's table, weighted and unweighted features side by side, and what it says of alignment and exclusion."""
-    layers = FEATURES if info["reverse_attention"] else FEATURES[:1]
-    by = {"soft": "softmax", "none": "nothing"}.get(info.get("gate"), "the predicted class")
+    layers = FEATURES if info["reverse_attention"] and info.get("gate") != "none" else FEATURES[:1]
+    by = "softmax" if info.get("gate") == "soft" else "the predicted class"
     heads = (f"weighted by {by}", "unweighted") if len(layers) > 1 else ("nothing is weighted",)
     print(f"\n{title}, {len(values['weighted_PP_cosine'])} images")
     print(" " * 10 + "".join(f"{head:^44}" for head in heads))
@@ -463,7 +463,7 @@ def extract_kinds(subject: Subject, name: str, settings: Umap) -> dict[str, Feat
 def measure_clusters(subject: Subject, kinds: dict[str, Features], labels: Tensor) -> list[tuple]:
     """Print how far classes are clusters, by layer and kind -> (layer, kind, silhouette, agreement) of each."""
     lines = []
-    weighed = subject.info["reverse_attention"]
+    weighed = subject.info["reverse_attention"] and subject.info.get("gate") != "none"
     for layer in FEATURES if weighed else FEATURES[:1]:
         for kind, features in kinds.items():
             silhouette, agreement = clusters(getattr(features, layer), labels)

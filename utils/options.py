@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
@@ -122,10 +122,6 @@ def _path(kind: Kind, text: str) -> str:
     return os.path.expanduser(text) if text.isprintable() else _wrong(f"{text!r} has characters that cannot be shown")
 
 
-def _word(kind: Kind, text: str) -> str:
-    return text if text.strip() else _wrong("an empty name")
-
-
 def _file_name(kind: Kind, text: str) -> str:
     """Part of a file's name, without folders and what some system forbids there."""
     if not text.strip() or text.startswith(".") or not text.isprintable() or set(text) & set('/\\:*?"<>|'):
@@ -134,8 +130,9 @@ def _file_name(kind: Kind, text: str) -> str:
 
 
 READERS: dict[str, Callable[[Kind, str], Any]] = {
+    "word": lambda kind, text: text if text.strip() else _wrong("an empty name"),
     "number": _number, "whole": _whole, "side": _side, "epochs": _epochs, "attacks": _attacks, "truth": _truth,
-    "path": _path, "path or own": _path, "word": _word, "file name": _file_name, "mean": _channels, "std": _channels,
+    "path": _path, "path or own": _path, "file name": _file_name, "mean": _channels, "std": _channels,
 }  # fmt: skip
 METAVARS = {"number": "X", "epochs": "E,E", "attacks": "A,A", "truth": "BOOL", "path": "PATH", "path or own": "PATH"}
 METAVARS |= {"mean": "R,G,B", "std": "R,G,B", "word": "NAME"}
@@ -236,8 +233,14 @@ def fits(name: str, value: object) -> bool:
         return False
 
 
-BELONGS = {"awp_warmup": "--awp", "extra_fraction": "--extra-data"}  # settings of what is off without another
-BELONGS |= dict.fromkeys(("gate", "ra_blocks"), "reverse attention")
+# Settings that act only beside another, and that one
+BELONGS = {"awp_warmup": "--awp", "extra_fraction": "--extra-data"}
+BELONGS |= {"gate": "reverse attention", "ra_blocks": "reverse attention"}
+
+
+def fitting(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a training's settings, without what no training can have had."""
+    return {name: value for name, value in recipe.items() if name in described(Training) and fits(name, value)}
 
 
 def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command:
@@ -253,9 +256,11 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
         parser.error(f"--restart_epoch {settings.restart_epoch} leaves nothing to train; --epochs is {settings.epochs}")
     if settings.label_smoothing and settings.method == "mart":
         parser.error("--label-smoothing is of the cross-entropy of pgd and trades; mart has another, leave it out")
-    if not isinstance(settings.resume, str):  # another run's own settings count there
-        for name in (name for name in BELONGS if name in idle(settings) and name in given):
-            parser.error(f"--{name.replace('_', '-')} is of {BELONGS[name]}, which is off; leave it out")
+    if settings.resume is None:  # else the run's own settings count
+        for name, owner in BELONGS.items():
+            asked = given.get(name, getattr(Training, name)) != getattr(Training, name)
+            if asked and name in idle(settings) and owner.lstrip("-") not in given:
+                parser.error(f"--{name.replace('_', '-')} is of {owner}, which is off; leave it out")
         if settings.awp and settings.awp_warmup >= settings.epochs:
             parser.error(f"--awp never acts: all {settings.epochs} epochs are its warm-up; lower --awp-warmup")
     if settings.warmup_lr >= settings.epochs:
@@ -278,10 +283,9 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
             parser.error(f"--{name} is required: {about.help}")
     settings = resolve(cls, given)
     without = [flag for flag in ("--no-ra", "--model") if getattr(settings, flag[2:].replace("-", "_"), None)]
-    if without and (weighed := [f"--{name}" for name in ("gate", "ra_blocks", "predict") if name in given]):
-        parser.error(
-            f"{', '.join(weighed)}: of reverse attention, which {without[0]} is without; leave one of them out"
-        )
+    weighed = [name for name in ("gate", "ra_blocks", "predict") if given.get(name) not in (None, "label", 2, "final")]
+    if without and weighed:
+        parser.error(f"--{weighed[0].replace('_', '-')} and {without[0]} contradict each other; leave one of them out")
     if ("mean" in given) != ("std" in given):
         parser.error("--mean and --std need each other, such as --mean cifar10 --std cifar10")
     if cls is Evaluation:
@@ -297,7 +301,7 @@ def parse(cls: type[S], doc: str, argv: list[str]) -> S:
             parser.error("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
         unused = () if adaptive else ("restarts", "apgd_steps")
         unused += () if adaptive or settings.diagnostics or transfer else ("surrogate",)
-        of_files = ("arch", "width", "no_ra", "key", "mean", "std")
+        of_files = ("arch", "width", "no_ra", "key", "mean", "std", "gate", "ra_blocks", "predict")
         parser.say_idle(unused + of_files * bool(settings.model), given)
     if cls is Umap and settings.labels is not None:
         if len(set(settings.labels)) < len(settings.labels):

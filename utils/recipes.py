@@ -130,7 +130,7 @@ class Training:
     sample_class_number: int = setting(1, whole(1, 1000), "classes of negatives an anchor")
     sample_number: int = setting(1, whole(1, 1000), "negatives of each class")
     awp: float = setting(0.0, number(0), "adversarial weight perturbation; 0.005, 0.01 for pgd", group="combined with")
-    awp_warmup: int = setting(10, whole(0), "epochs without --awp; no release trains mart well by it", by={"pgd": 0})
+    awp_warmup: int = setting(10, whole(0), "epochs without --awp (no release trains mart well with it)", by={"pgd": 0})
     ema: float = setting(
         0.0, number(0, 1, below=True), "average the weights, 0.995, and evaluate, select and save the average"
     )

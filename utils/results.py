@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UsageError
-from utils.options import fits
+from utils.options import fitting
 from utils.recipes import Evaluation, Training, described, idle, of_today, restored
 
 FORMAT = 1
@@ -48,8 +48,8 @@ def read(path: str) -> dict:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         images, found = len(record["labels"]), [attack["verdicts"] for attack in record["attacks"].values()]
-        fits = images and "natural" in record["attacks"] and all(len(one) == images for one in found)
-        if not fits or set("".join(found)) - set("01") or record.get("format", FORMAT) != FORMAT:
+        whole = images and "natural" in record["attacks"] and all(len(one) == images for one in found)
+        if not whole or set("".join(found)) - set("01") or record.get("format", FORMAT) != FORMAT:
             raise ValueError
         if not all(isinstance(record[key], dict) for key in ("network", "settings")):
             raise TypeError
@@ -71,26 +71,21 @@ def identity(record: dict) -> dict[str, Any]:
     file = str(record.get("checkpoint"))
     own: dict[str, Any] = {"file": file, "gate": network.get("gate"), "ra_blocks": network.get("ra_blocks")}
     if isinstance(recipe, dict):  # a run's
-        known = {name: value for name, value in of_today(recipe).items() if name in SETTINGS and fits(name, value)}
-        trained = restored(known)
+        trained = restored(fitting(of_today(recipe)))
         away = {name for name, about in SETTINGS.items() if about.free and name != "epochs"}
         away |= {"seed", "model_dir", "data_dir", "device", "no_cuda", "ckpt_url", *idle(trained)}
         own = {name: value for name, value in asdict(trained).items() if name not in away}
-        own |= {"weights": os.path.basename(file), "extra_data": os.path.basename(trained.extra_data or "")}
+        own |= {name: os.path.basename(getattr(trained, name) or "") for name in ("extra_data", "ckpt_url")}
+        best = os.path.basename(file) == "best_adv_model.pt"
+        own["weights"] = "of the best epoch" if best else f"of epoch {network.get('epoch')}"
     own |= {"network": network.get("arch"), "attack": record.get("threat_model")}
     return own | {f"evaluation's {name}": settings.get(name, default) for name, default in EVALUATED.items()}
-
-
-def seed_of(record: dict) -> object:
-    """The seed of the training; None of a network from elsewhere."""
-    recipe = record["network"].get("recipe")
-    return recipe.get("seed", Training.seed) if isinstance(recipe, dict) else None
 
 
 def grouped(records: list[dict]) -> Groups:
     """Records by recipe and evaluation, seeds aside. A name is the method's, and what tells apart those that share it.
 
-    UsageError where a seed is there twice, or seeds of a row were attacked on other images than one another.
+    UsageError where a run is there twice, or seeds of a row were attacked on other images than one another.
     """
     groups: list[tuple[dict, list[dict]]] = []
     for record in records:
@@ -98,10 +93,8 @@ def grouped(records: list[dict]) -> Groups:
         members = next((members for key, members in groups if key == own), None)
         if members is None:
             groups.append((own, members := []))
-        for other in members:
-            if seed_of(record) == seed_of(other):
-                both = dict.fromkeys(str(of.get("checkpoint")) for of in (other, record))
-                raise UsageError(f"seed {seed_of(record)} is there twice, in {' and '.join(both)}; a seed counts once")
+        if any(record.get("checkpoint") == other.get("checkpoint") for other in members):
+            raise UsageError(f"the evaluation of {record.get('checkpoint')} is there twice; give it once")
         if members and images_of(record) != images_of(members[0]):
             raise UsageError(
                 f"the runs of {record['network'].get('method')} were evaluated on other images than one another"
@@ -182,6 +175,11 @@ def table(groups: Groups) -> Iterator[str]:
     left = [name for name in columns if name not in common]
     without = f"; without {', '.join(left)}, which not every run has" if left else ""
     yield f"Worst case: image by image, the lowest of {', '.join(common)}{without}."
+    for name, records in groups.items():
+        recipes = [record.get("network", {}).get("recipe") for record in records]
+        seeds = [recipe.get("seed") for recipe in recipes if isinstance(recipe, dict)]
+        if len(set(map(str, seeds))) < len(seeds):
+            yield f"{name}: runs of seeds {', '.join(map(str, seeds))}; one seed twice tells nothing of other seeds."
     yield (
         "Less the first row: on the same images, with a 95 % interval by resampling images and seeds; where a row has "
         "one run, `images alone`: another seed may differ by more."

@@ -353,6 +353,8 @@ def without_effect(s: Training, data: Data) -> list[str]:
     """What a run is asked for that cannot act in it, a line each, for its log: the figures hide it."""
     late = [epoch for epoch in s.milestones if epoch > s.epochs and s.lr_schedule == "milestones"]
     reach, notes = s.num_steps * s.step_size, []
+    if s.awp and s.awp_warmup >= s.epochs:  # of a resumed run: a new one is refused
+        notes.append(f"awp {s.awp}: all {s.epochs} epochs are its warm-up")
     if not (s.no_anc or s.strategy.startswith("random")) and s.warmup_epochs >= s.epochs:
         notes.append(f"strategy {s.strategy}: all {s.epochs} epochs are warm-up, at random; lower --warmup-epochs")
     if late:
