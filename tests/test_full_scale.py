@@ -75,14 +75,14 @@ def test_a_run_s_operations_add_up_epochs_and_evaluations():
 def test_an_evaluation_s_operations_are_those_that_are_counted_while_it_runs():
     job = settings(*TINY, "--epochs", 1)
     model = build_model("ResNet18", 10, width=4, image_size=16).eval()
-    split = Split(torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.zeros(8, dtype=torch.long), ("0", "1"))
+    split = Split(torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8), torch.zeros(3, dtype=torch.long), ("0", "1"))
 
     def work():
         with frozen(model) as net:
             natural = verdicts(net, split, 4)
             verdicts(net, split, 4, pgd40_heads(0.1, 0.02, 2.0, 1), torch.ones_like(natural))
 
-    with mock.patch.dict(full_scale.IMAGES, digits=(0, 8)):
+    with mock.patch.dict(full_scale.IMAGES, digits=(0, 3)):
         assert full_scale.run_of(job)[1] == full_scale.counted(work) > 0
 
 

@@ -217,12 +217,10 @@ def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_p
     with pytest.raises(SystemExit):
         study.main([*argv[:-1], f"{quick} --num-steps=3", "--print"])
     assert "is of another num_steps; give another --out" in capfd.readouterr().err
-    for argv_of, said in (
-        ("--evaluation=--epsilon=0.05 " + quick, "another eps"),
-        ("--flags=--epochs=1", "never acts"),
-    ):
+    wrong = f"--evaluation={quick} --epsilon=0.05", f"--flags={small} --extra-fraction=0.5"
+    for other, said in zip(wrong, ("is of another eps;", "--extra-fraction is of --extra-data"), strict=True):
         with pytest.raises(SystemExit):
-            study.main([*argv, argv_of, "--print"])
+            study.main([*argv, other, "--print"])
         assert said in capfd.readouterr().err
 
     study.main(["--commands", *argv])
