@@ -100,6 +100,7 @@ def test_the_counter_is_pytorch_s():
     assert full_scale.counted(work) == counter.get_total_flops() > 0
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_of_the_paper_s(capsys):
     full_scale.main(["--zeta", "2"])
     rows = capsys.readouterr().out.splitlines()[2:]

@@ -173,14 +173,16 @@ def test_published_figures_are_those_of_the_published_verdicts(capsys):
         return {row[0]: next(cell for cell in row if re.search(kind, cell)) for row in reversed(cells)}
 
     readme, printed = (ROOT / "README.md").read_text(), {}
-    for name in ("study_main", "study"):
-        study.main(["--print", "--out", str(ROOT / f"tests/golden/{name}.json")])
+    more = ("contrast", "contrast_alone", "rate", "companions_trades", "companions_ancra")
+    for name, tables in (("study_main", more), ("study", ())):
+        study.main(["controls", "gates", *tables, "--print", "--out", str(ROOT / f"tests/golden/{name}.json")])
         printed[name] = capsys.readouterr().out
     shown, found = rows(readme, r"\*\*\d"), rows(printed["study_main"], r"\*\*\d")
     assert len(shown) >= 8 and shown == {name: found[name] for name in shown}
     told = re.findall(interval, readme)
     assert len(told) > 15 and not [one for one in told if not any(one in text for text in printed.values())]
     less, table = rows(printed["study_main"], interval), readme[readme.index("| less the row's method alone") :]
+    assert all(less.get(name, cell) == cell for name, cell in rows(readme, interval).items() if name in shown)
     heads, _, *lines = (line.strip("| ").split(" | ") for line in table[: table.index("\n\n")].splitlines())
     assert len(lines) == 2 and heads[1:] == [f"+{word}" for word in study.ADDED]
     for name, *cells in lines:
