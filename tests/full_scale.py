@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 from models import Heads, build_model
 from utils.losses import over_heads
-from utils.options import parse_training
+from utils.options import OneLineParser, parse_training
 from utils.recipes import CLASSES, Training, dataset_defaults
 from utils.step import away_from_labels
 
@@ -126,7 +126,7 @@ def run_of(settings: Training) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m tests.full_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _, flags = parser.parse_known_args(argv)
@@ -137,8 +137,7 @@ def main(argv: list[str]) -> None:
         own = dataset_defaults(settings.dataset)
         changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(own, name)]
         if changed or settings.dataset not in IMAGES:
-            said = f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out"
-            parser.exit(2, f"{parser.prog}: error: {said}\n")
+            parser.error(f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out")
     print(f"| {' | '.join([*heads, *(f'hours, 1 and 8 cards, {how}' for how in SHARES)])} |")
     print("|" + "---|" * (len(heads) + len(SHARES)))
     for row, settings in rows:

@@ -423,7 +423,7 @@ def test_a_head_that_answers_and_one_block(tmp_path):
     plain = build_model("PreActResNet18", 4, width=4, image_size=16, reverse_attention=False).eval()
     plain.load_state_dict(model.state_dict())
     assert torch.allclose(one(x, heads=True).auxiliary[0], plain(x), atol=1e-6)  # its map comes before any weighting
-    assert list(views(True, 2.0, blocks=1)) == ["final", "auxiliary 1", "over heads", "smooth gates"]
+    assert list(views(True, 2.0, ra_blocks=1)) == ["final", "auxiliary 1", "over heads", "smooth gates"]
     assert "smooth gates" not in views(True, 2.0, gate="soft")
     assert list(views(True, 2.0, gate="none")) == ["final", "auxiliary 1", "mean auxiliary", "over heads"]
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -144,10 +145,11 @@ def cpu_draws():
         ("PreActResNet18", {"method": "mart", "strategy": "hard_adv"}),
         ("WRN-28-10", {"method": "pgd", "inner": "kl", "strategy": "soft", "sample_class_number": 2}),
         ("ResNet18", {"gate": "soft", "ra_blocks": 1}),
-        ("PreActResNet18", {"gate": "none"}),
+        ("PreActResNet18", {"gate": "none", "awp": 0.01, "ema": 0.9}),
     ],
 )
 def test_three_steps_are_those_of_a_cpu_in_float64(arch, changes, graph):
+    """Also where weights are moved in place and back, as the recorded attack needs it."""
     s, found = replace(settings(), num_steps=3, warmup_epochs=0, image_size=16, **changes), []
     for device in (torch.device("cpu"), CUDA):
         torch.manual_seed(0)
@@ -155,43 +157,20 @@ def test_three_steps_are_those_of_a_cpu_in_float64(arch, changes, graph):
         model = build_model(arch, 5, **how).double().to(device).train()
         standing, generator = Standing(model, graph=graph and device == CUDA), torch.Generator().manual_seed(2)
         optimizer, values = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), []
+        average, loss = Average(model), partial(training_loss, model)
         draw = torch.Generator().manual_seed(1)
         for _ in range(3):
             x = torch.rand(8, 3, 16, 16, generator=draw, dtype=torch.double).to(device)
             labels = (torch.arange(8) % 5).to(device)
             with cpu_draws():
                 attacked = attack_batch(standing, x, labels, s, generator, 1)
-            terms = training_loss(model, x, labels, attacked, s)
-            terms.loss.backward()
-            values += [attacked.adversarial, attacked.negative, terms.loss]
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(values + list(model.state_dict().values()))
-    assert max(relative(b, a) for a, b in zip(*found, strict=True)) < 1e-6
-
-
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_perturbed_weights_and_averaged_ones_are_those_of_a_cpu_in_float64(graph):
-    """Moved in place and back, as the recorded attack needs it."""
-    s, found = replace(settings("--awp=0.01", "--ema=0.9"), num_steps=3), []
-    for device in (torch.device("cpu"), CUDA):
-        torch.manual_seed(0)
-        model = build_model("ResNet18", 5, width=4, image_size=16).double().to(device).train()
-        standing, generator = Standing(model, graph=graph and device == CUDA), torch.Generator().manual_seed(2)
-        optimizer, average = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), Average(model)
-        draw = torch.Generator().manual_seed(1)
-        for _ in range(4):
-            x = torch.rand(8, 3, 16, 16, generator=draw, dtype=torch.double).to(device)
-            labels = (torch.arange(8) % 5).to(device)
-            with cpu_draws():
-                attacked = attack_batch(standing, x, labels, s, generator, 1)
-            gradients = partial(backward, partial(training_loss, model), x, labels, attacked, s)
-            with adversarial_weights(model, gradients, s.awp):
-                gradients()
+            gradients = partial(backward, loss, x, labels, attacked, s)
+            with adversarial_weights(model, gradients, s.awp) if s.awp else nullcontext():
+                values += [attacked.adversarial, attacked.negative, gradients()[0]]
                 optimizer.step()
             optimizer.zero_grad()
             average.update(model, s.ema)
-        found.append([*model.state_dict().values(), *average.model.parameters()])
+        found.append([*values, *model.state_dict().values(), *average.model.parameters()])
     assert max(relative(b, a) for a, b in zip(*found, strict=True)) < 1e-6
 
 

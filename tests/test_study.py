@@ -182,6 +182,9 @@ def test_published_figures_are_those_of_the_published_verdicts(capsys):
     told = re.findall(interval, readme)
     assert len(told) > 15 and not [one for one in told if not any(one in text for text in printed.values())]
     less, table = rows(printed["study_main"], interval), readme[readme.index("| less the row's method alone") :]
+    one, other = (results.verdicts(record) for record in study.saved(ROOT / "tests/golden/study_cpu.json"))
+    gains = [100 * (other[name].mean() - one[name].mean()) for name in ("AutoAttack", "adaptive")]
+    assert "{:.1f} points become {:.1f}.".format(*gains) in " ".join(readme.split())
     assert all(less.get(name, cell) == cell for name, cell in rows(readme, interval).items() if name in shown)
     heads, _, *lines = (line.strip("| ").split(" | ") for line in table[: table.index("\n\n")].splitlines())
     assert len(lines) == 2 and heads[1:] == [f"+{word}" for word in study.ADDED]

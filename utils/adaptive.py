@@ -78,12 +78,12 @@ def views(
     surrogate: nn.Module | None = None,
     *,
     gate: str = "label",
-    blocks: int = 2,
+    ra_blocks: int = 2,
     predict: str = "final",
 ) -> dict[str, View]:
     """Every view of a network by name. auxiliary_weight: lambda of the loss over heads that it was trained with.
 
-    gate, blocks, predict: of a network with reverse attention; a gate that is smooth, or none, needs no smoothing.
+    gate, ra_blocks, predict: of a network with reverse attention; a gate that is smooth, or none, needs no smoothing.
     `final` is what the network answers, `final logits` those of its last head where another one answers.
     """
     known: dict[str, View] = {"final": plain}
@@ -94,12 +94,12 @@ def views(
     if reverse_attention:
         if predict != "final":
             add("final logits", lambda heads: [(1, heads.final)])
-        for i in range(blocks - (gate == "none")):  # without a gate the last one is the final head
+        for i in range(ra_blocks - (gate == "none")):  # without a gate the last one is the final head
             if predict != f"auxiliary{i + 1}":  # that is `final`
                 add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
-        if blocks > 1:
+        if ra_blocks > 1:
             add("mean auxiliary", lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))])
-        weight = auxiliary_weight / blocks
+        weight = auxiliary_weight / ra_blocks
         add("over heads", lambda heads: [(1, heads.final), *((weight, logits) for logits in heads.auxiliary)])
         if gate in ("label", "predicted"):
             known["smooth gates"] = smooth_gates(predict)

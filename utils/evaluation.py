@@ -136,10 +136,14 @@ class Subject(NamedTuple):
             method = "PGD-AT" if method == "pgd" else method.upper()
             name = method + ("-RA" if ra else "-ANC" if anc else "")
             name = "ANCRA-" + method.removesuffix("-AT") if ra and anc else name
-        gates = {key: self.info.get(key) or getattr(Training, key) for key in ("gate", "ra_blocks")}
-        said = [name, *combined(self.recipe | gates | {"no_ra": not ra})]
+        said = [name, *combined(self.recipe | self.gates | {"no_ra": not ra})]
         said += ["not averaged"] * (self.info.get("averaged") is False and bool(self.recipe.get("ema")))
         return ", ".join(said + [self.answers] * (self.answers != "final"))
+
+    @property
+    def gates(self) -> dict:
+        """The gate, and how many blocks have one, by the names of these settings."""
+        return {key: self.info.get(key) or getattr(Training, key) for key in ("gate", "ra_blocks")}
 
     @property
     def answers(self) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.attacks import Attack, Objective, cross_entropy, cross_entropy_over_heads, frozen, pgd
+from utils.attacks import Attack, cross_entropy, frozen, pgd
 from utils.data import Split, numbers_of, shuffled
 from utils.devices import computing
 from utils.errors import RunError, UsageError
@@ -34,6 +34,7 @@ from utils.negatives import choose_negatives
 from utils.options import eps_text
 from utils.provenance import provenance
 from utils.recipes import FEATURES, Distances, Histograms, Umap
+from utils.step import towards_labels
 
 BLOCK = 200  # negatives come from the same 200 images, the test batch of the method, whatever --test-batch-size is
 NEIGHBOURS = 12
@@ -78,12 +79,6 @@ def pgd_on(subject: Subject, settings: Distances | Umap) -> Callable[..., Attack
     """The figures' PGD, a function of its objective; it starts from x + 0.001 N(0, 1)."""
     steps, seed = settings.num_steps, settings.seed
     return partial(pgd, eps=subject.eps, step_size=subject.step_size, steps=steps, start="normal", seed=seed)
-
-
-def towards(net: nn.Module, labels: Tensor, auxiliary_weight: float) -> Objective:
-    """What adversarial negatives ascend: less the cross-entropy over heads of the anchors' labels, as in training."""
-    loss = cross_entropy_over_heads(net, labels, auxiliary_weight)
-    return lambda x: -loss(x)
 
 
 def choose_in_blocks(labels: Tensor, logits: Tensor | None, strategy: str, seed: int) -> Tensor:
@@ -274,7 +269,8 @@ def measure_distances(subject: Subject, targets: list[int], settings: Distances)
         # the negatives' images with their anchors' labels, to be pushed to, and numbers, that is noise
         anchors, shown = (split.take(of.to(split.labels.device)) for of in (rows, negatives))
         shown = shown._replace(labels=anchors.labels, numbers=numbers[rows])
-        push = attack(partial(towards, auxiliary_weight=subject.auxiliary_weight)) if pushed else None
+        weight = subject.auxiliary_weight
+        push = attack(lambda net, y: lambda x: towards_labels(net(x, heads=True), y, weight)) if pushed else None
         others["NP"] = extract(net, shown, torch.arange(len(rows)), size, push, "negatives")
     values = {"indices": numbers[rows].numpy(), "negatives": numbers[negatives].numpy()}
     for layer, (pair, other) in product(FEATURES, others.items()):

@@ -138,8 +138,18 @@ METAVARS = {"number": "X", "epochs": "E,E", "attacks": "A,A", "truth": "BOOL", "
 METAVARS |= {"mean": "R,G,B", "std": "R,G,B", "word": "NAME"}
 
 
-class Parser(argparse.ArgumentParser):
-    """Flags of a class of settings in both spellings (--model-dir, --model_dir), errors of one line."""
+class OneLineParser(argparse.ArgumentParser):
+    """What is wrong is said in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        if not first_process():
+            time.sleep(GRACE)
+            sys.exit(2)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Parser(OneLineParser):
+    """Flags of a class of settings in both spellings (--model-dir, --model_dir)."""
 
     def __init__(self, cls: type[S], doc: str, script: dict[str, Any] | None = None) -> None:
         super().__init__(
@@ -187,12 +197,6 @@ class Parser(argparse.ArgumentParser):
             meant = meant if flag else "; a value follows its flag, such as --dataset digits, several A,B by commas"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-
-    def error(self, message: str) -> NoReturn:
-        if not first_process():
-            time.sleep(GRACE)
-            sys.exit(2)
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def say_idle(self, names: tuple[str, ...], given: dict[str, Any]) -> None:
         """One line on standard error that names the flags given without an effect."""

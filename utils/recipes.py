@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 METHODS = ("pgd", "trades", "mart")
@@ -212,6 +213,7 @@ class Training:
         return round(self.batch_size * self.extra_fraction) if self.extra_data else 0
 
 
+@cache
 def described(cls: type) -> dict[str, Setting]:
     """What there is to know of each setting of a class, by name, in the class's order."""
     return {f.name: f.metadata["setting"] for f in fields(cls)}

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UsageError
-from utils.options import fitting
+from utils.options import OneLineParser, fitting
 from utils.recipes import Evaluation, Training, described, idle, of_today, restored
 
 FORMAT = 1
@@ -96,9 +96,8 @@ def grouped(records: list[dict]) -> Groups:
         if any(record.get("checkpoint") == other.get("checkpoint") for other in members):
             raise UsageError(f"the evaluation of {record.get('checkpoint')} is there twice; give it once")
         if members and images_of(record) != images_of(members[0]):
-            raise UsageError(
-                f"the runs of {record['network'].get('method')} were evaluated on other images than one another"
-            )
+            said = f"the runs of {record['network'].get('method')}"
+            raise UsageError(f"{said} were evaluated on other images than one another")
         members.append(record)
     methods, named = [str(members[0]["network"].get("method")) for _, members in groups], {}
     for method, (own, members) in zip(methods, groups, strict=True):
@@ -187,10 +186,9 @@ def table(groups: Groups) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m utils.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda said: parser.exit(2, f"{parser.prog}: error: {said}\n")  # without the usage
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a folder that holds {FILE}, or such a file")
     try:
         print(*table(grouped([read(path) for path in parser.parse_args(argv).runs])), sep="\n", flush=True)

@@ -344,8 +344,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     subject = subject._replace(model=attacked(subject.model))
     other = surrogate and attacked(surrogate)
     with stop_signals(stop), computing(settings.precision):
-        own = subject.info
-        how = {"gate": own.get("gate") or "label", "blocks": own.get("ra_blocks") or 2, "predict": subject.answers}
+        how = {"predict": subject.answers, **subject.gates}
         ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, other, **how)
         plans = planned_attacks(settings, subject, ways, surrogate)
         say(in_one_line(origin))
