@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks                      all but the last two, 40 minutes on 2 CPU cores
 python -m tests.benchmarks step pgd             some: step share together companions memory negatives pgd growth
-                                                processes data
+                                                processes waiting data
 python -m tests.benchmarks compiled             what --compile brings, 5 minutes more
 python -m tests.benchmarks figures              CPU time of what the figures' scripts compute
 python -m tests.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark
@@ -541,6 +541,42 @@ def processes(device: torch.device, quick: bool) -> Rows:
     return rates_of(rates, "epochs", "1 process")
 
 
+def waiting(device: torch.device, quick: bool) -> Rows:
+    """Seconds of a step by what OpenMP's threads do while they wait: alone, and beside one busy process.
+
+    OpenMP's own threads spin by default. Each figure is the median of the steps of a process of its own.
+    """
+    one_step = (
+        "import statistics, sys, time; import torch; from tests.benchmarks import Step\n"
+        "arch, batch, size, width, steps = sys.argv[1], *map(int, sys.argv[2:])\n"
+        "step = Step(arch, batch, size, 10, width, torch.device('cpu'))\n"
+        "def timed():\n    began = time.perf_counter(); step.ours(); return time.perf_counter() - began\n"
+        "timed(); print(statistics.median(timed() for _ in range(steps)))"
+    )
+    networks = {"main job": ("ResNet18", "128", "16", "12"), "WRN-34-10, width 4": ("WRN-34-10", "16", "32", "4")}
+    settings = [{}, {"OMP_WAIT_POLICY": "PASSIVE"}]
+    settings += [{"GOMP_SPINCOUNT": count} for count in (("1000",) if quick else ("100", "1000", "10000", "100000"))]
+    rows, steps = [], "1" if quick else "5"
+    plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for name, network in {"main job": ("ResNet18", "8", "16", "4")}.items() if quick else networks.items():
+        for setting in settings:
+            row = {"step": name, "set": ", ".join(map("=".join, setting.items())) or "nothing"}
+            for where in ("alone", "beside a busy process"):
+                busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if where != "alone" else None
+                try:
+                    command = [sys.executable, "-c", one_step, *network, steps]
+                    done = subprocess.run(
+                        command, cwd=ROOT, env=plain | setting, capture_output=True, text=True, check=True
+                    )
+                finally:
+                    if busy is not None:
+                        busy.kill()
+                        busy.wait()
+                row[f"{where}, s"] = float(done.stdout)
+            rows.append(row)
+    return rows
+
+
 def data(device: torch.device, quick: bool) -> Rows:
     """Batches of 128 of CIFAR-10's shape, cropped and flipped: tensor code against torchvision and 2 workers.
 
@@ -638,7 +674,7 @@ def figures(device: torch.device, quick: bool) -> Rows:
 
 
 NAMED = (compiled, figures)  # run by their names only
-BENCHMARKS = (step, share, together, companions, memory, negatives, pgd, growth, processes, data, *NAMED)
+BENCHMARKS = (step, share, together, companions, memory, negatives, pgd, growth, processes, waiting, data, *NAMED)
 BENCHMARKS = {f.__name__: f for f in BENCHMARKS}
 
 
