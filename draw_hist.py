@@ -8,8 +8,8 @@ Draws what feature_distance.py saved into ./plots, as PNG and PDF at the width o
 14 s on 2 CPU cores.
 """
 
-from utils.command import main
-from utils.recipes import Histograms
+from utils.system.command import main
+from utils.system.settings import Histograms
 
 if __name__ == "__main__":
-    main("utils.features:draw_hist", Histograms, __doc__)
+    main("utils.figures.features:draw_hist", Histograms, __doc__)

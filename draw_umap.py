@@ -10,8 +10,8 @@ space, weighted and unweighted.
 silhouettes of 0.60 (TRADES) and 0.90 (ANCRA-TRADES) with the first release.
 """
 
-from utils.command import main
-from utils.recipes import Umap
+from utils.system.command import main
+from utils.system.settings import Umap
 
 if __name__ == "__main__":
-    main("utils.features:draw_umap", Umap, __doc__)
+    main("utils.figures.features:draw_umap", Umap, __doc__)

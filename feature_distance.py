@@ -9,8 +9,8 @@ and of those before it, and saves them to distances/{name}-{K}.npz, from which d
 For `model/ANCRA-*digits --target_label all` the first release found a mean PP cosine of 0.95 and NP cosine of 0.02.
 """
 
-from utils.command import main
-from utils.recipes import Distances
+from utils.system.command import main
+from utils.system.settings import Distances
 
 if __name__ == "__main__":
-    main("utils.features:feature_distance", Distances, __doc__)
+    main("utils.figures.features:feature_distance", Distances, __doc__)

@@ -9,11 +9,11 @@
     python test_white_attack.py --ckpt_url RUN RUN RUN             of several runs, also side by side
 
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
-README's first table says what it finds for digits, `python -m tests.study --commands` by which commands.
+README's first table says what it finds for digits, `python -m tests.tools.study --commands` by which commands.
 """
 
-from utils.command import main
-from utils.recipes import Evaluation
+from utils.system.command import main
+from utils.system.settings import Evaluation
 
 if __name__ == "__main__":
-    main("utils.robustness:white_attack", Evaluation, __doc__)
+    main("utils.evaluation.robustness:white_attack", Evaluation, __doc__)

@@ -9,7 +9,7 @@ The second attains on 360 test images at eps 0.1, in its best epoch, natural 95.
 331 s on 2 cores of an AMD EPYC with AVX-512 that had other work, too.
 """
 
-from utils.command import train
+from utils.system.command import train
 
 if __name__ == "__main__":
     train(

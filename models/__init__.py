@@ -42,9 +42,7 @@ def build_model(
     if image_size < 16 or image_size % 8:
         raise ValueError(f"image_size is {image_size}; it must be a multiple of 8, at least 16")
     if arch == "PreActResNet18" and image_size > 32 and image_size % 32:
-        raise ValueError(
-            f"image_size is {image_size}; PreActResNet18 pools 4x4 windows and takes 16, 24, 32, 64, 96, ..."
-        )
+        raise ValueError(f"image_size is {image_size}; PreActResNet18 pools 4x4 windows and takes 16, 24, 32, 64, 96, ...")
     if num_classes < 2 or (width is not None and width < 1):
         raise ValueError(f"num_classes is {num_classes} and width {width}; at least 2 and 1 are needed")
     sizes = {"image_size": image_size} if width is None else {"image_size": image_size, "width": width}

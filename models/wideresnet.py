@@ -44,9 +44,7 @@ class WideResNet(ReverseAttentionNetwork):
     channels as the stem, so no shortcut convolution.
     """
 
-    def __init__(
-        self, num_classes: int, reverse_attention: bool, width: int = 10, image_size: int = 32, *, depth: int
-    ) -> None:
+    def __init__(self, num_classes: int, reverse_attention: bool, width: int = 10, image_size: int = 32, *, depth: int) -> None:
         super().__init__()
         self.reverse_attention = reverse_attention
         blocks = (depth - 4) // 6

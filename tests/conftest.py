@@ -81,7 +81,7 @@ def refused(tmp_path, capsys):
 
 def shorten_runs(patch):
     """See `short_runs`; patch: a monkeypatch."""
-    from utils import training
+    from utils.training import loop as training
 
     real = training.pgd40_heads
     patch.setattr(training, "pgd40_heads", lambda *args, **kwargs: real(*args, **kwargs | {"steps": 2}))

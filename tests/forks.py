@@ -58,7 +58,8 @@ def points():
 
     import torch
 
-    from utils import attacks, training
+    from utils import attacks
+    from utils.training import loop as training
 
     return {
         "attack": (training, "attack_batch"),
@@ -116,7 +117,7 @@ class Faults:
         setattr(holder, attribute, patched)
 
     def open(self, path, mode="r", **kwargs):
-        """`open` for `utils.checkpoints`: a fault at a "write" finds half of its bytes on the disk."""
+        """`open` for `utils.system.checkpoints`: a fault at a "write" finds half of its bytes on the disk."""
         file = open(path, mode, **kwargs)  # noqa: SIM115
         return Writer(file, self) if "w" in mode else file
 
@@ -147,9 +148,10 @@ class Writer:
 def child(job):
     """Run the job's command with its faults, in a forked child that ends with it."""
     sys.stdin.close()
-    from utils import checkpoints, training
-    from utils.command import guarded
-    from utils.options import parse_training
+    from utils.system import checkpoints
+    from utils.system.command import guarded
+    from utils.system.options import parse_training
+    from utils.training import loop as training
 
     quick = training.pgd40_heads
     training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
@@ -175,7 +177,7 @@ def main():
     import sklearn.datasets
     import torch
 
-    from utils import command, training  # noqa: F401
+    from utils import training  # noqa: F401
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user

@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models import build_model
-from utils.data import load_split
-from utils.files import locked
-from utils.options import parse_training
+from utils.data.datasets import load_split
+from utils.system.files import locked
+from utils.system.options import parse_training
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -156,7 +156,7 @@ def settings(*flags, recipe=RA):
 
 def train(parent, *flags, recipe=RA):
     """A short run on digits in this process -> its folder. Flags come behind those of RUN."""
-    from utils import training
+    from utils.training import loop as training
 
     training.run(parse_training("", recipe, [*RUN, "--model-dir", str(parent / "run"), *map(str, flags)]))
     return folder(parent)
@@ -434,7 +434,7 @@ def write_tiny_imagenet(monkeypatch, folder, extra=()):
 
 def announce_tiny_imagenet(monkeypatch, archive):
     """Let `data` expect a zip as it is."""
-    from utils import data
+    from utils.data import datasets as data
 
     monkeypatch.setattr(data, "TINY_IMAGENET", ("http://localhost/tiny.zip", md5(archive.read_bytes())))
     monkeypatch.setattr(data, "TINY_IMAGES", TINY_IMAGENET_COUNTS)

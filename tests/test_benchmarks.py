@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests import benchmarks, card
 from tests.helpers import digits_network, digits_split, python
+from tests.tools import benchmarks, card
 from utils.attacks import cross_entropy_over_heads, frozen, linf_pgd
 
 QUICK = (
@@ -42,7 +42,7 @@ def test_a_benchmark_runs_and_writes_its_figures(tmp_path, capsys, name):
 
 @pytest.mark.slow
 def test_the_benchmark_of_a_card_runs_without_one(tmp_path):
-    done = python("-m", "tests.card", "--device", "cpu", "--out", tmp_path / "card.json")
+    done = python("-m", "tests.tools.card", "--device", "cpu", "--out", tmp_path / "card.json")
     found = json.loads((tmp_path / "card.json").read_text())
     assert done.returncode == 0 and found.keys() == {"made", *card.PARTS} and all(map(len, found.values()))
 

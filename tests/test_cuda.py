@@ -21,9 +21,7 @@ from models import build_model
 from tests.conftest import shorten_runs
 from tests.golden_numbers import FOLDER, GoldenNetwork, assert_near
 from tests.helpers import ATTACK, digits_checkpoint, digits_network, digits_split, execute, folder, settings, train
-from tests.test_companions import EVERYTHING, extra_file
-from utils import distributed
-from utils.adaptive import adaptive, views
+from tests.training.test_companions import EVERYTHING, extra_file
 from utils.attacks import (
     Standing,
     ToAttack,
@@ -35,13 +33,15 @@ from utils.attacks import (
     pgd,
     pgd40_heads,
 )
-from utils.companions import Average, adversarial_weights
-from utils.devices import computing
-from utils.evaluation import verdicts
+from utils.data.subject import verdicts
+from utils.evaluation.adaptive import adaptive, views
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, trades_loss
 from utils.negatives import choose_negatives
-from utils.provenance import in_one_line, provenance
 from utils.step import attack_batch, away_from_labels, backward, towards_labels, training_loss
+from utils.system import distributed
+from utils.system.devices import computing
+from utils.system.provenance import in_one_line, provenance
+from utils.training.companions import Average, adversarial_weights
 
 CUDA, EPS = torch.device("cuda"), 8 / 255
 pytestmark = [
@@ -188,8 +188,7 @@ def test_a_graph_replays_what_the_eager_attack_computes_bit_for_bit(precision):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 one, other = (
-                    attack_batch(standing, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1)
-                    for standing in standings
+                    attack_batch(standing, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for standing in standings
                 )
             assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
             assert (one.adversarial - x).abs().max() > 0.02

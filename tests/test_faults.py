@@ -16,8 +16,8 @@ import torch
 
 from tests.forks import Nursery, draw_moments
 from tests.helpers import ANCRA, ATTACK, EVALUATE, assert_equal, checkpoint, execute, files, folder
-from utils.checkpoints import load_model
-from utils.files import locked, write_atomically
+from utils.system.checkpoints import load_model
+from utils.system.files import locked, write_atomically
 
 FLAGS = (
     "--dataset=digits", "--width=4", "--limit-train=24", "--limit-test=8", "--batch-size=8", "--num-steps=1",
@@ -204,9 +204,7 @@ def test_a_folder_that_becomes_read_only_is_named_and_the_run_continues(straight
         os.chmod(made, 0o777)
         public = Path(made)
         command, run = [*FLAGS, "--model-dir", public / "run"], public / straight[0].name
-        status, errors = stopped(
-            {"at": "attack", "call": 4, "lock": str(run)}, flags=command, parent=public, user=NOBODY
-        )
+        status, errors = stopped({"at": "attack", "call": 4, "lock": str(run)}, flags=command, parent=public, user=NOBODY)
         assert_failed(status, errors, run, errno.EACCES, "metrics.csv")
         load_model(run)
         before = {file: file.read_bytes() for file in run.glob("[!t.]*")}
@@ -253,7 +251,7 @@ def test_only_what_is_open_for_writing_is_flushed_or_missed(tmp_path, monkeypatc
         flushed.append(flush(opened))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("utils.files.fcntl", None)
+    monkeypatch.setattr("utils.system.files.fcntl", None)
     with locked(tmp_path / ".lock", wait=False):
         write_atomically(tmp_path / "figures.json", lambda file: file.write_text("new"))
     assert (tmp_path / "figures.json").read_text() == "new" and len(flushed) == 1
@@ -266,9 +264,7 @@ def test_a_lock_is_released_by_death(tmp_path):
         f"opened = os.open({str(file)!r}, os.O_RDWR | os.O_CREAT)\n"
         "fcntl.flock(opened, fcntl.LOCK_EX)\nprint('held', flush=True)\nsys.stdin.read()\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(TimeoutError, match="held by another process"), locked(file, wait=False):
             pass

@@ -9,13 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
-from tests import full_scale
 from tests.helpers import settings
+from tests.tools import full_scale
 from utils.attacks import Standing, frozen, pgd40_heads
-from utils.companions import adversarial_weights
-from utils.data import Split
-from utils.evaluation import verdicts
+from utils.data.datasets import Split
+from utils.data.subject import verdicts
 from utils.step import attack_batch, backward, training_loss
+from utils.training.companions import adversarial_weights
 
 TINY = ("--dataset", "digits", "--width", 4, "--num-steps", 2, "--batch-size", 8, "--warmup-epochs", 0)
 
@@ -61,9 +61,7 @@ def test_a_step_s_operations_are_those_that_are_counted_while_it_runs(flags):
 
 
 def test_a_run_s_operations_add_up_epochs_and_evaluations():
-    job = settings(
-        "--dataset", "cifar100", "--epochs", 5, "--eval-interval", 2, "--strategy", "hard", "--warmup-epochs", 2
-    )
+    job = settings("--dataset", "cifar100", "--epochs", 5, "--eval-interval", 2, "--strategy", "hard", "--warmup-epochs", 2)
     of = full_scale.passes(job, 100)
     early, late = (50_000 * full_scale.step_of(job, of, epoch) for epoch in (2, 3))
     assert early < late

@@ -18,7 +18,7 @@ from utils.attacks import (
     linf_pgd_together,
     pgd40_heads,
 )
-from utils.evaluation import percent, verdicts
+from utils.data.subject import percent, verdicts
 from utils.losses import over_heads
 from utils.step import away_from_labels, towards_labels
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from tests.helpers import ANCRA, ATTACK, ROOT, SCRIPTS, digits_checkpoint, digits_split, execute, folder, python
 from utils.attacks import cross_entropy, frozen, linf_pgd
-from utils.data import as_input, load_split
-from utils.options import parse, parse_training
-from utils.recipes import Distances, Evaluation, Histograms, Umap
+from utils.data.datasets import as_input, load_split
+from utils.system.options import parse, parse_training
+from utils.system.settings import Distances, Evaluation, Histograms, Umap
 
 README = (ROOT / "README.md").read_text()
 CLASSES = {ATTACK: Evaluation, "feature_distance.py": Distances, "draw_hist.py": Histograms, "draw_umap.py": Umap}
@@ -54,7 +54,7 @@ def test_files_that_it_names_exist():
 
 def test_files_of_a_run_have_the_names_that_it_gives():
     named = set(re.findall(r"`([\w-]+\.(?:pt|csv|log|json|png))`", README))
-    code = "".join(file.read_text() for file in (ROOT / "utils").glob("*.py"))
+    code = "".join(file.read_text() for file in (ROOT / "utils").rglob("*.py"))
     assert len(named) > 6
     for name in named:
         assert f'"{name}"' in code, name
@@ -269,7 +269,7 @@ CHANGES = {
         ("utils/losses.py", "", "", LOSS),
         ("utils/step.py", AFTER, "mart_loss, over_heads, ", "pairing_loss, "),
         ("utils/step.py", AFTER, '"mart": mart_loss', ', "pairing": pairing_loss'),
-        ("utils/recipes.py", AFTER, 'METHODS = ("pgd", ', '"pairing", '),
+        ("utils/system/settings.py", AFTER, 'METHODS = ("pgd", ', '"pairing", '),
     ],
     "a strategy": [
         (
@@ -279,29 +279,29 @@ CHANGES = {
             '        "near": lambda: print("USED: a strategy") or True,\n',
         ),
         ("utils/negatives.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
-        ("utils/recipes.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
+        ("utils/system/settings.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
     ],
     "a flag": [
-        ("utils/recipes.py", BEFORE, '    strategy: str = setting("random_adv"', FLAG),
+        ("utils/system/settings.py", BEFORE, '    strategy: str = setting("random_adv"', FLAG),
         (
             "utils/step.py",
             BEFORE,
             "    own, net = own_slice(",
             '    print("USED: a flag") if settings.shift == 2.5 else None\n',
         ),
-        ("utils/recipes.py", AFTER, 'of_anc = ("strategy", ', '"shift", '),
+        ("utils/system/settings.py", AFTER, 'of_anc = ("strategy", ', '"shift", '),
     ],
     "a network": [
         ("models/small.py", "", "", NETWORK),
         ("models/__init__.py", AFTER, MODELS, "from models.small import Small\n"),
         ("models/__init__.py", AFTER, "ARCHS = {\n", '    "Small": Small,\n'),
-        ("utils/recipes.py", AFTER, "ARCHS = (", '"Small", '),
+        ("utils/system/settings.py", AFTER, "ARCHS = (", '"Small", '),
     ],
     "a data set": [
-        ("utils/data.py", BEFORE, "\nLOADERS = {", DATA_SET),
-        ("utils/data.py", AFTER, "\nLOADERS = {", '"stripes": _stripes, '),
-        ("utils/recipes.py", AFTER, 'DATASETS = ("cifar10", ', '"stripes", '),
-        ("utils/recipes.py", AFTER, RADIUS, '"stripes": 0.05, '),
+        ("utils/data/datasets.py", BEFORE, "\nLOADERS = {", DATA_SET),
+        ("utils/data/datasets.py", AFTER, "\nLOADERS = {", '"stripes": _stripes, '),
+        ("utils/system/settings.py", AFTER, 'DATASETS = ("cifar10", ', '"stripes", '),
+        ("utils/system/settings.py", AFTER, RADIUS, '"stripes": 0.05, '),
     ],
     "a training attack": [
         ("utils/step.py", BEFORE, "def attack_batch(", TRAINING_ATTACK),
@@ -312,14 +312,14 @@ CHANGES = {
             '"margin": (outdone, labels[own]), ',
         ),
         ("utils/step.py", AFTER, "gaussian_start, ", "margins, "),
-        ("utils/recipes.py", AFTER, 'inner: str = setting("ce", ("ce", ', '"margin", '),
+        ("utils/system/settings.py", AFTER, 'inner: str = setting("ce", ("ce", ', '"margin", '),
     ],
-    "a view": [("utils/adaptive.py", BEFORE, '        if gate in ("label", "predicted"):', VIEW)],
+    "a view": [("utils/evaluation/adaptive.py", BEFORE, '        if gate in ("label", "predicted"):', VIEW)],
     "an attack of the evaluation": [
         ("utils/attacks.py", "", "", BLUR),
-        ("utils/robustness.py", AFTER, "import NOISE_DRAWS, Attack, ", "blur, "),
-        ("utils/robustness.py", AFTER, "    plans = {\n", '        "blur": {"blur": quick(blur, eps=eps)},\n'),
-        ("utils/recipes.py", AFTER, 'ATTACKS = ("natural", ', '"blur", '),
+        ("utils/evaluation/robustness.py", AFTER, "import NOISE_DRAWS, Attack, ", "blur, "),
+        ("utils/evaluation/robustness.py", AFTER, "    plans = {\n", '        "blur": {"blur": quick(blur, eps=eps)},\n'),
+        ("utils/system/settings.py", AFTER, 'ATTACKS = ("natural", ', '"blur", '),
     ],
 }
 

@@ -15,8 +15,8 @@ from models import Heads, build_model
 from utils import attacks
 from utils.attacks import Standing
 from utils.negatives import choose_negatives
-from utils.recipes import METHODS, Training
 from utils.step import Attacked, attack_batch, training_loss
+from utils.system.settings import METHODS, Training
 
 CLASSES = 5
 TIGHT = 1e-8  # relative; both sides are float64
@@ -222,9 +222,7 @@ class Reference:
         else:
             stages = [[f"layer{s}.{b}." for b in range(2)] for s in (1, 2, 3, 4)]
         self.blocks = [
-            (name, 2 if stage and not block else 1)
-            for stage, names in enumerate(stages)
-            for block, name in enumerate(names)
+            (name, 2 if stage and not block else 1) for stage, names in enumerate(stages) for block, name in enumerate(names)
         ]
 
     def norm(self, name, z, train):
@@ -339,9 +337,7 @@ class Reference:
             negative, negative_labels = x[own], labels[own]
             if o.strategy.endswith("_adv"):
                 sign = -1 if wrong == "negatives pushed from the anchor" else 1
-                negative = self.attack(
-                    negative, start(negative), o, lambda heads: sign * likelihood(heads, anchors), train
-                )
+                negative = self.attack(negative, start(negative), o, lambda heads: sign * likelihood(heads, anchors), train)
             if wrong == "negatives gated by the anchor":
                 negative_labels = anchors
             images["negative images"] = negative
@@ -358,9 +354,7 @@ class Reference:
         else:
             names = list(reversed(batches)) if wrong == "forwards in another order" else list(batches)
             forwards = {name: self.forward(*batches[name], True, wrong) for name in names}
-        loss, contrast = objective(
-            forwards.get("natural"), forwards["adversarial"], forwards.get("negative"), labels, o, wrong
-        )
+        loss, contrast = objective(forwards.get("natural"), forwards["adversarial"], forwards.get("negative"), labels, o, wrong)
         gradients = torch.autograd.grad(loss, list(self.parameters.values()))
         gradients = dict(zip(self.parameters, gradients, strict=True))
         with torch.no_grad():

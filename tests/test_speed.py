@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import utils.training as training
+import utils.training.loop as training
 from models import ARCHS, build_model
 from tests.golden_numbers import assert_near
 from tests.helpers import RUN, a_few_steps, python, settings, some_batch, train
 from utils import attacks
 from utils.attacks import Bfloat16, Standing, cross_entropy, frozen, pgd, pgd40_heads
-from utils.devices import compile_for_training
-from utils.errors import RunError, UsageError
-from utils.evaluation import right_or_not, verdicts
+from utils.data.subject import right_or_not, verdicts
 from utils.negatives import choose_negatives
 from utils.step import attack_batch, training_loss
+from utils.system.devices import compile_for_training
+from utils.system.errors import RunError, UsageError
 
 ONE = ("--epochs", 1)
 
@@ -187,8 +187,8 @@ def test_peak_memory_is_that_of_the_process_alone_and_does_not_grow():
     held = b"1" * 1_500_000_000
     code = """
 import torch
-from tests.benchmarks import Step
-from utils.devices import peak_memory
+from tests.tools.benchmarks import Step
+from utils.system.devices import peak_memory
 device, job, said = torch.device("cpu"), Step("ResNet18", 12, 16, 4, 16, torch.device("cpu")), []
 for step in range(23):
     job.ours(num_steps=1)
@@ -256,9 +256,7 @@ def test_what_is_not_finite_is_caught_in_bfloat16_too(tmp_path):
 # --precision tf32, --compile
 
 
-@pytest.mark.parametrize(
-    ("precision", "seen"), [("default", (True, False)), ("fp32", (False, False)), ("tf32", (True, True))]
-)
+@pytest.mark.parametrize(("precision", "seen"), [("default", (True, False)), ("fp32", (False, False)), ("tf32", (True, True))])
 def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(tmp_path, monkeypatch, precision, seen):
     """The switches of a CUDA device, which a CPU does not heed."""
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests import study
 from tests.helpers import ROOT, environment, python
-from utils import results
-from utils.options import parse, parse_training
-from utils.recipes import Distances, Evaluation
+from tests.tools import study
+from utils.evaluation import results
+from utils.system.options import parse, parse_training
+from utils.system.settings import Distances, Evaluation
 
 _numbers = itertools.count()
 
@@ -42,9 +42,7 @@ def test_the_worst_case_is_the_lowest_of_the_attacks_that_all_have_image_by_imag
     assert heads == "| network | runs | natural | PGD | adaptive | AutoAttack | worst case | less first |"
     assert one == "| first | 1 | 100.00 | 75.00 | 75.00 |  | **75.00** |  |" and "images alone" in intervals
     cells = two.split(" | ")
-    assert (
-        cells[:2] == ["| second", "2"] and cells[5] == "0.00, 1 of 2 runs" and cells[6] == "**62.50 (25.00 to 100.00)**"
-    )
+    assert cells[:2] == ["| second", "2"] and cells[5] == "0.00, 1 of 2 runs" and cells[6] == "**62.50 (25.00 to 100.00)**"
     assert cells[4] == "75.00 (50.00 to 100.00)" and cells[7].startswith("-12.5 (")
     assert cells[7].endswith(", images alone) |")
     lowest = "Worst case: image by image, the lowest of natural, PGD, adaptive"
@@ -128,7 +126,7 @@ def test_what_is_no_evaluation_is_refused_in_a_line(content, said, tmp_path, cap
 def test_no_evaluation_at_all_is_a_line_too(capsys):
     with pytest.raises(SystemExit):
         results.main([])
-    assert capsys.readouterr().err == "python -m utils.results: error: the following arguments are required: RUN\n"
+    assert capsys.readouterr().err == "python -m utils.evaluation.results: error: the following arguments are required: RUN\n"
 
 
 def test_every_command_of_the_study_is_understood(capsys):
@@ -204,10 +202,8 @@ def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_p
         table = [line for line in lines if line.startswith("| gate")]
         return table, {file: file.stat().st_mtime_ns for file in tmp_path.rglob("white_attack.json")}
 
-    began = [sys.executable, "-m", "tests.study", *argv]
-    with subprocess.Popen(
-        began, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    began = [sys.executable, "-m", "tests.tools.study", *argv]
+    with subprocess.Popen(began, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not list(tmp_path.rglob("last_state.pt")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)

@@ -15,7 +15,7 @@ from torch import nn
 
 from models import Heads, ReverseAttentionNetwork
 from utils.attacks import cross_entropy, frozen, linf_pgd
-from utils.data import as_input, load_split
+from utils.data.datasets import as_input, load_split
 
 FILE = Path(__file__).parent / "golden" / "tiny_networks.npz"
 EPS = 0.1  # that of digits

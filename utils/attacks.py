@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import Gate
-from utils.graphs import Graphed
 from utils.losses import over_heads
+from utils.system.graphs import Graphed
 
 Objective = Callable[[Tensor], Tensor]
 ObjectiveOf = Callable[[nn.Module, Tensor], Objective]  # of a network and labels
@@ -27,7 +27,7 @@ NOISE_DRAWS = 100
 VERSION = 1  # of what is here; raise it when results change, so that no kept verdict is reused
 
 # Parameters times pixels, a rough measure of a pass's work, up to which a CPU attacks several batches as one. Below it
-# that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.benchmarks together`, 2 CPU cores, float32.
+# that is 7 to 43 % faster, far above it 1 or 2 %: `python -m tests.tools.benchmarks together`, 2 CPU cores, float32.
 SMALL = 2.5e11
 
 
@@ -68,9 +68,7 @@ class Standing:
     float32 either way. compiled: through torch.compile. graph: attacks are replayed as one CUDA graph.
     """
 
-    def __init__(
-        self, model: nn.Module, precision: str = "default", compiled: bool = False, graph: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, precision: str = "default", compiled: bool = False, graph: bool = False) -> None:
         net = copy.deepcopy(model).eval().requires_grad_(False)
         self._folds = []  # (convolution of `model` or None, BatchNorm behind it, the layer that both become)
         for name, module in [*net.named_modules()]:
@@ -122,8 +120,7 @@ class Standing:
         torch._foreach_mul_(shifts, factors)
         torch._foreach_add_(shifts, [bn.bias for bn in norms])
         weights = [
-            scale if conv is None else conv.weight * scale[:, None, None, None]
-            for conv, scale in zip(convs, scales, strict=True)
+            scale if conv is None else conv.weight * scale[:, None, None, None] for conv, scale in zip(convs, scales, strict=True)
         ]
         for name, values in (("weight", weights), ("bias", shifts)):
             own = [getattr(layer, name) for layer in into]
@@ -276,9 +273,7 @@ def image_noise(x: Tensor, numbers: Tensor, seed: int, kind: str, draw: int = 0)
     return noise if kind == "normal" else 2 * noise - 1
 
 
-def pgd(
-    objective: ObjectiveOf, eps: float, step_size: float, steps: int, *, start: str, seed: int, draw: int = 0
-) -> Attack:
+def pgd(objective: ObjectiveOf, eps: float, step_size: float, steps: int, *, start: str, seed: int, draw: int = 0) -> Attack:
     """`linf_pgd` on objective(net, labels), for evaluation: the last iterate counts.
 
     start: `uniform` in the ball, `normal` at x + 0.001 N(0, 1), both unclipped, or `image`, at the image itself.

@@ -44,9 +44,7 @@ def pgd_loss(adversarial: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return F.cross_entropy(adversarial, labels, label_smoothing=label_smoothing)
 
 
-def trades_loss(
-    natural: Tensor, adversarial: Tensor, labels: Tensor, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
+def trades_loss(natural: Tensor, adversarial: Tensor, labels: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """CE(natural, labels) + beta * KL(natural || adversarial) (TRADES: Zhang et al., arXiv 1901.08573, eq. 5)."""
     accurate = F.cross_entropy(natural, labels, label_smoothing=label_smoothing)
     return accurate + beta * kl_divergence(natural, adversarial)

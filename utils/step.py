@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from models import Heads
 from utils.attacks import Bfloat16, Standing, ToAttack, gaussian_start, summed_cross_entropy
-from utils.distributed import joined, own_slice, own_weight, total, world
 from utils.losses import asymmetric_negative_contrast, kl_divergence, mart_loss, over_heads, pgd_loss, trades_loss
 from utils.negatives import choose_negatives
-from utils.recipes import Training
+from utils.system.distributed import joined, own_slice, own_weight, total, world
+from utils.system.settings import Training
 
 
 class Attacked(NamedTuple):
@@ -145,9 +145,7 @@ def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == labels).float().mean()
 
 
-def backward(
-    loss_of: Callable[..., Terms], x: Tensor, labels: Tensor, attacked: Attacked, settings: Training
-) -> Tensor:
+def backward(loss_of: Callable[..., Terms], x: Tensor, labels: Tensor, attacked: Attacked, settings: Training) -> Tensor:
     """Gradients of a batch's loss, computed by each rank on its slice and the same on all of them.
 
     loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of this rank's slice.

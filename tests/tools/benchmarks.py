@@ -1,0 +1,753 @@
+"""How fast it is, measured on your machine.
+
+python -m tests.tools.benchmarks                      all but the last two, 40 minutes on 2 CPU cores
+python -m tests.tools.benchmarks step pgd             some: step share together companions memory negatives pgd growth
+                                                processes waiting data
+python -m tests.tools.benchmarks compiled             what --compile brings, 5 minutes more
+python -m tests.tools.benchmarks figures              CPU time of what the figures' scripts compute
+python -m tests.tools.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark
+python -m tests.tools.benchmarks --quick              tiny settings: shows that everything runs, measures nothing
+
+Each prints a table. Times are medians of `runs` runs, which take turns in one process. Let nothing else run meanwhile.
+Each is preceded by the machine's own float32 and bfloat16 matrix-product rate, as a yardstick.
+
+Measured by the first and the third of these commands on 2 cores of an Intel Xeon (AVX-512, AVX512-BF16, no AMX) with
+PyTorch 2.14.1, which multiplied matrices at 257 to 333 GFLOP/s in float32 and at 143 to 173 in bfloat16:
+
+step       ResNet-18, batch 64: 14.4 s, 1.11 times as fast as the plain step; in bfloat16 20.9 s, 0.77 times
+           PreActResNet-18, 64x64, batch 16: 13.7 s, 1.06 times; WRN-34-10, batch 16: 36.5 s, 1.16 times
+           (another run: 1.14, 1.10 and 1.10)
+pgd        32 images, ResNet-18: 10.2 s, 1.79 times as fast as the published evaluation's loop, 1.18 times torchattacks,
+           1.80 times foolbox, all four leaving 31.64 % of 256 images right; bfloat16 0.62 times ours in float32
+share      295 GFLOP/s, 91 % of the rate of matrix products (80 % in another run); the plain attack 74 %, ours in
+           bfloat16 111 % of the bfloat16 rate; convolutions take 92 % of an attack of ours, 85 % of a plain one
+together   1.20 (ResNet-18, batch 4), 1.11 (digits network, batch 128), 1.43 (batch 16) times as fast as one by one
+negatives  0.49 ms, 139 times as fast as loops
+data       176,000 images/s, 13.6 times torchvision and 2 workers
+processes  2 of one thread: 1.81 times the images a second of 1
+growth     exponent 0.90 over batch 16 to 256, 0.01 over 10 to 1,000 classes
+memory     after 1, 2 and 10 steps: ResNet-18 2.02, 2.09, 2.13 GB, PreActResNet-18 1.98, 2.01, 2.08, WRN-34-10 2.49,
+           2.69, 2.76 (another run differed by up to 0.12); the first step allocates the momentum
+compiled   a step 1.01 (ResNet-18, batch 64) and 0.99 (digits network) times as fast, the first one takes 44 and 57 s
+companions on 2 cores of an AMD EPYC (AVX-512), three runs: a step of the digits network 0.69 to 0.79 s, --awp 1.24 to
+           1.29 times as long; --ema 0.95, 1.00 and 1.05 times, all of it noise: its update alone takes 0.3 ms
+
+Convolutions run near the machine's rate already, so what folding and the memory format save is a share of the rest. In
+PreActResNet and WideResNet half of the BatchNorms follow no convolution and cannot be folded. The plain step also gains
+by our networks, whose ReLUs work in place. This CPU multiplies bfloat16 at half the rate of float32, so --precision
+bf16 cannot pay on it.
+
+What --precision bf16 changes: the best epoch's accuracies in %, float32 / bfloat16, on digits' 360 test images, eps 0.1
+    OMP_NUM_THREADS=1 python train_CIFAR10_ResNet.py --dataset digits --seed SEED (and --precision bf16)
+    OMP_NUM_THREADS=1 python test_white_attack.py --ckpt_url RUN --attacks natural,pgd,autoattack
+seed 1     natural 96.67 / 96.39   PGD-40 91.11 / 88.61   AutoAttack 84.44 / 82.78
+seed 2             96.39 / 96.94          91.11 / 89.72              82.50 / 85.28
+seed 3             96.11 / 95.83          88.61 / 87.78              83.06 / 82.78
+mean               96.39 / 96.39          90.28 / 88.70              83.33 / 83.61
+PGD-40 is lower in each pair, by 0.8 to 2.5 points; the others do not move one way. The interval of one run is 6 to 8
+points wide: three seeds tell no more than that no large loss shows.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import build_model
+from utils import attacks
+from utils.attacks import (
+    Standing,
+    ToAttack,
+    cross_entropy,
+    cross_entropy_over_heads,
+    frozen,
+    linf_pgd,
+    linf_pgd_together,
+)
+from utils.data.datasets import Split, as_input, augment, batches, load_split
+from utils.losses import over_heads, trades_loss
+from utils.negatives import choose_negatives
+from utils.step import attack_batch, away_from_labels, backward, towards_labels, training_loss
+from utils.system.devices import compile_for_training, pick_device
+from utils.system.errors import UsageError, first_line
+from utils.system.provenance import in_one_line, provenance
+from utils.system.settings import Training, resolve
+from utils.training.companions import Average, adversarial_weights
+
+ROOT = Path(__file__).parents[2]
+EPS, STEP = 8 / 255, 0.007
+NETWORKS = (("ResNet18", 64, 32, 10), ("PreActResNet18", 16, 64, 200), ("WRN-34-10", 16, 32, 10))  # batch, side, C
+Rows = list[dict]
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    variants: dict[str, Callable[[int], object]], rounds: int, device: torch.device, warm_up: bool = True
+) -> dict[str, list]:
+    """Run every variant once a round, variant(round) -> seconds of each of its runs, but for the warm-up's."""
+    seconds = {name: [] for name in variants}
+    for i in range(-1 if warm_up else 0, rounds):
+        for name, variant in variants.items():
+            wait(device)
+            began = time.perf_counter()
+            variant(max(i, 0))
+            wait(device)
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def compared(seconds: dict[str, list], peer: str, **more: Callable[[str], object]) -> Rows:
+    """A row a variant: its median, its number of runs, how many times as fast as `peer` it is, and more(name)."""
+    rows, medians = [], {name: statistics.median(values) for name, values in seconds.items()}
+    for name, runs in seconds.items():
+        row = {"variant": name, "seconds": medians[name], "runs": len(runs)}
+        row[f"speed, {peer} = 1"] = medians[peer] / medians[name]
+        rows.append(row | {key: column(name) for key, column in more.items()})
+    return rows
+
+
+def matrix_products(device: torch.device, side: int) -> dict[str, Callable[[int], Tensor]]:
+    def product(dtype: torch.dtype) -> Callable[[int], Tensor]:
+        a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+        return lambda i: torch.mm(a, b, out=out)
+
+    return {"fp32": product(torch.float32), "bf16": product(torch.bfloat16)}
+
+
+def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
+    """GFLOP/s of a square matrix product. bfloat16's is smaller on a CPU: some emulate it at a hundredth of the rate."""
+    rates = {}
+    for name in ("fp32", "bf16"):
+        side = 64 if quick else 512 if name == "bf16" and device.type == "cpu" else 2048
+        product = {name: matrix_products(device, side)[name]}
+        seconds = take_turns(product, 5, device)[name]
+        rates[name] = 2e-9 * side**3 / statistics.median(seconds)
+    return rates
+
+
+def options(**changes: object) -> Training:
+    """The settings of a training on CIFAR-10, some of them changed."""
+    return resolve(Training, changes)
+
+
+class Step:
+    """One optimiser step of ANCRA-TRADES on a batch of random images, ours or a plain one."""
+
+    def __init__(self, arch: str, batch: int, size: int, classes: int, width: int | None, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.model = build_model(arch, classes, width=width, image_size=size).to(device).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4)
+        self.generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.rand(batch, 3, size, size, generator=generator).to(device)
+        self.host_labels = torch.randint(classes, (batch,), generator=generator)
+        self.labels = self.host_labels.to(device)
+        self.kept: dict[tuple, Standing] = {}
+
+    def standing(self, settings: Training) -> Standing:
+        how = settings.precision, settings.compile, settings.cuda_graph and self.x.is_cuda
+        if how not in self.kept:
+            self.kept[how] = Standing(self.model, *how)
+        return self.kept[how]
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def ours(self, **changes: object) -> None:
+        settings = options(**changes)
+        attacked = attack_batch(self.standing(settings), self.x, self.host_labels, settings, self.generator, 1)
+        backward(partial(training_loss, self.model), self.x, self.labels, attacked, settings)
+        self.update()
+
+    def plain(self, steps: int = 10) -> None:
+        """The step as the published scripts compute it.
+
+        The network itself is attacked, in eval mode, neither folded nor channels-last; negatives and contrast are loops
+        over the batch; three more forwards, with their graphs, give the accuracies of the log.
+        """
+        x, labels, model = self.x, self.labels, self.model
+        chosen = loop_random_negatives(labels)
+        model.eval()
+        adversarial = plain_pgd(model, x, labels, 1, steps)
+        negative = plain_pgd(model, x[chosen], labels, -1, steps)
+        model.train()
+        natural = model(x, labels, heads=True)
+        heads = model(adversarial, labels, heads=True)
+        negative_heads = model(negative, labels[chosen], heads=True)
+        loss = over_heads(lambda nat, adv: trades_loss(nat, adv, labels, 6.0), natural, heads, auxiliary_weight=2.0)
+        (loss + 3 * over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0)).backward()
+        self.update()
+        model.eval()
+        for images, truth in ((x, labels), (adversarial, labels), (negative, labels[chosen])):
+            (model(images).argmax(1) == truth).float().mean().item()
+        model.train()
+
+
+def plain_pgd(model: nn.Module, x: Tensor, labels: Tensor, sign: int, steps: int) -> Tensor:
+    adversarial = x + 0.001 * torch.randn_like(x)
+    for _ in range(steps):
+        adversarial = adversarial.detach().requires_grad_()
+        heads = model(adversarial, heads=True)
+        loss = F.cross_entropy(heads.final, labels)
+        loss = loss + 2 * sum(F.cross_entropy(logits, labels) for logits in heads.auxiliary) / len(heads.auxiliary)
+        (gradient,) = torch.autograd.grad(loss, adversarial)
+        adversarial = adversarial.detach() + sign * STEP * gradient.sign()
+        adversarial = torch.min(torch.max(adversarial, x - EPS), x + EPS).clamp(0, 1)
+    return adversarial.detach()
+
+
+def images_by_class(labels: Tensor) -> dict[int, list[int]]:
+    by_class: dict[int, list[int]] = {}
+    for n, label in enumerate(labels):
+        by_class.setdefault(label.item(), []).append(n)
+    return by_class
+
+
+def random_negative(by_class: dict[int, list[int]], own: int) -> int:
+    return random.choice(by_class[random.choice([c for c in by_class if c != own])])
+
+
+def loop_random_negatives(labels: Tensor) -> Tensor:
+    by_class = images_by_class(labels)
+    return torch.tensor([random_negative(by_class, label.item()) for label in labels], device=labels.device)
+
+
+def loop_hard_negatives(logits: Tensor, labels: Tensor) -> list[int]:
+    """For each anchor, of the images of other classes that are taken for its class, the one with the largest logit.
+
+    Loops as the published ones: a comparison of two tensors a pair, and sets.
+    """
+    by_class, predictions, chosen = images_by_class(labels), logits.argmax(1), []
+    for n in range(len(labels)):
+        taken = {j for j in range(len(labels)) if predictions[j] == labels[n]}
+        own = labels[n].item()
+        candidates = list(taken - set(by_class[own]))
+        if candidates:
+            chosen.append(candidates[logits[candidates][:, own].topk(1).indices.item()])
+        else:
+            chosen.append(random_negative(by_class, own))
+    return chosen
+
+
+def loop_contrast(natural: Tensor, negative: Tensor) -> Tensor:
+    """ANC with alpha 1, pair by pair of those that agree."""
+    (q, one), (p, other) = F.softmax(natural, 1).detach().max(1), F.softmax(negative, 1).max(1)
+    total = natural.new_zeros(())
+    for (n,) in torch.nonzero(one == other):
+        total = total + (q[n] * p[n]) ** 0.5
+    return total / len(q)
+
+
+# Each benchmark: (device, quick) -> rows of its table.
+
+
+def step(device: torch.device, quick: bool) -> Rows:
+    """Seconds of a training step: ours against a plain one, which computes as the published scripts do."""
+    rows, rates = [], machine_rates(device, quick)
+    rounds, steps = (1, 1) if quick else (5, 10)
+    for arch, batch, size, classes in NETWORKS:
+        batch, width = (4, 1 if arch.startswith("WRN") else 4) if quick else (batch, None)
+        job = Step(arch, batch, size, classes, width, device)
+        variants = {"ours fp32": partial(job.ours, num_steps=steps), "plain": partial(job.plain, steps)}
+        if arch == "ResNet18" or rates["bf16"] > rates["fp32"]:
+            variants["ours bf16"] = partial(job.ours, num_steps=steps, precision="bf16")
+        timed = {name: lambda i, variant=variant: variant() for name, variant in variants.items()}
+        for row in compared(take_turns(timed, rounds, device), "plain"):
+            rows.append({"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]})
+    return rows
+
+
+def forward_flops(net: nn.Module, x: Tensor) -> int:
+    """Operations of the convolutions and linear layers of a forward pass, a multiplication and an addition each."""
+    counted = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
+        counted.append(2 * out.numel() * layer.weight[0].numel())
+
+    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        net(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(counted)
+
+
+def convolution_share(run: Callable[[int], object], device: torch.device) -> float | str:
+    """Share of a run's time that passes inside convolutions, in percent, by PyTorch's profiler on a CPU."""
+    if device.type != "cpu":
+        return "-"
+    with torch.autograd.profiler.profile(use_kineto=False) as seen:
+        run(0)
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    return 100 * sum(t for key, t in times.items() if "convolution" in key) / sum(times.values())
+
+
+def share(device: torch.device, quick: bool) -> Rows:
+    """GFLOP/s of an attack, ResNet-18, batch 64, and its share of the matrix-product rate of the same minutes.
+
+    `plain` is the attack of the published scripts, on the network as it is trained.
+    """
+    steps, side = (1, 64) if quick else (10, 2048)
+    job = Step("ResNet18", 4 if quick else 64, 32, 10, 4 if quick else None, device)
+    with frozen(job.model) as exact, frozen(job.model, "bf16") as rounded:
+        job.model.eval()
+        flops = 2 * steps * forward_flops(exact, job.x)  # once forward, once to the gradient of the images
+
+        def attack(net: nn.Module) -> Callable[[int], Tensor]:
+            return lambda i: linf_pgd(job.x, cross_entropy_over_heads(net, job.labels, 2.0), EPS, STEP, steps, job.x)
+
+        attacks_of = {
+            "ours fp32": attack(exact),
+            "plain": lambda i: plain_pgd(job.model, job.x, job.labels, 1, steps),
+            "ours bf16": attack(rounded),
+        }
+        seconds = take_turns(matrix_products(device, side) | attacks_of, 1 if quick else 5, device)
+        times = {name: statistics.median(values) for name, values in seconds.items()}
+        rows = []
+        for name, run in attacks_of.items():
+            rate, yardstick = 1e-9 * flops / times[name], 2e-9 * side**3 / times["bf16" if "bf16" in name else "fp32"]
+            row = {"variant": name, "runs": len(seconds[name]), "seconds": times[name], "GFLOP": 1e-9 * flops}
+            row |= {"GFLOP/s": rate, "matrix product GFLOP/s": yardstick, "share %": 100 * rate / yardstick}
+            rows.append(row | {"in convolutions %": convolution_share(run, device)})
+    return rows
+
+
+def together(device: torch.device, quick: bool) -> Rows:
+    """Both attacks of a step as one batch against one after the other, on batches of growing size."""
+    cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)] + [("WRN-34-10", 16, 32, None)]
+    cases += [("PreActResNet18", 16, 64, None)]
+    cases += [("ResNet18", batch, 16, 12) for batch in (16, 64, 128, 256)]  # the digits network
+    rows = []
+    for arch, batch, size, width in cases[:1] if quick else cases:
+        job = Step(arch, batch, size, 10, 4 if quick else width, device)
+        with frozen(job.model) as net:
+
+            def attack(small: float, job: Step = job, net: nn.Module = net) -> None:
+                both = [ToAttack(job.x, job.x, towards, job.labels) for towards in (away_from_labels, towards_labels)]
+                with mock.patch.object(attacks, "SMALL", small):
+                    linf_pgd_together(net, both, 2.0, EPS, STEP, 1 if quick else 4)
+
+            variants = {"apart": lambda i, run=attack: run(0), "as one": lambda i, run=attack: run(math.inf)}
+            work = 2 * batch * size**2 * sum(p.numel() for p in net.parameters())
+            seconds = take_turns(variants, 1 if quick else 5 if work > 2e11 else 25, device)
+        used = "as one" if work <= attacks.SMALL else "apart"
+        for row in compared(seconds, "apart"):
+            shape = {"network": arch, "width": width or "as published", "side": size, "batch": batch, "work": work}
+            rows.append({**shape, **row, "used": "yes" if row["variant"] == used else ""})
+    return rows
+
+
+def companions(device: torch.device, quick: bool) -> Rows:
+    """Seconds of a step of the digits network, batch 128, with AWP and with averaged weights."""
+    job = Step("ResNet18", 8 if quick else 128, 16, 10, 4 if quick else 12, device)
+    settings, average = options(num_steps=1 if quick else 10), Average(job.model)
+    variants = {"alone": {}, "--awp 0.005": {"awp": 0.005}, "--ema 0.995": {"ema": 0.995}}
+
+    def run(awp: float = 0.0, ema: float = 0.0) -> None:
+        attacked = attack_batch(job.standing(settings), job.x, job.host_labels, settings, job.generator, 1)
+        gradients = partial(backward, partial(training_loss, job.model), job.x, job.labels, attacked, settings)
+        with adversarial_weights(job.model, gradients, awp) if awp else nullcontext():
+            gradients()
+            job.update()
+        if ema:
+            average.update(job.model, ema)
+
+    timed = {name: lambda i, how=how: run(**how) for name, how in variants.items()}
+    return compared(take_turns(timed, 1 if quick else 15, device), "alone")
+
+
+def memory(device: torch.device, quick: bool) -> Rows:
+    """Peak memory of a process (of its tensors on CUDA) after 1, 2 and 10 training steps."""
+    rows = []
+    for arch, batch, size, classes in NETWORKS[:1] if quick else NETWORKS:
+        batch, width = (4, 4) if quick else (batch, None)
+        code = (
+            "import torch; from tests.tools.benchmarks import Step; from utils.system.devices import peak_memory\n"
+            f"device = torch.device('{device}'); job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
+            "for i in range(10): job.ours(num_steps=1); print(peak_memory(device))"
+        )
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks = [f"{int(line) / 1e9:.2f} GB" for line in said.stdout.splitlines()]
+        rows.append({"network": arch, "batch": batch} | {f"after {n}": peaks[n - 1] for n in (1, 2, 10)})
+    return rows
+
+
+def negatives(device: torch.device, quick: bool) -> Rows:
+    """Choosing hard negatives of a batch of 128, without their attack: tensor code against loops over the batch.
+
+    A run of ours is 20 calls in a row, of which the figure is one: after each run of the loops its threads are asleep.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(128, 10, generator=generator, device=device)
+    labels = torch.randint(10, (128,), generator=generator, device=device)
+    looped = torch.tensor(loop_hard_negatives(logits, labels), device=device)
+    chosen = choose_negatives(logits, labels, "hard", generator).squeeze(1)
+    guided = logits[looped].argmax(1) == labels  # the others have no candidate and are drawn at random
+    if not torch.equal(chosen[guided], looped[guided]):
+        raise RuntimeError("the loops choose other negatives")
+    variants = {
+        "ours": lambda i: [choose_negatives(logits, labels, "hard", generator) for _ in range(20)],
+        "loops": lambda i: loop_hard_negatives(logits, labels),
+    }
+    seconds = take_turns(variants, 2 if quick else 25, device, warm_up=False)
+    seconds["ours"] = [value / 20 for value in seconds["ours"]]
+    return compared(seconds, "loops")
+
+
+def trained_on_digits(width: int | None, steps: int, device: torch.device) -> tuple[nn.Module, Split]:
+    """A ResNet-18 with reverse attention after some steps of natural training on digits at 32x32, and the test set."""
+    torch.manual_seed(0)
+    data, test = (load_split("digits", part, "", 32).to(device) for part in ("train", "test"))
+    model = build_model("ResNet18", 10, width=width).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
+    for indices in batches(torch.arange(64 * steps) % len(data.labels), 64):
+        x, labels = as_input(data.images[indices]), data.labels[indices]
+        heads = model(x, labels, heads=True)
+        loss = over_heads(lambda logits, y=labels: F.cross_entropy(logits, y), heads, auxiliary_weight=2.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), test
+
+
+def published_evaluation_pgd(model: nn.Module, x: Tensor, labels: Tensor, steps: int) -> Tensor:
+    """PGD as the published evaluation computes it: backward() through a network whose parameters want gradients."""
+    adversarial = x.clone()
+    for _ in range(steps):
+        adversarial = adversarial.detach().requires_grad_()
+        optimizer = torch.optim.SGD([adversarial], lr=1e-3)
+        optimizer.zero_grad()
+        F.cross_entropy(model(adversarial), labels).backward()
+        eta = STEP * adversarial.grad.sign()
+        eta = torch.clamp(adversarial.detach() + eta - x, -EPS, EPS)
+        adversarial = torch.clamp(x + eta, 0, 1)
+    return adversarial.detach()
+
+
+def pgd(device: torch.device, quick: bool) -> Rows:
+    """PGD-40 of 256 digits at 32x32 on ResNet-18, cross-entropy of the final logits, eps 8/255, started at the image.
+
+    Attacks take turns batch by batch of 32, the seconds are those of one; accuracies are those of the same float32
+    network on what each returns for all 256.
+    """
+    import foolbox
+    import torchattacks
+
+    batch, count, steps = (4, 8, 2) if quick else (32, 256, 40)
+    model, test = trained_on_digits(4 if quick else None, 2 if quick else 44, device)
+    x, labels = as_input(test.images[:count]).split(batch), test.labels[:count].split(batch)
+    peer = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=steps, random_start=False)
+    foolbox_model = foolbox.PyTorchModel(model, bounds=(0, 1))
+    with frozen(model) as exact, frozen(model, "bf16") as rounded:
+        variants = {
+            "ours fp32": lambda x, y: linf_pgd(x, cross_entropy(exact, y), EPS, STEP, steps, x),
+            "published loop": lambda x, y: published_evaluation_pgd(model, x, y, steps),
+            "torchattacks": peer,
+            "foolbox": lambda x, y: attack(foolbox_model, x, y, epsilons=EPS)[1],
+            "ours bf16": lambda x, y: linf_pgd(x, cross_entropy(rounded, y), EPS, STEP, steps, x),
+        }
+        found = {name: {} for name in variants}  # by batch
+
+        def variant(name: str) -> Callable[[int], None]:
+            return lambda i: found[name].update({i: variants[name](x[i], labels[i])})
+
+        seconds = take_turns({name: variant(name) for name in variants}, len(x), device)
+
+    def robust(name: str) -> float:
+        with torch.no_grad():
+            right = [model(images).argmax(1) == labels[i] for i, images in found[name].items()]
+        return 100 * torch.cat(right).float().mean().item()
+
+    return compared(seconds, "ours fp32", **{"robust accuracy %": robust})
+
+
+def growth(device: torch.device, quick: bool) -> Rows:
+    """How a step's time grows with batch and classes (ResNet-18 of width 16): the exponent fitted to its medians."""
+    series = {"batch": (16, 32, 64, 128, 256), "classes": (10, 30, 100, 300, 1000)}
+    batch, side, width, steps, rounds = (8, 16, 4, 1, 1) if quick else (64, 32, 16, 10, 5)
+    rows = []
+    for what, values in series.items():
+        values = values[: 2 if quick else None]
+        shapes = {v: (v, side, 10) if what == "batch" else (batch, side, v) for v in values}
+        jobs = {v: Step("ResNet18", *shape, width, device) for v, shape in shapes.items()}
+        variants = {str(v): lambda i, job=job: job.ours(num_steps=steps) for v, job in jobs.items()}
+        medians = {v: statistics.median(s) for v, s in take_turns(variants, rounds, device).items()}
+        exponent = np.polyfit(np.log(values), np.log(list(medians.values())), 1)[0]
+        rows += [{"over": what, "value": v, "seconds": s, "exponent": float(exponent)} for v, s in medians.items()]
+    return rows
+
+
+def rates_of(rates: dict[str, list[float]], unit: str, peer: str) -> Rows:
+    """A row a variant: the median of its images a second, of how many, and how many times that of `peer` it is."""
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return [
+        {"variant": name, "images/s": m, unit: len(rates[name]), f"times {peer}": m / medians[peer]}
+        for name, m in medians.items()
+    ]
+
+
+def processes(device: torch.device, quick: bool) -> Rows:
+    """Images a second of 2 processes of one thread against 1, through torchrun and metrics.csv: medians over epochs."""
+    epochs = "2" if quick else "4"
+    flags = [
+        "--dataset",
+        "digits",
+        "--no-cuda",
+        "--log-interval",
+        "1000",
+        "--epochs",
+        epochs,
+        "--eval-interval",
+        epochs,
+    ]
+    flags += ["--width", "4" if quick else "16", "--limit-train", "64" if quick else "512", "--limit-test", "2"]
+    script = str(ROOT / "train_CIFAR10_ResNet.py")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    commands = {"1 process": [sys.executable, script], "2 processes": [sys.executable, *torchrun, script]}
+    rates: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(1 if quick else 2):
+        for name, command in commands.items():
+            with tempfile.TemporaryDirectory() as folder:
+                command = [*command, *flags, "--model-dir", f"{folder}/run"]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+                )
+                if done.returncode:
+                    raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
+                (file,) = Path(folder).glob("run*/metrics.csv")
+                with open(file) as table:
+                    rates[name] += [float(row["train_images_per_second"]) for row in csv.DictReader(table)][1:]
+    return rates_of(rates, "epochs", "1 process")
+
+
+def waiting(device: torch.device, quick: bool) -> Rows:
+    """Seconds of a step by what OpenMP's threads do while they wait: alone, and beside one busy process.
+
+    OpenMP's own threads spin by default. Each figure is the median of the steps of a process of its own.
+    """
+    one_step = (
+        "import statistics, sys, time; import torch; from tests.tools.benchmarks import Step\n"
+        "arch, batch, size, width, steps = sys.argv[1], *map(int, sys.argv[2:])\n"
+        "step = Step(arch, batch, size, 10, width, torch.device('cpu'))\n"
+        "def timed():\n    began = time.perf_counter(); step.ours(); return time.perf_counter() - began\n"
+        "timed(); print(statistics.median(timed() for _ in range(steps)))"
+    )
+    networks = {"main job": ("ResNet18", "128", "16", "12"), "WRN-34-10, width 1": ("WRN-34-10", "16", "32", "1")}
+    settings = [{}, {"OMP_WAIT_POLICY": "PASSIVE"}]
+    settings += [{"GOMP_SPINCOUNT": count} for count in (("1000",) if quick else ("100", "1000", "10000", "100000"))]
+    rows, steps = [], "1" if quick else "5"
+    plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for name, network in {"main job": ("ResNet18", "8", "16", "4")}.items() if quick else networks.items():
+        for setting in settings:
+            row = {"step": name, "set": ", ".join(map("=".join, setting.items())) or "nothing"}
+            for where in ("alone", "beside a busy process"):
+                busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if where != "alone" else None
+                try:
+                    command = [sys.executable, "-c", one_step, *network, steps]
+                    done = subprocess.run(command, cwd=ROOT, env=plain | setting, capture_output=True, text=True, check=True)
+                finally:
+                    if busy is not None:
+                        busy.kill()
+                        busy.wait()
+                row[f"{where}, s"] = float(done.stdout)
+            show([row])
+            rows.append(row)
+    return rows
+
+
+def data(device: torch.device, quick: bool) -> Rows:
+    """Batches of 128 of CIFAR-10's shape, cropped and flipped: tensor code against torchvision and 2 workers.
+
+    The workers' start is not counted.
+    """
+    from PIL import Image
+    from torch.utils.data.datasets import DataLoader, Dataset
+    from torchvision import transforms
+
+    count, batch = (300, 32) if quick else (20000, 128)
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(pixels, torch.zeros(count, dtype=torch.long), ("one",)).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    transform = transforms.Compose(steps)
+    arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+    class Images(Dataset):
+        def __len__(self) -> int:
+            return count
+
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return transform(Image.fromarray(arrays[i])), 0
+
+    def ours() -> tuple[float, int]:
+        began, images = time.perf_counter(), 0
+        order = torch.randperm(count, generator=generator, device=device)
+        for indices in batches(order, batch):
+            images += len(as_input(augment(split.take(indices).images, "crop-flip", generator)))
+        wait(device)
+        return time.perf_counter() - began, images
+
+    def torchvision() -> tuple[float, int]:
+        loader = iter(DataLoader(Images(), batch, shuffle=True, num_workers=2))
+        next(loader)
+        began = time.perf_counter()
+        images = sum(len(x.to(device)) for x, _ in loader)
+        wait(device)
+        return time.perf_counter() - began, images
+
+    pipelines = {"ours": ours, "torchvision, 2 workers": torchvision}
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
+    for _ in range(1 if quick else 5):
+        for name, pipeline in pipelines.items():
+            seconds, images = pipeline()
+            rates[name].append(images / seconds)
+    return rates_of(rates, "runs", "torchvision, 2 workers")
+
+
+def compiled(device: torch.device, quick: bool) -> Rows:
+    """A training step with --compile against one without, and what the first such step takes."""
+    rows = []
+    for network, batch, size, width in (("ResNet-18", 64, 32, None), ("the digits network", 128, 16, 12)):
+        batch, width, steps = (4, 4, 1) if quick else (batch, width, 10)
+        jobs = {name: Step("ResNet18", batch, size, 10, width, device) for name in ("eager", "compiled")}
+        compile_for_training(jobs["compiled"].model, device)
+        variants = {
+            name: lambda i, job=job, how=(name == "compiled"), steps=steps: job.ours(num_steps=steps, compile=how)
+            for name, job in jobs.items()
+        }
+        first = take_turns(variants, 1, device, warm_up=False)
+        more = {"first step, seconds": lambda name, first=first: first[name][0]}
+        seconds = take_turns(variants, 1 if quick else 5, device, warm_up=False)
+        rows += [{"network": network, "batch": batch, **row} for row in compared(seconds, "eager", **more)]
+    return rows
+
+
+def figures(device: torch.device, quick: bool) -> Rows:
+    """CPU minutes of what the figures compute of 10,000 random images at CIFAR-10's size, random ResNet-18.
+
+    Passes through the network are measured on 500 images and scaled; cluster numbers and UMAP see all 10,000 features.
+    """
+    from utils.figures.features import clusters, embed, extract
+
+    whole, count = (100, 4) if quick else (10_000, 500)
+    labels, rows = torch.arange(whole) % 10, torch.arange(count)
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    split = Split(images, labels[:count], tuple("0123456789")).to(device)
+    features = torch.randn(whole, 512) + 2 * torch.randn(10, 512)[labels]
+    attack = attacks.pgd(cross_entropy, EPS, STEP, 10, start="normal", seed=1)
+    with frozen(build_model("ResNet18", 10, width=4 if quick else None).to(device)) as net:
+        jobs = {
+            "features": (whole / count, lambda: extract(net, split, rows, 200)),
+            "PGD-10 and features": (whole / count, lambda: extract(net, split, rows, 200, attack)),
+            "silhouette and neighbours": (1, lambda: clusters(features, labels)),
+            "UMAP's compilation, on 100": (1, lambda: embed(features[:100], 42)),
+            "UMAP": (1, lambda: embed(features, 42)),
+        }
+        found = []
+        for what, (scale, job) in jobs.items():
+            began = time.process_time()  # which other processes do not change much
+            job()
+            found.append({"what": what, "CPU minutes": (time.process_time() - began) * scale / 60})
+    return found
+
+
+NAMED = (compiled, figures)  # run by their names only
+BENCHMARKS = (step, share, together, companions, memory, negatives, pgd, growth, processes, waiting, data, *NAMED)
+BENCHMARKS = {f.__name__: f for f in BENCHMARKS}
+
+
+def show(rows: Rows) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """Processor, where the system tells it, cores, threads and device."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def measured(name: str, device: torch.device, quick: bool) -> dict:
+    """Run a benchmark, print its table -> what the JSON says of it."""
+    rates, began = machine_rates(device, quick), time.perf_counter()
+    print(f"\n{name}: {BENCHMARKS[name].__doc__.splitlines()[0]}")
+    print(f"matrix product {rates['fp32']:.0f} GFLOP/s fp32, {rates['bf16']:.0f} GFLOP/s bf16", flush=True)
+    try:
+        rows = BENCHMARKS[name](device, quick)
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        rows = [{"failed": first_line(error)}]
+    show(rows)
+    seconds = time.perf_counter() - began
+    print(f"({seconds:.0f} s)", flush=True)
+    return {"matrix product GFLOP/s": rates, "rows": rows, "seconds": seconds}
+
+
+def main(argv: list[str] | None = None) -> None:
+    usage = __doc__.partition("\nMeasured")[0]
+    parser = argparse.ArgumentParser(
+        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.tools.benchmarks"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, figures without meaning")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    given = parser.parse_args(argv)
+    if unknown := set(given.names) - set(BENCHMARKS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
+    try:
+        device = pick_device(given.device, False)
+        if given.out:
+            given.out.open("a").close()  # before it is measured, not behind it
+    except (UsageError, OSError) as error:
+        parser.error(str(error))
+    record = {"made": provenance(device, packages=("torchattacks", "foolbox")), "machine": machine(device)}
+    record |= {"quick": given.quick, "benchmarks": {}}
+    print(in_one_line(record["made"]))
+    print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
+    for name in given.names or [name for name, f in BENCHMARKS.items() if f not in NAMED]:
+        record["benchmarks"][name] = measured(name, device, given.quick)
+        if given.out:
+            given.out.write_text(json.dumps(record, indent=1) + "\n")
+    if any("failed" in row for done in record["benchmarks"].values() for row in done["rows"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

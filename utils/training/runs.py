@@ -1,0 +1,245 @@
+"""Run folders: their names, who may write to them, their log, and what a resumed run takes from them."""
+
+import glob
+import json
+import math
+import os
+import zlib
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.system import distributed
+from utils.system.checkpoints import BEST, LAST, STATE, check_state, described, ordinary, outline, read
+from utils.system.errors import UsageError
+from utils.system.files import locked, remove_leftovers, require_writable
+from utils.system.options import Command, fits
+from utils.system.settings import PATH, Training, idle, of_today, resolve, restored, stored
+from utils.system.settings import described as known_settings
+
+VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
+
+FIGURES = ("lr", "loss", "contrast", "train_natural_accuracy_first_head", "train_robust_accuracy_first_head")
+FIGURES += ("natural_accuracy", "pgd40_heads_accuracy", "train_images_per_second", "seconds")
+TERMS = ("cross_entropy", "kl", "auxiliary")  # of the loss besides contrast; unknown in rows of the first release
+ROW = {"epoch": 1} | dict.fromkeys((*FIGURES, *TERMS), 0.0)  # of metrics.csv, with values of the types that it holds
+NO_NATURAL = {"train_natural_accuracy_first_head": None}
+NOT_EVALUATED = dict.fromkeys(("natural_accuracy", "pgd40_heads_accuracy"))
+ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALUATED)  # as an epoch may write them
+ROWS += tuple(row | dict.fromkeys(TERMS) for row in ROWS)  # and as the first release did
+OWN = ("method", "dataset", "arch", "no_ra", "no_anc")  # what tells runs apart before any number does
+PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")  # what a published folder's name says
+WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.*")
+WRITTEN += ("test.log", "white_attack.json", "adversarial_examples.*", "robust_vs_*.*")  # by its evaluation
+LONGEST_NAME = 200  # bytes of a run folder's; longer ones are cut and end in a checksum
+# Sums over an epoch
+SUMS = dict.fromkeys(("loss", "contrast", *TERMS, "natural", "natural_images", "robust", "seconds"), 0.0)
+
+
+class Start(NamedTuple):
+    """How a run starts: its settings and folder, and where it goes on, what `file` holds; None for a new run."""
+
+    settings: Training
+    folder: Path
+    state: dict | None = None
+    file: Path | None = None
+
+
+def results(settings: Training) -> dict[str, Any]:
+    """The settings on which a run's results depend, by which folders are named and a bare --resume looks for one."""
+    about, unused = known_settings(Training), {"model_dir", "ckpt_url", *idle(settings)}
+    found = {key: value for key, value in stored(settings).items() if not about[key].free and key not in unused}
+    found |= {"epochs": settings.epochs} if settings.lr_schedule != "milestones" else {}
+    return found | ({"data_dir": os.path.realpath(settings.data_dir)} if settings.dataset == "folder" else {})
+
+
+def run_folder(command: Command) -> Path:
+    """{model_dir}-strategy-..-seed-.., without ANC what of it acts, and what differs from the script's own defaults."""
+    s, script, found = command.settings, resolve(Training, {}, command.script), results(command.settings)
+    name = s.model_dir.rstrip("/\\")
+    name += "".join(f"-{key}-{getattr(s, key)}" for key in PUBLISHED if key in found or not s.no_anc)
+    differs = [key for key in OWN if getattr(s, key) != getattr(script, key)]
+    name += "".join(f"-{key.replace('_', '-') if key.startswith('no') else getattr(s, key)}" for key in differs)
+    if "data_dir" in found:
+        name += f"-{Path(found['data_dir']).name}-{zlib.crc32(os.fsencode(found['data_dir'])) % 16**4:04x}"
+    usual = stored(resolve(Training, {key: getattr(s, key) for key in ("dataset", "method", "arch")}, command.script))
+    for key, value in sorted(found.items(), key=lambda item: item[0] == "tag"):
+        if key not in (*PUBLISHED, *OWN, "data_dir") and value != usual[key]:
+            value = Path(value).stem if known_settings(Training)[key].kind is PATH and value else value
+            name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
+    folder, own = Path(name), os.fsencode(Path(name).name)
+    if len(own) > LONGEST_NAME:  # of a file, 255 bytes on most systems
+        folder = folder.with_name(f"{os.fsdecode(own[: LONGEST_NAME - 9])}-{zlib.crc32(own):08x}")
+    return folder
+
+
+def run_to_resume(command: Command) -> Path:
+    """The folder of the run that a bare --resume means: of its name, or the only one that it can have been.
+
+    That one has the command's settings, under an older name, or others where the command gives a number. Errors:
+    UsageError, which names the runs of this --model-dir that it can have been, or the most similar ones.
+    """
+    folder, mine, runs = run_folder(command), results(command.settings), []
+    kinds = {key: about.kind for key, about in known_settings(Training).items()}
+    numbers = {key for key in command.given if key != "seed" and getattr(kinds[key], "name", "") in ("number", "whole")}
+    if (folder / STATE).is_file():
+        return folder
+    for file in folder.parent.glob(f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged
+            its = results(restored(json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"]))
+            differs = {key for key in its.keys() & mine.keys() - {"restart_epoch"} if its[key] != mine[key]}
+            runs.append((len(differs), not differs <= numbers, file.parent))
+    found = [run for count, _, run in sorted(runs) if not count] or [run for _, other, run in sorted(runs) if not other]
+    if len(found) == 1:
+        print(f"--resume: no run in {folder}; continuing {found[0]}")
+        return found[0]
+    if runs:
+        named = ", ".join(map(str, found or [run for *_, run in sorted(runs)[:5]]))
+        raise UsageError(f"--resume: {folder / STATE} does not exist; name a run by --resume PATH: {named}")
+    return folder
+
+
+def refuse_existing(folder: Path) -> None:
+    """UsageError where a folder holds a run already, unless that one ended before its first step."""
+    if (folder / STATE).exists():
+        fresh = False
+        with suppress(UsageError, LookupError, TypeError, RuntimeError):  # a damaged state is somebody's, too
+            progress = read(folder / STATE)["progress"]
+            fresh = progress["order"] is None and progress["rows"] == []
+        if not fresh:
+            mend = "continue it by --resume, or name another --model-dir or a --tag; --overwrite replaces it"
+            raise UsageError(f"{folder} holds a run already; {mend}")
+    if any(file.name != STATE for file in folder.glob("*.pt")) or (folder / "metrics.csv").exists():
+        raise UsageError(f"{folder} holds a run that cannot be resumed; remove it, or name another --model-dir")
+
+
+def remove_existing(folder: Path) -> None:
+    """Say what a folder's run has to lose, and remove its files; others stay."""
+    files, epochs = sorted({file for pattern in WRITTEN for file in folder.glob(pattern)}), ""
+    with suppress(UsageError, LookupError, TypeError):
+        epochs = f" of {len(read(folder / STATE)['progress']['rows'])} epochs"
+    if files:
+        print(f"--overwrite: the run{epochs} in {folder} is lost: {', '.join(file.name for file in files)}")
+    for file in files:
+        file.unlink()
+
+
+def take_folder(folder: Path, held: ExitStack) -> None:
+    """Keep every other process out of a run folder until `held` closes; clear what a killed one left half-written.
+
+    Of a distributed run the first process alone writes, so it alone holds the folder.
+    """
+    require_writable(folder, "name another --model-dir")
+    try:
+        held.enter_context(locked(folder / ".lock", wait=False))
+    except TimeoutError:
+        raise UsageError(f"another process writes to {folder}; wait for it, or name another --model-dir") from None
+    remove_leftovers(folder)
+
+
+def prepare(command: Command, held: ExitStack) -> Start:
+    """How the run that a command asks for starts; a resumed one's folder is taken until `held` closes."""
+    folder, resume = run_folder(command), command.settings.resume
+    again = resume is None and distributed.restarted() and (folder / STATE).is_file()
+    if again and read(folder / STATE).get("launch") == distributed.launch():  # not one that this job may not overwrite
+        print("started anew by torchrun, as if --resume had been given")
+        resume = True
+    if resume is None:
+        command.settings.overwrite or refuse_existing(folder)
+        return Start(command.settings, folder)
+    file = run_to_resume(command) if resume is True else Path(resume)
+    file = file if file.is_file() else file / STATE
+    if not file.is_file():
+        raise UsageError(f"--resume: {file} does not exist; start the run without --resume, or name its folder")
+    take_folder(file.parent, held)  # before reading, so that no other process writes a newer state in between
+    state = read(file)
+    if isinstance(state.get("recipe"), dict):
+        state["recipe"] = of_today(state["recipe"])
+    require_state(state, file)
+    with suppress(TypeError, AttributeError, KeyError, RuntimeError):  # damaged: `usable` will say so
+        state["progress"]["rows"] = [row | {k: row.get(k) for k in TERMS} for row in state["progress"]["rows"]]
+        if sums := state["progress"]["sums"]:
+            state["progress"]["sums"] = dict.fromkeys(TERMS, 0.0) | sums
+    settings = resumed_settings(command, state["recipe"])
+    network = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "gate", "ra_blocks")}
+    network |= {"num_classes": len(state["classes"]), "reverse_attention": not settings.no_ra}
+    check_state(outline(network, file), state["model"], file)
+    return Start(settings, file.parent, state, file)
+
+
+def require_state(state: dict, file: Path) -> None:
+    """UsageError where what a file holds is no run's last_state.pt; optimiser and progress: see `usable`."""
+    described(state, file)
+    version, recipe = state.get("version", VERSION), state.get("recipe")
+    unknown = sorted(map(str, recipe.keys() - stored(Training()).keys())) if isinstance(recipe, dict) else []
+    if unknown or type(version) is not int or version != VERSION:
+        settings = f", with settings unknown here: {', '.join(unknown)}" if unknown else ""
+        raise UsageError(f"{file} was written by another version of this code{settings}; resume it by that one")
+    needed = {"model": dict, "recipe": dict, "progress": dict, "optimizer": dict, "generator": Tensor, "classes": list}
+    needed |= {"training_images": int, "ranks": int}
+    if isinstance(recipe, dict) and recipe.get("ema"):
+        needed |= {"average": dict, "average_steps": int}
+    wrong = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
+    wrong += ["average_steps"] if "average_steps" in needed and state.get("average_steps", 0) < 0 else []
+    wrong += [key for key in ("checksums", "provenance") if not isinstance(state.get(key, {}), dict)]
+    wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
+    if wrong:
+        raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
+
+
+def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:
+    """A run's own settings, but for the free ones that the command gives; says which flags lose or win."""
+    given, about = command.given, known_settings(Training)
+    devices = {"device", "no_cuda"}  # a device is said by both together
+    free = {key for key in (*given, *(devices if devices & given.keys() else ())) if about[key].free}
+    free |= {"extra_data"} & given.keys() if recipe["extra_data"] else set()  # it may have moved, and has a checksum
+    free -= {"epochs"} if recipe["lr_schedule"] != "milestones" else set()  # the rate of every step depends on them
+    for key, value in recipe.items():
+        asked = stored(command.settings)[key]
+        if key in given and asked != value:
+            wins = "the command's wins" if key in free else "the run's wins"
+            print(f"--{key.replace('_', '-')}: the run has {value}, the command {asked}; {wins}")
+    own = {key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items() if key not in free}
+    return replace(command.settings, **own)
+
+
+def alike(value: object, template: object) -> bool:
+    """Whether a value out of a file has the types, keys and shapes of a template, and finite numbers."""
+    if isinstance(template, Tensor):
+        same = ordinary(value) and value.dtype == template.dtype and value.shape == template.shape
+        return same and bool(value.isfinite().all())
+    if template is None or type(value) is not type(template):
+        return value is template
+    if isinstance(template, dict):
+        return value.keys() == template.keys() and all(alike(value[key], template[key]) for key in template)
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
+def usable(state: dict, parameters: list[Tensor], images: int) -> bool:
+    """Whether optimiser and progress out of a file are those of a run with these parameters over so many images."""
+    momenta = {index: {"momentum_buffer": parameter} for index, parameter in enumerate(parameters)}
+    everything = torch.arange(images)
+    try:
+        for index, entry in state["optimizer"]["state"].items():
+            if entry != {"momentum_buffer": None} and not alike(entry, momenta[index]):
+                return False
+        progress = state["progress"]
+        order, done, rows = progress["order"], progress["done"], progress["rows"]
+        if type(rows) is not list or not all(any(alike(row, known) for known in ROWS) for row in rows):
+            return False
+        begun = {"order": None, "sums": {}} if order is None else {"order": everything, "sums": SUMS}
+        if not alike(progress | {"rows": None}, {"epoch": 1, "done": 0, "rows": None} | begun):
+            return False
+        epochs = [row["epoch"] for row in rows] + [progress["epoch"]]
+        if epochs[0] < 1 or epochs[-1] >= 2**31 or epochs != list(range(epochs[0], epochs[0] + len(epochs))):
+            return False
+        if order is None:
+            return done == 0
+        timed = not done or progress["sums"]["seconds"] > 0
+        return timed and 0 <= done <= images and torch.equal(order.sort().values, everything)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        return False
