@@ -59,16 +59,18 @@ import torch
 from torch import nn
 
 from tests.tools.benchmarks import EPS, STEP, Step, forward_flops, options
-from utils.attacks import Standing, cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd, pgd
+from utils.attacks import cross_entropy, cross_entropy_over_heads, image_noise, linf_pgd, pgd
 from utils.data.datasets import Split, load_split
 from utils.data.subject import percent, verdicts
 from utils.evaluation.autoattack import autoattack
-from utils.step import attack_batch, backward, training_loss
+from utils.step import training_loss
+from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.checkpoints import load_model
 from utils.system.devices import compile_for_training, computing, for_training, pick_device
 from utils.system.options import parse_training
 from utils.system.provenance import in_one_line, provenance
 from utils.training import loop as training
+from utils.training.loop import attack_batch, backward
 
 NETWORKS = ("ResNet18", "WRN-34-10")
 BATCH = 128
@@ -210,13 +212,13 @@ def parts(card: Card) -> Rows:
             for_training(job.model, card.device, precision)
             settings, found = options(precision=precision, num_steps=steps), {}
             for graph in (False, card.real):
-                standing = Standing(job.model, precision, graph=graph)
-                attack = partial(attack_batch, standing, job.x, job.host_labels, settings, job.generator, 1)
+                attack_copy = AttackCopy(job.model, precision, graph=graph)
+                attack = partial(attack_batch, attack_copy, job.x, job.host_labels, settings, job.generator, 1)
                 attacked = attack()
                 found[f"attack, graph {graph}"] = card.timed(attack)
-            found["refresh"] = card.timed(standing.refresh)
-            found["a new copy"] = card.timed(partial(Standing, job.model, precision))
-            forwards = partial(backward, partial(training_loss, job.model), job.x, job.labels, attacked, settings)
+            found["refresh"] = card.timed(attack_copy.sync_weights)
+            found["a new copy"] = card.timed(partial(AttackCopy, job.model, precision))
+            forwards = partial(backward, partial(training_loss, in_precision(job.model, precision)), job.x, job.labels, attacked, settings)
             found["forwards and backward"] = card.timed(forwards, warm=3)
             found["optimiser"] = card.timed(job.optimizer.step)
             for name, (took, host) in found.items():
