@@ -84,7 +84,7 @@ def test_a_precision_that_a_card_has_no_units_for_is_refused(card, name):
     assert pick_device("cuda", False, name).type == "cuda"
     card.capability = (7, 5)
     for device in ("auto", "cuda", "cuda:1"):
-        with pytest.raises(UsageError, match=f"--precision {name} needs .*8.0"):
+        with pytest.raises(UsageError, match=f"--precision {name}: Some Card .*8.0"):
             pick_device(device, False, name)
     assert pick_device("cpu", False, name).type == "cpu"
     assert pick_device("cuda", False, "fp32").type == pick_device("cuda", False).type == "cuda"

@@ -98,8 +98,10 @@ def _require_precision(device: torch.device, precision: str) -> None:
         supported = True
     if not supported:
         card = torch.cuda.get_device_name(device)
-        needed = "a card of compute capability 8.0 or more"
-        raise UsageError(f"--precision {precision} needs {needed}, and {card} is none; leave it out, or use fp32")
+        needed = "of NVIDIA's, those of compute capability 8.0 and more do"
+        raise UsageError(
+            f"--precision {precision}: {card} does not compute in it ({needed}); leave it out, or use fp32"
+        )
 
 
 def for_training(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
