@@ -183,7 +183,8 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     Data set and data folder are the checkpoint's own, eps and step its data set's, unless the command gave them.
     Errors: UsageError where checkpoint and data set do not match.
     """
-    device, file = pick_device(settings.device, settings.no_cuda), checkpoint_file(path)
+    device = pick_device(settings.device, settings.no_cuda, settings.precision)
+    file = checkpoint_file(path)
     about = ("key", "arch", "width", "image_size", "dataset", "mean", "std", "gate", "ra_blocks", "predict")
     said = {key: getattr(settings, key) for key in about}
     model, info = load_model(file, device, reverse_attention=False if settings.no_ra else None, **said)
@@ -295,7 +296,8 @@ def foreign_subject(settings: Evaluation) -> Subject:
     ra = getattr(model, "reverse_attention", None) is True
     info = {"arch": settings.model, "reverse_attention": ra, "recipe": None, "module": name}
     info |= {key: getattr(model, key, None) for key in ("gate", "ra_blocks")} if ra else {}
-    device, dataset = pick_device(settings.device, settings.no_cuda), settings.dataset or Training.dataset
+    device = pick_device(settings.device, settings.no_cuda, settings.precision)
+    dataset = settings.dataset or Training.dataset
     side = settings.image_size or dataset_defaults(dataset).image_size
     data = looked_at(settings, dataset, settings.data_dir or Training.data_dir, side, device)
     subject = Subject(Path(settings.model), model, info, *data)

@@ -103,7 +103,7 @@ class Run:
         if settings.compile:
             compile_for_training(self.model, device)
         graph = settings.cuda_graph and device.type == "cuda"
-        self.standing = Standing(self.model, settings.precision, settings.compile, graph)
+        self.standing = Standing(self.model, settings.precision, settings.compile, graph, self.note)
         self.average = Average(self.model) if settings.ema else None
         self.training_loss = distributed.parallel(self.model, training_loss)  # without its first argument
         self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -215,7 +215,7 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     settings, state = start.settings, start.state
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:  # before anything is trained
         raise UsageError("--tensorboard needs the package tensorboard; pip install it, or leave it out")
-    device = pick_device(settings.device, settings.no_cuda)
+    device = pick_device(settings.device, settings.no_cuda, settings.precision)
     if settings.sync_bn and device.type != "cuda":
         mend = "leave it out" if state is None else "this run was started with it, continue it where there are some"
         raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; {mend}")
