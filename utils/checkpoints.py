@@ -26,7 +26,7 @@ RESAVE = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), o
 FIRST_OF_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.save before torch 1.6 begins
 NO_CHECKPOINTS = {  # how other files begin: what they are, and what to do
     rb"\Z": "empty; get it anew",
-    rb"version https://git-lfs": "a git-lfs pointer; fetch the file that it stands for by `git lfs pull`",
+    rb"version https://git-lfs": "a git-lfs pointer; `git lfs pull` fetches the file itself, or download it",
     rb"(\xef\xbb\xbf)?\s*<": "a web page, as of a failed download; fetch the file itself",
     rb"\s*[{[]": "JSON, as of a configuration; name the file that holds the weights",
     rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar": "an archive, or compressed; "
@@ -107,8 +107,10 @@ def read(path: Path) -> dict:
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder") from None
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        code = f"it would run code, {_shown(named[1])}, when loaded" if named else "it needs code of its own to be read"
-        raise UsageError(f"{path} is refused: {code}; re-save only its weights, if you trust it: {RESAVE}") from error
+        reason = "torch does not read it without running code"
+        if named:
+            reason = f"it would run code, {_shown(named[1])}, when loaded"
+        raise UsageError(f"{path} is refused: {reason}; re-save only its weights, if you trust it: {RESAVE}") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except UsageError:
@@ -225,10 +227,12 @@ def checkpoint_file(path: str | Path) -> Path:
 def weights_after(path: str | Path, epoch: int) -> Path:
     """The file with a run's weights after an epoch: `path`, if it is a file, or the one in the run folder `path`."""
     path = Path(path)
+    if not path.is_dir():
+        return path
     numbered = path / f"model-{epoch}.pt"
-    if not path.is_dir() or numbered.is_file():
-        return numbered if path.is_dir() else path
-    held = [file.name for file in path.glob("model-[0-9]*.pt")]
+    if numbered.is_file():
+        return numbered
+    held = sorted(file.name for file in path.glob("model-[0-9]*.pt"))
     for file in (path / LAST, path / BEST):
         if file.is_file():
             its_epoch = described(read(file), file)["epoch"]
