@@ -931,6 +931,33 @@ def test_a_network_that_uses_view(tmp_path):
     evaluate(tmp_path, "viewing", "--attacks", "fgsm", "--n-examples", "10")
 
 
+EVERY = "natural,fgsm,pgd,cw,autoattack,adaptive,noise,square"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    "model", ["in_bfloat16", "in_half", "in_double", "scripted", "saved_script", "frozen_script", "traced"]
+)
+def test_every_attack_takes_logits_of_any_type_and_torchscript(
+    model, tmp_path, monkeypatch, brief_library, no_pictures
+):
+    for name, value in {"QUERIES": 20, "RADII": (2,), "RESTARTS": 2, "STEPS": (1, 40)}.items():
+        monkeypatch.setattr(utils.diagnostics, name, value)
+    square = utils.autoattack.square
+    monkeypatch.setattr(utils.robustness, "square", partial(square, queries=20))
+    flags = ("--attacks", EVERY, "--n-examples", "6", "--num-steps", "2", "--restarts", "1", "--diagnostics")
+    record = evaluate(tmp_path, model, *flags)
+    split, x = digits(6)
+    assert torch.equal(right(record, "natural"), robust()(x).argmax(1) == split.labels)
+    assert len(record["attacks"]) == 10
+    assert accuracy(record, "worst case") <= accuracy(record, "PGD-2") <= accuracy(record, "natural")
+
+
+def test_a_network_that_wants_images_of_another_type_is_told_of_it(beside_foreign, refused):
+    flags = ("--dataset", "digits", "--n-examples", "4", "--attacks", "fgsm", "--device", "cpu")
+    refused(ATTACK, "--model", "foreign_nets:wants_double", *flags, mentions=["float32", "float64"])
+
+
 FOREIGN = """
 import torch
 from torch import nn
@@ -946,6 +973,7 @@ def maps(): return nn.Conv2d(3, 10, 3)
 def pair(): return lambda x: (x, x)
 def larger(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 def flat(): return lambda x: torch.zeros(len(x), 10)
+def wants_double(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 10)).double()
 def one_fails():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 10), nn.BatchNorm1d(10))
     return lambda x: net(x)

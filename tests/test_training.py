@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -305,6 +306,35 @@ def test_restart_from_weights_with_a_fresh_optimiser(tmp_path, capsys):
     capsys.readouterr()
     assert_same_run(again, train(tmp_path / "3", "--restart_epoch", 1, "--ckpt_url", tmp_path / "published.pt"))
     assert "note: published.pt: weights: net.module" in capsys.readouterr().out
+
+
+def test_restart_takes_the_weights_of_the_epoch_from_a_run_folder(tmp_path):
+    """The file of that epoch's number, else the last or the best one, if it is of that epoch."""
+    first = train(tmp_path / "1", "--epochs", 3, "--save-freq", 2)
+    numbered = first / "model-2.pt"
+    assert numbered.is_file()
+    for epoch, file in ((2, numbered), (3, first / "model-wrn-last.pt")):
+        flags = ("--epochs", epoch + 1, "--restart_epoch", epoch)
+        by_folder = train(tmp_path / f"folder {epoch}", *flags, "--ckpt_url", first)
+        by_file = train(tmp_path / f"file {epoch}", *flags, "--ckpt_url", file)
+        assert_same_run(by_folder, by_file)
+        assert f"from the weights in {file}" in (by_folder / "train.log").read_text()
+    numbered.unlink()
+    with pytest.raises(UsageError, match=r"no weights of epoch 7, but model-wrn-last\.pt of epoch 3"):
+        train(tmp_path / "7", "--epochs", 8, "--restart_epoch", 7, "--ckpt_url", first)
+    assert not (tmp_path / "7").exists()
+
+
+def test_the_line_evaluate_by_works_from_the_current_folder(tmp_path, monkeypatch):
+    lines = {}
+    for here in (ROOT, tmp_path):
+        monkeypatch.chdir(here)
+        run = train(tmp_path / here.name, "--epochs", 1)
+        log = (run / "train.log").read_text().splitlines()
+        (lines[here],) = [line.partition("evaluate by: ")[2] for line in log if line.startswith("evaluate by")]
+        script = shlex.split(lines[here])[1]
+        assert (here / script).resolve() == ROOT / "test_white_attack.py"
+    assert lines[ROOT].startswith("python test_white_attack.py ")
 
 
 def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(tmp_path, monkeypatch):

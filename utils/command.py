@@ -44,7 +44,7 @@ def guarded(job: Callable[[], None]) -> NoReturn:
     prog = os.path.basename(sys.argv[0])
 
     def end(status: int, line: str) -> NoReturn:
-        print(f"{prog}: {line}", file=sys.stderr)
+        print(f"{prog}: {line}".replace("\n", r"\n"), file=sys.stderr)  # a path may hold anything
         sys.exit(status)
 
     try:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models import ReverseAttentionNetwork
 from models.normalise import Normalise
 from utils import distributed
 from utils.checkpoints import checkpoint_file, load_model, told
@@ -271,12 +272,27 @@ def _taken_out(packages: set[str]) -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in packages}
 
 
-class _Callable(nn.Module):
-    """A function as a network."""
+class Foreign(nn.Module):
+    """A stranger's network or function as attacks take it: what it answers is float32, whatever it computes in."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, network: Callable) -> None:
         super().__init__()
-        self.forward = function
+        self.network = network
+        if isinstance(getattr(network, "predict", None), str):  # the head that answers, of one with heads
+            self.predict = network.predict
+
+    def forward(self, x: Tensor, *args: object, **options: object) -> object:
+        return _in_float32(self.network(x, *args, **options))
+
+
+def _in_float32(answer: object) -> object:
+    """Logits, or a tuple that holds some, such as heads, in float32; anything else as it is."""
+    if isinstance(answer, Tensor):
+        return answer.float()
+    if isinstance(answer, tuple):
+        parts = [_in_float32(part) for part in answer]
+        return answer._make(parts) if hasattr(answer, "_make") else tuple(parts)
+    return answer
 
 
 def foreign_subject(settings: Evaluation) -> Subject:
@@ -291,11 +307,11 @@ def foreign_subject(settings: Evaluation) -> Subject:
         raise UsageError(f"{named}: {said}; name package.module:function or FILE.py:function, no arguments") from error
     if not callable(built):
         raise UsageError(f"{named} returns a {type(built).__name__}, not a network")
-    model = built if isinstance(built, nn.Module) else _Callable(built)
+    model = built if isinstance(built, ReverseAttentionNetwork) else Foreign(built)
     # one that answers with heads, as those of `models` do, has their views
-    ra = getattr(model, "reverse_attention", None) is True
+    ra = getattr(built, "reverse_attention", None) is True
     info = {"arch": settings.model, "reverse_attention": ra, "recipe": None, "module": name}
-    info |= {key: getattr(model, key, None) for key in ("gate", "ra_blocks")} if ra else {}
+    info |= {key: getattr(built, key, None) for key in ("gate", "ra_blocks")} if ra else {}
     device = pick_device(settings.device, settings.no_cuda, settings.precision)
     dataset = settings.dataset or Training.dataset
     side = settings.image_size or dataset_defaults(dataset).image_size
@@ -328,7 +344,9 @@ def _taken(named: str, model: nn.Module, split: Split) -> tuple[Split, object]:
                 answer = model(x.requires_grad_())
             return split._replace(images=images), answer
         except Exception as error:  # again whatever it raises
-            failed.append(f"images {tuple(x.shape)}: {type(error).__name__}: {first_line(error)}")
-    raise UsageError(
-        f"{named} fails on {failed[0]}; on grey ones too; for digits and folder --image-size gives it others"
-    )
+            failed.append(f"float32 images {tuple(x.shape)}: {type(error).__name__}: {first_line(error)}")
+    hint = "on grey ones too; for digits and folder --image-size gives it others"
+    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if dtypes:
+        hint = f"its weights are {', '.join(map(str, dtypes))}: let its forward cast the images, or its maker weights"
+    raise UsageError(f"{named} fails on {failed[0]}; {hint}")

@@ -118,8 +118,8 @@ def _truth(kind: Kind, text: str) -> bool:
 
 
 def _path(kind: Kind, text: str) -> str:
-    text.strip() or _wrong("an empty path")
-    return os.path.expanduser(text) if text.isprintable() else _wrong(f"{text!r} has characters that cannot be shown")
+    """Any path that the system takes, even where the console cannot show it."""
+    return os.path.expanduser(text) if text.strip() else _wrong("an empty path")
 
 
 def _file_name(kind: Kind, text: str) -> str:
@@ -253,7 +253,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     given = parser.read(argv)
     settings = resolve(Training, given, script)
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):
-        parser.error("--restart_epoch N and --ckpt_url FILE, the weights of epoch N, need each other")
+        parser.error("--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other")
     if settings.restart_epoch and settings.resume is not None:
         parser.error("--restart_epoch starts a run from weights, --resume continues one; give one of them")
     if settings.restart_epoch >= settings.epochs:

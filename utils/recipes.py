@@ -184,7 +184,7 @@ class Training:
     )
     model_dir: str = setting("./model/ANCRA", PATH, "beginning of the run folder's name")
     restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
-    ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch")
+    ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch: a file or a run folder")
     tag: str | None = setting(None, FILE_NAME, "ends the run folder's name; tells runs of changed code apart")
     resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
     other_data: bool = setting(False, SWITCH, "let --resume go on with other images than those that the run had")

@@ -255,7 +255,7 @@ def open_log(file: Path) -> Callable[[str], None]:
     def log(line: str) -> None:
         tqdm.write(line)
         try:
-            with open(file, "a", encoding="utf-8") as out:
+            with open(file, "a", encoding="utf-8", errors="backslashreplace") as out:  # a path may hold any bytes
                 out.write(line + "\n")
         except OSError as error:  # a full disk, which Python reports without the file's name
             raise OSError(error.errno, error.strerror, str(file)) from error

@@ -19,7 +19,17 @@ from tqdm import tqdm
 from models import build_model
 from utils import distributed, runs
 from utils.attacks import Standing, frozen, pgd40_heads
-from utils.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, load_weights, save
+from utils.checkpoints import (
+    BEST,
+    LAST,
+    STATE,
+    flaw,
+    load_model,
+    load_state,
+    load_weights,
+    save,
+    weights_after,
+)
 from utils.companions import Average, adversarial_weights, learning_rate
 from utils.data import (
     Split,
@@ -203,7 +213,8 @@ class Run:
 
         def save_and_log() -> None:
             self.save_state()  # that counts, whatever becomes of the log
-            with suppress(OSError), open(self.folder / "train.log", "a", encoding="utf-8") as out:
+            log = self.folder / "train.log"
+            with suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(line + "\n")
 
         distributed.from_first(save_and_log)  # the others end after it only
@@ -232,9 +243,12 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     job.checksums = {} if old else dict(zip(parts, sums, strict=True))
     if state is None:
         if settings.restart_epoch:
-            load_weights(job.model, Path(settings.ckpt_url))
+            weights = distributed.from_first(lambda: weights_after(settings.ckpt_url, settings.restart_epoch))
+            load_weights(job.model, weights)
             job.average = Average(job.model) if settings.ema else None
         distributed.from_first(lambda: job.take_folder(held))
+        if settings.restart_epoch:
+            job.log(f"restart    after epoch {settings.restart_epoch} from the weights in {weights}")
     elif state["classes"] != list(data.train.classes) or state["training_images"] != job.training_images:
         own = f"{state['training_images']} images of {len(state['classes'])} classes"
         raise UsageError(f"{start.file} was trained on {own}, and {where} differs; name the run's own --data-dir")
@@ -587,9 +601,16 @@ def report(job: Run, data: Data) -> None:
         natural, robust = evaluate(job, best.to(job.device), data.test.to(job.device))
         said = f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{at_chance(natural, data.test.labels)}"
         job.log(f"best epoch on {data.tested}: {said}")
-    usual, command = dataset_defaults(settings.dataset), ["test_white_attack.py", "--ckpt_url", str(folder / BEST)]
+    usual = dataset_defaults(settings.dataset)
+    command = [str(script_beside("test_white_attack.py")), "--ckpt_url", str(folder / BEST)]
     for key in ("epsilon", "step_size"):
         if getattr(settings, key) != getattr(usual, key):
             command += [f"--{key.replace('_', '-')}", as_given(getattr(settings, key))]
     job.log("\n".join([*job.notes, f"checkpoint {folder / BEST}", f"curves     {folder / 'training_curves.png'}"]))
     job.log(f"evaluate by: python {shlex.join(command)}")
+
+
+def script_beside(name: str) -> Path:
+    """The path by which a script of this repository is started from the current folder."""
+    script = Path(__file__).resolve().parents[1] / name
+    return script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
