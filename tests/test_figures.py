@@ -513,6 +513,7 @@ def test_an_image_that_is_not_fooled_has_neither_perturbation_nor_copy(tmp_path)
         assert [len(axes.images) for axes in row] == shown
     said = [[text.get_text() for text in axes.texts] for axes in grid[2]]
     assert said == [[], ["not fooled"], ["wrong\nas it is"]]
+    assert not any(axes.texts for axes in grid[:2].flat)
     assert not grid[2, 1].get_xlabel()
 
 

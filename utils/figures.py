@@ -116,11 +116,12 @@ def draw_examples(
         for i, (ax, image) in enumerate(zip(axes, row, strict=True)):
             ax.set(xticks=[], yticks=[])
             if row is not natural and not fooled[i]:
-                right = probabilities[0][i].argmax() == labels[i]
-                said = "not fooled" if right else "wrong\nas it is"
-                ax.text(0.5, 0.5, said, ha="center", va="center", transform=ax.transAxes, color=DARK_GREY)
                 ax.set(box_aspect=1)
                 ax.spines[:].set_visible(False)
+                if row is adversarial:
+                    right = probabilities[0][i].argmax() == labels[i]
+                    instead = "not fooled" if right else "wrong\nas it is"
+                    ax.text(0.5, 0.5, instead, ha="center", va="center", transform=ax.transAxes, color=DARK_GREY)
                 continue
             ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
             if found is not None:
