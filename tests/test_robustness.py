@@ -623,7 +623,7 @@ def test_several_runs_stand_side_by_side(tmp_path, capsys, no_pictures):
     runs = [digits_checkpoint(tmp_path / name / "best_adv_model.pt", name == "ra").parent for name in ("ra", "plain")]
     flags = ("--attacks", "fgsm", "--n-examples", "30", "--epsilon", "0.2")
     assert execute(ATTACK, "--ckpt_url", *runs, *flags) == 0
-    table = capsys.readouterr().out.splitlines()[-7:]
+    table = capsys.readouterr().out.splitlines()[-8:]
     found = [json.loads((run / "white_attack.json").read_text()) for run in runs]
     both = [[f"{accuracy(record, name):.2f}" for name in ("natural", "FGSM")] for record in found]
     assert [line.split(" | ")[2:4] for line in table[2:4]] == both and both[0] != both[1]
@@ -645,7 +645,7 @@ def test_a_hardened_head_in_front_of_an_undefended_one_is_exposed(tmp_path, brie
     assert accuracy(record, "adaptive, worst case") < 10
 
 
-def test_what_diagnostics_find_is_in_the_worst_case(tmp_path, monkeypatch, no_pictures):
+def test_what_diagnostics_find_is_in_the_worst_images(tmp_path, monkeypatch, no_pictures):
     """Of table, picture and npz: PGD on the final logits is led astray, the views of --diagnostics are not."""
     for name, value in (("QUERIES", 5), ("RADII", (0.5,)), ("RESTARTS", 1), ("STEPS", (1, 40))):
         monkeypatch.setattr(utils.diagnostics, name, value)
@@ -653,9 +653,9 @@ def test_what_diagnostics_find_is_in_the_worst_case(tmp_path, monkeypatch, no_pi
     flags = ("--attacks", "pgd", "--n-examples", "15", "--diagnostics", "--save-adversarial", saved)
     record = evaluate(tmp_path, "decoy", *flags)
     lowest = min(row["PGD on every view"] for row in record["diagnostics"]["by_eps"] if row["eps"] <= EPS)
-    assert accuracy(record, "worst case") <= lowest < 10 < 50 < accuracy(record, "PGD-40")
+    assert accuracy(record, "diagnostics") <= lowest < 10 < 50 < accuracy(record, "PGD-40")
     with np.load(saved) as content:
-        assert content["right"].tolist() == right(record, "worst case").tolist()
+        assert content["right"].tolist() == (right(record, "PGD-40") & right(record, "diagnostics")).tolist()
         assert content["predicted"].tolist() == record["predicted"]["worst case"]
 
 

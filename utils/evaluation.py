@@ -162,7 +162,8 @@ class Subject(NamedTuple):
         count = len(self.split.labels)
         part = f", the first of {self.of} after a fixed shuffle" if self.of > count else ""
         note = f"; {self.split.note}" if self.split.note else ""
-        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}{note}"
+        network = "a network" if self.info.get("module") else self.info["arch"]  # whose name is that of its file
+        return f"{network} {ra} reverse attention, {self.dataset}, {count} test images{part}{note}"
 
 
 def looked_at(

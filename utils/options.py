@@ -179,7 +179,8 @@ class Parser(OneLineParser):
                 how |= {"nargs": "?", "const": True}
         others = [f"{as_given(names)}: {as_given(v)}" for names, v in about.by.items() if v != default]
         if (default is not None or others) and "action" not in how:
-            text += f" (default: {'; '.join([as_given(default), *others])})"
+            usual = "as published" if default is None else as_given(default)
+            text += f" (default: {'; '.join([usual, *others])})"
         add(*spellings, dest=name, help=text.replace("%", "%%"), **how)
 
     def read(self, argv: list[str]) -> dict[str, Any]:
@@ -268,7 +269,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
         if settings.awp and settings.awp_warmup >= settings.epochs:
             parser.error(f"--awp never acts: all {settings.epochs} epochs are its warm-up; lower --awp-warmup")
     if settings.warmup_lr >= settings.epochs:
-        parser.error(f"--warmup-lr {settings.warmup_lr} leaves no epoch behind it; --epochs is {settings.epochs}")
+        parser.error(f"--warmup-lr {settings.warmup_lr} leaves no epoch after it; --epochs is {settings.epochs}")
     extra, whole = settings.extra_images, settings.batch_size
     if settings.extra_data and not 0 < extra < whole:
         parser.error(f"--extra-fraction {settings.extra_fraction} takes {extra} of {whole} images a batch")

@@ -183,7 +183,7 @@ class Training:
         free=True,
     )
     model_dir: str = setting("./model/ANCRA", PATH, "beginning of the run folder's name")
-    restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
+    restart_epoch: int = setting(0, whole(0), "start after epoch N from the weights of --ckpt_url")
     ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch: a file or a run folder")
     tag: str | None = setting(None, FILE_NAME, "ends the run folder's name; tells runs of changed code apart")
     resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
@@ -290,7 +290,7 @@ class Evaluation(Checkpoint):
     )
 
 
-FEATURES_SETTING = FEATURES, "weighted: behind reverse attention, as published; unweighted: the last map before it"
+FEATURES_SETTING = FEATURES, "weighted: after reverse attention, as published; unweighted: the last map before it"
 
 
 @dataclass(frozen=True)
@@ -360,6 +360,9 @@ def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = 
         for names, default in about.by.items():
             if chosen.issuperset((names,) if isinstance(names, str) else names):
                 values[name] = default
+    if cls is Training:  # TRADES-ResNet18 of another method is MART-ResNet18
+        method = dict(given).get("method", values["method"])
+        values["model_dir"] = values["model_dir"].replace(values["method"].upper(), method.upper())
     return cls(**values | dict(given))
 
 

@@ -127,6 +127,14 @@ def fingerprint(model: nn.Module, foreign: str = "", images: Tensor | None = Non
     return digest.hexdigest()
 
 
+def images_checksum(split: Split) -> str:
+    """What the images of a split are, with their labels and their numbers."""
+    digest = hashlib.sha256()
+    for tensor in (split.images, split.labels, numbers_of(split)):
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
 def _plain(value: object) -> bool:
     return all(map(_plain, value)) if isinstance(value, tuple) else isinstance(value, bool | int | float | str | None)
 
@@ -295,11 +303,16 @@ def attacked(model: nn.Module) -> nn.Module:
     return model
 
 
+def folder_name(model: str) -> str:
+    """The folder of what --model names: letters, digits and dashes, of which none is at an end."""
+    return re.sub(r"\W+", "-", model).strip("-") or "network"
+
+
 def white_attack(settings: Evaluation) -> None:
     """Evaluate the network of --model, or those of --ckpt_url one after the other, then side by side."""
     if settings.model:
         with at_home(settings.model):
-            subject, folder = foreign_subject(settings), Path("evaluated") / re.sub(r"\W+", "-", settings.model)
+            subject, folder = foreign_subject(settings), Path("evaluated") / folder_name(settings.model)
             if not settings.log_path:
                 require_writable(folder, "name another by --log_path")
             evaluate(settings, subject, folder)
@@ -341,6 +354,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     foreign = (subject.info["module"], as_input(split.images[:FEW])) if settings.model else ()
     subject = subject._replace(notes=[*subject.notes, *weaker(settings)])
     kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
+    identity = {"network": kept.network, "images": images_checksum(split), "eps": subject.eps}
     subject = subject._replace(model=attacked(subject.model))
     other = surrogate and attacked(surrogate)
     with stop_signals(stop), computing(settings.precision):
@@ -360,21 +374,27 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         with computing("fp32"):
             doubted = doubts(subject.model, as_input(split.images[:SOME]), split.labels[:SOME], by_gradient)
         rows, worst = run_attacks(subject, plans, kept, settings.test_batch_size, say)
+        for name, plan in plans.items():
+            rows[name] = rows[name]._replace(settings=plan.depends | {"version": plan.version})
         diagnosis, record = None, {}
         if settings.diagnostics:
             right = rows["natural"].right
             rows["diagnostics"], diagnosis = report.run_diagnostics(subject, right, worst, ways, settings, log, say)
-        rows |= report.worst_cases(rows)
-        rows = {name: row._replace(notes=[*doubted, *row.notes]) for name, row in rows.items()}
+            looked = {"step_size": subject.step_size, "seed": settings.seed}
+            rows["diagnostics"] = rows["diagnostics"]._replace(settings=looked)
         if distributed.first():
-            more = {"provenance": origin, "predicted": report.predictions(subject, worst)}
+            attacked_now = rows  # whose images are at hand
+            rows = rows | report.earlier_rows(log.with_name(results.FILE), identity, rows, doubted)
+            rows |= report.worst_cases(rows, subject.info)
+            rows = {name: row._replace(notes=[*doubted, *row.notes]) for name, row in rows.items()}
+            more = {"provenance": origin, "predicted": report.predictions(subject, worst), "identity": identity}
             record = report.write_json(log.with_name(results.FILE), settings, subject, rows, diagnosis, more)
             for line in report.table(rows, subject, doubted):
                 say(line)
-            if len(rows) > 1:
-                say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst, rows))
+            if len(attacked_now) > 1:
+                say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst, attacked_now))
             if settings.save_adversarial:
-                right = [*rows.values()][-1].right  # the worst case, where there are several attacks
+                right = report.lowest(attacked_now)
                 saved = Path(settings.save_adversarial), subject, worst, more["predicted"]["worst case"], right
                 say(report.save_adversarial(*saved))
     return record

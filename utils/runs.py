@@ -65,6 +65,8 @@ def run_folder(command: Command) -> Path:
     name = s.model_dir.rstrip("/\\")
     name += "".join(f"-{key}-{getattr(s, key)}" for key in PUBLISHED if key in found or not s.no_anc)
     differs = [key for key in OWN if getattr(s, key) != getattr(script, key)]
+    if "model_dir" not in command.given and s.model_dir != script.model_dir:  # which says the method already
+        differs.remove("method")
     name += "".join(f"-{key.replace('_', '-') if key.startswith('no') else getattr(s, key)}" for key in differs)
     if "data_dir" in found:
         name += f"-{Path(found['data_dir']).name}-{zlib.crc32(os.fsencode(found['data_dir'])) % 16**4:04x}"

@@ -372,7 +372,7 @@ def without_effect(s: Training, data: Data) -> list[str]:
     if not (s.no_anc or s.strategy.startswith("random")) and s.warmup_epochs >= s.epochs:
         notes.append(f"strategy {s.strategy}: all {s.epochs} epochs are warm-up, at random; lower --warmup-epochs")
     if late:
-        notes.append(f"milestones {as_given(tuple(late))}: behind the last epoch, {s.epochs}; lr never falls there")
+        notes.append(f"milestones {as_given(tuple(late))}: after the last epoch, {s.epochs}; lr never falls there")
     if s.step_size > s.epsilon:
         notes.append(f"step-size {as_given(s.step_size)}: above eps {as_given(s.epsilon)}, which cuts every step short")
     if reach < s.epsilon * (1 - 1e-9):
