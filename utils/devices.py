@@ -13,10 +13,14 @@ from utils.errors import UsageError, first_line
 from utils.recipes import Training
 
 
-def pick_device(device: str, no_cuda: bool) -> torch.device:
-    """The device of --device and --no-cuda; UsageError where it is unknown or not there."""
+def pick_device(device: str, no_cuda: bool, shared: bool = False) -> torch.device:
+    """The device of --device and --no-cuda; UsageError where it is unknown or not there.
+
+    shared: of `distributed.own_device`, whether several ranks may have the same device.
+    """
     if device == "auto":
-        return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu"))
+        found = torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
+        return distributed.own_device(found, shared)
     try:
         picked = torch.device(device)
     except RuntimeError:
@@ -28,7 +32,7 @@ def pick_device(device: str, no_cuda: bool) -> torch.device:
             raise UsageError(f"--device {device} and --no-cuda contradict each other; give one of them")
         if (picked.index or 0) >= (count := torch.cuda.device_count()):
             raise UsageError(f"--device {device}: {count} CUDA devices are visible; use --device cpu")
-    return distributed.own_device(picked)
+    return distributed.own_device(picked, shared)
 
 
 def for_training(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
