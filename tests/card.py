@@ -94,6 +94,7 @@ class Card:
         self.device = device
         self.cuda = device.type == "cuda"
         self.quick = quick
+        self.networks = NETWORKS[:1] if quick else NETWORKS
         self.attack_steps = 1 if quick else 10
         self.deadline = float("inf")  # of the part under way
 
@@ -193,7 +194,7 @@ def tests(card: Card) -> Iterator[Row]:
 
 def parts(card: Card) -> Iterator[Row]:
     """Where the time of a step goes: ms, and those of the host."""
-    for arch in NETWORKS:
+    for arch in card.networks:
         for precision in ("default", "bf16"):
             job = card.job(arch, precision)
             settings = options(precision=precision, num_steps=card.attack_steps)
@@ -219,10 +220,11 @@ def parts(card: Card) -> Iterator[Row]:
 
 def layouts(card: Card) -> Iterator[Row]:
     """Strict float32 in channels-last against the default layout: an attack on both batches, forwards and backward."""
-    for arch in NETWORKS:
+    for arch in card.networks:
         for layout in (torch.channels_last, torch.contiguous_format):
             job = card.job(arch)
-            job.model.to(memory_format=layout)
+            if card.cuda:  # on a CPU, channels-last training of so few channels has broken the heap
+                job.model.to(memory_format=layout)
             settings = options(precision="fp32", num_steps=card.attack_steps)
             x, labels = job.x.repeat(2, 1, 1, 1), job.labels.repeat(2)
             steps = min(2, card.attack_steps)
@@ -249,7 +251,7 @@ def compiled(card: Card) -> Iterator[Row]:
         yield {"left out": "a CPU's compiler would take minutes"}
         return
     sizes = (8, 8, 5, 8) if card.quick else (128, 128, 80, 128)
-    for arch in NETWORKS:
+    for arch in card.networks:
         for precision in ("bf16", "default"):
             torch.compiler.reset()
             job = card.job(arch, precision)
@@ -275,7 +277,7 @@ def cut(job: Step, count: int) -> Step:
 
 def evaluation(card: Card) -> Iterator[Row]:
     """The PGD-40 over heads after each epoch, by batch and by what it searches in; verdicts are strict float32."""
-    for arch in NETWORKS:
+    for arch in card.networks:
         job = card.job(arch)
         split = random_split(card, job, 200)
         with frozen(job.model) as net:
@@ -338,13 +340,26 @@ def autoattack(card: Card) -> Iterator[Row]:
         for processes in (1, 2 if card.quick else 4):
             log = Path(folder) / str(processes) / "test.log"
             log.parent.mkdir()
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", script]
-            command += ["--ckpt_url", run, "--attacks", attack, "--n-examples", processes * block]
+            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+            command = [
+                sys.executable,
+                *launcher,
+                script,
+                "--ckpt_url",
+                run,
+                "--attacks",
+                attack,
+                "--n-examples",
+                processes * block,
+            ]
             command += ["--epsilon", 0.03, "--device", card.device.type, "--log_path", log]
             began = time.perf_counter()
-            printed, _ = run_process(card, *command)
+            printed, ended = run_process(card, *command)
             row = {"processes": processes, "images": processes * block, "wall s": time.perf_counter() - began}
             record = log.with_name("white_attack.json")
+            if not ended:
+                yield row | {"cut off": "yes"}
+                return
             if not record.exists():
                 yield row | {"failed": printed.strip().rpartition("\n")[2][-200:]}
                 continue
@@ -373,7 +388,7 @@ def kernels(card: Card) -> Iterator[Row]:
     if card.cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     time_of = "self_device_time_total" if card.cuda else "self_cpu_time_total"
-    for arch in NETWORKS:
+    for arch in card.networks:
         for precision in ("default", "bf16"):
             job = card.job(arch, precision)
             step = partial(job.ours, num_steps=card.attack_steps, precision=precision)
@@ -485,7 +500,7 @@ def flops_of_step(model: nn.Module, x: torch.Tensor, steps: int) -> float:
 
 def step(card: Card) -> Iterator[Row]:
     """A training step of ANCRA-TRADES, batch 128, by flags, ten steps in a row: no step waits for the one before."""
-    for arch in NETWORKS:
+    for arch in card.networks:
         published, evaluation_of = None, {}
         for name, flags in STEPS.items():
             if (arch != "ResNet18" and name in RESNET_ONLY) or ("--compile" in name and not card.cuda):
@@ -597,7 +612,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{name} left out: {left:.0f} s are left of --minutes {given.minutes:g}, {SECONDS[name]} planned")
             continue
         began = time.perf_counter()
-        card.deadline = began + min(left, SECONDS[name])
+        card.deadline = end if card.quick else began + min(left, SECONDS[name])
 
         def write(rows: list[Row], note: str, name: str = name, began: float = began) -> None:
             record["parts"][name] = {"rows": rows, "note": note, "seconds": time.perf_counter() - began}

@@ -212,7 +212,7 @@ class KeptParts:
     """
 
     def __init__(self, file: Path) -> None:
-        self.file = file.with_suffix(".parts.npz")
+        self.file = file.with_suffix(".parts")
         self.images: dict[str, Tensor] = {}
         self.seconds: dict[str, float] = {}
         self.replayed: dict[str, float] = {}
