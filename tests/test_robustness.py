@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import foolbox
 import numpy as np
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 import torchattacks
 from PIL import Image
 from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
 
 import utils.adaptive
@@ -44,7 +46,16 @@ from utils.evaluation import foreign_subject, percent, verdicts
 from utils.options import parse
 from utils.recipes import ATTACKS, Evaluation
 from utils.report import wilson
-from utils.robustness import Found, Kept, fingerprint, joined_row, planned_attacks, white_attack
+from utils.robustness import (
+    Found,
+    Kept,
+    KeptParts,
+    even_batches,
+    fingerprint,
+    joined_row,
+    planned_attacks,
+    white_attack,
+)
 
 EPS, SEED = 0.1, 1  # those of digits, and the default
 FULL_EPS, FULL_STEP = 0.015, 0.003  # of `full`, whose network is not trained to be robust
@@ -523,6 +534,108 @@ def test_sigterm_in_the_middle_and_again(attack, tmp_path):
         assert process.returncode == 0
     assert table(tmp_path / "stopped") == table(tmp_path / "whole")
     assert "kept from an earlier evaluation" in (tmp_path / "stopped" / "test.log").read_text()
+
+
+def parts_of_block(folder):
+    return [file for file in (folder / "white_attack.blocks").iterdir() if file.suffix == ".parts"]
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM, ""), KeyboardInterrupt()], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("attack", ["autoattack", "adaptive"])
+def test_a_stop_inside_a_block_loses_one_part(attack, error, tmp_path, monkeypatch, brief_library, no_pictures):
+    """Its earlier parts are not attacked again, and the figures are those of an evaluation that was never stopped."""
+    monkeypatch.setattr(utils.robustness, "WORTH_KEEPING", 0)
+    flags = ("--attacks", attack, "--n-examples", "12", "--restarts", "1", "--num-steps", "4")
+    called = []
+
+    def noted(cls, raises=None):
+        perturb = cls.perturb
+
+        def noting(self, x, y):
+            called.append(cls)
+            if raises is not None:
+                raise raises
+            return perturb(self, x, y)
+
+        return mock.patch.object(cls, "perturb", noting)
+
+    whole = evaluate(tmp_path / "whole", "robust", *flags, "--save-adversarial", tmp_path / "whole.npz")
+    with noted(APGDAttack), noted(APGDAttack_targeted, error), pytest.raises(type(error)):
+        evaluate(tmp_path / "stopped", "robust", *flags)
+    assert called == [APGDAttack, APGDAttack_targeted] and len(parts_of_block(tmp_path / "stopped")) == 1
+    called.clear()
+    with noted(APGDAttack), noted(APGDAttack_targeted):
+        resumed = evaluate(tmp_path / "stopped", "robust", *flags, "--save-adversarial", tmp_path / "resumed.npz")
+    assert called == [APGDAttack_targeted] and not parts_of_block(tmp_path / "stopped")
+    for name, row in whole["attacks"].items():
+        assert resumed["attacks"][name]["verdicts"] == row["verdicts"]
+        standing = [part["robust_accuracy"] for part in (row["parts"] or {}).values()]
+        assert [part["robust_accuracy"] for part in (resumed["attacks"][name]["parts"] or {}).values()] == standing
+    with np.load(tmp_path / "whole.npz") as one, np.load(tmp_path / "resumed.npz") as other:
+        assert np.array_equal(one["images"], other["images"])
+    assert 0 < accuracy(whole, [*whole["attacks"]][-1]) < accuracy(whole, "natural")
+
+
+def test_kept_parts_belong_to_their_images_and_a_damaged_file_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.robustness, "WORTH_KEEPING", 0)
+    file, x, labels = tmp_path / "block.npz", torch.rand(3, 3, 4, 4), torch.arange(3)
+    parts = KeptParts(file)
+    assert torch.equal(parts("APGD", lambda x, labels: x + 1, x, labels), x + 1)
+
+    def refuse(x, labels):
+        raise AssertionError("is attacked again")
+
+    again = KeptParts(file)
+    assert torch.equal(again("APGD", refuse, x, labels), x + 1) and again.replayed["APGD"] >= 0
+    for other in (
+        ("FAB", x, labels),
+        ("APGD", x[:2], labels[:2]),
+        ("APGD", x + 1, labels),
+        ("APGD", x, labels.flip(0)),
+    ):
+        assert torch.equal(KeptParts(file)(other[0], lambda x, labels: x + 2, *other[1:]), other[1] + 2)
+    content = again.file.read_bytes()
+    again.file.write_bytes(content[: len(content) // 2])
+    assert torch.equal(KeptParts(file)("APGD", lambda x, labels: x + 3, x, labels), x + 3)
+
+
+def test_short_parts_are_not_written(tmp_path):
+    parts = KeptParts(tmp_path / "block.npz")
+    parts("APGD", lambda x, labels: x, torch.rand(3, 3, 4, 4), torch.arange(3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_of_a_block_are_even(tmp_path, small_blocks, no_pictures, monkeypatch):
+    assert [even_batches(250, most) for most in (200, 250, 1000, 125, 120, 1)] == [125, 250, 250, 125, 84, 1]
+    sizes = []
+
+    def noting(*args, **how):
+        def attack(net, x, labels, numbers):
+            sizes.append(len(x))
+            return x
+
+        return attack
+
+    monkeypatch.setattr(utils.robustness, "pgd", noting)
+    flags = ("--attacks", "pgd", "--n-examples", "25")
+    natural = evaluate(tmp_path, "robust", *flags, "--test-batch-size", "20")["attacks"]["natural"]["verdicts"]
+    assert len(sizes) == 2 and sum(sizes) == natural.count("1") > 20 and abs(sizes[0] - sizes[1]) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+def test_ranks_share_a_card(tmp_path):
+    """Two blocks by two ranks on the first device find what one process finds."""
+    found = []
+    for count in (1, 2):
+        file = digits_checkpoint(tmp_path / str(count) / "net.pt")
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", str(ROOT / ATTACK)]
+        command += ["--ckpt_url", str(file), "--attacks", "pgd", "--device", "cuda:0"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((file.parent / "white_attack.json").read_text()))
+    assert (right(found[0], "PGD-40") != right(found[1], "PGD-40")).float().mean() <= 0.005
 
 
 # What is said meanwhile

@@ -18,17 +18,18 @@ from utils.recipes import Training
 RECOMPILE_LIMIT = 64
 
 
-def pick_device(device: str, no_cuda: bool, precision: str = "default") -> torch.device:
+def pick_device(device: str, no_cuda: bool, precision: str = "default", shared: bool = False) -> torch.device:
     """Return the device of --device and --no-cuda; a CUDA device becomes the current one, too.
 
     `auto` takes a card only if this build of PyTorch has kernels for it. Errors: UsageError where the device is
-    unknown, is not there, or cannot compute, at all or in `precision`.
+    unknown, is not there, or cannot compute, at all or in `precision`. shared: whether several ranks may have the same
+    device.
     """
     if device == "auto":
         picked = torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
     else:
         picked = _named_device(device, no_cuda)
-    picked = distributed.own_device(picked)
+    picked = distributed.own_device(picked, shared)
     missing = _missing_kernels(picked) if picked.type == "cuda" else None
     if device == "auto" and distributed.agreed(int(missing is not None)):  # ranks compute on the same kind of device
         if missing is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models import ReverseAttentionNetwork
 from models.normalise import Normalise
 from utils import distributed
+from utils.attacks import Attack
 from utils.checkpoints import checkpoint_file, load_model, told
 from utils.data import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks
 from utils.devices import computing, pick_device
@@ -35,7 +36,8 @@ from utils.recipes import (
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Progress = Callable[[int], None]  # is told of the images of each batch that is done
 
-FEW = 100  # images that tell whether a file was read as it was meant
+FEW = 100  # images that tell whether a file was read as it was meant, and how much memory an image takes
+ON_CPU, LARGEST = 100, 1000  # images an attack takes at once: on a CPU, and at most; more are hardly faster on a card
 
 
 def over_images(
@@ -59,6 +61,54 @@ def over_images(
     everyone = distributed.gathered(answers) if shared else [answers]
     positions, *whole = (torch.cat(part) for part in zip(*(a for one in everyone for a in one), strict=True))
     return tuple(part[positions.argsort()] for part in whole)
+
+
+def largest_batch(net: nn.Module, split: Split, attack: Attack) -> int:
+    """How many images of a split an attack can take at once: on CUDA as many as fit, on a CPU `ON_CPU`.
+
+    The memory that a small batch takes tells what an image takes. Half of what is free is left alone, for the
+    workspaces of libraries and for others on the same card. All ranks return the same number.
+    """
+    device = split.labels.device
+    if device.type != "cuda":
+        return ON_CPU
+    count = min(FEW, len(split.labels))
+    batch, numbers = split.take(torch.arange(count, device=device)), numbers_of(split)[:count]
+    for _ in range(2):  # the first time also loads kernels, which stay
+        torch.cuda.empty_cache()  # what training holds in reserve is free, too
+        free, _ = torch.cuda.mem_get_info(device)
+        attack(net, as_input(batch.images), batch.labels, numbers)
+        left, _ = torch.cuda.mem_get_info(device)
+    torch.cuda.empty_cache()
+    fitting = images_that_fit(free, max(free - left, 1) / count)
+    return LARGEST - distributed.agreed(LARGEST - fitting)  # the smallest of all ranks'
+
+
+def images_that_fit(free: int, each: float) -> int:
+    """A batch for `free` bytes where an image takes `each` of them, at least 1, to two digits."""
+    images = min(LARGEST, int(free / 2 / each))
+    step = 10 ** max(0, len(str(images)) - 2)
+    return max(1, images // step * step)
+
+
+def halving(attack: Attack) -> Attack:
+    """An attack whose batches are halved for good whenever the device has too little memory for one."""
+    most = LARGEST
+
+    def halved(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        nonlocal most
+        while True:
+            size = min(most, len(x))
+            parts = zip(x.split(size), labels.split(size), numbers.split(size), strict=True)
+            try:
+                return torch.cat([attack(net, *part) for part in parts])
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                most = size // 2
+            torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of the attempt
+
+    return halved
 
 
 def right_or_not(
@@ -185,7 +235,7 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     Data set and data folder are the checkpoint's own, eps and step its data set's, unless the command gave them.
     Errors: UsageError where checkpoint and data set do not match.
     """
-    device = pick_device(settings.device, settings.no_cuda, settings.precision)
+    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
     file = checkpoint_file(path)
     about = ("key", "arch", "width", "image_size", "dataset", "mean", "std", "gate", "ra_blocks", "predict")
     said = {key: getattr(settings, key) for key in about}
@@ -313,7 +363,7 @@ def foreign_subject(settings: Evaluation) -> Subject:
     ra = getattr(built, "reverse_attention", None) is True
     info = {"arch": settings.model, "reverse_attention": ra, "recipe": None, "module": name}
     info |= {key: getattr(built, key, None) for key in ("gate", "ra_blocks")} if ra else {}
-    device = pick_device(settings.device, settings.no_cuda, settings.precision)
+    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
     dataset = settings.dataset or Training.dataset
     side = settings.image_size or dataset_defaults(dataset).image_size
     data = looked_at(settings, dataset, settings.data_dir or Training.data_dir, side, device)

@@ -108,7 +108,7 @@ class Training:
     no_anc: bool = setting(False, SWITCH, "without asymmetric negative contrast")
     batch_size: int = setting(128, whole(2), "images a training step", group="length and optimiser")
     test_batch_size: int | None = setting(
-        None, whole(1), "images a batch of evaluation (default: 100, on CUDA 250)", free=True
+        None, whole(1), "images a batch of evaluation (default: 100, on CUDA what fits)", free=True
     )
     epochs: int = setting(120, whole(1), "epochs to train", by={"digits": 16}, free=True)
     milestones: tuple[int, ...] = setting((75, 90, 100), EPOCHS, "where lr is divided by 10", by={"digits": (11, 14)})
@@ -194,7 +194,7 @@ class Training:
         "default",
         PRECISIONS,
         "of training: PyTorch's own (on CUDA TF32 in convolutions), float32, TF32 in matrix products too, or bfloat16 "
-        "autocast; the verdicts of evaluation are float32 whatever it is",
+        "autocast, also of the search of each epoch's PGD-40; verdicts are float32 whatever it is",
         also=("--amp",),
     )
     cuda_graph: bool = setting(True, TRUTH, "replay the training attack as one CUDA graph; same images", free=True)
@@ -271,6 +271,8 @@ class Evaluation(Checkpoint):
         several=True,
         group="evaluation",
     )
+    # a block of `utils.autoattack` in one pass
+    test_batch_size: int = again("test_batch_size", 250, help="images a batch", group="batch, attack, device")
     model: str | None = setting(None, PATH, "any classifier instead: package.module:function, or FILE.py:function")
     image_size: int | None = again("image_size", None, kind=whole(1, LARGEST_SIDE), help="side of digits and folder")
     attacks: tuple[str, ...] = setting(

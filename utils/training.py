@@ -45,7 +45,7 @@ from utils.data import (
 )
 from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
 from utils.errors import RunError, Stopped, UsageError, stop_signals
-from utils.evaluation import at_chance, percent, verdicts
+from utils.evaluation import at_chance, halving, largest_batch, percent, verdicts
 from utils.figures import draw_curves, save_or_note
 from utils.files import write_atomically, write_record
 from utils.options import Command, as_given, eps_text
@@ -333,6 +333,7 @@ def describe(job: Run, data: Data) -> str:
     each = ", ".join(f"{name}: {count}" for name, count in zip(job.classes, counts, strict=True))
     if len(counts) > 20:
         each = f"{min(counts)} to {max(counts)} training images each"
+    searched = ", searched in bfloat16, judged in float32" if s.precision == "bf16" else ""
     notes = "; ".join(dict.fromkeys(split.note for split in data[:3] if split is not None and split.note))
     lines = {
         "method": f"{s.method}, {' and '.join(parts) or 'plain'}; beta {s.beta}, inner {s.inner}",
@@ -341,7 +342,7 @@ def describe(job: Run, data: Data) -> str:
         f"{s.image_size}, augmentation {s.augmentation}",
         "classes": each,
         **({"note": notes} if notes else {}),
-        "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
+        "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images){searched}",
         "attack": f"L-infinity eps {eps_text(s.epsilon)}, {s.num_steps} steps of {eps_text(s.step_size)}",
         **({"with": ", ".join(more)} if (more := combined(stored(s))) else {}),
         "optimiser": f"SGD lr {s.lr}, {falls}, momentum {s.momentum}, weight decay "
@@ -485,18 +486,30 @@ def shown(accuracy: float | None) -> str:
 
 
 def evaluate(job: Run, model: nn.Module, split: Split) -> tuple[float, float]:
-    """Natural and PGD-40-over-heads accuracy of a network, the run's own or its best, in percent."""
+    """Natural and PGD-40-over-heads accuracy of a network, the run's own or its best, in percent.
+
+    With --precision bf16 the attack ascends the network in bfloat16; the network in float32 judges what it finds.
+    """
     settings = job.settings
-    attack = pgd40_heads(settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
-    size = settings.test_batch_size or (250 if job.device.type == "cuda" else 100)
-    with frozen(model) as net, tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
+    attack_by = partial(pgd40_heads, settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
+    with ExitStack() as held:
+        net = held.enter_context(frozen(model))
+        attacked_net = held.enter_context(frozen(model, "bf16")) if settings.precision == "bf16" else net
+        size, attack = settings.test_batch_size, attack_by()
+        if size is None:
+            size = largest_batch(attacked_net, split, attack_by(steps=1))
+            attack = halving(attack)
+        bar = held.enter_context(tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()))
+
+        def search(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+            return attack(attacked_net, x, labels, numbers)
 
         def progress(images: int) -> None:
             bar.update(images)
             job.check_stop()
 
         natural = verdicts(net, split, size, progress=progress)
-        robust = verdicts(net, split, size, attack, natural, progress)
+        robust = verdicts(net, split, size, search, natural, progress)
     return percent(natural), percent(robust)
 
 
