@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from utils import WAIT_VARIABLES, distributed
+from utils import distributed
 
 ALWAYS = ("torch", "torchvision", "numpy")
 WHERE_IMPORTED = {"scikit-learn": "sklearn", "umap-learn": "umap", "pyautoattack": "pyautoattack", "pillow": "PIL"}
@@ -77,8 +77,8 @@ def _cpu() -> str:
 
 def _waiting() -> str:
     """What the environment says of OpenMP's threads that wait for work."""
-    said = [f"{name}={os.environ[name]}" for name in WAIT_VARIABLES if name in os.environ]
-    return ", ".join(said) or "OpenMP's own wait policy"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "wait as OpenMP does"
 
 
 def _card(device: object) -> dict:
