@@ -27,6 +27,7 @@ from tests.helpers import (
     RUN,
     SCRIPTS,
     assert_same_run,
+    checkpoint,
     digits_split,
     files,
     folder,
@@ -203,6 +204,15 @@ STOPS = {
 }
 
 
+@pytest.fixture
+def as_in_a_terminal():
+    """Tests may run under nohup, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("name", STOPS)
 @pytest.mark.parametrize("where", ["attack_batch", "verdicts"])
 def test_signals_inside_an_epoch_or_an_evaluation(straight, tmp_path, monkeypatch, name, where):
@@ -228,6 +238,19 @@ def test_signals_inside_an_epoch_or_an_evaluation(straight, tmp_path, monkeypatc
     monkeypatch.undo()
     shorten_runs(monkeypatch)
     assert_same_run(straight, train(tmp_path, "--resume", folder(tmp_path)))
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+@pytest.mark.parametrize("name", STOPS)
+def test_signals_stop_an_evaluation_which_says_how_to_go_on(tmp_path, monkeypatch, name):
+    def interrupting(*args):
+        signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr("utils.robustness.attack_block", interrupting)
+    file = checkpoint(tmp_path / "weights.pt")
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        white_attack(parse(Evaluation, "", ["--ckpt_url", str(file), *EVALUATE]))
+    assert stopped.value.args[0] == getattr(signal, name)
 
 
 def test_an_ignored_signal_stays_ignored_but_for_ctrl_c():

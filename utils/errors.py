@@ -19,7 +19,7 @@ class RunError(Exception):
 
 
 class Stopped(BaseException):
-    """Interrupted or terminated, resumable. args: the signal's number and a line; exit status 128 + signal."""
+    """Stopped by a signal, resumable. args: the signal's number and a line; exit status 128 + signal."""
 
 
 def several_processes() -> bool:
