@@ -120,10 +120,11 @@ def test_the_plain_step_attacks_as_ours_does():
     [
         (["stpe"], "unknown: stpe; known: step, share"),
         (["negatives", "--device", "gpu"], "--device gpu is none of auto, cpu, cuda, cuda:N"),
-        (["negatives", "--out", "/nonexistent/figures.json"], "/nonexistent/figures.json"),
+        (["negatives", "--out", "a file/figures.json"], "a file/figures.json"),
     ],
 )
-def test_wrong_use_is_said_before_anything_is_measured(capsys, argv, said):
+def test_wrong_use_is_said_before_anything_is_measured(here, capsys, argv, said):
+    (here / "a file").touch()
     with pytest.raises(SystemExit) as stopped:
         benchmarks.main(argv)
     assert stopped.value.code == 2

@@ -21,7 +21,17 @@ import utils.step as page
 from models import build_model
 from tests.conftest import shorten_runs
 from tests.golden_numbers import FOLDER, GoldenNetwork, assert_near
-from tests.helpers import ATTACK, digits_checkpoint, digits_network, digits_split, execute, folder, settings, train
+from tests.helpers import (
+    ATTACK,
+    digits_checkpoint,
+    digits_network,
+    digits_split,
+    execute,
+    folder,
+    resume,
+    settings,
+    train,
+)
 from tests.test_companions import EVERYTHING, extra_file
 from utils import distributed
 from utils.adaptive import adaptive, views
@@ -277,7 +287,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_goes_on_on_a_cpu(tmp_path, s
     short(tmp_path / "resumed", "--epochs=2", "--resume", *flags)
     for key, value in weights(straight).items():
         assert relative(weights(resumed)[key].float(), value.float()) < 1e-3, key
-    train(tmp_path / "resumed", "--epochs=3", "--resume", resumed, "--device=cpu", *flags)
+    resume(resumed, "--epochs=3", "--device=cpu")
     record = json.loads((straight / "run.json").read_text())
     assert record["card"]["name"] and record["precision"].startswith("bfloat16" if precision == "bf16" else "TF32")
 

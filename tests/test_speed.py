@@ -310,7 +310,7 @@ def test_tf32_says_where_it_has_no_effect(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_missing_compiler_is_one_line(tmp_path):
-    environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = python("train_CIFAR10_ResNet.py", *RUN, "--compile", "--model-dir", tmp_path / "run", **environment)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

@@ -22,13 +22,13 @@ Not exact, BatchNorm: a rank normalises by its own slice; the first rank's stati
 take them over at each epoch's end. --sync-bn (CUDA only) normalises over all slices. Devices of one run should be of
 one model: others draw other noise from equal seeds.
 
-Stops: SIGTERM or Ctrl-C, to torchrun or to one rank, stops all at the next step and the first saves (torchrun kills
-after 30 seconds, and its own status is 1). If a process dies the others end within seconds and last_state.pt is whole;
-a machine that vanishes is noticed when the network notices. --max-restarts=N goes on from the last epoch's end while
-the first process stays on its machine; otherwise add --resume. It also restarts after a wrong flag and after a stop of
-a single rank: stop torchrun itself. Any number of ranks can resume; stopped inside an epoch, all take the first rank's
-statistics. Tried by gloo on one machine, by NCCL with one rank (tests/test_cuda.py); several cards, --sync-bn and real
-nodes were not.
+Stops: SIGTERM, SIGHUP or Ctrl-C, to torchrun or to one rank, stops all at the next step and the first saves (torchrun
+kills after 30 seconds, and its own status is 1). SIGUSR1 is for a rank: torchrun does not pass it on. If a process dies
+the others end within seconds and last_state.pt is whole; a machine that vanishes is noticed when the network notices.
+--max-restarts=N goes on from the last epoch's end while the first process stays on its machine; otherwise add --resume.
+It also restarts after a wrong flag and after a stop of a single rank: stop torchrun itself. Any number of ranks can
+resume; stopped inside an epoch, all take the first rank's statistics. Tried by gloo on one machine, by NCCL with one
+rank (tests/test_cuda.py); several cards, --sync-bn and real nodes were not.
 """
 
 import inspect

@@ -44,7 +44,7 @@ from utils.data import (
     with_extra,
 )
 from utils.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
-from utils.errors import RunError, Stopped, UsageError, stop_signals
+from utils.errors import RunError, Stopped, UsageError, stop_signals, stop_word
 from utils.evaluation import at_chance, halving, largest_batch, percent, verdicts
 from utils.figures import draw_curves, save_or_note
 from utils.files import write_atomically, write_record
@@ -53,6 +53,8 @@ from utils.provenance import in_one_line, provenance
 from utils.recipes import Training, combined, dataset_defaults, stored
 from utils.runs import Start, open_log, prepare
 from utils.step import Figures, attack_batch, backward, training_loss
+
+DRAW_EVERY = 30  # seconds between two drawings of the curves, which take most of a second
 
 
 class Data(NamedTuple):
@@ -124,6 +126,8 @@ class Run:
         self.late: Late | None = None
         self.own_images = settings.batch_size - settings.extra_images  # of a batch
         self.progress = {"epoch": settings.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
+        self.epochs_drawn = 0  # by the curves, as far as this process knows
+        self.drawn_at = time.monotonic()
 
     @property
     def last_good(self) -> str:
@@ -197,10 +201,17 @@ class Run:
                 print("the run was saved on another kind of device: its random draws do not carry over")
 
     def note_stop(self, signum: int, frame: object) -> None:
-        """The first signal waits for the next step, a second does not."""
+        """The first signal waits for the next step; a second Ctrl-C or SIGTERM does not.
+
+        SIGHUP and SIGUSR1 may come twice by themselves: both the system and the shell send the former.
+        """
         self.stop = signum
-        if distributed.world() == 1:  # torchrun may say it again, and ends the process itself after 30 seconds
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        if distributed.world() > 1:  # torchrun may say it again, and ends the process itself after 30 seconds
+            return
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+        if signum == signal.SIGTERM:
+            signal.signal(signum, signal.SIG_DFL)
 
     def check_stop(self) -> None:
         """Between steps, on all ranks alike: save and raise Stopped where a signal has come to any of them."""
@@ -209,13 +220,16 @@ class Run:
             return
         take_up(self)
         again = f"{distributed.launcher()} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
-        line = f"{'interrupted' if signum == signal.SIGINT else 'terminated'}; continue by: {again}"
+        line = f"{stop_word(signum)}; continue by: {again}"
 
         def save_and_log() -> None:
             self.save_state()  # that counts, whatever becomes of the log
             log = self.folder / "train.log"
-            with suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as out:
-                out.write(line + "\n")
+            with suppress(OSError):
+                with open(log, "a", encoding="utf-8", errors="backslashreplace") as out:
+                    out.write(line + "
+")
+                draw_new_curves(self)
 
         distributed.from_first(save_and_log)  # the others end after it only
         raise Stopped(signum, line)
@@ -310,8 +324,11 @@ def announce(job: Run, data: Data, start: Start) -> None:
     }
     write_record(job.folder / "run.json", job.provenance | record)
     if start.state is not None:
+        where = f"in epoch {job.progress['epoch']}, {job.progress['done']} images done, from {start.file}"
         over = "; nothing is left to train, raise --epochs" * (job.progress["epoch"] > settings.epochs)
-        job.log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done{over}")
+        job.log(f"resumed    {where}{over}")
+        for change in start.changes:
+            job.log(f"changed    {change}")
         if start.state["ranks"] != ranks:
             carried = "weights, optimiser, random draws and position carry over; BatchNorm sees other slices"
             job.log(f"ranks      {start.state['ranks']} before, {ranks} now: {carried}")
@@ -561,7 +578,7 @@ def epoch_line(job: Run, row: dict) -> str:
 
 
 def write_metrics(job: Run) -> None:
-    """metrics.csv and the curves, whole, from the rows so far."""
+    """metrics.csv, whole, from the rows so far, what TensorBoard shows of them, and now and then the curves."""
     rows, best = job.progress["rows"], best_row(job.progress["rows"])
     short = [{key: f"{value:.9g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
@@ -574,8 +591,19 @@ def write_metrics(job: Run) -> None:
     write_atomically(job.folder / "metrics.csv", write)
     if job.settings.tensorboard:
         write_for_tensorboard(job.folder, rows[-1])
-    draw = partial(draw_curves, rows, best)
+    if time.monotonic() - job.drawn_at >= DRAW_EVERY:
+        draw_new_curves(job)
+
+
+def draw_new_curves(job: Run) -> None:
+    """Draw the curves, unless they show all epochs already."""
+    rows = job.progress["rows"]
+    if len(rows) == job.epochs_drawn:
+        return
+    draw = partial(draw_curves, rows, best_row(rows))
     job.note(save_or_note(draw, job.folder / "training_curves.png"))
+    job.epochs_drawn = len(rows)
+    job.drawn_at = time.monotonic()
 
 
 def write_for_tensorboard(folder: Path, row: dict) -> None:
@@ -600,6 +628,8 @@ def report(job: Run, data: Data) -> None:
     if not rows:
         job.log("nothing left to train")
         return
+    if distributed.first():
+        draw_new_curves(job)
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
         if row and row["natural_accuracy"] is not None:
             job.log(
