@@ -46,9 +46,7 @@ def guarded(job: Callable[[], None]) -> NoReturn:
 
     def end(status: int, line: str) -> NoReturn:
         with suppress(OSError):  # the terminal may be gone
-            print(f"{prog}: {line}".replace("
-", r"
-"), file=sys.stderr)  # a path may hold anything
+            print(f"{prog}: {line}".replace("\n", r"\n"), file=sys.stderr)  # a path may hold anything
         sys.exit(status)
 
     try:

@@ -227,8 +227,7 @@ class Run:
             log = self.folder / "train.log"
             with suppress(OSError):
                 with open(log, "a", encoding="utf-8", errors="backslashreplace") as out:
-                    out.write(line + "
-")
+                    out.write(line + "\n")
                 draw_new_curves(self)
 
         distributed.from_first(save_and_log)  # the others end after it only
