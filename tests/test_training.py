@@ -348,8 +348,8 @@ def named(*flags, recipe=RA):
 def test_a_folder_s_name_says_what_acts_and_nothing_else(tmp_path, monkeypatch):
     plain = PLAIN | {"model_dir": "./model/TRADES"}
     assert named(recipe=plain) == named("--zeta", 2, "--strategy", "soft", recipe=plain) == "TRADES-beta-6.0-seed-1"
-    assert named("--method", "pgd", "--beta", 2, recipe=plain) == "TRADES-seed-1-pgd"
-    assert named("--method", "mart", "--lr", 1, recipe=plain) == "TRADES-beta-5.0-seed-1-mart-lr-1.0"
+    assert named("--method", "pgd", "--beta", 2, recipe=plain) == "PGD-seed-1"
+    assert named("--method", "mart", "--lr", 1, recipe=plain) == "MART-beta-5.0-seed-1-lr-1.0"
     assert named("--no-ra", "--cr_beta", 1) == named("--no-ra")
     assert named("--method", "pgd") == "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-pgd"
     assert named("--tag", "wider gate") == named() + "-tag-wider gate"
