@@ -278,8 +278,8 @@ CHANGES = {
         (
             "utils/negatives.py",
             BEFORE,
-            '        "soft": lambda',
-            '        "near": lambda: print("USED: a strategy") or True,\n',
+            '    elif strategy == "hard":',
+            '    elif strategy == "near":\n        print("USED: a strategy")\n',
         ),
         ("utils/negatives.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
         ("utils/system/settings.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
