@@ -23,6 +23,10 @@ class Heads(NamedTuple):
     features: Tensor
     unweighted: Tensor | None = None
 
+    def rows(self, rows: slice) -> "Heads":
+        """The heads of some images of the batch."""
+        return Heads(self.final[rows], tuple(logits[rows] for logits in self.auxiliary), self.features[rows])
+
     def of(self, name: str) -> Tensor:
         """The logits of a head by its name: `final`, `auxiliary1`, `auxiliary2`."""
         return self.final if name == "final" else self.auxiliary[int(name.removeprefix("auxiliary")) - 1]

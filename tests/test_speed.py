@@ -15,12 +15,14 @@ from models import ARCHS, build_model
 from tests.golden_numbers import assert_near
 from tests.helpers import RUN, a_few_steps, python, settings, some_batch, train
 from utils import attacks
-from utils.attacks import Bfloat16, Standing, cross_entropy, frozen, pgd, pgd40_heads
+from utils.attacks import cross_entropy, pgd, pgd40_heads
 from utils.data.subject import right_or_not, verdicts
 from utils.negatives import choose_negatives
-from utils.step import attack_batch, training_loss
+from utils.step import training_loss
+from utils.system.attack_copy import Affine, AttackCopy, Bfloat16, frozen, in_precision
 from utils.system.devices import compile_for_training
 from utils.system.errors import RunError, UsageError
+from utils.training.loop import attack_batch
 
 ONE = ("--epochs", 1)
 
@@ -91,7 +93,7 @@ def test_an_attack_leaves_the_training_network_as_it_was(precision):
     gradients = [p.grad.clone() for p in model.parameters()]
     with Calls() as calls:
         s = settings(*RUN, "--precision", precision, "--strategy", "hard_adv")
-        attack_batch(Standing(model, precision), x, labels, s, torch.Generator(), 1)
+        attack_batch(AttackCopy(model, precision), x, labels, s, torch.Generator(), 1)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -141,7 +143,7 @@ def test_batchnorm_over_several_ranks_is_an_affine_layer_in_attacks_on_a_card(mo
     x, labels = some_batch(size=32)
     model = a_few_steps(build_model(arch, 4, width=1 if arch.startswith("WRN") else 4, image_size=32), x, labels)
     monkeypatch.setattr(attacks, "affine_norms", lambda net: True)
-    net = Standing(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).net
+    net = AttackCopy(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).net
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
     with torch.no_grad():
         assert_near(net(x), model.eval()(x), 1e-5)
@@ -155,16 +157,16 @@ def test_a_standing_network_takes_over_what_an_update_changed(monkeypatch, arch,
     x, labels = some_batch(size=32)
     model = build_model(arch, 4, width=1 if arch.startswith("WRN") else 4, image_size=32)
     with monkeypatch.context() as patch:
-        patch.setattr(attacks, "affine_norms", lambda net: on_a_card)
-        standing = Standing(model)
-    kinds = [sum(isinstance(m, kind) for m in standing.net.modules()) for kind in (attacks.Affine, nn.BatchNorm2d)]
+        patch.setattr("utils.system.attack_copy.affine_norms", lambda net: on_a_card)
+        attack_copy = AttackCopy(model)
+    kinds = [sum(isinstance(m, kind) for m in attack_copy.net.modules()) for kind in (Affine, nn.BatchNorm2d)]
     assert kinds[0 if on_a_card else 1] > 0 == kinds[1 if on_a_card else 0]
-    places = [tensor.data_ptr() for tensor in standing.net.state_dict().values()]
+    places = [tensor.data_ptr() for tensor in attack_copy.net.state_dict().values()]
     for _ in range(2):
         a_few_steps(model, x, labels, steps=2)
         with torch.no_grad():
-            assert_near(standing.refresh()(x), model.eval()(x), 1e-5)
-    assert [tensor.data_ptr() for tensor in standing.net.state_dict().values()] == places  # as a CUDA graph needs it
+            assert_near(attack_copy.sync_weights()(x), model.eval()(x), 1e-5)
+    assert [tensor.data_ptr() for tensor in attack_copy.net.state_dict().values()] == places  # as a CUDA graph needs it
 
 
 def test_choosing_negatives_waits_for_the_device_a_fixed_number_of_times():
@@ -221,7 +223,7 @@ print(*said, peak_memory(device))
 
 def test_bfloat16_is_the_network_s_business_alone():
     model, x, labels = a_network()
-    exact, rounded = settings(*RUN), settings(*RUN, "--precision", "bf16")
+    rounded = settings(*RUN, "--precision", "bf16")
     with frozen(model, "bf16") as net:
         assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Conv2d)} == {torch.bfloat16}
         assert {m.weight.dtype for m in net.modules() if isinstance(m, nn.Linear)} == {torch.float32}
@@ -230,11 +232,14 @@ def test_bfloat16_is_the_network_s_business_alone():
     with frozen(model) as net:
         assert_near(heads.final, net(x), 0.05)
         assert not torch.equal(heads.final, net(x))
-    attacked = attack_batch(Standing(model, "bf16"), x, labels, rounded, torch.Generator().manual_seed(0), 1)
+    attacked = attack_batch(AttackCopy(model, "bf16"), x, labels, rounded, torch.Generator().manual_seed(0), 1)
     for images in (attacked.adversarial, attacked.negative):
         assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
     assert (attacked.adversarial - x).abs().max() <= rounded.epsilon + 1e-6
-    losses = [training_loss(copy.deepcopy(model), x, labels, attacked, s).loss for s in (exact, rounded)]
+    losses = []
+    for precision in ("default", "bf16"):
+        trained = in_precision(copy.deepcopy(model), precision)
+        losses.append(training_loss(trained, x, labels, attacked, rounded).loss)
     assert losses[1].dtype == torch.float32
     assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=0.05)
     losses[1].backward()
@@ -352,7 +357,7 @@ def test_each_shape_is_compiled_by_itself(monkeypatch):
     torch.compiler.reset()
     model, x, labels = a_network(width=2)
     compile_for_training(model, torch.device("cpu"))
-    standing, s = Standing(model, compiled=True), settings(*RUN, "--strategy", "hard_adv")
+    standing, s = AttackCopy(model, compiled=True), settings(*RUN, "--strategy", "hard_adv")
     compiled = []
     for count in (8, 8, 5, 8):
         attacked = attack_batch(standing, x[:count], labels[:count], s, torch.Generator(), 1)
