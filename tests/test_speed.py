@@ -142,7 +142,7 @@ def test_batchnorm_over_several_ranks_is_an_affine_layer_in_attacks_on_a_card(mo
     torch.manual_seed(0)
     x, labels = some_batch(size=32)
     model = a_few_steps(build_model(arch, 4, width=1 if arch.startswith("WRN") else 4, image_size=32), x, labels)
-    monkeypatch.setattr(attacks, "affine_norms", lambda net: True)
+    monkeypatch.setattr("utils.system.attack_copy.affine_norms", lambda net: True)
     net = AttackCopy(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).net
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
     with torch.no_grad():
@@ -357,10 +357,10 @@ def test_each_shape_is_compiled_by_itself(monkeypatch):
     torch.compiler.reset()
     model, x, labels = a_network(width=2)
     compile_for_training(model, torch.device("cpu"))
-    standing, s = AttackCopy(model, compiled=True), settings(*RUN, "--strategy", "hard_adv")
+    attack_copy, s = AttackCopy(model, compiled=True), settings(*RUN, "--strategy", "hard_adv")
     compiled = []
     for count in (8, 8, 5, 8):
-        attacked = attack_batch(standing, x[:count], labels[:count], s, torch.Generator(), 1)
+        attacked = attack_batch(attack_copy, x[:count], labels[:count], s, torch.Generator(), 1)
         training_loss(model, x[:count], labels[:count], attacked, s).loss.backward()
         compiled.append(len(inputs_of_graphs))
     torch.compiler.reset()
