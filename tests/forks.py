@@ -59,16 +59,17 @@ def points():
     import torch
 
     from utils import attacks
+    from utils.training import job, records
     from utils.training import loop as training
 
     return {
         "attack": (training, "attack_batch"),
-        "loss": (training, "training_loss"),
+        "loss": (job, "training_loss"),
         "update": (torch.optim.SGD, "step"),
         "evaluation": (training, "verdicts"),
         "evaluation attack": (attacks, "linf_pgd"),
         "table": (csv.DictWriter, "writerows"),
-        "curves": (training, "save_or_note"),
+        "curves": (records, "save_or_note"),
         "save": (torch, "save"),
         "flush": (os, "fsync"),
         "rename": (os, "replace"),
@@ -152,10 +153,11 @@ def child(job):
     from utils.system.command import guarded
     from utils.system.options import parse_training
     from utils.training import loop as training
+    from utils.training import records
 
     quick = training.pgd40_heads
     training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
-    training.save_or_note = lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and ""
+    records.save_or_note = lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and ""
     faults = Faults(job["faults"])
     for name, (holder, attribute) in points().items():
         faults.patch(holder, attribute, name)
@@ -177,7 +179,7 @@ def main():
     import sklearn.datasets
     import torch
 
-    from utils import training  # noqa: F401
+    from utils.training import loop  # noqa: F401
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user

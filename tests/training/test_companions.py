@@ -204,9 +204,9 @@ def test_a_batch_of_extra_data_image_by_image(tmp_path):
 def test_an_epoch_sees_each_original_image_once(tmp_path, monkeypatch, short_runs):
     seen, real = [], training.train_step
 
-    def noting(job, batch, epoch):
+    def noting(job, batch):
         seen.append(len(batch.labels))
-        return real(job, batch, epoch)
+        return real(job, batch)
 
     monkeypatch.setattr(training, "train_step", noting)
     flags = ("--extra-data", extra_file(tmp_path / "extra.npz"), "--extra-fraction", 0.6, "--batch-size", 10)
@@ -303,11 +303,11 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
     straight = train(tmp_path / "1", *flags)
     real, calls = training.train_step, []
 
-    def stopping(job, batch, epoch):
+    def stopping(job, batch):
         calls.append(1)
         if len(calls) == 2:
-            job.stop = 15
-        return real(job, batch, epoch)
+            job.stop_signal = 15
+        return real(job, batch)
 
     monkeypatch.setattr(training, "train_step", stopping)
     with pytest.raises(Stopped):
@@ -335,14 +335,15 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     """Every step of a run against one by hand: AWP from its epoch on, the rate of the step, momentum as it is."""
     real, evaluated, looked, steps, averages = training.train_step, training.evaluate, [], [], []
 
-    def watched(job, batch, epoch):
+    def watched(job, batch):
+        epoch = job.progress.epoch
         model, generator = copy.deepcopy(job.model), torch.Generator()
         generator.set_state(job.generator.get_state())
         before, states = copy.deepcopy(model.state_dict()), job.optimizer.state.values()
         momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         momentum |= dict(zip(momentum, [state["momentum_buffer"].clone() for state in states], strict=False))
         averages[:] = averages or [dict(model.named_parameters())]
-        figures = real(job, batch, epoch)
+        figures = real(job, batch)
         x, group = as_input(batch.images), job.optimizer.param_groups[0]
         attacked = attack_batch(AttackCopy(model), x, batch.labels, job.settings, generator, epoch)
         own, share = len(steps) % 2, 0.05 * (epoch > 1)
