@@ -29,7 +29,6 @@ from tests.helpers import (
     SCRIPTS,
     assert_same_run,
     checkpoint,
-    digits_split,
     files,
     folder,
     image_folder,
@@ -48,7 +47,7 @@ from utils.step import first_head_right
 from utils.system.checkpoints import load_model
 from utils.system.errors import RunError, Stopped, UsageError, stop_signals
 from utils.system.options import parse, parse_training
-from utils.system.settings import Evaluation, Training, dataset_defaults
+from utils.system.settings import Evaluation
 from utils.training import job, records, runs
 
 TWO = ("--milestones", 2)
