@@ -28,7 +28,12 @@ class Nursery:
         alone.pop("RANK", None)
         command = [sys.executable, "-m", "tests.forks"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone, cwd=Path(__file__).parents[1]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=alone,
+            cwd=Path(__file__).parents[1],
         )
         return self
 
@@ -89,7 +94,11 @@ class Faults:
         if not self.pending:
             return
         fault = self.pending[0]
-        if (fault["at"], fault["call"], fault.get("when", "before")) == (name, self.since.get(name), when):
+        if (fault["at"], fault["call"], fault.get("when", "before")) == (
+            name,
+            self.since.get(name),
+            when,
+        ):
             self.pending.pop(0)
             self.since = {}
             self.strike(fault)
@@ -171,7 +180,9 @@ def child(job):
         guarded(lambda: training.run(parse_training("", RA, job["argv"])))
     finally:
         if job["user"] is None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
         Path(f"{job['out']}.calls").write_text(json.dumps(faults.calls))
 
 

@@ -15,7 +15,17 @@ from torch.func import functional_call
 
 import utils.training.loop as training
 from models import GATES, build_model
-from tests.helpers import ANCRA, ATTACK, assert_equal, digits_checkpoint, digits_split, execute, folder, settings, train
+from tests.helpers import (
+    ANCRA,
+    ATTACK,
+    assert_equal,
+    digits_checkpoint,
+    digits_split,
+    execute,
+    folder,
+    settings,
+    train,
+)
 from tests.test_reference import deviation
 from utils.data.datasets import as_input, load_extra, load_split, with_extra
 from utils.data.subject import load_subject
@@ -35,11 +45,21 @@ from utils.training.loop import attack_batch
 
 def awp_case(no_ra, method="trades"):
     torch.manual_seed(0)
-    model = build_model("ResNet18", 4, reverse_attention=not no_ra, width=2, image_size=16).double().train()
+    model = (
+        build_model("ResNet18", 4, reverse_attention=not no_ra, width=2, image_size=16)
+        .double()
+        .train()
+    )
     draw = partial(torch.rand, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     labels = torch.tensor([0, 1, 2, 3, 1, 2])
     attacked = Attacked(draw(6, 3, 16, 16), draw(6, 3, 16, 16), labels.roll(1))
-    return model, draw(6, 3, 16, 16), labels, attacked, replace(settings(), method=method, no_ra=no_ra)
+    return (
+        model,
+        draw(6, 3, 16, 16),
+        labels,
+        attacked,
+        replace(settings(), method=method, no_ra=no_ra),
+    )
 
 
 def ours(model, x, labels, attacked, s, gamma):
@@ -71,29 +91,42 @@ def by_hand(model, at, momentum, case, gamma, lr, restored="after"):
             return functional_call(model, moving | buffers, (images, gate, heads))
 
         loss = training_loss(network, *case).loss
-        return dict(zip(moving, torch.autograd.grad(loss, list(moving.values())), strict=True)), buffers
+        return dict(
+            zip(moving, torch.autograd.grad(loss, list(moving.values())), strict=True)
+        ), buffers
 
     first, _ = gradients(weights)
-    moves = {name: gamma * weights[name].norm() / (g.norm() + 1e-20) * g for name, g in first.items() if g.ndim > 1}
+    moves = {
+        name: gamma * weights[name].norm() / (g.norm() + 1e-20) * g
+        for name, g in first.items()
+        if g.ndim > 1
+    }
     moved = {name: w + moves.get(name, 0) for name, w in weights.items()}
     second, buffers = gradients(moved)
     begin = moved if restored == "after" else weights
     for name, gradient in second.items():
         momentum[name] = 0.9 * momentum[name] + gradient + case[-1].weight_decay * begin[name]
-        weights[name] = begin[name] - lr * momentum[name] - (moves.get(name, 0) if restored == "after" else 0)
+        weights[name] = (
+            begin[name] - lr * momentum[name] - (moves.get(name, 0) if restored == "after" else 0)
+        )
     return weights | buffers
 
 
 def derived(model, x, labels, attacked, s, gamma, restored="after"):
     """Two steps by hand."""
-    at = {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    at = {
+        name: value.detach().clone()
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    }
     momentum = {name: torch.zeros_like(w) for name, w in model.named_parameters()}
     for _ in range(2):
         at = by_hand(model, at, momentum, (x, labels, attacked, s), gamma, 0.1, restored)
     return at
 
 
-@pytest.mark.parametrize(("no_ra", "method"), [(False, "trades"), (True, "trades"), (False, "mart"), (False, "pgd")])
+@pytest.mark.parametrize(
+    ("no_ra", "method"), [(False, "trades"), (True, "trades"), (False, "mart"), (False, "pgd")]
+)
 def test_a_step_with_adversarial_weights(no_ra, method):
     case = awp_case(no_ra, method)
     start = copy.deepcopy(case[0].state_dict())
@@ -105,7 +138,10 @@ def test_a_step_with_adversarial_weights(no_ra, method):
         derived(awp_case(no_ra, method)[0], *case[1:], 0.01, restored="before"),
         derived(awp_case(no_ra, method)[0], *case[1:], 0.0),
     ):
-        assert max(deviation(found[name], wrong[name]) for name in dict(case[0].named_parameters())) > 1e-6
+        assert (
+            max(deviation(found[name], wrong[name]) for name in dict(case[0].named_parameters()))
+            > 1e-6
+        )
     assert any(not torch.equal(start[name], value) for name, value in found.items())
 
 
@@ -163,7 +199,9 @@ def test_learning_rates_at_ten_points():
     at = [0, 0.5, 1, 2.5, 4, 5, 7.5, 8, 9.5, 9.99]
     published = [learning_rate("milestones", 1.0, 10, t, milestones=(4, 9)) for t in at]
     assert published == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
-    assert [learning_rate("piecewise", 1.0, 10, t) for t in at] == pytest.approx([1] * 5 + [0.1] + [0.01] * 4)
+    assert [learning_rate("piecewise", 1.0, 10, t) for t in at] == pytest.approx(
+        [1] * 5 + [0.1] + [0.01] * 4
+    )
     cosine = [learning_rate("cosine", 2.0, 10, t) for t in at]
     assert cosine == pytest.approx([1 + math.cos(math.pi * t / 10) for t in at])
     cyclic = [learning_rate("cyclic", 1.0, 10, t) for t in at]
@@ -178,8 +216,13 @@ def test_learning_rates_at_ten_points():
 
 def extra_file(path, count=40, side=16, classes=10, **changes):
     draw = np.random.default_rng(0)
-    arrays = {"image": draw.integers(0, 256, (count, side, side, 3), np.uint8), "label": np.arange(count) % classes}
-    np.savez(path, **{name: array for name, array in (arrays | changes).items() if array is not None})
+    arrays = {
+        "image": draw.integers(0, 256, (count, side, side, 3), np.uint8),
+        "label": np.arange(count) % classes,
+    }
+    np.savez(
+        path, **{name: array for name, array in (arrays | changes).items() if array is not None}
+    )
     return path
 
 
@@ -209,7 +252,14 @@ def test_an_epoch_sees_each_original_image_once(tmp_path, monkeypatch, short_run
         return real(job, batch)
 
     monkeypatch.setattr(training, "train_step", noting)
-    flags = ("--extra-data", extra_file(tmp_path / "extra.npz"), "--extra-fraction", 0.6, "--batch-size", 10)
+    flags = (
+        "--extra-data",
+        extra_file(tmp_path / "extra.npz"),
+        "--extra-fraction",
+        0.6,
+        "--batch-size",
+        10,
+    )
     run = train(tmp_path, "--epochs", 1, "--limit-train", 30, *flags)
     assert seen == [10] * 7 + [8]  # 6 of each are extra; 2 of the 30 are left at the end
     assert "extra_fraction-0.6" in run.name
@@ -239,8 +289,22 @@ def test_extra_data_that_does_not_fit(tmp_path, changes, said):
 def test_extra_data_that_is_no_npz(tmp_path, refused):
     for content in (b"", b"PK\3\4 cut off", b"\x93NUMPY", b"text"):
         (tmp_path / "extra.npz").write_bytes(content)
-        refused(ANCRA, "--dataset=digits", "--extra-data", tmp_path / "extra.npz", "--model-dir", tmp_path / "run")
-    refused(ANCRA, "--dataset=digits", "--extra-data", tmp_path / "none.npz", "--model-dir", tmp_path / "run")
+        refused(
+            ANCRA,
+            "--dataset=digits",
+            "--extra-data",
+            tmp_path / "extra.npz",
+            "--model-dir",
+            tmp_path / "run",
+        )
+    refused(
+        ANCRA,
+        "--dataset=digits",
+        "--extra-data",
+        tmp_path / "none.npz",
+        "--model-dir",
+        tmp_path / "run",
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +323,10 @@ def test_extra_data_that_is_no_npz(tmp_path, refused):
         (("--extra-fraction=0.5",), "--extra-fraction is of --extra-data, which is off"),
         (("--no-ra", "--gate=soft"), "--gate is of reverse attention, which is off"),
         (("--no-ra", "--ra_blocks=1"), "--ra-blocks is of reverse attention, which is off"),
-        (("--awp=0.005", "--epochs=10"), "--awp never acts: all 10 epochs are its warm-up; lower --awp-warmup"),
+        (
+            ("--awp=0.005", "--epochs=10"),
+            "--awp never acts: all 10 epochs are its warm-up; lower --awp-warmup",
+        ),
         (("--gate=hard",), "invalid choice"),
         (("--ra-blocks=3",), "from 1 to 2"),
     ],
@@ -281,7 +348,9 @@ def test_label_smoothing_is_of_cross_entropy_alone():
     natural, adversarial, labels = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 4])
     smooth = 0.9 * F.cross_entropy(natural, labels) - 0.1 * F.log_softmax(natural, 1).mean()
     plain = trades_loss(natural, adversarial, labels, 6.0) - F.cross_entropy(natural, labels)
-    assert trades_loss(natural, adversarial, labels, 6.0, 0.1).item() == pytest.approx((smooth + plain).item(), rel=1e-5)
+    assert trades_loss(natural, adversarial, labels, 6.0, 0.1).item() == pytest.approx(
+        (smooth + plain).item(), rel=1e-5
+    )
     assert pgd_loss(natural, labels, 0.1).item() == pytest.approx(smooth.item(), rel=1e-5)
 
 
@@ -299,7 +368,13 @@ EVERYTHING = (
 
 
 def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkeypatch, short_runs):
-    flags = (*EVERYTHING, "--extra-data", extra_file(tmp_path / "extra.npz"), "--gate=soft", "--epochs=2")
+    flags = (
+        *EVERYTHING,
+        "--extra-data",
+        extra_file(tmp_path / "extra.npz"),
+        "--gate=soft",
+        "--epochs=2",
+    )
     straight = train(tmp_path / "1", *flags)
     real, calls = training.train_step, []
 
@@ -314,7 +389,10 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
         train(tmp_path / "2", *flags)
     monkeypatch.setattr(training, "train_step", real)
     train(tmp_path / "2", "--resume", folder(tmp_path / "2"))
-    one, other = (torch.load(run / "last_state.pt", weights_only=True) for run in (straight, folder(tmp_path / "2")))
+    one, other = (
+        torch.load(run / "last_state.pt", weights_only=True)
+        for run in (straight, folder(tmp_path / "2"))
+    )
     for key in ("model", "average", "average_steps", "generator", "optimizer"):
         assert_equal(one[key], other[key], key)
     best = load_model(straight / "model-wrn-last.pt")[0].state_dict()
@@ -328,7 +406,9 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
     averaged += ", lr warm-up 1, gate soft"
     assert named == [averaged, f"{averaged}, not averaged", "ANCRA-TRADES"]
     assert "awp-0.01" in straight.name and "ema-0.9" in straight.name
-    assert len(straight.name) == 200 and re.search("-[0-9a-f]{8}$", straight.name)  # too long for a name, and cut
+    assert len(straight.name) == 200 and re.search(
+        "-[0-9a-f]{8}$", straight.name
+    )  # too long for a name, and cut
 
 
 def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch, short_runs):
@@ -341,7 +421,9 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
         generator.set_state(job.generator.get_state())
         before, states = copy.deepcopy(model.state_dict()), job.optimizer.state.values()
         momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        momentum |= dict(zip(momentum, [state["momentum_buffer"].clone() for state in states], strict=False))
+        momentum |= dict(
+            zip(momentum, [state["momentum_buffer"].clone() for state in states], strict=False)
+        )
         averages[:] = averages or [dict(model.named_parameters())]
         figures = real(job, batch)
         x, group = as_input(batch.images), job.optimizer.param_groups[0]
@@ -351,11 +433,15 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
         lr = 0.03 * (done if done < 1 else (1 + math.cos(math.pi * (done - 1) / 2)) / 2)
         assert group["lr"] == pytest.approx(lr, abs=1e-9) and group["momentum"] == 0.9
         case = x, batch.labels, attacked, job.settings
-        expected, wrong = (by_hand(model, before, dict(momentum), case, of, lr) for of in (share, 0.05 - share))
+        expected, wrong = (
+            by_hand(model, before, dict(momentum), case, of, lr) for of in (share, 0.05 - share)
+        )
         found = job.model.state_dict()
         assert max(deviation(found[name], expected[name]) for name in momentum) < 1e-4
         assert lr == 0 or max(deviation(found[name], wrong[name]) for name in momentum) > 1e-3
-        averages[0] = {name: decay * averages[0][name] + (1 - decay) * found[name] for name in momentum}
+        averages[0] = {
+            name: decay * averages[0][name] + (1 - decay) * found[name] for name in momentum
+        }
         for name, value in job.average.model.named_parameters():
             assert deviation(value, averages[0][name]) < 1e-5
         steps.append(epoch)
@@ -367,9 +453,24 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
 
     monkeypatch.setattr(training, "train_step", watched)
     monkeypatch.setattr(training, "evaluate", noting)
-    flags = ("--awp=0.05", "--awp-warmup=1", "--ema=0.3", "--lr-schedule=cosine", "--warmup-lr=1", "--width=4")
+    flags = (
+        "--awp=0.05",
+        "--awp-warmup=1",
+        "--ema=0.3",
+        "--lr-schedule=cosine",
+        "--warmup-lr=1",
+        "--width=4",
+    )
     flags += ("--weight-decay=1",)  # which tells perturbed weights from others
-    train(tmp_path, *flags, "--epochs=3", "--limit-train=32", "--batch-size=16", "--lr=0.03", "--eval-interval=1")
+    train(
+        tmp_path,
+        *flags,
+        "--epochs=3",
+        "--limit-train=32",
+        "--batch-size=16",
+        "--lr=0.03",
+        "--eval-interval=1",
+    )
     assert steps == [1, 1, 2, 2, 3, 3] and looked == [True] * 3
 
 
@@ -398,7 +499,9 @@ def test_gates_by_their_definitions():
             first = model(x, (probabilities, attacked.auxiliary[1].softmax(1)), heads=True)
             assert torch.allclose(first.final, attacked.final, atol=1e-6)
             (gradient,) = torch.autograd.grad(
-                model(x.requires_grad_(), heads=True).final.sum(), model.fc.weight, allow_unused=False
+                model(x.requires_grad_(), heads=True).final.sum(),
+                model.fc.weight,
+                allow_unused=False,
             )
             assert gradient.abs().sum() > 0
 
@@ -422,10 +525,22 @@ def test_a_head_that_answers_and_one_block(tmp_path):
     assert len(one(x, heads=True).auxiliary) == 1
     plain = build_model("PreActResNet18", 4, width=4, image_size=16, reverse_attention=False).eval()
     plain.load_state_dict(model.state_dict())
-    assert torch.allclose(one(x, heads=True).auxiliary[0], plain(x), atol=1e-6)  # its map comes before any weighting
-    assert list(views(True, 2.0, ra_blocks=1)) == ["final", "auxiliary 1", "over heads", "smooth gates"]
+    assert torch.allclose(
+        one(x, heads=True).auxiliary[0], plain(x), atol=1e-6
+    )  # its map comes before any weighting
+    assert list(views(True, 2.0, ra_blocks=1)) == [
+        "final",
+        "auxiliary 1",
+        "over heads",
+        "smooth gates",
+    ]
     assert "smooth gates" not in views(True, 2.0, gate="soft")
-    assert list(views(True, 2.0, gate="none")) == ["final", "auxiliary 1", "mean auxiliary", "over heads"]
+    assert list(views(True, 2.0, gate="none")) == [
+        "final",
+        "auxiliary 1",
+        "mean auxiliary",
+        "over heads",
+    ]
 
 
 def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
@@ -435,14 +550,29 @@ def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
     record = json.loads((tmp_path / "white_attack.json").read_text())
     images = as_input(load_split("digits", "test", "", 16, 8).images)
     expected = load_model(file)[0](images, heads=True).auxiliary[0].argmax(1).tolist()
-    assert record["predicted"]["natural"] == expected and record["settings"]["predict"] == "auxiliary1"
+    assert (
+        record["predicted"]["natural"] == expected and record["settings"]["predict"] == "auxiliary1"
+    )
     assert load_model(file, predict="auxiliary1")[0](images).argmax(1).tolist() == expected
     with pytest.raises(TypeError, match="nothing known as predicts"):
         load_model(file, predicts="auxiliary1")
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
     refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))
-    refused(ATTACK, "--ckpt_url", file, "--no-ra", "--gate=soft", mentions=("--gate and --no-ra contradict",))
-    refused(ATTACK, "--model", "x:f", "--predict=auxiliary1", mentions=("--predict and --model contradict",))
+    refused(
+        ATTACK,
+        "--ckpt_url",
+        file,
+        "--no-ra",
+        "--gate=soft",
+        mentions=("--gate and --no-ra contradict",),
+    )
+    refused(
+        ATTACK,
+        "--model",
+        "x:f",
+        "--predict=auxiliary1",
+        mentions=("--predict and --model contradict",),
+    )
 
 
 WRAPPED = """
@@ -455,7 +585,13 @@ def make():
 def test_under_attack_a_head_that_answers_is_a_network_of_its_own(tmp_path):
     file = digits_checkpoint(tmp_path / "best_adv_model.pt")
     (tmp_path / "wrapped.py").write_text(WRAPPED.format(file=str(file)))
-    flags = ("--n-examples=24", "--num-steps=8", "--device=cpu", "--epsilon=0.15", "--attacks=natural,fgsm,pgd,cw")
+    flags = (
+        "--n-examples=24",
+        "--num-steps=8",
+        "--device=cpu",
+        "--epsilon=0.15",
+        "--attacks=natural,fgsm,pgd,cw",
+    )
     elsewhere = ("--model", f"{tmp_path}/wrapped.py:make", "--dataset=digits", "--image-size=16")
     found = []
     for network in (("--ckpt_url", file, "--predict=auxiliary1"), elsewhere, ("--ckpt_url", file)):
@@ -469,6 +605,12 @@ def test_under_attack_a_head_that_answers_is_a_network_of_its_own(tmp_path):
 def test_a_published_file_answers_by_a_head_too(tmp_path, capsys):
     model = load_model(digits_checkpoint(tmp_path / "run.pt"))[0]
     torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.pt")
-    flags = ("--dataset=digits", "--n-examples=8", "--attacks=natural", "--device=cpu", "--predict=auxiliary2")
+    flags = (
+        "--dataset=digits",
+        "--n-examples=8",
+        "--attacks=natural",
+        "--device=cpu",
+        "--predict=auxiliary2",
+    )
     assert execute(ATTACK, "--ckpt_url", tmp_path / "bare.pt", *flags) == 0
     assert "taken for ResNet18" in capsys.readouterr().out

@@ -38,6 +38,8 @@ def test_two_thousand_steps_hold_no_more_memory_and_files(tmp_path, monkeypatch)
     first, last = max(memory[400:500]), max(memory[1900:])
     print(f"{first / 1e6:.1f} MB at step 500, {last / 1e6:.1f} MB at step 2000; {max(files)} files")
     assert last <= 1.02 * first
-    assert max(files[1000:]) <= max(files[:1000])  # matplotlib keeps two fonts open once it has drawn
+    assert max(files[1000:]) <= max(
+        files[:1000]
+    )  # matplotlib keeps two fonts open once it has drawn
     assert len(os.listdir("/proc/self/fd")) <= max(files) - 1  # the lock is released
     assert (run / "train.log").stat().st_size < 10_000

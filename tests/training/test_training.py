@@ -71,16 +71,39 @@ def test_every_method_with_and_without_each_part(tmp_path, method, flags):
     assert (float(row["contrast"]) > 0) == ("--no-anc" not in flags)
 
 
-@pytest.mark.parametrize("strategy", [s + a for s in ("random", "soft", "hard", "easy") for a in ("", "_adv")])
+@pytest.mark.parametrize(
+    "strategy", [s + a for s in ("random", "soft", "hard", "easy") for a in ("", "_adv")]
+)
 def test_every_strategy_with_several_negatives(tmp_path, strategy):
-    run = train(tmp_path, "--strategy", strategy, "--sample_class_number", 2, "--sample_number", 2, "--epochs", 1)
+    run = train(
+        tmp_path,
+        "--strategy",
+        strategy,
+        "--sample_class_number",
+        2,
+        "--sample_number",
+        2,
+        "--epochs",
+        1,
+    )
     assert f"strategy-{strategy}-" in run.name and len(metrics(run)) == 1
 
 
 @pytest.mark.parametrize("arch", ["WRN-28-10", "PreActResNet18"])
 @pytest.mark.parametrize("recipe", [RA, PLAIN])
 def test_other_networks_and_objectives(tmp_path, arch, recipe):
-    flags = ("--arch", arch, "--width", 1, "--epochs", 1, "--inner", "kl", "--augmentation", "crop-flip")
+    flags = (
+        "--arch",
+        arch,
+        "--width",
+        1,
+        "--epochs",
+        1,
+        "--inner",
+        "kl",
+        "--augmentation",
+        "crop-flip",
+    )
     run = train(tmp_path, *flags, recipe=recipe)
     model, info = load_model(run)
     assert info["arch"] == arch and info["reverse_attention"] == (recipe is RA)
@@ -93,23 +116,33 @@ def test_what_a_run_writes(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     published, special = run.name.split("-digits-")
     assert published == "run-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1"
-    assert special == "batch_size-10-num_steps-2-warmup_epochs-0-width-4-limit_train-24-limit_test-12"
+    assert (
+        special == "batch_size-10-num_steps-2-warmup_epochs-0-width-4-limit_train-24-limit_test-12"
+    )
     assert {f.name for f in run.iterdir()} == {
         "model-wrn-last.pt", "model-2.pt", "best_adv_model.pt", "last_state.pt", "train.log", "metrics.csv",
         "run.json", "training_curves.png", "training_curves.pdf",
     }  # fmt: skip
     assert (run / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
     record = json.loads((run / "run.json").read_text())
-    assert record["settings"]["epsilon"] == 0.1 and record["seed"] == 1 and record["versions"]["torch"]
+    assert (
+        record["settings"]["epsilon"] == 0.1 and record["seed"] == 1 and record["versions"]["torch"]
+    )
     rows = metrics(run)
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    best = max(rows, key=lambda row: (float(row["pgd40_heads_accuracy"]), float(row["natural_accuracy"])))
+    best = max(
+        rows, key=lambda row: (float(row["pgd40_heads_accuracy"]), float(row["natural_accuracy"]))
+    )
     assert load_model(run)[1]["epoch"] == int(best["epoch"])
     assert [row["selected"] for row in rows] == ["01"[row is best] for row in rows]
-    assert all(len(value) <= 15 for row in rows for value in row.values())  # 0.0001, not 0.00010000000000000002
+    assert all(
+        len(value) <= 15 for row in rows for value in row.values()
+    )  # 0.0001, not 0.00010000000000000002
     assert "trades, reverse attention" in said and "test_white_attack.py --ckpt_url" in said
     assert said.splitlines()[-4:] == (run / "train.log").read_text().splitlines()[-4:]
-    assert said.splitlines()[-1].endswith("best_adv_model.pt")  # eps and step are the data set's own
+    assert said.splitlines()[-1].endswith(
+        "best_adv_model.pt"
+    )  # eps and step are the data set's own
 
 
 def test_the_evaluation_that_a_run_recommends_takes_its_eps_and_step(tmp_path, capsys):
@@ -117,19 +150,27 @@ def test_the_evaluation_that_a_run_recommends_takes_its_eps_and_step(tmp_path, c
     command = capsys.readouterr().out.splitlines()[-1]
     assert command.endswith("best_adv_model.pt --epsilon 32/255 --step-size 0.1")
     argv = command.partition("test_white_attack.py ")[2].split()
-    assert (parse(Evaluation, "", argv).epsilon, parse(Evaluation, "", argv).step_size) == (32 / 255, 0.1)
+    assert (parse(Evaluation, "", argv).epsilon, parse(Evaluation, "", argv).step_size) == (
+        32 / 255,
+        0.1,
+    )
 
 
 def test_the_best_epoch_is_the_most_robust_then_the_most_accurate_then_the_first():
     figures = [(50.0, 20.0), (60.0, 30.0), (None, None), (70.0, 30.0), (70.0, 30.0), (90.0, 10.0)]
-    rows = [{"epoch": i, "natural_accuracy": n, "pgd40_heads_accuracy": r} for i, (n, r) in enumerate(figures)]
+    rows = [
+        {"epoch": i, "natural_accuracy": n, "pgd40_heads_accuracy": r}
+        for i, (n, r) in enumerate(figures)
+    ]
     assert records.best_row(rows)["epoch"] == 3 and records.best_row(rows[2:3]) is None
 
 
 def test_a_network_that_answers_one_class_is_named(tmp_path, monkeypatch, capsys):
     train(tmp_path / "1", "--epochs", 1, "--limit-test", 30, "--limit-train", 200)
     assert "at chance" not in capsys.readouterr().out
-    monkeypatch.setattr(training, "verdicts", lambda net, split, *rest, **more: split.labels == split.labels[0])
+    monkeypatch.setattr(
+        training, "verdicts", lambda net, split, *rest, **more: split.labels == split.labels[0]
+    )
     run = train(tmp_path / "2", "--epochs", 1)
     log = (run / "train.log").read_text().splitlines()
     named = [line for line in log if ", at chance: one class for every image attains " in line]
@@ -143,7 +184,9 @@ def test_curves_that_cannot_be_drawn_are_one_note(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "save_or_note", save_or_note)
     monkeypatch.setattr(records, "draw_curves", fail)
     run = train(tmp_path, "--width", 1)
-    notes = [line for line in (run / "train.log").read_text().splitlines() if line.startswith("note: ")]
+    notes = [
+        line for line in (run / "train.log").read_text().splitlines() if line.startswith("note: ")
+    ]
     assert len(notes) == 1 and "training_curves.png is not drawn (ImportError: numpy" in notes[0]
     assert len(metrics(run)) == 2 and load_model(run) and not (run / "training_curves.png").exists()
 
@@ -291,24 +334,42 @@ def test_what_is_not_finite_names_its_own_batch(tmp_path, monkeypatch, wrong):
         calls.append(1)
         if len(calls) == 2:
             zero = 0 * model.classifier.bias.sum()
-            terms = terms._replace(loss=terms.loss + (zero + math.nan if wrong == "loss" else zero.sqrt()))
+            terms = terms._replace(
+                loss=terms.loss + (zero + math.nan if wrong == "loss" else zero.sqrt())
+            )
         return terms
 
     monkeypatch.setattr(job, "training_loss", failing)
     what = {"loss": "the loss is nan", "gradient": "the norm of its gradients is nan"}[wrong]
-    with pytest.raises(RunError, match=rf"{what} in epoch 1, batch 2; the last good checkpoint is .*last_state.pt"):
+    with pytest.raises(
+        RunError, match=rf"{what} in epoch 1, batch 2; the last good checkpoint is .*last_state.pt"
+    ):
         train(tmp_path, *TWO)
     saved = state(folder(tmp_path))
-    assert all(value.isfinite().all() for value in saved["model"].values()) and saved["progress"]["done"] == 0
+    assert (
+        all(value.isfinite().all() for value in saved["model"].values())
+        and saved["progress"]["done"] == 0
+    )
 
 
-@pytest.mark.parametrize(("flags", "kl"), [((), True), (("--method", "mart"), True), (("--method", "pgd"), False)])
+@pytest.mark.parametrize(
+    ("flags", "kl"), [((), True), (("--method", "mart"), True), (("--method", "pgd"), False)]
+)
 def test_metrics_hold_the_terms_of_the_loss(tmp_path, flags, kl):
-    (row,) = metrics(train(tmp_path, *flags, "--epochs", 1, "--zeta", 3, "--beta", 4, "--eval-interval", 9))
-    values = {key: float(row[key]) for key in ("loss", "contrast", "cross_entropy", "kl", "auxiliary")}
+    (row,) = metrics(
+        train(tmp_path, *flags, "--epochs", 1, "--zeta", 3, "--beta", 4, "--eval-interval", 9)
+    )
+    values = {
+        key: float(row[key]) for key in ("loss", "contrast", "cross_entropy", "kl", "auxiliary")
+    }
     assert (values["kl"] > 0) == kl and values["cross_entropy"] > 0 and values["auxiliary"] > 0
     if not flags:  # the others' first term is not a cross-entropy alone, or has no KL
-        total = values["cross_entropy"] + 4 * values["kl"] + values["auxiliary"] + 3 * values["contrast"]
+        total = (
+            values["cross_entropy"]
+            + 4 * values["kl"]
+            + values["auxiliary"]
+            + 3 * values["contrast"]
+        )
         assert values["loss"] == pytest.approx(total, rel=1e-5)
     if flags[1:] == ("pgd",):
         total = values["cross_entropy"] + values["auxiliary"] + 3 * values["contrast"]
@@ -331,11 +392,17 @@ def test_tensorboard_is_written_where_it_is_asked_for(tmp_path, monkeypatch):
         def add_scalar(self, name, value, epoch):
             written.append((name, value, epoch))
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or real(name))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "tensorboard" or real(name)
+    )
     run = train(tmp_path / "1", "--epochs", 1, "--tensorboard")
     assert written[0] == run / "tensorboard" and ("lr", 0.03, 1) in written
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name)
+    )
     with pytest.raises(UsageError, match="--tensorboard needs the package tensorboard"):
         train(tmp_path / "2", "--tensorboard")
     assert not list((tmp_path / "2").glob("*"))
@@ -345,7 +412,9 @@ def test_what_is_there_stays(straight, tmp_path, capsys):
     """A second run does not overwrite the first, and a resume has nothing left to train."""
     run = Path(shutil.copytree(straight, tmp_path / straight.name))
     before = files(run)
-    with pytest.raises(UsageError, match=r"holds a run already; continue it by --resume, or name .* --model-dir"):
+    with pytest.raises(
+        UsageError, match=r"holds a run already; continue it by --resume, or name .* --model-dir"
+    ):
         train(tmp_path, *TWO)
     assert files(run) == before
     resume(run)
@@ -364,7 +433,9 @@ def test_restart_from_weights_with_a_fresh_optimiser(tmp_path, capsys):
     published = {f"module.{key.replace('fc.', 'linear.')}": value for key, value in weights.items()}
     torch.save({"model_ema": weights, "net": published, "epoch": 1}, tmp_path / "published.pt")
     capsys.readouterr()
-    assert_same_run(again, train(tmp_path / "3", "--restart_epoch", 1, "--ckpt_url", tmp_path / "published.pt"))
+    assert_same_run(
+        again, train(tmp_path / "3", "--restart_epoch", 1, "--ckpt_url", tmp_path / "published.pt")
+    )
     assert "note: published.pt: weights: net.module" in capsys.readouterr().out
 
 
@@ -380,7 +451,9 @@ def test_restart_takes_the_weights_of_the_epoch_from_a_run_folder(tmp_path):
         assert_same_run(by_folder, by_file)
         assert f"from the weights in {file}" in (by_folder / "train.log").read_text()
     numbered.unlink()
-    with pytest.raises(UsageError, match=r"no weights of epoch 7, but model-wrn-last\.pt of epoch 3"):
+    with pytest.raises(
+        UsageError, match=r"no weights of epoch 7, but model-wrn-last\.pt of epoch 3"
+    ):
         train(tmp_path / "7", "--epochs", 8, "--restart_epoch", 7, "--ckpt_url", first)
     assert not (tmp_path / "7").exists()
 
@@ -391,25 +464,35 @@ def test_the_line_evaluate_by_works_from_the_current_folder(tmp_path, monkeypatc
         monkeypatch.chdir(here)
         run = train(tmp_path / here.name, "--epochs", 1)
         log = (run / "train.log").read_text().splitlines()
-        (lines[here],) = [line.partition("evaluate by: ")[2] for line in log if line.startswith("evaluate by")]
+        (lines[here],) = [
+            line.partition("evaluate by: ")[2] for line in log if line.startswith("evaluate by")
+        ]
         script = shlex.split(lines[here])[1]
         assert (here / script).resolve() == ROOT / "test_white_attack.py"
     assert lines[ROOT].startswith("python test_white_attack.py ")
 
 
-def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(
+    tmp_path, monkeypatch
+):
     real = job.training_loss
 
     def failing(model, x, *args):
         terms = real(model, x, *args)
-        return terms._replace(loss=terms.loss * float("nan")) if len(x) == 4 and failing.armed else terms
+        return (
+            terms._replace(loss=terms.loss * float("nan"))
+            if len(x) == 4 and failing.armed
+            else terms
+        )
 
     failing.armed = False
     monkeypatch.setattr(job, "training_loss", failing)
     run = train(tmp_path, "--epochs", 1)
     before = (run / "last_state.pt").read_bytes()
     failing.armed = True
-    with pytest.raises(RunError, match=r"nan in epoch 2, batch 3; the last good checkpoint is .*last_state.pt"):
+    with pytest.raises(
+        RunError, match=r"nan in epoch 2, batch 3; the last good checkpoint is .*last_state.pt"
+    ):
         train(tmp_path, "--epochs", 2, "--resume")
     assert (run / "last_state.pt").read_bytes() == before
 
@@ -422,11 +505,22 @@ def test_weights_ruined_by_the_last_step_do_not_replace_the_last_good_state(tmp_
 
 
 def test_settings_that_change_the_result_have_folders_of_their_own():
-    flags = [[], *(f.split() for f in ("--batch-size 64", "--milestones 5,6", "--wd 0.1", "--val-size 9", "--no-ra"))]
+    flags = [
+        [],
+        *(
+            f.split()
+            for f in ("--batch-size 64", "--milestones 5,6", "--wd 0.1", "--val-size 9", "--no-ra")
+        ),
+    ]
     names = {runs.run_folder(parse_training("", RA, flag)) for flag in flags}
     assert len(names) == len(flags)
     assert Path("model/ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1") in names
-    same = [["--model-dir", "./model/ANCRA/"], ["--model-dir", "model/ANCRA\\"], ["--epochs", "5"], ["--no-cuda"]]
+    same = [
+        ["--model-dir", "./model/ANCRA/"],
+        ["--model-dir", "model/ANCRA\\"],
+        ["--epochs", "5"],
+        ["--no-cuda"],
+    ]
     assert {runs.run_folder(parse_training("", RA, flag)) for flag in same} <= names
 
 
@@ -436,27 +530,43 @@ def named(*flags, recipe=RA):
 
 def test_a_folder_s_name_says_what_acts_and_nothing_else(tmp_path, monkeypatch):
     plain = PLAIN | {"model_dir": "./model/TRADES"}
-    assert named(recipe=plain) == named("--zeta", 2, "--strategy", "soft", recipe=plain) == "TRADES-beta-6.0-seed-1"
+    assert (
+        named(recipe=plain)
+        == named("--zeta", 2, "--strategy", "soft", recipe=plain)
+        == "TRADES-beta-6.0-seed-1"
+    )
     assert named("--method", "pgd", "--beta", 2, recipe=plain) == "PGD-seed-1"
     assert named("--method", "mart", "--lr", 1, recipe=plain) == "MART-beta-5.0-seed-1-lr-1.0"
     assert named("--no-ra", "--cr_beta", 1) == named("--no-ra")
-    assert named("--method", "pgd") == "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-pgd"
+    assert (
+        named("--method", "pgd")
+        == "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-pgd"
+    )
     assert named("--tag", "wider gate") == named() + "-tag-wider gate"
     monkeypatch.chdir(tmp_path)
-    one, other = (named("--dataset", "folder", "--data-dir", tmp_path / part / "cats") for part in "ab")
+    one, other = (
+        named("--dataset", "folder", "--data-dir", tmp_path / part / "cats") for part in "ab"
+    )
     assert one != other and "-folder-cats-" in one
-    assert named("--dataset", "folder", "--data-dir", "a/cats/") == one and named("--data-dir", "a") == named()
+    assert (
+        named("--dataset", "folder", "--data-dir", "a/cats/") == one
+        and named("--data-dir", "a") == named()
+    )
 
 
 def test_a_run_that_failed_before_its_first_step_has_no_claim(straight, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RunError):
-        patch.setattr(training, "attack_batch", lambda *args: (_ for _ in ()).throw(RunError("no memory")))
+        patch.setattr(
+            training, "attack_batch", lambda *args: (_ for _ in ()).throw(RunError("no memory"))
+        )
         train(tmp_path, *TWO)
     assert state(folder(tmp_path))["progress"]["rows"] == []
     assert_same_run(straight, train(tmp_path, *TWO))
 
 
-def test_overwriting_says_what_is_lost_and_keeps_what_is_not_the_run_s(straight, tmp_path, monkeypatch, capsys):
+def test_overwriting_says_what_is_lost_and_keeps_what_is_not_the_run_s(
+    straight, tmp_path, monkeypatch, capsys
+):
     run = Path(shutil.copytree(straight, tmp_path / straight.name))
     lost = {
         "tensorboard/events.out.tfevents.1.host.2.0", "white_attack.blocks/pgd-40-0.npz", "white_attack.json",
@@ -467,8 +577,15 @@ def test_overwriting_says_what_is_lost_and_keeps_what_is_not_the_run_s(straight,
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("mine")
     before = files(run)
-    with monkeypatch.context() as patch, pytest.raises(UsageError):  # whatever is wrong, nothing is lost
-        patch.setattr(training, "load_training_data", lambda *args: (_ for _ in ()).throw(UsageError("no data")))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UsageError),
+    ):  # whatever is wrong, nothing is lost
+        patch.setattr(
+            training,
+            "load_training_data",
+            lambda *args: (_ for _ in ()).throw(UsageError("no data")),
+        )
         train(tmp_path, *TWO, "--overwrite")
     assert files(run) == before
     train(tmp_path, *TWO, "--overwrite", "--epochs", 1)
@@ -494,7 +611,9 @@ def test_a_bare_resume_means_the_run_of_exactly_this_command(straight, tmp_path)
         ("--lr-schedule", "cosine"): "--lr-schedule cosine, the run has milestones",
         ("--no-anc",): "--no-anc True, the run has False",
     }.items():
-        with pytest.raises(UsageError, match="does not exist; name a run by --resume PATH: ") as refusal:
+        with pytest.raises(
+            UsageError, match="does not exist; name a run by --resume PATH: "
+        ) as refusal:
             train(tmp_path, *TWO, *flags, "--resume")
         said = str(refusal.value)
         assert f"{run} ({differing})" in said
@@ -517,17 +636,24 @@ def test_a_bare_resume_means_the_run_of_exactly_this_command(straight, tmp_path)
         (("--lr", 0.03, "--zeta", 2, "--epochs", 9), "--zeta 2.0, the run has 3.0"),
         (("--no-anc",), "--no-anc True, the run has False"),
         (("--milestones", "11,14"), "--milestones 11,14, the run has 2"),
-        (("--gate", "soft", "--batch-size", 12), "--batch-size 12, the run has 10; --gate soft, the run has label"),
+        (
+            ("--gate", "soft", "--batch-size", 12),
+            "--batch-size 12, the run has 10; --gate soft, the run has label",
+        ),
         (("--extra-data", "x.npz"), "--extra-data x.npz, the run has None"),
     ],
 )
-def test_a_given_setting_that_the_named_run_has_otherwise_is_an_error(straight, tmp_path, flags, said):
+def test_a_given_setting_that_the_named_run_has_otherwise_is_an_error(
+    straight, tmp_path, flags, said
+):
     """Also a default that is given; and the runs that there are are named."""
     run = Path(shutil.copytree(straight, tmp_path / straight.name))
     before = files(tmp_path)
     with pytest.raises(UsageError) as refusal:
         resume(run, "--model-dir", tmp_path / "run", *flags)
-    assert f"--resume: {said}; name the run" in str(refusal.value) and f"{run} (--" in str(refusal.value)
+    assert f"--resume: {said}; name the run" in str(refusal.value) and f"{run} (--" in str(
+        refusal.value
+    )
     assert files(tmp_path) == before
 
 
@@ -549,7 +675,12 @@ def test_a_bare_resume_does_not_trust_a_folder_s_name(straight, tmp_path):
 
 def test_what_acts_nowhere_in_a_run_may_be_given_to_its_resume(tmp_path):
     run = train(tmp_path, "--epochs", 1, recipe=PLAIN)
-    assert "--zeta" not in (resume(run, "--zeta", 9, "--strategy", "soft", "--seed", 1) / "train.log").read_text()
+    assert (
+        "--zeta"
+        not in (
+            resume(run, "--zeta", 9, "--strategy", "soft", "--seed", 1) / "train.log"
+        ).read_text()
+    )
     assert state(run)["recipe"]["zeta"] == 3
 
 
@@ -562,7 +693,18 @@ def test_run_json_keeps_what_resumes_were_given(tmp_path):
 
 
 def of_pets(root, *flags):
-    train(root, "--dataset", "folder", "--data-dir", root / "pets", "--image-size", 16, "--epochs", 1, *flags)
+    train(
+        root,
+        "--dataset",
+        "folder",
+        "--data-dir",
+        root / "pets",
+        "--image-size",
+        16,
+        "--epochs",
+        1,
+        *flags,
+    )
 
 
 def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
@@ -571,22 +713,34 @@ def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
     of_pets(tmp_path)
     run = folder(tmp_path)
     record = json.loads((run / "run.json").read_text())
-    assert record["checksums"] == state(run)["checksums"] == torch.load(run / "best_adv_model.pt")["checksums"]
+    assert (
+        record["checksums"]
+        == state(run)["checksums"]
+        == torch.load(run / "best_adv_model.pt")["checksums"]
+    )
     assert record["checksums"].keys() == {"training", "selection", "test"}
     said = capsys.readouterr().out
-    assert "cat: 3, dog: 3" in said and "on the val part (6 images)" in said and "best epoch on the test set" in said
+    assert (
+        "cat: 3, dog: 3" in said
+        and "on the val part (6 images)" in said
+        and "best epoch on the test set" in said
+    )
     resume(run, "--epochs", 2)
     said = capsys.readouterr().out
     assert "other images" not in said
     for part in ("train", "test"):
         png(pets / part / "dog" / "1.png", pixels(77, 16, 16, 3))
     before = files(run)
-    with pytest.raises(UsageError, match=r"has other training and test images than .*last_state.pt.*--other-data"):
+    with pytest.raises(
+        UsageError, match=r"has other training and test images than .*last_state.pt.*--other-data"
+    ):
         resume(run, "--epochs", 3)
     assert files(run) == before
     resume(run, "--epochs", 3, "--other-data")
     assert "other images than before, by --other-data" in capsys.readouterr().out
-    assert state(run)["checksums"] != record["checksums"] and "other_data" not in state(run)["recipe"]
+    assert (
+        state(run)["checksums"] != record["checksums"] and "other_data" not in state(run)["recipe"]
+    )
     resume(run, "--epochs", 4)  # the word was for those images; these are the run's own now
     assert "other images" not in capsys.readouterr().out
 
@@ -668,7 +822,9 @@ def test_accuracies_of_training_forwards_do_not_see_the_label():
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("train_")])
 def test_scripts_take_their_recipe(script):
     said = python(ROOT / script, "--help").stdout
-    arch = "PreActResNet18" if "PreAct" in script else "WRN-34-10" if "Wide" in script else "ResNet18"
+    arch = (
+        "PreActResNet18" if "PreAct" in script else "WRN-34-10" if "Wide" in script else "ResNet18"
+    )
     assert f"network (default: {arch})" in " ".join(said.split())
     rate = "0.1" if "PreAct" in script else "0.01"
     assert f"learning rate of SGD (default: {rate};" in " ".join(said.split())

@@ -30,7 +30,7 @@ from utils.system import distributed
 from utils.system.attack_copy import AttackCopy, frozen
 from utils.system.checkpoints import BEST, LAST, load_model, save, weights_after
 from utils.system.devices import Sent, computing, pick_device
-from utils.system.errors import Stopped, UsageError, stop_signals
+from utils.system.errors import UsageError, stop_signals
 from utils.system.options import Command
 from utils.system.settings import Training
 from utils.training import records
@@ -60,11 +60,9 @@ def run(command: Command) -> None:
                     train_epoch(job)
                     finish_epoch(job)
                     curves.draw(every=DRAW_EVERY)
-            except Stopped:
+            finally:
                 curves.draw()
-                raise
-            curves.draw()
-            report(job)
+            finish_run(job)
 
 
 def set_up(start: Start, lock: ExitStack) -> Job:
@@ -118,7 +116,9 @@ def set_up(start: Start, lock: ExitStack) -> Job:
 
 def train_epoch(job: Job) -> None:
     """Train on what is left of the epoch under way, which is all of a new one."""
-    settings, data, progress = job.settings, job.data, job.progress
+    settings = job.settings
+    data = job.data
+    progress = job.progress
     if progress.order is None:
         count = len(data.train.labels)
         order = torch.randperm(count, generator=job.generator, device=job.device)
@@ -160,7 +160,8 @@ def train_epoch(job: Job) -> None:
 
 def set_learning_rate(job: Job) -> None:
     """Set the learning rate of the next step."""
-    settings, progress = job.settings, job.progress
+    settings = job.settings
+    progress = job.progress
     steps = math.ceil(len(progress.order) / job.own_images)
     rate = learning_rate(
         settings.lr_schedule,
@@ -236,7 +237,8 @@ def train_step(job: Job, batch: Split) -> Tensor:
 
     Returns the values of `Figures` and the norm of all gradients, on the device.
     """
-    settings, epoch = job.settings, job.progress.epoch
+    settings = job.settings
+    epoch = job.progress.epoch
     labels = batch.labels.to(job.device, non_blocking=True)
     x = as_input(augment(batch.images, settings.augmentation, job.generator))
     attacked = attack_batch(job.attack_copy, x, batch.labels, settings, job.generator, epoch)
@@ -299,7 +301,8 @@ def finish_epoch(job: Job) -> None:
 
     last_state.pt is written last, so that it is never ahead of the other files.
     """
-    settings, progress = job.settings, job.progress
+    settings = job.settings
+    progress = job.progress
     distributed.share_buffers(job.model)
     if job.average is not None:
         job.average.take_statistics(job.model)
@@ -307,11 +310,13 @@ def finish_epoch(job: Job) -> None:
     checkpoint = job.checkpoint(job.evaluated)
 
     started = time.perf_counter()
-    natural, robust = None, None
+    natural = None
+    robust = None
     if progress.epoch % settings.eval_interval == 0 or progress.epoch == settings.epochs:
         natural, robust = evaluate(job, job.evaluated, job.data.selection)
 
-    sums, count = progress.sums, progress.done
+    sums = progress.sums
+    count = progress.done
     means = {name: sums[name] / count for name in TERMS}
     images = count * settings.batch_size / job.own_images  # with those of --extra-data
     row = {
@@ -346,8 +351,8 @@ def finish_epoch(job: Job) -> None:
         job.save_state()
 
 
-def report(job: Job) -> None:
-    """Evaluate the best epoch on images that did not choose it, and log how the run ended."""
+def finish_run(job: Job) -> None:
+    """Evaluate the best epoch on images that did not choose it, and log the results."""
     data = job.data
     if not job.progress.rows:
         return
@@ -356,4 +361,4 @@ def report(job: Job) -> None:
         # A network of its own: a stop saves job.model, which is that of the last epoch.
         best, _ = distributed.from_first(lambda: load_model(job.folder / BEST))
         on_test = evaluate(job, best.to(job.device), data.test.to(job.device))
-    records.report(job, on_test)
+    records.log_results(job, on_test)

@@ -61,7 +61,8 @@ def count_parameters(job: Job) -> int:
 
 def describe(job: Job) -> str:
     """Describe what will run, as one block of lines."""
-    settings, data = job.settings, job.data
+    settings = job.settings
+    data = job.data
     parts = []
     if not settings.no_ra:
         parts.append("reverse attention")
@@ -79,7 +80,7 @@ def describe(job: Job) -> str:
         "with": ", ".join(combined(stored_settings)),
         "network": f"{settings.arch}, {count_parameters(job):,} parameters",
         "data": f"{settings.dataset}, {sum(counts)} training images, {images}",
-        "note": "; ".join(dict.fromkeys(split.note for split in data[:3] if split)),
+        "note": "; ".join(dict.fromkeys(split.note for split in data[:3] if split and split.note)),
         "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
         "device": f"{job.device}, {precision(settings, job.device)}",
         "ranks": str(distributed.world()),
@@ -104,7 +105,8 @@ def percent_or_dash(accuracy: float | None) -> str:
 
 def epoch_line(job: Job, row: Row) -> str:
     """Describe an epoch in a line of the log."""
-    natural, robust = row["natural_accuracy"], row["pgd40_heads_accuracy"]
+    natural = row["natural_accuracy"]
+    robust = row["pgd40_heads_accuracy"]
     evaluation = "not evaluated"
     if natural is not None:
         evaluation = accuracies(natural, robust, job.data.selection.labels)
@@ -185,17 +187,18 @@ class Curves:
         self.drawn_at = time.monotonic()
 
 
-def report(job: Job, on_test: tuple[float, float] | None) -> None:
+def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
     """Log the figures of the last and the best epoch, and how to go on.
 
     on_test: the two accuracies of the best epoch on images that did not choose it.
     """
-    settings, data, rows = job.settings, job.data, job.progress.rows
+    data = job.data
+    rows = job.progress.rows
     labels = data.selection.labels
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
         if row is not None and row["natural_accuracy"] is not None:
             figures = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
-            where = f"on {data.selected} at eps {as_given(settings.epsilon)}"
+            where = f"on {data.selected} at eps {as_given(job.settings.epsilon)}"
             job.log(f"{name} epoch, {row['epoch']}: {figures} {where}")
     if data.test is None:
         job.log("no test folder: no figure is of images that did not choose the epoch")
