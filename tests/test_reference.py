@@ -215,12 +215,14 @@ class Reference:
     """A network as a table of tensors under their published names, and its forward pass by hand."""
 
     def __init__(self, model, arch, attention):
-        self.attention, self.preactivation = attention, arch != "ResNet18"
+        self.attention = attention
+        self.preactivation = arch != "ResNet18"
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self.parameters = {
-            name: self.state[name].requires_grad_() for name, _ in model.named_parameters()
-        }
-        self.momenta = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
+        self.parameters = {}
+        self.momenta = {}
+        for name, _ in model.named_parameters():
+            self.parameters[name] = self.state[name].requires_grad_()
+            self.momenta[name] = torch.zeros_like(self.state[name])
         self.linear = "linear" if arch == "PreActResNet18" else "fc"
         self.last_norm = {"PreActResNet18": "bn", "WRN-28-10": "bn1"}.get(arch)
         self.window = 4 if arch == "PreActResNet18" else None
@@ -234,25 +236,29 @@ class Reference:
                 self.blocks.append((name, 2 if stage > 0 and block == 0 else 1))
 
     def norm(self, name, z, train):
-        """BatchNorm2d with momentum 0.1; the running variance is unbiased."""
-        s = self.state
-        mean, variance = s[name + ".running_mean"], s[name + ".running_var"]
+        """Apply BatchNorm2d with momentum 0.1; the running variance is unbiased."""
+        mean = self.state[name + ".running_mean"]
+        variance = self.state[name + ".running_var"]
         if train:
+            old_mean, old_variance = mean, variance
             count = z.shape[0] * z.shape[2] * z.shape[3]
             mean = z.sum((0, 2, 3)) / count
             variance = ((z - mean[:, None, None]) ** 2).sum((0, 2, 3)) / count
             unbiased = variance.detach() * count / (count - 1)
-            s[name + ".running_mean"] = 0.9 * s[name + ".running_mean"] + 0.1 * mean.detach()
-            s[name + ".running_var"] = 0.9 * s[name + ".running_var"] + 0.1 * unbiased
-            s[name + ".num_batches_tracked"] = s[name + ".num_batches_tracked"] + 1
-        scale = s[name + ".weight"] / (variance + 1e-5) ** 0.5
-        return (z - mean[:, None, None]) * scale[:, None, None] + s[name + ".bias"][:, None, None]
+            self.state[name + ".running_mean"] = 0.9 * old_mean + 0.1 * mean.detach()
+            self.state[name + ".running_var"] = 0.9 * old_variance + 0.1 * unbiased
+            self.state[name + ".num_batches_tracked"] += 1
+        scale = self.state[name + ".weight"] / (variance + 1e-5) ** 0.5
+        shift = self.state[name + ".bias"]
+        return (z - mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]
 
     def conv(self, name, z, stride=1):
+        """Apply a convolution that keeps the side, or divides it by the stride."""
         weight = self.state[name + ".weight"]
         return F.conv2d(z, weight, stride=stride, padding=weight.shape[-1] // 2)
 
     def basic_block(self, name, z, stride, train):
+        """Apply a block of ResNet-18."""
         out = self.norm(name + "bn1", self.conv(name + "conv1", z, stride), train).clamp(min=0)
         out = self.norm(name + "bn2", self.conv(name + "conv2", out), train)
         if name + "shortcut.0.weight" in self.state:
@@ -260,6 +266,7 @@ class Reference:
         return (out + z).clamp(min=0)
 
     def preactivation_block(self, name, z, stride, train):
+        """Apply a block of PreActResNet-18 or of a WideResNet."""
         out = self.norm(name + "bn1", z, train).clamp(min=0)
         for shortcut in (name + "shortcut.0", name + "convShortcut"):
             if shortcut + ".weight" in self.state:
@@ -268,21 +275,22 @@ class Reference:
         return self.conv(name + "conv2", out) + z
 
     def pool(self, z):
+        """Return the mean of each pooling cell of a map, (N, D * cells)."""
         side = min(self.window or z.shape[2], z.shape[2])
-        cells = z.shape[2] // side
-        spans = [slice(side * i, side * (i + 1)) for i in range(cells)]
-        means = [
-            z[:, :, rows, columns].sum((2, 3)) / side**2 for rows in spans for columns in spans
-        ]
+        means = []
+        for top in range(0, z.shape[2], side):
+            for left in range(0, z.shape[2], side):
+                cell = z[:, :, top : top + side, left : left + side]
+                means.append(cell.sum((2, 3)) / side**2)
         return torch.stack(means, 2).flatten(1)
 
     def classify(self, z):
-        return (
-            self.pool(z) @ self.state[self.linear + ".weight"].T + self.state[self.linear + ".bias"]
-        )
+        """Return the logits of a map."""
+        weight = self.state[self.linear + ".weight"]
+        return self.pool(z) @ weight.T + self.state[self.linear + ".bias"]
 
     def weigh(self, z, classes):
-        """z'[n, d, i, j] = z[n, d, i, j] * W[c_n] at the pooling cell of (i, j)."""
+        """Return z'[n, d, i, j] = z[n, d, i, j] * W[c_n] at the pooling cell of (i, j)."""
         weight = self.state[self.linear + ".weight"]
         cells = int((weight.shape[1] // z.shape[1]) ** 0.5)
         cell = torch.arange(z.shape[2]) * cells // z.shape[2]
@@ -290,7 +298,7 @@ class Reference:
         return z * rows[:, :, cell][:, :, :, cell]
 
     def forward(self, x, labels=None, train=False):
-        """Heads as a list, the final one first. Reverse attention by labels, or by argmax where there are none."""
+        """Return heads, the final one first; reverse attention by labels, or by the argmax."""
         z = self.conv("conv1", x)
         if not self.preactivation:
             z = self.norm("bn1", z, train).clamp(min=0)
