@@ -192,7 +192,6 @@ class Run:
             "training_images": self.training_images,
             "epoch": self.progress["epoch"] - 1,  # the last one completed
             "ranks": distributed.world(),
-            "launch": distributed.launch(),
         }
         if self.average is not None:
             state |= {"average": self.average.model.state_dict(), "average_steps": self.average.steps}

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.system import distributed
 from utils.system.checkpoints import BEST, LAST, STATE, check_state, described, ordinary, outline, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
@@ -185,10 +184,6 @@ def take_folder(folder: Path, held: ExitStack) -> None:
 def prepare(command: Command, held: ExitStack) -> Start:
     """How the run that a command asks for starts; a resumed one's folder is taken until `held` closes."""
     folder, resume = run_folder(command), command.settings.resume
-    again = resume is None and distributed.restarted() and (folder / STATE).is_file()
-    if again and read(folder / STATE).get("launch") == distributed.launch():  # not one that this job may not overwrite
-        print("started anew by torchrun, as if --resume had been given")
-        resume = True
     if resume is None:
         command.settings.overwrite or refuse_existing(folder)
         return Start(command.settings, folder)
