@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.system import distributed
-from utils.system.checkpoints import ordinary, read, save
+from utils.system.checkpoints import read, save
 from utils.system.errors import UsageError, first_line
 from utils.system.files import locked
 
@@ -442,7 +442,7 @@ def _cached(cache: Path, key: str, shape: tuple[int, ...]) -> Tensor | None:
     except UsageError:
         return None
     images = stored.get("images")
-    usable = stored.get("key") == key and ordinary(images) and images.dtype == torch.uint8 and images.shape == shape
+    usable = stored.get("key") == key and isinstance(images, Tensor) and images.dtype == torch.uint8 and images.shape == shape
     return images if usable else None
 
 

@@ -16,7 +16,7 @@ from models.normalise import Normalise
 from utils.attacks import Attack
 from utils.data.datasets import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks
 from utils.system import distributed
-from utils.system.checkpoints import checkpoint_file, load_model, told
+from utils.system.checkpoints import checkpoint_file, load_model, print_notes
 from utils.system.devices import computing, pick_device
 from utils.system.errors import RunError, UsageError, first_line
 from utils.system.options import fitting
@@ -247,7 +247,7 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
         both = f"{file} has {count} classes and {dataset} has {CLASSES[dataset]}"
         raise UsageError(f"{both}; name the data set it was trained on by --dataset {' or '.join(fitting) or 'folder'}")
     unnamed = [] if info["dataset"] else [f"taken for a network of {dataset}, since --dataset names no other"]
-    notes = told(file, info["notes"] + unnamed)
+    notes = print_notes(file, info["notes"] + unnamed)
     own = info["recipe"].get("data_dir") if isinstance(info["recipe"], dict) else None
     found = isinstance(own, str) and "\0" not in own and Path(own).is_dir()  # as the training's, here too
     data_dir = settings.data_dir or (own if found else Training.data_dir)
@@ -263,7 +263,7 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
         raise UsageError(f"{file} has {count} classes and {dataset} has {len(classes)}; name its own data by --dataset")
     if info["classes"] is not None and list(classes) != info["classes"]:
         raise UsageError(f"{file} was trained on other classes than those of {dataset}; name its own data by --dataset")
-    return subject._replace(notes=notes + told(file, misread(subject, settings) if notes else []))
+    return subject._replace(notes=notes + print_notes(file, misread(subject, settings) if notes else []))
 
 
 @torch.no_grad()

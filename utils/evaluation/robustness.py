@@ -35,7 +35,7 @@ from utils.evaluation.report import Row, Worst
 from utils.evaluation.results import ADAPTIVE
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy
-from utils.system.checkpoints import checkpoint_file, load_model, told
+from utils.system.checkpoints import checkpoint_file, load_model, print_notes
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import read_arrays, require_writable, write_arrays
@@ -354,7 +354,7 @@ def load_surrogate(path: str, subject: Subject) -> nn.Module:
     """The network of --surrogate, on the device of the subject; UsageError where it does not take its images."""
     split = subject.split
     surrogate, info = load_model(path, split.labels.device)
-    told(Path(path), info["notes"])
+    print_notes(Path(path), info["notes"])
     classes, dataset, side = info["num_classes"], info["dataset"], info["image_size"]
     fits = side == split.images.shape[-1] or not info["arch"].startswith("PreAct")  # others take any size
     if not fits or classes != len(split.classes) or dataset not in (None, subject.dataset):
