@@ -1,17 +1,27 @@
 """Wrong use and bad input: one clear line on standard error, exit status 2, nothing written or overwritten."""
 
+import gzip
+import importlib.util
+import json
 import math
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
+import tarfile
+import warnings
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from models import build_model
 from tests.helpers import (
     ANCRA,
     ATTACK,
@@ -34,7 +44,8 @@ from tests.helpers import (
     python,
 )
 from tests.helpers import state as state_of
-from utils.system.checkpoints import load_model
+from utils.system.checkpoints import load_model, read
+from utils.system.errors import UsageError
 from utils.system.options import parse, parse_training
 from utils.system.settings import (
     PATH_OR_OWN,
@@ -76,8 +87,8 @@ WRONG = {  # by kind of setting
     "epochs": [*NUMBERS, "0.5", "9,3", "3,3", "0"],
     "attacks": ["", "nonsense", "pgd,", "pgd,nonsense"],
     "truth": ["", "maybe"],
-    "path": ["", " ", "a\nb"],
-    "path or own": ["", " ", "a\nb"],
+    "path": ["", " "],
+    "path or own": ["", " "],
     "word": ["", " "],
     "file name": ["", " ", "a/b", "a\\b", "a:b", ".hidden", "a\nb"],
     "mean": CHANNELS,
@@ -222,6 +233,24 @@ def test_paths_begin_at_home_and_lines_are_utf8(monkeypatch, tmp_path):
     assert "'☃'" in answer.stderr.decode("utf-8") and answer.returncode == 2
 
 
+ODD_NAMES = {"no UTF-8": os.fsdecode(b"r\xfcn"), "two lines": "two\nlines", "no letters": "\u2603\u202e"}
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="their file names are Unicode")
+@pytest.mark.parametrize("kind", ODD_NAMES)
+def test_a_path_that_cannot_be_shown_is_a_path(tmp_path, kind):
+    """It is trained in, logged, recorded, evaluated and resumed like any other."""
+    parent = tmp_path / ODD_NAMES[kind]
+    assert execute(ANCRA, *DIGITS, "--model-dir", parent / "run") == 0
+    run = folder(parent)
+    assert "evaluate by" in (run / "train.log").read_text(encoding="utf-8")
+    assert json.loads((run / "run.json").read_text())["settings"]["model_dir"] == str(parent / "run")
+    assert execute(ATTACK, "--ckpt_url", run, *EVALUATE) == 0
+    assert json.loads((run / "white_attack.json").read_text())["checkpoint"] == str(run / "best_adv_model.pt")
+    assert execute(ANCRA, "--resume", run, "--epochs", 2) == 0
+    assert execute(ANCRA, "--resume", parent / "no such run") == 2
+
+
 @pytest.mark.parametrize("script", [ANCRA, ATTACK])
 def test_a_device_that_is_not_there_is_named(refused, monkeypatch, tmp_path, script):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -307,6 +336,119 @@ def test_a_file_that_is_no_checkpoint_is_named(refused, restart, tmp_path, kind)
     refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file,))
     refused(*restart(file), mentions=(file,))
     refused(ANCRA, "--resume", file, mentions=(file,))
+
+
+OTHER_KINDS = {  # how files of other kinds begin, and what is said of them
+    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    "a web page": (b"\n<!DOCTYPE html>\n<html><title>404 \xe2\x98\x83</title>" + b"x" * 2000, "web page"),
+    "a page of XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+    "an answer in JSON": (b'{"message": "Not Found"}', "JSON"),
+    "text": ("weights, I promise \N{SNOWMAN}\n".encode(), "text"),
+    "7z": (b"7z\xbc\xaf\x27\x1c\0\4" + bytes(50), "unpack"),
+    "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.9.0:\x9c\x01" + bytes(50), "ONNX"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
+    "empty": (b"", "empty"),
+    "a plain pickle": (pickle.dumps({"conv1.weight": [1.0]}), "pickle"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_file_of_another_kind_is_told_what_it_is(refused, restart, tmp_path, kind):
+    content, said = OTHER_KINDS[kind]
+    file = tmp_path / "weights.pt"
+    file.write_bytes(content)
+    for argv in ((ATTACK, "--ckpt_url", file, *EVALUATE), restart(file), (ANCRA, "--resume", file)):
+        assert "weights_only" not in refused(*argv, mentions=(file, said))
+
+
+def tarred(path):
+    path.with_suffix(".log").write_text("a log")
+    with tarfile.open(path, "w") as tar:
+        tar.add(path.with_suffix(".log"), "run.log")
+
+
+def gzipped(path):
+    path.write_bytes(gzip.compress(b"something"))
+
+
+def zipped(path, how=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", how) as archive:
+        archive.writestr("run/weights.pt", b"something")
+
+
+def keras(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model.weights.h5", b"something")
+
+
+def saved_by_numpy(save):
+    def write(path):
+        with open(path, "wb") as file:
+            save(file, np.zeros(3))
+
+    return write
+
+
+ARCHIVES = {  # how they are written, and what is said of them
+    "tar": (tarred, "unpack"),
+    "tar.gz": (gzipped, "unpack"),
+    "zip": (zipped, "unpack"),
+    "zip, stored": (lambda path: zipped(path, zipfile.ZIP_STORED), "unpack"),
+    "npy": (saved_by_numpy(np.save), "numpy"),
+    "npz": (saved_by_numpy(np.savez), "numpy"),
+    "npz, compressed": (saved_by_numpy(np.savez_compressed), "numpy"),
+    "keras": (keras, "Keras"),
+    "torchscript": (lambda path: torch.jit.save(torch.jit.script(torch.nn.ReLU()), path), "TorchScript"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_of_another_kind_is_told_what_it_is(tmp_path, kind):
+    write, said = ARCHIVES[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        write(tmp_path / "weights.pt")
+    with pytest.raises(UsageError, match=said) as refusal:
+        read(tmp_path / "weights.pt")
+    assert "weights_only" not in str(refusal.value)
+
+
+def write_safetensors(path, state):
+    header, data = {}, b""
+    for key, value in state.items():
+        content = value.contiguous().numpy().tobytes()
+        kind = {torch.float32: "F32", torch.int64: "I64"}[value.dtype]
+        span = [len(data), len(data) + len(content)]
+        header[key] = {"dtype": kind, "shape": list(value.shape), "data_offsets": span}
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def load_safetensors(content):
+    """Stands for safetensors.torch.load, where the package is not installed."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header, data, state = json.loads(content[8 : 8 + length]), content[8 + length :], {}
+    for key, about in header.items():
+        begin, end = about["data_offsets"]
+        dtype = {"F32": torch.float32, "I64": torch.int64}[about["dtype"]]
+        state[key] = torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).reshape(about["shape"])
+    return state
+
+
+def test_safetensors_are_read_where_the_package_is_installed(refused, monkeypatch, tmp_path):
+    net = build_model("ResNet18", 10, width=4, image_size=16)
+    file = tmp_path / "weights.safetensors"
+    write_safetensors(file, net.state_dict())
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file, "pip install safetensors"))
+    if importlib.util.find_spec("safetensors"):
+        monkeypatch.undo()
+    else:
+        monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "safetensors.torch", SimpleNamespace(load=load_safetensors))
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_model(file, image_size=16)[0](x), net.eval()(x))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

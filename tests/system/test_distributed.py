@@ -641,6 +641,19 @@ def test_variables_that_torchrun_left_behind_are_named(monkeypatch):
         monkeypatch.setenv(key, told[key])
 
 
+def test_ranks_of_an_evaluation_may_share_a_device_and_those_of_a_training_may_not(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    for local, shared in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0"), ("3", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert str(distributed.own_device(torch.device("cuda"), shared=True)) == shared
+        assert str(distributed.own_device(torch.device("cuda:1"), shared=True)) == "cuda:1"
+    for device, mentions in (("cuda", "2 CUDA devices for more ranks"), ("cuda:1", "a CUDA device of its own")):
+        with pytest.raises(UsageError, match=mentions):
+            distributed.own_device(torch.device(device))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "mentions"),

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from utils.system.errors import RunError, Stopped, UsageError, first_line
@@ -40,11 +41,12 @@ def _named(job: str) -> Callable:
 
 
 def guarded(job: Callable[[], None]) -> NoReturn:
-    """Run `job` and exit: 0 done, 1 the run failed, 2 wrong use or input, 130 and 143 interrupted and terminated."""
+    """Run `job` and exit: 0 done, 1 the run failed, 2 wrong use or input, 128 + signal stopped by a signal."""
     prog = os.path.basename(sys.argv[0])
 
     def end(status: int, line: str) -> NoReturn:
-        print(f"{prog}: {line}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{prog}: {line}".replace("\n", r"\n"), file=sys.stderr)  # a path may hold anything
         sys.exit(status)
 
     try:

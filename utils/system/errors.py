@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ class RunError(Exception):
 
 
 class Stopped(BaseException):
-    """Interrupted or terminated, resumable. args: the signal's number and a line; exit status 128 + signal."""
+    """Stopped by a signal, resumable. args: the signal's number and a line; exit status 128 + signal."""
 
 
 def several_processes() -> bool:
@@ -38,10 +39,30 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call handler(signum, frame) inside the context; whatever they did before, they do after it."""
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """Inside the context signals that ask for a stop call handler(signum, frame); then they do as before.
+
+    They are Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning), as far as the system has them.
+    One that is ignored stays ignored, as SIGHUP under nohup; but a shell ignores Ctrl-C for all that it starts in the
+    background, which nobody has asked for. Outside the main thread Python allows no handlers, and nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            signum = getattr(signal, name, None)
+            if signum is None:  # Windows
+                continue
+            earlier = signal.getsignal(signum)
+            if earlier is None or (earlier == signal.SIG_IGN and name != "SIGINT"):  # None: not set from Python
+                continue
+            before[signum] = signal.signal(signum, handler)
     try:
         yield
     finally:
         for signum, earlier in before.items():
             signal.signal(signum, earlier)
+
+
+def stop_word(signum: int) -> str:
+    """What a signal has done to a run, in words."""
+    words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+    return words.get(signum) or f"stopped by {signal.Signals(signum).name}"

@@ -118,8 +118,8 @@ def _truth(kind: Kind, text: str) -> bool:
 
 
 def _path(kind: Kind, text: str) -> str:
-    text.strip() or _wrong("an empty path")
-    return os.path.expanduser(text) if text.isprintable() else _wrong(f"{text!r} has characters that cannot be shown")
+    """Any path that the system takes, even where the console cannot show it."""
+    return os.path.expanduser(text) if text.strip() else _wrong("an empty path")
 
 
 def _file_name(kind: Kind, text: str) -> str:
@@ -179,7 +179,8 @@ class Parser(OneLineParser):
                 how |= {"nargs": "?", "const": True}
         others = [f"{as_given(names)}: {as_given(v)}" for names, v in about.by.items() if v != default]
         if (default is not None or others) and "action" not in how:
-            text += f" (default: {'; '.join([as_given(default), *others])})"
+            usual = "as published" if default is None else as_given(default)
+            text += f" (default: {'; '.join([usual, *others])})"
         add(*spellings, dest=name, help=text.replace("%", "%%"), **how)
 
     def read(self, argv: list[str]) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     given = parser.read(argv)
     settings = resolve(Training, given, script)
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):
-        parser.error("--restart_epoch N and --ckpt_url FILE, the weights of epoch N, need each other")
+        parser.error("--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other")
     if settings.restart_epoch and settings.resume is not None:
         parser.error("--restart_epoch starts a run from weights, --resume continues one; give one of them")
     if settings.restart_epoch >= settings.epochs:
@@ -268,7 +269,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
         if settings.awp and settings.awp_warmup >= settings.epochs:
             parser.error(f"--awp never acts: all {settings.epochs} epochs are its warm-up; lower --awp-warmup")
     if settings.warmup_lr >= settings.epochs:
-        parser.error(f"--warmup-lr {settings.warmup_lr} leaves no epoch behind it; --epochs is {settings.epochs}")
+        parser.error(f"--warmup-lr {settings.warmup_lr} leaves no epoch after it; --epochs is {settings.epochs}")
     extra, whole = settings.extra_images, settings.batch_size
     if settings.extra_data and not 0 < extra < whole:
         parser.error(f"--extra-fraction {settings.extra_fraction} takes {extra} of {whole} images a batch")

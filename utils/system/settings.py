@@ -105,7 +105,9 @@ class Training:
     no_ra: bool = setting(False, SWITCH, "without reverse attention")
     no_anc: bool = setting(False, SWITCH, "without asymmetric negative contrast")
     batch_size: int = setting(128, whole(2), "images a training step", group="length and optimiser")
-    test_batch_size: int | None = setting(None, whole(1), "images a batch of evaluation (default: 100, on CUDA 250)", free=True)
+    test_batch_size: int | None = setting(
+        None, whole(1), "images a batch of evaluation (default: 100, on CUDA what fits)", free=True
+    )
     epochs: int = setting(120, whole(1), "epochs to train", by={"digits": 16}, free=True)
     milestones: tuple[int, ...] = setting((75, 90, 100), EPOCHS, "where lr is divided by 10", by={"digits": (11, 14)})
     lr: float = setting(0.01, number(0, above=True), "learning rate of SGD", by={"digits": 0.03})
@@ -177,8 +179,8 @@ class Training:
         free=True,
     )
     model_dir: str = setting("./model/ANCRA", PATH, "beginning of the run folder's name")
-    restart_epoch: int = setting(0, whole(0), "start behind epoch N from the weights of --ckpt_url")
-    ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch")
+    restart_epoch: int = setting(0, whole(0), "start after epoch N from the weights of --ckpt_url")
+    ckpt_url: str | None = setting(None, PATH, "weights for --restart_epoch: a file or a run folder")
     tag: str | None = setting(None, FILE_NAME, "ends the run folder's name; tells runs of changed code apart")
     resume: str | bool | None = setting(None, PATH_OR_OWN, "continue this run, or PATH, a folder or last_state.pt")
     other_data: bool = setting(False, SWITCH, "let --resume go on with other images than those that the run had")
@@ -188,7 +190,7 @@ class Training:
         "default",
         PRECISIONS,
         "of training: PyTorch's own (on CUDA TF32 in convolutions), float32, TF32 in matrix products too, or bfloat16 "
-        "autocast; the verdicts of evaluation are float32 whatever it is",
+        "autocast, also of the search of each epoch's PGD-40; verdicts are float32 whatever it is",
         also=("--amp",),
     )
     cuda_graph: bool = setting(True, TRUTH, "replay the training attack as one CUDA graph; same images", free=True)
@@ -265,6 +267,8 @@ class Evaluation(Checkpoint):
         several=True,
         group="evaluation",
     )
+    # a block of `utils.evaluation.autoattack` in one pass
+    test_batch_size: int = again("test_batch_size", 250, help="images a batch", group="batch, attack, device")
     model: str | None = setting(None, PATH, "any classifier instead: package.module:function, or FILE.py:function")
     image_size: int | None = again("image_size", None, kind=whole(1, LARGEST_SIDE), help="side of digits and folder")
     attacks: tuple[str, ...] = setting(
@@ -284,7 +288,7 @@ class Evaluation(Checkpoint):
     )
 
 
-FEATURES_SETTING = FEATURES, "weighted: behind reverse attention, as published; unweighted: the last map before it"
+FEATURES_SETTING = FEATURES, "weighted: after reverse attention, as published; unweighted: the last map before it"
 
 
 @dataclass(frozen=True)
@@ -352,6 +356,9 @@ def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = 
         for names, default in about.by.items():
             if chosen.issuperset((names,) if isinstance(names, str) else names):
                 values[name] = default
+    if cls is Training:  # TRADES-ResNet18 of another method is MART-ResNet18
+        method = dict(given).get("method", values["method"])
+        values["model_dir"] = values["model_dir"].replace(values["method"].upper(), method.upper())
     return cls(**values | dict(given))
 
 
