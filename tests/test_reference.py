@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from models import Heads, build_model
 from utils import attacks
-from utils.attacks import Standing
 from utils.negatives import choose_negatives
-from utils.step import Attacked, attack_batch, training_loss
+from utils.step import Attacked, training_loss
+from utils.system.attack_copy import AttackCopy
 from utils.system.settings import METHODS, Training
+from utils.training.loop import attack_batch
 
 CLASSES = 5
 TIGHT = 1e-8  # relative; both sides are float64
@@ -399,7 +400,7 @@ def compare_steps(o, *, arch="ResNet18", width=4, labels=(0, 1, 2, 0, 1, 4), ima
     reference = Reference(copy.deepcopy(model), arch, not o.no_ra)
     optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     generator, same = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    standing = Standing(model)
+    attack_copy = AttackCopy(model)
     found, contrasts = {}, []
 
     def note(what, value, expected):
@@ -409,7 +410,7 @@ def compare_steps(o, *, arch="ResNet18", width=4, labels=(0, 1, 2, 0, 1, 4), ima
         x, y = batch(labels, image_size, step)
         images, loss, contrast, gradients = reference.step(x, y, o, same, epoch, wrong)
         contrasts.append(contrast.item())
-        attacked = attack_batch(standing, x, y, o, generator, epoch)
+        attacked = attack_batch(attack_copy, x, y, o, generator, epoch)
         terms = training_loss(model, x, y, attacked, o)
         optimizer.zero_grad()
         terms.loss.backward()
