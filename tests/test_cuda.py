@@ -203,16 +203,16 @@ def test_a_graph_replays_what_the_eager_attack_computes_bit_for_bit(precision):
                 model(x)
 
 
-def attacked_by(standings, count, steps=3):
+def attacked_by(attack_copies, count, steps=3):
     """A batch attacked by each of them, the same draws."""
     x, labels = torch.rand(count, 3, 32, 32, device=CUDA), torch.arange(count, device=CUDA) % 10
     s = replace(settings(), num_steps=steps)
-    return [attack_batch(standing, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for standing in standings]
+    return [attack_batch(attack_copy, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for attack_copy in attack_copies]
 
 
 def test_an_attack_of_another_number_of_steps_is_recorded_again_in_the_memory_of_the_old_one(monkeypatch):
     model = build_model("ResNet18", 10, width=16).to(CUDA)
-    standings = AttackCopy(model), AttackCopy(model, graph=True)
+    attack_copies = AttackCopy(model), AttackCopy(model, graph=True)
     recorded, held, record = [], [], Graphed._record
 
     def noting(self, args):
@@ -222,7 +222,7 @@ def test_an_attack_of_another_number_of_steps_is_recorded_again_in_the_memory_of
     monkeypatch.setattr(Graphed, "_record", noting)
     for steps in (3, 4, 5, 6):
         for count in (64, 64, 64, 12):
-            one, other = attacked_by(standings, count, steps)
+            one, other = attacked_by(attack_copies, count, steps)
             assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
         held.append(torch.cuda.memory_reserved())
     assert recorded == [3, 4, 5, 6]
@@ -232,11 +232,11 @@ def test_an_attack_of_another_number_of_steps_is_recorded_again_in_the_memory_of
 def test_a_graph_that_replays_nothing_is_not_used(monkeypatch):
     model, lines = build_model("ResNet18", 10, width=8).to(CUDA), []
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
-    standings = AttackCopy(model), AttackCopy(model, graph=True, warned=lines.append)
+    attack_copies = AttackCopy(model), AttackCopy(model, graph=True, warned=lines.append)
     for _ in range(4):
-        one, other = attacked_by(standings, 16)
+        one, other = attacked_by(attack_copies, 16)
         assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
-    assert len(lines) == 1 and standings[1].pgd.graph is None
+    assert len(lines) == 1 and attack_copies[1].pgd.graph is None
 
 
 FEW = ("--dataset=digits", "--width=8", "--limit-train=200", "--limit-test=60", "--num-steps=2", "--batch-size=64")

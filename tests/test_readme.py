@@ -263,7 +263,7 @@ FLAG = """    shift: float = setting(0.0, number(0, 5), "of the anchor's class")
 SHIFTED = """    print("USED: a flag" if settings.shift == 2.5 else settings.shift)
 """
 RADIUS = 'epsilon: float = setting(8 / 255, number(0, 1, of=255), "L-infinity radius", by={'
-MODELS = "from models.reverse_attention import Heads, ReverseAttentionNetwork\n"
+MODELS = "from models.reverse_attention import GATES, Heads, ReverseAttentionNetwork\n"
 BEFORE, AFTER = "before", "after"
 
 # row of the table: (file, BEFORE or AFTER which line or words, what to write there); no place: at the end of the file
@@ -278,8 +278,8 @@ CHANGES = {
         (
             "utils/negatives.py",
             BEFORE,
-            '        "soft": lambda',
-            '        "near": lambda: print("USED: a strategy") or True,\n',
+            '    elif strategy == "hard":',
+            '    elif strategy == "near":\n        print("USED: a strategy")\n',
         ),
         ("utils/negatives.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
         ("utils/system/settings.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),

@@ -137,7 +137,7 @@ def test_a_file_of_another_kind_is_told_what_it_is(tmp_path, kind):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_torchscript_is_told_the_way_in(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "weights.pt")
-    with pytest.raises(UsageError, match="TorchScript.*--model"):
+    with pytest.raises(UsageError, match="TorchScript"):
         read(tmp_path / "weights.pt")
 
 

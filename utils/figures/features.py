@@ -67,7 +67,7 @@ def extract(
             x = attack(net, x, labels, numbers)
         with torch.no_grad():
             heads = net(x, heads=True)
-        return heads.features, heads.unweighted, heads.of(net.predict)
+        return heads.features, heads.unweighted, heads.logits(net.predict)
 
     with tqdm(total=len(rows), desc=task, unit="img", leave=False, disable=distributed.quiet()) as bar:
         features = Features(*over_images(split, rows, batch_size, work, bar.update))
