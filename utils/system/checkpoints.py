@@ -107,11 +107,12 @@ def read(path: Path) -> dict:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch and pickle raise nearly anything
-        reason = "is no checkpoint, or a truncated one"
         if "GLOBAL" in str(error):
-            reason = "is refused, since reading it would run code"
-        hint = "if you trust the file, write its state dict to a new one by torch.save"
-        raise UsageError(f"{path} {reason}; {hint}") from error
+            raise UsageError(
+                f"{path} is refused, since reading it would run code; if you trust it, save only "
+                "its state dict to a new file by torch.save"
+            ) from error
+        raise UsageError(f"{path} is no checkpoint, or a truncated one") from error
     if isinstance(content, Unread):
         content = _state_dict(content)
     if not isinstance(content, dict):
