@@ -179,8 +179,8 @@ def _unpickle(path: Path) -> object:
 def _state_dict(module: Unread, prefix: str = "") -> dict[str, Tensor]:
     """Return the state dict of a module that was saved whole; it is empty for other objects."""
     attributes = module.state if isinstance(module.state, dict) else {}
-    own = attributes.get("_parameters", {}) | attributes.get("_buffers", {})
-    tensors = {f"{prefix}{name}": value for name, value in own.items() if value is not None}
+    entries = attributes.get("_parameters", {}) | attributes.get("_buffers", {})
+    tensors = {f"{prefix}{name}": value for name, value in entries.items() if value is not None}
     for name, child in attributes.get("_modules", {}).items():
         if isinstance(child, Unread):
             tensors |= _state_dict(child, f"{prefix}{name}.")
