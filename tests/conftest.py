@@ -80,10 +80,11 @@ def refused(tmp_path, capsys):
 def shorten_runs(patch):
     """See `short_runs`; patch: a monkeypatch."""
     from utils.training import loop as training
+    from utils.training import records
 
     real = training.pgd40_heads
     patch.setattr(training, "pgd40_heads", lambda *args, **kwargs: real(*args, **kwargs | {"steps": 2}))
-    patch.setattr(training, "save_or_note", lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and "")
+    patch.setattr(records, "save_or_note", lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and "")
 
 
 @pytest.fixture

@@ -28,7 +28,12 @@ class Nursery:
         alone.pop("RANK", None)
         command = [sys.executable, "-m", "tests.forks"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone, cwd=Path(__file__).parents[1]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=alone,
+            cwd=Path(__file__).parents[1],
         )
         return self
 
@@ -59,16 +64,17 @@ def points():
     import torch
 
     from utils import attacks
+    from utils.training import job, records
     from utils.training import loop as training
 
     return {
         "attack": (training, "attack_batch"),
-        "loss": (training, "training_loss"),
+        "loss": (job, "training_loss"),
         "update": (torch.optim.SGD, "step"),
         "evaluation": (training, "verdicts"),
         "evaluation attack": (attacks, "linf_pgd"),
         "table": (csv.DictWriter, "writerows"),
-        "curves": (training, "save_or_note"),
+        "curves": (records, "save_or_note"),
         "save": (torch, "save"),
         "flush": (os, "fsync"),
         "rename": (os, "replace"),
@@ -88,7 +94,11 @@ class Faults:
         if not self.pending:
             return
         fault = self.pending[0]
-        if (fault["at"], fault["call"], fault.get("when", "before")) == (name, self.since.get(name), when):
+        if (fault["at"], fault["call"], fault.get("when", "before")) == (
+            name,
+            self.since.get(name),
+            when,
+        ):
             self.pending.pop(0)
             self.since = {}
             self.strike(fault)
@@ -152,10 +162,11 @@ def child(job):
     from utils.system.command import guarded
     from utils.system.options import parse_training
     from utils.training import loop as training
+    from utils.training import records
 
     quick = training.pgd40_heads
-    training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
-    training.save_or_note = lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and ""
+    training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs | {"steps": 2})
+    records.save_or_note = lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and ""
     faults = Faults(job["faults"])
     for name, (holder, attribute) in points().items():
         faults.patch(holder, attribute, name)
@@ -169,7 +180,9 @@ def child(job):
         guarded(lambda: training.run(parse_training("", RA, job["argv"])))
     finally:
         if job["user"] is None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
         Path(f"{job['out']}.calls").write_text(json.dumps(faults.calls))
 
 
@@ -177,7 +190,7 @@ def main():
     import sklearn.datasets
     import torch
 
-    from utils import training  # noqa: F401
+    from utils.training import loop  # noqa: F401
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user

@@ -181,8 +181,8 @@ def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator
     for made in dict.fromkeys(row.made for row in rows.values() if row.made):
         names = [name for name, row in rows.items() if row.made == made]
         yield f"note: found on the same network and images by an earlier evaluation ({made}): {'; '.join(names)}"
-    if subject.of > count:
-        yield f"note: {count} of {subject.of} test images, the first after a fixed shuffle"
+    if subject.total_images > count:
+        yield f"note: {count} of {subject.total_images} test images, the first after a fixed shuffle"
     yield from (f"note: {note}" for note in subject.notes)
     for name, row in rows.items():
         for note in row.notes[len(doubts) :]:

@@ -24,7 +24,14 @@ from models import ReverseAttentionNetwork
 from utils import attacks
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, margins, noise, pgd
 from utils.data.datasets import Split, as_input, numbers_of
-from utils.data.subject import Subject, at_home, foreign_subject, load_subject, over_images, right_or_not
+from utils.data.subject import (
+    Subject,
+    foreign_fingerprint,
+    foreign_subject,
+    load_subject,
+    over_images,
+    right_or_not,
+)
 from utils.evaluation import report, results
 from utils.evaluation.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.evaluation.adaptive import View, adaptive, views
@@ -35,7 +42,7 @@ from utils.evaluation.report import Row, Worst
 from utils.evaluation.results import ADAPTIVE
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy
-from utils.system.checkpoints import checkpoint_file, load_model, told
+from utils.system.checkpoints import checkpoint_file, load_model, print_notes
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import read_arrays, require_writable, write_arrays
@@ -44,7 +51,7 @@ from utils.system.options import eps_text
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import APGD_STEPS, BLIND, Evaluation
 
-FEW, SOME = 16, 64  # images whose answers tell a foreign network; those that are looked at for doubts
+SOME = 64  # images that are looked at for doubts
 WORTH_KEEPING = 10  # seconds of attacks in a block under way, after which what its parts have found is written
 LIBRARY = "pyautoattack"  # AutoAttack, and the APGD of the adaptive attack
 
@@ -354,7 +361,7 @@ def load_surrogate(path: str, subject: Subject) -> nn.Module:
     """The network of --surrogate, on the device of the subject; UsageError where it does not take its images."""
     split = subject.split
     surrogate, info = load_model(path, split.labels.device)
-    told(Path(path), info["notes"])
+    print_notes(Path(path), info["notes"])
     classes, dataset, side = info["num_classes"], info["dataset"], info["image_size"]
     fits = side == split.images.shape[-1] or not info["arch"].startswith("PreAct")  # others take any size
     if not fits or classes != len(split.classes) or dataset not in (None, subject.dataset):
@@ -381,11 +388,10 @@ def folder_name(model: str) -> str:
 def white_attack(settings: Evaluation) -> None:
     """Evaluate the network of --model, or those of --ckpt_url one after the other, then side by side."""
     if settings.model:
-        with at_home(settings.model):
-            subject, folder = foreign_subject(settings), Path("evaluated") / folder_name(settings.model)
-            if not settings.log_path:
-                require_writable(folder, "name another by --log_path")
-            evaluate(settings, subject, folder)
+        subject, folder = foreign_subject(settings), Path("evaluated") / folder_name(settings.model)
+        if not settings.log_path:
+            require_writable(folder, "name another by --log_path")
+        evaluate(settings, subject, folder)
     files = [checkpoint_file(path).resolve() for path in settings.ckpt_url or ()]
     if len({file.parent for file in files}) < len(files):
         raise UsageError("--ckpt_url names two checkpoints of one folder, whose files would replace each other")
@@ -421,14 +427,14 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         again = f"{distributed.launcher()} {shlex.join(sys.argv)}"
         raise Stopped(signum, f"stopped; finished blocks are kept, and the same command goes on: {again}")
 
-    foreign = (subject.info["module"], as_input(split.images[:FEW])) if settings.model else ()
     subject = subject._replace(notes=[*subject.notes, *weaker(settings)])
-    kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
+    network = foreign_fingerprint(subject) if settings.model else fingerprint(subject.model)
+    kept = Kept(log.parent, network, f"{origin['started']}, {origin['device']}")
     identity = {"network": kept.network, "images": images_checksum(split), "eps": subject.eps}
     subject = subject._replace(model=attacked(subject.model))
     other = surrogate and attacked(surrogate)
     with stop_signals(stop), computing(settings.precision):
-        how = {"predict": subject.answers, **subject.gates}
+        how = {"predict": subject.head, **subject.gates}
         ways = views(subject.info["reverse_attention"], subject.auxiliary_weight, other, **how)
         plans = planned_attacks(settings, subject, ways, surrogate)
         say(in_one_line(origin))

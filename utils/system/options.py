@@ -206,9 +206,14 @@ class Parser(OneLineParser):
             print(f"{self.prog}: {idle} accepted, no effect here", file=sys.stderr)
 
 
+def flag(name: str) -> str:
+    """A setting as a command line names it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def as_given(value: object) -> str:
     """A setting's value as a command line says it: 75,90,100 and 8/255."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "none"
     short = eps_text(value) if isinstance(value, float) and 0 < value < 1 else ""
     return short if short.endswith("/255") and float(short[:-4]) / 255 == value else str(value)

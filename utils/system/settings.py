@@ -215,6 +215,9 @@ def described(cls: type) -> dict[str, Setting]:
     return {f.name: f.metadata["setting"] for f in fields(cls)}
 
 
+FREE = frozenset(name for name, about in described(Training).items() if about.free)
+
+
 def again(name: str, default: Any, **changes: Any) -> Any:
     """A setting of `Training` in another script: another default, and whatever `changes` says."""
     same = described(Training)[name]._replace(by={}, free=False, group="")

@@ -1,6 +1,6 @@
-"""What adversarial training is combined with, all off by default: AWP, averaged weights, learning-rate schedules.
+"""What training is combined with, all off by default: AWP, averaged weights, schedules.
 
-Each knows nothing of the method: it takes a network and plain numbers, and can be carried into other code as it is.
+Nothing here knows the method: each takes a network and numbers, and works in other code as it is.
 """
 
 import copy
@@ -13,12 +13,16 @@ from torch import nn
 
 
 @contextmanager
-def adversarial_weights(model: nn.Module, gradients: Callable[[], object], gamma: float) -> Iterator[None]:
-    """Adversarial weight perturbation: the body, gradients and the optimiser's step, works at perturbed weights.
+def adversarial_weights(
+    model: nn.Module, gradients: Callable[[], object], gamma: float
+) -> Iterator[None]:
+    """Perturb the weights adversarially for the body: gradients and the optimiser's step.
 
-    gradients: leaves the gradients of the whole training loss in the parameters, averaged over ranks. Each tensor w of
-    more than one dimension, with gradient v, is moved by gamma * ||w|| / (||v|| + 1e-20) * v and moved back by as much
-    after the body. BatchNorm's statistics are those of the body's forwards alone. (Wu et al., arXiv 2004.05884.)
+    Each tensor w of more than one dimension, with gradient v, is moved by
+    gamma * ||w|| / (||v|| + 1e-20) * v, and moved back by as much after the body. BatchNorm's
+    statistics are those of the body's forwards alone. (Wu et al., arXiv 2004.05884.)
+
+    gradients: leaves the gradients of the training loss in the parameters, averaged over ranks.
     """
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
@@ -38,17 +42,21 @@ def adversarial_weights(model: nn.Module, gradients: Callable[[], object], gamma
 
 
 class Average:
-    """A copy of a network whose parameters are an exponential moving average of it over optimiser steps.
+    """A copy of a network whose parameters are their exponential moving average over steps.
 
-    decay = min(tau, (1 + t) / (10 + t)) in step t, from 0: early steps do not remember the start. (Izmailov et al.,
-    arXiv 1803.05407; constants of Rade's and Wang's releases.)
+    The decay of step t, from 0, is min(tau, (1 + t) / (10 + t)), so that early steps do not
+    remember the start. (Izmailov et al., arXiv 1803.05407; constants as in the releases of Rade and
+    Wang.)
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.steps = copy.deepcopy(model).requires_grad_(False), 0
+        """Start from a network's present weights."""
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.steps = 0
 
     @torch.no_grad()
     def update(self, model: nn.Module, tau: float) -> None:
+        """Average over one more step."""
         decay = min(tau, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         self.steps += 1
@@ -56,27 +64,34 @@ class Average:
     @torch.no_grad()
     def take_statistics(self, model: nn.Module) -> None:
         """Copy BatchNorm's statistics, which are not averaged."""
-        for own, value in zip(self.model.buffers(), model.buffers(), strict=True):
-            own.copy_(value)
+        for buffer, value in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(value)
 
 
 def learning_rate(
-    schedule: str, lr: float, epochs: int, done: float, *, milestones: tuple[int, ...] = (), warmup: int = 0
+    schedule: str,
+    lr: float,
+    epochs: int,
+    done: float,
+    *,
+    milestones: tuple[int, ...] = (),
+    warmup: int = 0,
 ) -> float:
-    """The learning rate of a step behind `done` epochs, a fraction within an epoch.
+    """Return the learning rate of a step after `done` epochs, a fraction within an epoch.
 
-    milestones: divided by 10 at the start of each of these epochs, which count from 1. piecewise: divided by 10 from
-    half of the epochs, by 100 from three quarters (Rice et al., arXiv 2002.11569). cosine: lr / 2 (1 + cos(pi t)).
-    cyclic: linear from 0 to lr over the first quarter, then to 0. warmup: epochs of a linear rise from 0 before; the
-    share t of `cosine` and `cyclic` counts from behind it.
+    schedule: `milestones` divides by 10 at the start of each of these epochs, counted from 1.
+    `piecewise` divides by 10 from half of the epochs on, and by 100 from three quarters on (Rice
+    et al., arXiv 2002.11569). `cosine` is lr / 2 (1 + cos(pi t)). `cyclic` is linear, from 0 to lr
+    over the first quarter and then back to 0. warmup: epochs of a linear rise from 0 before, after
+    which t of `cosine` and `cyclic` begins.
     """
     if done < warmup:
         return lr * done / warmup
-    share = (done - warmup) / max(epochs - warmup, 1)
+    t = (done - warmup) / max(epochs - warmup, 1)
     factors = {
         "milestones": 0.1 ** sum(math.floor(done) + 1 >= milestone for milestone in milestones),
         "piecewise": 0.1 ** sum(done >= part * epochs for part in (0.5, 0.75)),
-        "cosine": (1 + math.cos(math.pi * share)) / 2,
-        "cyclic": min(4 * share, 4 / 3 * (1 - share)),
+        "cosine": (1 + math.cos(math.pi * t)) / 2,
+        "cyclic": min(4 * t, 4 / 3 * (1 - t)),
     }
     return lr * factors[schedule]

@@ -1,0 +1,258 @@
+"""Names of run folders, and what a resumed run takes over."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import shorten_runs
+from tests.helpers import (
+    PLAIN,
+    RA,
+    RUN,
+    assert_same_run,
+    files,
+    image_folder,
+    metrics,
+    pixels,
+    png,
+    resume,
+    state,
+    train,
+)
+from utils.system.checkpoints import load_model
+from utils.system.errors import UsageError
+from utils.system.options import parse_training
+from utils.training import runs
+
+ONE_EPOCH = ("--epochs", 1)
+TWO = ("--milestones", 2)
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A run of two epochs -> its folder, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_runs(patch)
+        return train(tmp_path_factory.mktemp("first"), *TWO)
+
+
+@pytest.fixture
+def run(first_run, tmp_path):
+    """A copy of the first run -> its folder."""
+    return Path(shutil.copytree(first_run, tmp_path / first_run.name))
+
+
+# Names of folders
+
+
+def named(*flags, recipe=RA):
+    """Return the name of the folder of a command's run."""
+    return runs.run_folder(parse_training("", recipe, list(map(str, flags)))).name
+
+
+def test_a_folder_is_named_as_published_then_by_what_differs(first_run):
+    published = "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1"
+    assert named() == published
+    assert named("--model-dir", "./model/ANCRA/", "--epochs", 5, "--no-cuda") == published
+    assert (
+        named("--wd", 0.1, "--milestones", "5,6") == f"{published}-milestones-5,6-weight_decay-0.1"
+    )
+    assert named("--method", "pgd") == f"{published}-pgd"
+    assert named("--tag", "wider gate") == f"{published}-tag-wider gate"
+    assert named("--no-ra", "--cr_beta", 1) == named("--no-ra") != published
+    assert first_run.name == (
+        "run-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-digits-batch_size-10"
+        "-milestones-2-num_steps-2-warmup_epochs-0-width-4-limit_train-24-limit_test-12"
+    )
+
+
+def test_a_baseline_s_folder_is_named_by_its_method():
+    recipe = PLAIN | {"model_dir": "./model/TRADES"}
+    assert named(recipe=recipe) == "TRADES-beta-6.0-seed-1"
+    assert named("--zeta", 2, "--strategy", "soft", recipe=recipe) == "TRADES-beta-6.0-seed-1"
+    assert named("--method", "pgd", "--beta", 2, recipe=recipe) == "PGD-seed-1"
+    assert named("--method", "mart", "--lr", 1, recipe=recipe) == "MART-beta-5.0-seed-1-lr-1.0"
+
+
+def test_folders_of_data_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = named("--dataset", "folder", "--data-dir", tmp_path / "a" / "cats")
+    assert one != named("--dataset", "folder", "--data-dir", tmp_path / "b" / "cats")
+    assert one == named("--dataset", "folder", "--data-dir", "a/cats/")
+    assert "-folder-cats-" in one
+
+
+# Going on
+
+
+def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path, first_run):
+    train(tmp_path, *TWO, *ONE_EPOCH)
+    resumed = train(tmp_path, *TWO, "--epochs", 2, "--resume")
+    assert_same_run(first_run, resumed)
+    assert [float(row["lr"]) for row in metrics(resumed)] == pytest.approx([0.03, 0.003])
+    log = (resumed / "train.log").read_text()
+    assert f"resumed    in epoch 2, 0 images done, from {resumed / 'last_state.pt'}\n" in log
+    assert "--epochs 2, the run has 1\n" in log
+
+
+def test_a_finished_run_stays_as_it_is(run, capsys):
+    before = files(run)
+    resume(run)
+    assert "nothing is left to train" in capsys.readouterr().out
+    for file in run.glob("*.pt"):
+        if file.name != "last_state.pt":
+            assert file.read_bytes() == before[file]
+
+
+def test_a_state_of_another_version_is_refused(run):
+    saved = state(run)
+    saved["version"] = 1
+    torch.save(saved, run / "last_state.pt")
+    for file in (run, run / "model-wrn-last.pt"):
+        with pytest.raises(UsageError, match="version"):
+            resume(file)
+
+
+def test_run_json_keeps_what_resumes_were_given(tmp_path):
+    run = train(tmp_path, *ONE_EPOCH)
+    resume(run, "--epochs", 2, "--no-cuda")
+    resume(run, "--epochs", 3, "--device", "cpu")
+    record = json.loads((run / "run.json").read_text())
+    settings = [r["settings"] for r in (*record["earlier"], record)]
+    assert [values["epochs"] for values in settings] == [1, 2, 3]
+
+
+# Settings that differ
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (("--lr", 0.01), "--lr 0.01, the run has 0.03"),
+        (("--no-anc",), "--no-anc True, the run has False"),
+    ],
+)
+def test_resume_alone_means_the_run_of_exactly_this_command(run, tmp_path, flags, difference):
+    """Where there is none, the runs that there are are named, and none is touched."""
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match="does not exist") as refusal:
+        train(tmp_path, *TWO, *flags, "--resume")
+    assert f"{run} ({difference})" in str(refusal.value)
+    assert files(tmp_path) == before
+
+
+def test_resume_alone_does_not_take_a_run_that_was_restarted_from_weights(run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["restart_epoch"] = 1
+    (run / "run.json").write_text(json.dumps(record))
+    run.rename(run.with_name(f"{run.name}-restart_epoch-1"))
+    with pytest.raises(UsageError, match="--restart-epoch 0, the run has 1"):
+        train(tmp_path, *TWO, "--resume")
+
+
+def test_a_damaged_record_of_another_run_does_no_harm(run, tmp_path):
+    (run / "run.json").write_text("[]")
+    with pytest.raises(UsageError, match="unknown settings"):
+        train(tmp_path, *TWO, "--lr", 0.01, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (("--lr", 0.01), "--lr 0.01, the run has 0.03"),
+        (("--lr", 0.03, "--zeta", 2, "--epochs", 9), "--zeta 2.0, the run has 3.0"),
+        (("--milestones", "11,14"), "--milestones 11,14, the run has 2"),  # a default
+        (("--gate", "soft", "--batch-size", 12), "--batch-size 12, the run has 10; --gate soft"),
+    ],
+)
+def test_a_setting_that_the_named_run_has_otherwise_is_an_error(run, tmp_path, flags, difference):
+    before = files(tmp_path)
+    with pytest.raises(UsageError) as refusal:
+        resume(run, "--model-dir", tmp_path / "run", *flags)
+    assert f"--resume: {difference}" in str(refusal.value)
+    assert f"{run} (" in str(refusal.value)
+    assert files(tmp_path) == before
+
+
+def test_resume_alone_does_not_trust_a_folder_s_name(run, tmp_path):
+    command = [*RUN, "--milestones=2", "--lr=0.01", "--model-dir", str(tmp_path / "run")]
+    run.rename(runs.run_folder(parse_training("", RA, command)))
+    with pytest.raises(UsageError, match=r"--lr 0\.01, the run has 0\.03"):
+        train(tmp_path, *TWO, "--lr", 0.01, "--resume")
+
+
+def test_a_setting_without_effect_may_be_given_to_a_resume(tmp_path):
+    run = train(tmp_path, *ONE_EPOCH, recipe=PLAIN)
+    resume(run, "--zeta", 9, "--strategy", "soft")
+    assert "changed" not in (run / "train.log").read_text()
+    assert state(run)["recipe"]["zeta"] == 3
+
+
+# Images that differ
+
+
+def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
+    parts = dict.fromkeys(("train", "val", "test"), {"cat": 3, "dog": 3})
+    pets = image_folder(tmp_path / "pets", parts)
+    flags = ("--dataset", "folder", "--data-dir", pets, "--image-size", 16)
+    run = train(tmp_path, *flags, *ONE_EPOCH)
+    checksums = state(run)["checksums"]
+    assert checksums.keys() == {"training", "selection", "test"}
+    assert json.loads((run / "run.json").read_text())["checksums"] == checksums
+    assert load_model(run)
+    log = capsys.readouterr().out
+    assert "on the val part (6 images)" in log
+    assert "best epoch on the test set" in log
+    resume(run, "--epochs", 2)
+
+    for part in ("train", "test"):
+        png(pets / part / "dog" / "1.png", pixels(77, 16, 16, 3))
+    before = files(run)
+    with pytest.raises(UsageError, match="other training and test images .*--other-data"):
+        resume(run, "--epochs", 3)
+    assert files(run) == before
+
+    assert "other images" not in capsys.readouterr().out
+    resume(run, "--epochs", 3, "--other-data")
+    assert "other images" in capsys.readouterr().out
+    resume(run, "--epochs", 4)  # the flag was for those images; these are the run's own now
+    assert "other images" not in capsys.readouterr().out
+
+
+# Starting from weights
+
+
+def test_a_restart_from_weights_has_a_fresh_optimiser(tmp_path):
+    first = train(tmp_path / "1", *ONE_EPOCH)
+    file = first / "model-wrn-last.pt"
+    again = train(tmp_path / "2", "--restart_epoch", 1, "--ckpt_url", file)
+    assert [row["epoch"] for row in metrics(again)] == ["2"]
+
+    weights = load_model(file)[0].state_dict()
+    published = {f"module.{name.replace('fc.', 'linear.')}": w for name, w in weights.items()}
+    torch.save({"net": published, "epoch": 1}, tmp_path / "published.pt")
+    flags = ("--restart_epoch", 1, "--ckpt_url", tmp_path / "published.pt")
+    assert_same_run(again, train(tmp_path / "3", *flags))
+
+
+def test_a_restart_takes_the_weights_of_its_epoch_from_a_run_folder(tmp_path):
+    first = train(tmp_path / "1", "--epochs", 3, "--save-freq", 2)
+    for epoch, name in ((2, "model-2.pt"), (3, "model-wrn-last.pt")):
+        flags = ("--epochs", epoch + 1, "--restart_epoch", epoch, "--ckpt_url", first)
+        run = train(tmp_path / str(epoch), *flags)
+        assert f"from the weights in {first / name}" in (run / "train.log").read_text()
+    flags = ("--epochs", 8, "--restart_epoch", 7, "--ckpt_url", first)
+    with pytest.raises(UsageError, match="no weights of epoch 7"):
+        train(tmp_path / "7", *flags)
+    assert not (tmp_path / "7").exists()
+
+
+def test_a_resume_without_a_run_says_how_to_start_one(tmp_path):
+    with pytest.raises(UsageError, match="start the run without --resume"):
+        train(tmp_path, "--resume")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,282 @@
+"""A process that trains a run: what it holds, and how it is saved, resumed and stopped."""
+
+import math
+import shlex
+import signal
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from models import build_model
+from utils.step import Figures, training_loss
+from utils.system import distributed
+from utils.system.attack_copy import AttackCopy, in_precision
+from utils.system.checkpoints import STATE, load_state, load_weights, save
+from utils.system.devices import Sent, compile_for_training, for_training
+from utils.system.errors import RunError, Stopped, UsageError, stop_word
+from utils.system.log import open_log
+from utils.system.provenance import provenance
+from utils.system.settings import Training, stored
+from utils.training import runs
+from utils.training.companions import Average
+from utils.training.splits import Data
+
+TERMS = ("loss", "contrast", "cross_entropy", "kl", "auxiliary")  # of `Figures`, averaged in a row
+SUMS = (*TERMS, "robust", "natural", "natural_images", "seconds")
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a resumed run needs besides weights, optimiser and generator.
+
+    epoch: the one under way, counted from 1. order: its order of images, None before its first
+    step. done: how many of these are trained on. sums: over these, by the names in SUMS. rows: of
+    metrics.csv so far.
+    """
+
+    epoch: int
+    order: torch.Tensor | None = None
+    done: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+
+
+class Pending(NamedTuple):
+    """A step whose figures are on their way from the device.
+
+    done: the images of the epoch up to and with this step; images: those of this step.
+    """
+
+    done: int
+    images: int
+    figures: Sent
+
+
+class Job:
+    """A process that trains a run, alone or as one of several ranks."""
+
+    def __init__(
+        self,
+        settings: Training,
+        folder: Path,
+        device: torch.device,
+        data: Data,
+        checksums: dict[str, str],
+    ) -> None:
+        """Build the network and what trains it, as before the first step."""
+        self.settings = settings
+        self.folder = folder
+        self.device = device
+        self.data = data
+        self.checksums = checksums
+        self.provenance = distributed.from_first(lambda: provenance(device, settings.seed))
+        self.log = open_log(folder / "train.log")
+        self.progress = Progress(settings.restart_epoch + 1)
+        self.pending: Pending | None = None
+        self.stop_signal = 0
+
+        torch.manual_seed(settings.seed)
+        self.model = build(settings, len(data.train.classes), device)
+        self.attack_copy = AttackCopy(
+            self.model,
+            settings.precision,
+            compiled=settings.compile,
+            graph=settings.cuda_graph and device.type == "cuda",
+            warned=self.log,
+        )
+        model = in_precision(self.model, settings.precision)
+        self.training_loss = distributed.parallel(model, training_loss)
+        self.average = Average(self.model) if settings.ema else None
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated, selected and saved: with --ema the average."""
+        return self.model if self.average is None else self.average.model
+
+    @property
+    def own_images(self) -> int:
+        """How many images of a batch are not from --extra-data."""
+        return self.settings.batch_size - self.settings.extra_images
+
+    def failure(self, what: str) -> RunError:
+        """Return the error of a training that has diverged."""
+        good = f"the last good checkpoint is {self.folder / STATE}"
+        return RunError(f"{what}; {good}; lower --lr, or look at the data")
+
+    def start_from(self, weights: Path) -> None:
+        """Take the weights in a file for those of the network."""
+        load_weights(self.model, weights)
+        if self.average is not None:
+            self.average = Average(self.model)
+
+    def take_folder(self, lock: ExitStack) -> None:
+        """Lock the folder of a new run, and save the state that the run starts with."""
+        runs.take_folder(self.folder, lock)
+        if self.settings.overwrite:
+            runs.remove_existing(self.folder)
+        else:
+            runs.refuse_existing(self.folder)  # another process may have been faster
+        try:
+            self.save_state()
+        except OSError as error:
+            cause = f"{self.folder} cannot be written ({error.strerror})"
+            raise UsageError(f"{cause}; name another --model-dir") from error
+
+    def checkpoint(self, model: nn.Module) -> dict:
+        """Return a network of the run and what it is, as `load_model` reads it.
+
+        Errors: RunError where weights are not finite.
+        """
+        settings = self.settings
+        weights = model.state_dict()
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise self.failure(f"{name} is not finite in epoch {self.progress.epoch}")
+        return {
+            "model": weights,
+            "arch": settings.arch,
+            "width": settings.width,
+            "image_size": settings.image_size,
+            "dataset": settings.dataset,
+            "gate": settings.gate,
+            "ra_blocks": settings.ra_blocks,
+            "reverse_attention": not settings.no_ra,
+            "classes": list(self.data.train.classes),
+            "num_classes": len(self.data.train.classes),
+            "averaged": model is not self.model,
+            "epoch": self.progress.epoch,
+            "recipe": stored(settings),
+            "provenance": self.provenance,
+            "checksums": self.checksums,
+        }
+
+    def save_state(self) -> None:
+        """Write all that `restore` needs."""
+        state = self.checkpoint(self.model)
+        state["version"] = runs.VERSION
+        state["optimizer"] = self.optimizer.state_dict()
+        state["generator"] = self.generator.get_state()
+        state["progress"] = vars(self.progress)
+        state["epoch"] = self.progress.epoch - 1  # the last one completed
+        state["ranks"] = distributed.world()
+        if self.average is not None:
+            state["average"] = self.average.model.state_dict()
+            state["average_steps"] = self.average.steps
+        save(self.folder / STATE, state)
+
+    def restore(self, state: dict, file: Path) -> None:
+        """Continue from what `save_state` wrote."""
+        load_state(self.model, state["model"], file)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        order = self.progress.order
+        if order is not None and len(order) != len(self.data.train.labels):
+            raise UsageError(f"{file} is inside an epoch of {len(order)} images; resume with these")
+        if self.average is not None:
+            load_state(self.average.model, state["average"], file)
+            self.average.steps = state["average_steps"]
+        try:
+            self.generator.set_state(state["generator"])
+        except (RuntimeError, TypeError):
+            self.log("note       saved on another kind of device: random draws do not carry over")
+
+    def read_figures(self) -> None:
+        """Add the figures of the last step to the sums of the epoch.
+
+        That is one step later than they were computed, so that the device never waits for the host.
+        Errors: RunError where they are not finite.
+        """
+        if self.pending is None:
+            return
+        done, images, sent = self.pending
+        self.pending = None
+        *values, norm = sent.arrived()
+        figures = Figures(*values)
+
+        epoch = self.progress.epoch
+        batch = math.ceil(done / self.own_images)
+        checked = {"the loss": figures.loss, "the norm of its gradients": norm}
+        for name, value in checked.items():
+            if not math.isfinite(value):
+                raise self.failure(f"{name} is {value} in epoch {epoch}, batch {batch}")
+
+        sums = self.progress.sums
+        for name in TERMS:
+            sums[name] += getattr(figures, name) * images
+        sums["robust"] += round(figures.robust * images)
+        if figures.natural is not None:
+            sums["natural"] += round(figures.natural * images)
+            sums["natural_images"] += images
+
+        if batch % self.settings.log_interval == 0:
+            where = f"epoch {epoch} [{done}/{len(self.progress.order)}]"
+            self.log(f"{where} loss {figures.loss:.4f} contrast {figures.contrast:.4f}")
+
+    def note_stop(self, signum: int, frame: object) -> None:
+        """Handle a signal: the first waits for the next step, a second Ctrl-C or SIGTERM does not.
+
+        SIGHUP and SIGUSR1 may come twice by themselves: both the system and the shell send SIGHUP.
+        """
+        self.stop_signal = signum
+        if distributed.world() > 1:  # torchrun may repeat it, and kills the process in the end
+            return
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+        if signum == signal.SIGTERM:
+            signal.signal(signum, signal.SIG_DFL)
+
+    def check_stop(self) -> None:
+        """Save and raise Stopped, on all ranks, where a signal has come to any of them."""
+        signum = distributed.agreed(self.stop_signal)
+        if not signum:
+            return
+        self.read_figures()
+        command = shlex.join([sys.argv[0], "--resume", str(self.folder)])
+        line = f"{stop_word(signum)}; continue by: {distributed.launcher()} {command}"
+
+        def save_and_log() -> None:
+            self.save_state()
+            with (
+                suppress(OSError),
+                open(
+                    self.folder / "train.log", "a", encoding="utf-8", errors="backslashreplace"
+                ) as log,
+            ):
+                log.write(line + "\n")
+
+        distributed.from_first(save_and_log)
+        raise Stopped(signum, line)
+
+
+def build(settings: Training, num_classes: int, device: torch.device) -> nn.Module:
+    """Build the network of a run, on its device. UsageError where it takes no such images."""
+    try:
+        model = build_model(
+            settings.arch,
+            num_classes,
+            reverse_attention=not settings.no_ra,
+            width=settings.width,
+            image_size=settings.image_size,
+            gate=settings.gate,
+            ra_blocks=settings.ra_blocks,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if settings.sync_bn and distributed.world() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = for_training(model, device, settings.precision)
+    if settings.compile:
+        compile_for_training(model, device)
+    return model
