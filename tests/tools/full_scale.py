@@ -36,7 +36,7 @@ from torch.utils.flop_counter import flop_registry
 from models import build_model
 from utils.losses import over_heads
 from utils.step import away_from_labels
-from utils.system.options import OneLineParser, parse_training
+from utils.system.options import parse_training
 from utils.system.settings import CLASSES, Training, dataset_defaults
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +190,7 @@ def hours_of(operations: float, share: float) -> float:
 
 def main(argv: list[str]) -> None:
     """Print the table."""
-    parser = OneLineParser(
+    parser = argparse.ArgumentParser(
         prog="python -m tests.tools.full_scale",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
