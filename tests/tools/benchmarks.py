@@ -1,51 +1,18 @@
 """How fast it is, measured on your machine.
 
-python -m tests.tools.benchmarks                      all but the last two, 40 minutes on 2 CPU cores
-python -m tests.tools.benchmarks step pgd             some: step share together companions memory negatives pgd growth
-                                                processes waiting data
+python -m tests.tools.benchmarks                      all but `compiled` and `figures`, 40 minutes
+                                                      on 2 CPU cores
+python -m tests.tools.benchmarks step pgd             some: step share together companions memory
+                                                      negatives pgd growth processes waiting data
 python -m tests.tools.benchmarks compiled             what --compile brings, 5 minutes more
 python -m tests.tools.benchmarks figures              CPU time of what the figures' scripts compute
-python -m tests.tools.benchmarks --out figures.json   figures also as JSON, written anew after each benchmark
-python -m tests.tools.benchmarks --quick              tiny settings: shows that everything runs, measures nothing
+python -m tests.tools.benchmarks --out figures.json   figures also as JSON, after each benchmark
+python -m tests.tools.benchmarks --quick              tiny settings: everything runs, nothing is
+                                                      measured
 
-Each prints a table. Times are medians of `runs` runs, which take turns in one process. Let nothing else run meanwhile.
-Each is preceded by the machine's own float32 and bfloat16 matrix-product rate, as a yardstick.
-
-Measured by the first and the third of these commands on 2 cores of an Intel Xeon (AVX-512, AVX512-BF16, no AMX) with
-PyTorch 2.14.1, which multiplied matrices at 257 to 333 GFLOP/s in float32 and at 143 to 173 in bfloat16:
-
-step       ResNet-18, batch 64: 14.4 s, 1.11 times as fast as the plain step; in bfloat16 20.9 s, 0.77 times
-           PreActResNet-18, 64x64, batch 16: 13.7 s, 1.06 times; WRN-34-10, batch 16: 36.5 s, 1.16 times
-           (another run: 1.14, 1.10 and 1.10)
-pgd        32 images, ResNet-18: 10.2 s, 1.79 times as fast as the published evaluation's loop, 1.18 times torchattacks,
-           1.80 times foolbox, all four leaving 31.64 % of 256 images right; bfloat16 0.62 times ours in float32
-share      295 GFLOP/s, 91 % of the rate of matrix products (80 % in another run); the plain attack 74 %, ours in
-           bfloat16 111 % of the bfloat16 rate; convolutions take 92 % of an attack of ours, 85 % of a plain one
-together   1.20 (ResNet-18, batch 4), 1.11 (digits network, batch 128), 1.43 (batch 16) times as fast as one by one
-negatives  0.49 ms, 139 times as fast as loops
-data       176,000 images/s, 13.6 times torchvision and 2 workers
-processes  2 of one thread: 1.81 times the images a second of 1
-growth     exponent 0.90 over batch 16 to 256, 0.01 over 10 to 1,000 classes
-memory     after 1, 2 and 10 steps: ResNet-18 2.02, 2.09, 2.13 GB, PreActResNet-18 1.98, 2.01, 2.08, WRN-34-10 2.49,
-           2.69, 2.76 (another run differed by up to 0.12); the first step allocates the momentum
-compiled   a step 1.01 (ResNet-18, batch 64) and 0.99 (digits network) times as fast, the first one takes 44 and 57 s
-companions on 2 cores of an AMD EPYC (AVX-512), three runs: a step of the digits network 0.69 to 0.79 s, --awp 1.24 to
-           1.29 times as long; --ema 0.95, 1.00 and 1.05 times, all of it noise: its update alone takes 0.3 ms
-
-Convolutions run near the machine's rate already, so what folding and the memory format save is a share of the rest. In
-PreActResNet and WideResNet half of the BatchNorms follow no convolution and cannot be folded. The plain step also gains
-by our networks, whose ReLUs work in place. This CPU multiplies bfloat16 at half the rate of float32, so --precision
-bf16 cannot pay on it.
-
-What --precision bf16 changes: the best epoch's accuracies in %, float32 / bfloat16, on digits' 360 test images, eps 0.1
-    OMP_NUM_THREADS=1 python train_CIFAR10_ResNet.py --dataset digits --seed SEED (and --precision bf16)
-    OMP_NUM_THREADS=1 python test_white_attack.py --ckpt_url RUN --attacks natural,pgd,autoattack
-seed 1     natural 96.67 / 96.39   PGD-40 91.11 / 88.61   AutoAttack 84.44 / 82.78
-seed 2             96.39 / 96.94          91.11 / 89.72              82.50 / 85.28
-seed 3             96.11 / 95.83          88.61 / 87.78              83.06 / 82.78
-mean               96.39 / 96.39          90.28 / 88.70              83.33 / 83.61
-PGD-40 is lower in each pair, by 0.8 to 2.5 points; the others do not move one way. The interval of one run is 6 to 8
-points wide: three seeds tell no more than that no large loss shows.
+Each prints a table. Times are medians of `runs` runs, which take turns in one process. Let nothing
+else run meanwhile. The machine's float32 and bfloat16 rates of matrix products come first, as a
+yardstick.
 """
 
 import argparse
@@ -93,7 +60,8 @@ from utils.training.companions import Average, adversarial_weights
 from utils.training.loop import attack_batch, backward
 
 ROOT = Path(__file__).parents[2]
-EPS, STEP = 8 / 255, 0.007
+EPS = 8 / 255
+STEP = 0.007
 NETWORKS = (
     ("ResNet18", 64, 32, 10),
     ("PreActResNet18", 16, 64, 200),
@@ -103,6 +71,7 @@ Rows = list[dict]
 
 
 def wait(device: torch.device) -> None:
+    """Wait until a CUDA device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -113,7 +82,7 @@ def take_turns(
     device: torch.device,
     warm_up: bool = True,
 ) -> dict[str, list]:
-    """Run every variant once a round, variant(round) -> seconds of each of its runs, but for the warm-up's."""
+    """Run every variant once a round, as variant(round) -> seconds of its runs after warm-up."""
     seconds = {name: [] for name in variants}
     for i in range(-1 if warm_up else 0, rounds):
         for name, variant in variants.items():
@@ -127,8 +96,9 @@ def take_turns(
 
 
 def compared(seconds: dict[str, list], peer: str, **more: Callable[[str], object]) -> Rows:
-    """A row a variant: its median, its number of runs, how many times as fast as `peer` it is, and more(name)."""
-    rows, medians = [], {name: statistics.median(values) for name, values in seconds.items()}
+    """Make a row a variant: its median, number of runs, speed beside `peer`, and more(name)."""
+    rows = []
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, runs in seconds.items():
         row = {"variant": name, "seconds": medians[name], "runs": len(runs)}
         row[f"speed, {peer} = 1"] = medians[peer] / medians[name]
@@ -137,6 +107,8 @@ def compared(seconds: dict[str, list], peer: str, **more: Callable[[str], object
 
 
 def matrix_products(device: torch.device, side: int) -> dict[str, Callable[[int], Tensor]]:
+    """Make a product of square matrices, in float32 and in bfloat16."""
+
     def product(dtype: torch.dtype) -> Callable[[int], Tensor]:
         a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
         return lambda i: torch.mm(a, b, out=out)
@@ -145,10 +117,14 @@ def matrix_products(device: torch.device, side: int) -> dict[str, Callable[[int]
 
 
 def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
-    """GFLOP/s of a square matrix product; bfloat16's is smaller on a CPU, where it may be a hundred times slower."""
+    """Measure the GFLOP/s of a product of square matrices."""
     rates = {}
     for name in ("fp32", "bf16"):
-        side = 64 if quick else 512 if name == "bf16" and device.type == "cpu" else 2048
+        side = 2048
+        if name == "bf16" and device.type == "cpu":  # a CPU may be a hundred times slower in it
+            side = 512
+        if quick:
+            side = 64
         product = {name: matrix_products(device, side)[name]}
         seconds = take_turns(product, 5, device)[name]
         rates[name] = 2e-9 * side**3 / statistics.median(seconds)
@@ -156,7 +132,7 @@ def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
 
 
 def options(**changes: object) -> Training:
-    """The settings of a training on CIFAR-10, some of them changed."""
+    """Return the settings of a training on CIFAR-10, some of them changed."""
     return resolve(Training, changes)
 
 
@@ -172,6 +148,7 @@ class Step:
         width: int | None,
         device: torch.device,
     ) -> None:
+        """Make a network and a batch; width None: as published."""
         torch.manual_seed(0)
         self.model = build_model(arch, classes, width=width, image_size=size).to(device).train()
         self.optimizer = torch.optim.SGD(
@@ -185,16 +162,20 @@ class Step:
         self.attack_copies: dict[tuple, AttackCopy] = {}
 
     def attack_copy(self, settings: Training) -> AttackCopy:
-        how = settings.precision, settings.compile, settings.cuda_graph and self.x.is_cuda
-        if how not in self.attack_copies:
-            self.attack_copies[how] = AttackCopy(self.model, *how)
-        return self.attack_copies[how]
+        """Return the attack copy for some settings, always the same one."""
+        graph = settings.cuda_graph and self.x.is_cuda
+        key = settings.precision, settings.compile, graph
+        if key not in self.attack_copies:
+            self.attack_copies[key] = AttackCopy(self.model, *key)
+        return self.attack_copies[key]
 
     def update(self) -> None:
+        """Update the weights."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def ours(self, **changes: object) -> None:
+        """Take the step as training does."""
         settings = options(**changes)
         attacked = attack_batch(
             self.attack_copy(settings), self.x, self.host_labels, settings, self.generator, 1
@@ -209,12 +190,15 @@ class Step:
         self.update()
 
     def plain(self, steps: int = 10) -> None:
-        """The step as the published scripts compute it.
+        """Take the step as the published scripts compute it.
 
-        The network itself is attacked, in eval mode, neither folded nor channels-last; negatives and contrast are loops
-        over the batch; three more forwards, with their graphs, give the accuracies of the log.
+        The network itself is attacked, in eval mode, neither folded nor channels-last; negatives
+        and contrast are loops over the batch; three more forwards, with their graphs, give the
+        accuracies of the log.
         """
-        x, labels, model = self.x, self.labels, self.model
+        x = self.x
+        labels = self.labels
+        model = self.model
         chosen = loop_random_negatives(labels)
         model.eval()
         adversarial = plain_pgd(model, x, labels, 1, steps)
@@ -229,9 +213,8 @@ class Step:
             heads,
             auxiliary_weight=2.0,
         )
-        (
-            loss + 3 * over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0)
-        ).backward()
+        contrast = over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0)
+        (loss + 3 * contrast).backward()
         self.update()
         model.eval()
         for images, truth in ((x, labels), (adversarial, labels), (negative, labels[chosen])):
@@ -240,14 +223,14 @@ class Step:
 
 
 def plain_pgd(model: nn.Module, x: Tensor, labels: Tensor, sign: int, steps: int) -> Tensor:
+    """Attack as the published training does; sign: 1 away from the labels, -1 towards them."""
     adversarial = x + 0.001 * torch.randn_like(x)
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
         heads = model(adversarial, heads=True)
         loss = F.cross_entropy(heads.final, labels)
-        loss = loss + 2 * sum(F.cross_entropy(logits, labels) for logits in heads.auxiliary) / len(
-            heads.auxiliary
-        )
+        auxiliary = [F.cross_entropy(logits, labels) for logits in heads.auxiliary]
+        loss = loss + 2 * sum(auxiliary) / len(auxiliary)
         (gradient,) = torch.autograd.grad(loss, adversarial)
         adversarial = adversarial.detach() + sign * STEP * gradient.sign()
         adversarial = torch.min(torch.max(adversarial, x - EPS), x + EPS).clamp(0, 1)
@@ -255,43 +238,48 @@ def plain_pgd(model: nn.Module, x: Tensor, labels: Tensor, sign: int, steps: int
 
 
 def images_by_class(labels: Tensor) -> dict[int, list[int]]:
+    """List the images of each class."""
     by_class: dict[int, list[int]] = {}
     for n, label in enumerate(labels):
         by_class.setdefault(label.item(), []).append(n)
     return by_class
 
 
-def random_negative(by_class: dict[int, list[int]], own: int) -> int:
-    return random.choice(by_class[random.choice([c for c in by_class if c != own])])
+def random_negative(by_class: dict[int, list[int]], label: int) -> int:
+    """Draw an image of another class than `label`."""
+    return random.choice(by_class[random.choice([c for c in by_class if c != label])])
 
 
 def loop_random_negatives(labels: Tensor) -> Tensor:
+    """Draw a negative for each image, one by one."""
     by_class = images_by_class(labels)
-    return torch.tensor(
-        [random_negative(by_class, label.item()) for label in labels], device=labels.device
-    )
+    chosen = [random_negative(by_class, label.item()) for label in labels]
+    return torch.tensor(chosen, device=labels.device)
 
 
 def loop_hard_negatives(logits: Tensor, labels: Tensor) -> list[int]:
-    """For each anchor, of the images of other classes that are taken for its class, the one with the largest logit.
+    """Choose, of the images that are wrongly taken for an anchor's class, that of largest logit.
 
     Loops as the published ones: a comparison of two tensors a pair, and sets.
     """
-    by_class, predictions, chosen = images_by_class(labels), logits.argmax(1), []
+    by_class = images_by_class(labels)
+    predictions = logits.argmax(1)
+    chosen = []
     for n in range(len(labels)):
-        taken = {j for j in range(len(labels)) if predictions[j] == labels[n]}
-        own = labels[n].item()
-        candidates = list(taken - set(by_class[own]))
+        predicted = {j for j in range(len(labels)) if predictions[j] == labels[n]}
+        label = labels[n].item()
+        candidates = list(predicted - set(by_class[label]))
         if candidates:
-            chosen.append(candidates[logits[candidates][:, own].topk(1).indices.item()])
+            chosen.append(candidates[logits[candidates][:, label].topk(1).indices.item()])
         else:
-            chosen.append(random_negative(by_class, own))
+            chosen.append(random_negative(by_class, label))
     return chosen
 
 
 def loop_contrast(natural: Tensor, negative: Tensor) -> Tensor:
-    """ANC with alpha 1, pair by pair of those that agree."""
-    (q, one), (p, other) = F.softmax(natural, 1).detach().max(1), F.softmax(negative, 1).max(1)
+    """Compute ANC with alpha 1, pair by pair of those that agree."""
+    q, one = F.softmax(natural, 1).detach().max(1)
+    p, other = F.softmax(negative, 1).max(1)
     total = natural.new_zeros(())
     for (n,) in torch.nonzero(one == other):
         total = total + (q[n] * p[n]) ** 0.5
@@ -302,8 +290,9 @@ def loop_contrast(natural: Tensor, negative: Tensor) -> Tensor:
 
 
 def step(device: torch.device, quick: bool) -> Rows:
-    """Seconds of a training step: ours against a plain one, which computes as the published scripts do."""
-    rows, rates = [], machine_rates(device, quick)
+    """Seconds of a training step: ours against a plain one, as in the published scripts."""
+    rows = []
+    rates = machine_rates(device, quick)
     rounds, steps = (1, 1) if quick else (5, 10)
     for arch, batch, size, classes in NETWORKS:
         batch, width = (4, 1 if arch.startswith("WRN") else 4) if quick else (batch, None)
@@ -315,15 +304,16 @@ def step(device: torch.device, quick: bool) -> Rows:
         if arch == "ResNet18" or rates["bf16"] > rates["fp32"]:
             variants["ours bf16"] = partial(job.ours, num_steps=steps, precision="bf16")
         timed = {name: lambda i, variant=variant: variant() for name, variant in variants.items()}
-        for row in compared(take_turns(timed, rounds, device), "plain"):
-            rows.append(
-                {"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]}
-            )
+        seconds = take_turns(timed, rounds, device)
+        rows += [
+            {"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]}
+            for row in compared(seconds, "plain")
+        ]
     return rows
 
 
 def forward_flops(net: nn.Module, x: Tensor) -> int:
-    """Operations of the convolutions and linear layers of a forward pass, a multiplication and an addition each."""
+    """Count multiplications and additions of a forward pass's convolutions and linear layers."""
     counted = []
 
     def count(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
@@ -342,7 +332,7 @@ def forward_flops(net: nn.Module, x: Tensor) -> int:
 
 
 def convolution_share(run: Callable[[int], object], device: torch.device) -> float | str:
-    """Share of a run's time that passes inside convolutions, in percent, by PyTorch's profiler on a CPU."""
+    """Measure the share of a run inside convolutions, in percent, by PyTorch's CPU profiler."""
     if device.type != "cpu":
         return "-"
     with torch.autograd.profiler.profile(use_kineto=False) as seen:
@@ -352,7 +342,7 @@ def convolution_share(run: Callable[[int], object], device: torch.device) -> flo
 
 
 def share(device: torch.device, quick: bool) -> Rows:
-    """GFLOP/s of an attack, ResNet-18, batch 64, and its share of the matrix-product rate of the same minutes.
+    """GFLOP/s of an attack, ResNet-18, batch 64, and its share of the rate of matrix products.
 
     `plain` is the attack of the published scripts, on the network as it is trained.
     """
@@ -360,9 +350,8 @@ def share(device: torch.device, quick: bool) -> Rows:
     job = Step("ResNet18", 4 if quick else 64, 32, 10, 4 if quick else None, device)
     with frozen(job.model) as exact, frozen(job.model, "bf16") as rounded:
         job.model.eval()
-        flops = (
-            2 * steps * forward_flops(exact, job.x)
-        )  # once forward, once to the gradient of the images
+        # Once forward, and once to the gradient of the images
+        flops = 2 * steps * forward_flops(exact, job.x)
 
         def attack(net: nn.Module) -> Callable[[int], Tensor]:
             return lambda i: linf_pgd(
@@ -378,31 +367,28 @@ def share(device: torch.device, quick: bool) -> Rows:
         times = {name: statistics.median(values) for name, values in seconds.items()}
         rows = []
         for name, run in attacks_of.items():
-            rate, yardstick = (
-                1e-9 * flops / times[name],
-                2e-9 * side**3 / times["bf16" if "bf16" in name else "fp32"],
+            precision = "bf16" if "bf16" in name else "fp32"
+            rate = 1e-9 * flops / times[name]
+            yardstick = 2e-9 * side**3 / times[precision]
+            rows.append(
+                {
+                    "variant": name,
+                    "runs": len(seconds[name]),
+                    "seconds": times[name],
+                    "GFLOP": 1e-9 * flops,
+                    "GFLOP/s": rate,
+                    "matrix product GFLOP/s": yardstick,
+                    "share %": 100 * rate / yardstick,
+                    "in convolutions %": convolution_share(run, device),
+                }
             )
-            row = {
-                "variant": name,
-                "runs": len(seconds[name]),
-                "seconds": times[name],
-                "GFLOP": 1e-9 * flops,
-            }
-            row |= {
-                "GFLOP/s": rate,
-                "matrix product GFLOP/s": yardstick,
-                "share %": 100 * rate / yardstick,
-            }
-            rows.append(row | {"in convolutions %": convolution_share(run, device)})
     return rows
 
 
 def together(device: torch.device, quick: bool) -> Rows:
-    """Both attacks of a step as one batch against one after the other, on batches of growing size."""
-    cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)] + [
-        ("WRN-34-10", 16, 32, None)
-    ]
-    cases += [("PreActResNet18", 16, 64, None)]
+    """Both attacks of a step as one batch against one after the other, by size of the batch."""
+    cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)]
+    cases += [("WRN-34-10", 16, 32, None), ("PreActResNet18", 16, 64, None)]
     cases += [("ResNet18", batch, 16, 12) for batch in (16, 64, 128, 256)]  # the digits network
     rows = []
     for arch, batch, size, width in cases[:1] if quick else cases:
@@ -439,7 +425,8 @@ def together(device: torch.device, quick: bool) -> Rows:
 def companions(device: torch.device, quick: bool) -> Rows:
     """Seconds of a step of the digits network, batch 128, with AWP and with averaged weights."""
     job = Step("ResNet18", 8 if quick else 128, 16, 10, 4 if quick else 12, device)
-    settings, average = options(num_steps=1 if quick else 10), Average(job.model)
+    settings = options(num_steps=1 if quick else 10)
+    average = Average(job.model)
     variants = {"alone": {}, "--awp 0.005": {"awp": 0.005}, "--ema 0.995": {"ema": 0.995}}
 
     def run(awp: float = 0.0, ema: float = 0.0) -> None:
@@ -455,7 +442,7 @@ def companions(device: torch.device, quick: bool) -> Rows:
         if ema:
             average.update(job.model, ema)
 
-    timed = {name: lambda i, how=how: run(**how) for name, how in variants.items()}
+    timed = {name: lambda i, flags=flags: run(**flags) for name, flags in variants.items()}
     return compared(take_turns(timed, 1 if quick else 15, device), "alone")
 
 
@@ -465,33 +452,37 @@ def memory(device: torch.device, quick: bool) -> Rows:
     for arch, batch, size, classes in NETWORKS[:1] if quick else NETWORKS:
         batch, width = (4, 4) if quick else (batch, None)
         code = (
-            "import torch; from tests.tools.benchmarks import Step; from utils.system.devices import peak_memory\n"
-            f"device = torch.device('{device}'); job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
+            "import torch\n"
+            "from tests.tools.benchmarks import Step\n"
+            "from utils.system.devices import peak_memory\n"
+            f"device = torch.device('{device}')\n"
+            f"job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
             "for i in range(10): job.ours(num_steps=1); print(peak_memory(device))"
         )
-        said = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        peaks = [f"{int(line) / 1e9:.2f} GB" for line in said.stdout.splitlines()]
-        rows.append(
-            {"network": arch, "batch": batch} | {f"after {n}": peaks[n - 1] for n in (1, 2, 10)}
-        )
+        peaks = [f"{int(line) / 1e9:.2f} GB" for line in done.stdout.splitlines()]
+        row = {"network": arch, "batch": batch}
+        for count in (1, 2, 10):
+            row[f"after {count}"] = peaks[count - 1]
+        rows.append(row)
     return rows
 
 
 def negatives(device: torch.device, quick: bool) -> Rows:
-    """Choosing hard negatives of a batch of 128, without their attack: tensor code against loops over the batch.
+    """Choosing hard negatives of a batch of 128, without their attack: tensors against loops.
 
-    A run of ours is 20 calls in a row, of which the figure is one: after each run of the loops its threads are asleep.
+    A run of ours is 20 calls in a row, of which the figure is one: after each run of the loops its
+    threads are asleep.
     """
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(128, 10, generator=generator, device=device)
     labels = torch.randint(10, (128,), generator=generator, device=device)
     looped = torch.tensor(loop_hard_negatives(logits, labels), device=device)
     chosen = choose_negatives(logits, labels, "hard", generator).squeeze(1)
-    guided = (
-        logits[looped].argmax(1) == labels
-    )  # the others have no candidate and are drawn at random
+    # The others have no candidate and are drawn at random.
+    guided = logits[looped].argmax(1) == labels
     if not torch.equal(chosen[guided], looped[guided]):
         raise RuntimeError("the loops choose other negatives")
     variants = {
@@ -506,13 +497,15 @@ def negatives(device: torch.device, quick: bool) -> Rows:
 def trained_on_digits(
     width: int | None, steps: int, device: torch.device
 ) -> tuple[nn.Module, Split]:
-    """A ResNet-18 with reverse attention after some steps of natural training on digits at 32x32, and the test set."""
+    """Train a ResNet-18 with reverse attention on digits at 32x32 -> it, and the test set."""
     torch.manual_seed(0)
-    data, test = (load_split("digits", part, "", 32).to(device) for part in ("train", "test"))
+    data = load_split("digits", "train", "", 32).to(device)
+    test = load_split("digits", "test", "", 32).to(device)
     model = build_model("ResNet18", 10, width=width).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9)
     for indices in batches(torch.arange(64 * steps) % len(data.labels), 64):
-        x, labels = as_input(data.images[indices]), data.labels[indices]
+        x = as_input(data.images[indices])
+        labels = data.labels[indices]
         heads = model(x, labels, heads=True)
         loss = over_heads(
             lambda logits, y=labels: F.cross_entropy(logits, y), heads, auxiliary_weight=2.0
@@ -524,7 +517,7 @@ def trained_on_digits(
 
 
 def published_evaluation_pgd(model: nn.Module, x: Tensor, labels: Tensor, steps: int) -> Tensor:
-    """PGD as the published evaluation computes it: backward() through a network whose parameters want gradients."""
+    """Attack as the published evaluation does, with gradients of the parameters, too."""
     adversarial = x.clone()
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
@@ -538,17 +531,18 @@ def published_evaluation_pgd(model: nn.Module, x: Tensor, labels: Tensor, steps:
 
 
 def pgd(device: torch.device, quick: bool) -> Rows:
-    """PGD-40 of 256 digits at 32x32 on ResNet-18, cross-entropy of the final logits, eps 8/255, started at the image.
+    """PGD-40 of 256 digits at 32x32 on ResNet-18, on the final logits, eps 8/255, from the image.
 
-    Attacks take turns batch by batch of 32, the seconds are those of one; accuracies are those of the same float32
-    network on what each returns for all 256.
+    Attacks take turns batch by batch of 32, the seconds are those of one; accuracies are those of
+    the same float32 network on what each returns for all 256.
     """
     import foolbox
     import torchattacks
 
     batch, count, steps = (4, 8, 2) if quick else (32, 256, 40)
     model, test = trained_on_digits(4 if quick else None, 2 if quick else 44, device)
-    x, labels = as_input(test.images[:count]).split(batch), test.labels[:count].split(batch)
+    x = as_input(test.images[:count]).split(batch)
+    labels = test.labels[:count].split(batch)
     peer = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=steps, random_start=False)
     attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=steps, random_start=False)
     foolbox_model = foolbox.PyTorchModel(model, bounds=(0, 1))
@@ -560,23 +554,26 @@ def pgd(device: torch.device, quick: bool) -> Rows:
             "foolbox": lambda x, y: attack(foolbox_model, x, y, epsilons=EPS)[1],
             "ours bf16": lambda x, y: linf_pgd(x, cross_entropy(rounded, y), EPS, STEP, steps, x),
         }
-        found = {name: {} for name in variants}  # by batch
+        adversarial = {name: {} for name in variants}  # by batch
 
         def variant(name: str) -> Callable[[int], None]:
-            return lambda i: found[name].update({i: variants[name](x[i], labels[i])})
+            def run(i: int) -> None:
+                adversarial[name][i] = variants[name](x[i], labels[i])
+
+            return run
 
         seconds = take_turns({name: variant(name) for name in variants}, len(x), device)
 
     def robust(name: str) -> float:
         with torch.no_grad():
-            right = [model(images).argmax(1) == labels[i] for i, images in found[name].items()]
+            right = [model(adversarial[name][i]).argmax(1) == labels[i] for i in range(len(x))]
         return 100 * torch.cat(right).float().mean().item()
 
     return compared(seconds, "ours fp32", **{"robust accuracy %": robust})
 
 
 def growth(device: torch.device, quick: bool) -> Rows:
-    """How a step's time grows with batch and classes (ResNet-18 of width 16): the exponent fitted to its medians."""
+    """How a step's time grows with batch and classes (ResNet-18 of width 16): the exponent."""
     series = {"batch": (16, 32, 64, 128, 256), "classes": (10, 30, 100, 300, 1000)}
     batch, side, width, steps, rounds = (8, 16, 4, 1, 1) if quick else (64, 32, 16, 10, 5)
     rows = []
@@ -595,7 +592,7 @@ def growth(device: torch.device, quick: bool) -> Rows:
 
 
 def rates_of(rates: dict[str, list[float]], unit: str, peer: str) -> Rows:
-    """A row a variant: the median of its images a second, of how many, and how many times that of `peer` it is."""
+    """Make a row a variant: its median of images a second, of how many, and times `peer`."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return [
         {"variant": name, "images/s": m, unit: len(rates[name]), f"times {peer}": m / medians[peer]}
@@ -604,27 +601,11 @@ def rates_of(rates: dict[str, list[float]], unit: str, peer: str) -> Rows:
 
 
 def processes(device: torch.device, quick: bool) -> Rows:
-    """Images a second of 2 processes of one thread against 1, through torchrun and metrics.csv: medians over epochs."""
-    epochs = "2" if quick else "4"
-    flags = [
-        "--dataset",
-        "digits",
-        "--no-cuda",
-        "--log-interval",
-        "1000",
-        "--epochs",
-        epochs,
-        "--eval-interval",
-        epochs,
-    ]
-    flags += [
-        "--width",
-        "4" if quick else "16",
-        "--limit-train",
-        "64" if quick else "512",
-        "--limit-test",
-        "2",
-    ]
+    """Images a second of 2 processes of one thread against 1, by torchrun: medians over epochs."""
+    count = 2 if quick else 4
+    flags = f"--dataset=digits --no-cuda --log-interval=1000 --epochs={count}".split()
+    flags += [f"--eval-interval={count}", "--limit-test=2"]
+    flags += ["--width=4", "--limit-train=64"] if quick else ["--width=16", "--limit-train=512"]
     script = str(ROOT / "train_CIFAR10_ResNet.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     commands = {
@@ -647,77 +628,78 @@ def processes(device: torch.device, quick: bool) -> Rows:
                     raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
                 (file,) = Path(folder).glob("run*/metrics.csv")
                 with open(file) as table:
-                    rates[name] += [
-                        float(row["train_images_per_second"]) for row in csv.DictReader(table)
-                    ][1:]
+                    epochs = list(csv.DictReader(table))
+                rates[name] += [float(row["train_images_per_second"]) for row in epochs[1:]]
     return rates_of(rates, "epochs", "1 process")
 
 
 def waiting(device: torch.device, quick: bool) -> Rows:
-    """Seconds of a step by what OpenMP's threads do while they wait: alone, and beside one busy process.
+    """Seconds of a step by what OpenMP's threads do while they wait: alone, and beside a process.
 
-    OpenMP's own threads spin by default. Each figure is the median of the steps of a process of its own.
+    OpenMP's own threads spin by default. Each figure is the median of the steps of a process of its
+    own. The process beside it is busy.
     """
-    one_step = (
-        "import statistics, sys, time; import torch; from tests.tools.benchmarks import Step\n"
+    code = (
+        "import statistics, sys, time\n"
+        "import torch\n"
+        "from tests.tools.benchmarks import Step\n"
         "arch, batch, size, width, steps = sys.argv[1], *map(int, sys.argv[2:])\n"
         "step = Step(arch, batch, size, 10, width, torch.device('cpu'))\n"
-        "def timed():\n    began = time.perf_counter(); step.ours(); return time.perf_counter() - began\n"
-        "timed(); print(statistics.median(timed() for _ in range(steps)))"
+        "def timed():\n"
+        "    began = time.perf_counter()\n"
+        "    step.ours()\n"
+        "    return time.perf_counter() - began\n"
+        "timed()\n"
+        "print(statistics.median(timed() for _ in range(steps)))"
     )
     networks = {
         "main job": ("ResNet18", "128", "16", "12"),
         "WRN-34-10, width 1": ("WRN-34-10", "16", "32", "1"),
     }
-    settings = [{}, {"OMP_WAIT_POLICY": "PASSIVE"}]
-    settings += [
-        {"GOMP_SPINCOUNT": count}
-        for count in (("1000",) if quick else ("100", "1000", "10000", "100000"))
-    ]
-    rows, steps = [], "1" if quick else "5"
-    plain = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    }
-    for name, network in (
-        {"main job": ("ResNet18", "8", "16", "4")}.items() if quick else networks.items()
-    ):
-        for setting in settings:
+    spins = ("100", "1000", "10000", "100000")
+    steps = "5"
+    if quick:
+        networks = {"main job": ("ResNet18", "8", "16", "4")}
+        spins = ("1000",)
+        steps = "1"
+    environment = dict(os.environ)
+    environment.pop("OMP_WAIT_POLICY", None)
+    environment.pop("GOMP_SPINCOUNT", None)
+
+    def seconds_of(network: tuple[str, ...], setting: dict[str, str]) -> float:
+        command = [sys.executable, "-c", code, *network, steps]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment | setting, capture_output=True, text=True, check=True
+        )
+        return float(done.stdout)
+
+    rows = []
+    for name, network in networks.items():
+        for setting in (
+            {},
+            {"OMP_WAIT_POLICY": "PASSIVE"},
+            *({"GOMP_SPINCOUNT": count} for count in spins),
+        ):
             row = {"step": name, "set": ", ".join(map("=".join, setting.items())) or "nothing"}
-            for where in ("alone", "beside a busy process"):
-                busy = (
-                    subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                    if where != "alone"
-                    else None
-                )
-                try:
-                    command = [sys.executable, "-c", one_step, *network, steps]
-                    done = subprocess.run(
-                        command,
-                        cwd=ROOT,
-                        env=plain | setting,
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    )
-                finally:
-                    if busy is not None:
-                        busy.kill()
-                        busy.wait()
-                row[f"{where}, s"] = float(done.stdout)
+            row["alone, s"] = seconds_of(network, setting)
+            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            try:
+                row["beside a busy process, s"] = seconds_of(network, setting)
+            finally:
+                busy.kill()
+                busy.wait()
             show([row])
             rows.append(row)
     return rows
 
 
 def data(device: torch.device, quick: bool) -> Rows:
-    """Batches of 128 of CIFAR-10's shape, cropped and flipped: tensor code against torchvision and 2 workers.
+    """Batches of 128 of CIFAR-10's shape, cropped and flipped: tensors against torchvision.
 
-    The workers' start is not counted.
+    The start of its 2 workers is not counted.
     """
     from PIL import Image
-    from torch.utils.data.datasets import DataLoader, Dataset
+    from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
     count, batch = (300, 32) if quick else (20000, 128)
@@ -742,7 +724,8 @@ def data(device: torch.device, quick: bool) -> Rows:
             return transform(Image.fromarray(arrays[i])), 0
 
     def ours() -> tuple[float, int]:
-        began, images = time.perf_counter(), 0
+        images = 0
+        began = time.perf_counter()
         order = torch.randperm(count, generator=generator, device=device)
         for indices in batches(order, batch):
             images += len(as_input(augment(split.take(indices).images, "crop-flip", generator)))
@@ -778,12 +761,11 @@ def compiled(device: torch.device, quick: bool) -> Rows:
             name: Step("ResNet18", batch, size, 10, width, device) for name in ("eager", "compiled")
         }
         compile_for_training(jobs["compiled"].model, device)
-        variants = {
-            name: lambda i, job=job, how=(name == "compiled"), steps=steps: job.ours(
-                num_steps=steps, compile=how
-            )
-            for name, job in jobs.items()
-        }
+
+        def variant(name: str, jobs: dict[str, Step] = jobs, steps: int = steps) -> None:
+            jobs[name].ours(num_steps=steps, compile=name == "compiled")
+
+        variants = {name: lambda i, run=variant, name=name: run(name) for name in jobs}
         first = take_turns(variants, 1, device, warm_up=False)
         more = {"first step, seconds": lambda name, first=first: first[name][0]}
         seconds = take_turns(variants, 1 if quick else 5, device, warm_up=False)
@@ -795,14 +777,16 @@ def compiled(device: torch.device, quick: bool) -> Rows:
 
 
 def figures(device: torch.device, quick: bool) -> Rows:
-    """CPU minutes of what the figures compute of 10,000 random images at CIFAR-10's size, random ResNet-18.
+    """CPU minutes of what the figures compute of 10,000 random images of CIFAR-10's size.
 
-    Passes through the network are measured on 500 images and scaled; cluster numbers and UMAP see all 10,000 features.
+    The network is a random ResNet-18. Passes through it are measured on 500 images and scaled;
+    cluster numbers and UMAP see all 10,000 features.
     """
     from utils.figures.features import clusters, embed, extract
 
     whole, count = (100, 4) if quick else (10_000, 500)
-    labels, rows = torch.arange(whole) % 10, torch.arange(count)
+    labels = torch.arange(whole) % 10
+    rows = torch.arange(count)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
     split = Split(images, labels[:count], tuple("0123456789")).to(device)
     features = torch.randn(whole, 512) + 2 * torch.randn(10, 512)[labels]
@@ -815,12 +799,12 @@ def figures(device: torch.device, quick: bool) -> Rows:
             "UMAP's compilation, on 100": (1, lambda: embed(features[:100], 42)),
             "UMAP": (1, lambda: embed(features, 42)),
         }
-        found = []
+        table = []
         for what, (scale, job) in jobs.items():
             began = time.process_time()  # which other processes do not change much
             job()
-            found.append({"what": what, "CPU minutes": (time.process_time() - began) * scale / 60})
-    return found
+            table.append({"what": what, "CPU minutes": (time.process_time() - began) * scale / 60})
+    return table
 
 
 NAMED = (compiled, figures)  # run by their names only
@@ -842,20 +826,22 @@ BENCHMARKS = {f.__name__: f for f in BENCHMARKS}
 
 
 def show(rows: Rows) -> None:
+    """Print a table."""
+
+    def written(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [
-        [f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns]
-        for row in rows
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
+    lines = [columns]
+    lines += [[written(row.get(key, "")) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """Processor, where the system tells it, cores, threads and device."""
+    """Describe the processor, where the system tells it, cores, threads and device."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -871,7 +857,8 @@ def machine(device: torch.device) -> dict[str, object]:
 
 def measured(name: str, device: torch.device, quick: bool) -> dict:
     """Run a benchmark, print its table -> what the JSON says of it."""
-    rates, began = machine_rates(device, quick), time.perf_counter()
+    rates = machine_rates(device, quick)
+    began = time.perf_counter()
     print(f"\n{name}: {BENCHMARKS[name].__doc__.splitlines()[0]}")
     print(
         f"matrix product {rates['fp32']:.0f} GFLOP/s fp32, {rates['bf16']:.0f} GFLOP/s bf16",
@@ -888,9 +875,9 @@ def measured(name: str, device: torch.device, quick: bool) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    usage = __doc__.partition("\nMeasured")[0]
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(
-        description=usage,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python -m tests.tools.benchmarks",
     )
@@ -908,14 +895,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = pick_device(given.device, False)
         if given.out:
-            given.out.open("a").close()  # before it is measured, not behind it
+            given.out.open("a").close()  # before anything is measured
     except (UsageError, OSError) as error:
         parser.error(str(error))
     record = {
         "made": provenance(device, packages=("torchattacks", "foolbox")),
         "machine": machine(device),
+        "quick": given.quick,
+        "benchmarks": {},
     }
-    record |= {"quick": given.quick, "benchmarks": {}}
     print(in_one_line(record["made"]))
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
     for name in given.names or [name for name, f in BENCHMARKS.items() if f not in NAMED]:

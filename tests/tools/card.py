@@ -1,50 +1,15 @@
 """What an NVIDIA card should answer, part by part, in one command of nine minutes.
 
-python -m tests.tools.card                            the eight parts of `ORDER`
-python -m tests.tools.card --only parts,resume        some of them, or of `EXTRA`
-python -m tests.tools.card --out card.json            figures also as JSON, written anew after each row
-python -m tests.tools.card --minutes 4                a part that no longer fits is left out, and named
-python -m tests.tools.card --quick --device cpu       tiny settings: shows that everything runs, measures nothing
+python -m tests.tools.card                        the eight parts of `ORDER`
+python -m tests.tools.card --only parts,resume    some of them, or of `EXTRA`
+python -m tests.tools.card --out card.json        figures also as JSON, written anew after each row
+python -m tests.tools.card --minutes 4            parts that no longer fit are left out, and named
+python -m tests.tools.card --quick --device cpu   tiny settings, to see that everything runs
 
-Each part has a budget of seconds. It is checked between two rows, so a part that is slow ends with the rows it has.
-Networks have their published size, batches 128 random images, unless a part says otherwise. "Epochs an hour" are of
-50,000 training images, and of the evaluation of 10,000 after each epoch as if all were right without an attack.
-
-Measured before, with earlier versions of this file; there, epochs an hour left the evaluation out. `published` is the
-step that the published scripts compute, on the same card, in PyTorch's own precision.
-
-One NVIDIA H200, PyTorch 2.11.0, CUDA 13.0, cuDNN 9.19, 16 cores of an x86 host; bfloat16 products at 717 TFLOP/s (TF32
-383, float32 51); ANCRA-TRADES, batch 128; ms a step, times the published loop, share of the bfloat16 rate, peak memory:
-
-                                        ResNet-18                        WRN-34-10
-published loop                          190 ms  1      5 %  2.0 GB        628 ms  1     19 %  10.1 GB
---precision fp32                        325     0.59   3    2.4          3159     0.20   4    10.7
-(no flag)                                62     3.1   16    2.3           443     1.42  26    10.4
-(no flag) --cuda-graph False            114     1.7    9    2.2
---precision tf32                         65     2.9   15    2.3
---compile                                53     3.6   18    2.4
---precision bf16 --cuda-graph False      99     1.9   10    1.6           251     2.5   46     6.2
---precision bf16                         45     4.2   21    1.7           248     2.5   47     6.3
---precision bf16 --compile               34     5.6   28    1.7           208     3.0   56     6.2   first step 20, 32 s
-
-Small kernels wait for the host, and hosts differ: in another run, an hour before on another machine with the same card
-(6 us a launch, here 12), the published ResNet-18 loop took 124 ms, ours 63 and, in bfloat16, 44, though its benchmark
-still waited once a step. So the gain over it is 2.0 to 3.1 times with no flag, 2.7 to 4.2 in bfloat16, 3.6 to 5.6 with
---compile. WRN-34-10 keeps the card busy, and took 632 ms there.
-
-Tried there and left out: cudnn.benchmark changes no step by more than 1 %; default-format training forwards take 8 ms
-(bfloat16) and 8 (TF32) more a ResNet-18 step than channels-last ones; padding the first convolution to 8 channels saves
-2 ms a step, fusing convolution, bias and ReLU in cuDNN 7 to 10 (--compile does both, and more). A BatchNorm that no
-convolution absorbs is an affine layer in attacks: PyTorch's own gave gradients in the other memory format, which cost
-WRN-34-10 a tenth of a step. Refreshing the attack network takes 0.7 ms, making it anew 13. An attack step on 256
-images keeps the card busy from ResNet-18 on (3.7 of 4.8 ms are the host's), so evaluation has no graph. Noise of an
-image costs the host 31 us at side 32 and 76 at 64: 100 draws of 10,000 take half a minute, beside hours of AutoAttack.
-
-Evaluation, on a third machine with the same card (9 us a launch). PGD-40, images a second at batch 100, 250, 1000:
-ResNet-18 545, 1208, 1435; WRN-34-10 137, 172, 182. With --precision fp32 ResNet-18 does 225 at 250. ResNet-18 of
-published width on digits at side 32: 16 epochs with their evaluation 40 s (bfloat16 38); AutoAttack on 250 images 43 s.
-Small networks wait for the host, and share a card well: of `python -m tests.tools.study --scale main`, training, evaluation
-and distances, 9 runs side by side took 114 s and 14, beside three tests, 193.
+Each part has a budget of seconds. It is checked between two rows, so a part that is slow ends with
+the rows it has. Networks have their published size, batches 128 random images, unless a part says
+otherwise. "Epochs an hour" are of 50,000 training images, and of the evaluation of 10,000 after
+each epoch as if all were right without an attack.
 """
 
 import argparse
@@ -69,7 +34,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from tests.tools.benchmarks import EPS, STEP, Step, forward_flops, options
+from tests.tools.benchmarks import EPS, STEP, Step, forward_flops, options, show
 from utils.attacks import cross_entropy_over_heads, linf_pgd, pgd40_heads
 from utils.data.datasets import Split
 from utils.data.subject import largest_batch, verdicts
@@ -77,7 +42,7 @@ from utils.step import training_loss
 from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.devices import compile_for_training, computing, for_training, pick_device
 from utils.system.errors import Stopped, UsageError, first_line
-from utils.system.options import OneLineParser, parse_training
+from utils.system.options import parse_training
 from utils.system.provenance import in_one_line, provenance
 from utils.training import loop as training
 from utils.training.loop import attack_batch, backward
@@ -85,14 +50,16 @@ from utils.training.loop import attack_batch, backward
 ROOT = Path(__file__).parents[2]
 NETWORKS = ("ResNet18", "WRN-34-10")
 BATCH = 128
-TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-10
+TRAINING_IMAGES = 50_000  # of CIFAR-10
+TEST_IMAGES = 10_000
 Row = dict[str, object]
 
 
 class Card:
-    """A device, and the ways to time and to switch it. quick: everything is tiny, and timed once."""
+    """A device, and how to time what runs on it. quick: everything is tiny, and timed once."""
 
     def __init__(self, device: torch.device, quick: bool) -> None:
+        """Take a device."""
         self.device = device
         self.cuda = device.type == "cuda"
         self.quick = quick
@@ -101,20 +68,25 @@ class Card:
         self.deadline = float("inf")  # of the part under way
 
     def left(self) -> float:
-        """Seconds that are left to the part under way, at most a day."""
+        """Return the seconds that are left to the part under way, at most a day."""
         return min(self.deadline - time.perf_counter(), 86400)
 
     def wait(self) -> None:
+        """Wait until a CUDA device has done what it was given."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def timed(
         self, run: Callable[[], object], rounds: int = 5, warm: int = 2
     ) -> tuple[float, float]:
-        """Median seconds of a run, and until its call came back: where both are alike, the host is what is slow."""
+        """Measure the median seconds of a run, and until its call has returned.
+
+        Where both are alike, the host is what is slow.
+        """
         for _ in range(0 if self.quick else warm):
             run()
-        whole, host = [], []
+        whole = []
+        host = []
         for _ in range(1 if self.quick else rounds):
             self.wait()
             began = time.perf_counter()
@@ -125,7 +97,7 @@ class Card:
         return statistics.median(whole), statistics.median(host)
 
     def peak(self, run: Callable[[], object]) -> float:
-        """GB of tensors at most during a run."""
+        """Measure the GB of tensors at most during a run."""
         if not self.cuda:
             return float("nan")
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -134,7 +106,7 @@ class Card:
         return torch.cuda.max_memory_allocated(self.device) / 1e9
 
     def job(self, arch: str, precision: str | None = None) -> Step:
-        """A step of a network at its published size; with a precision in the memory format of training in it."""
+        """Make a step of a network of published size, prepared for training in a precision."""
         if self.quick:
             width = 1 if arch.startswith("WRN") else 4
             job = Step(arch, 8, 16, 10, width, self.device)
@@ -146,7 +118,7 @@ class Card:
 
 
 def run_process(card: Card, *command: object) -> tuple[str, bool]:
-    """Run a program until the part's time is over -> what it printed, and whether it ended by itself."""
+    """Run a program until the part's time is over -> its output, and whether it ended by itself."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(
@@ -180,9 +152,9 @@ def run_process(card: Card, *command: object) -> tuple[str, bool]:
 def tests(card: Card) -> Iterator[Row]:
     """The tests marked cuda."""
     flags = ["-m", "cuda", "-v", "-rN", "--tb=line", "-p", "no:cacheprovider"]
-    selection = (
-        ["-n", "0", "tests/test_cuda.py", "-k", "losses"] if card.quick else ["-n", "4", "tests"]
-    )
+    selection = ["-n", "4", "tests"]
+    if card.quick:
+        selection = ["-n", "0", "tests/test_cuda.py", "-k", "losses"]
     printed, ended = run_process(card, sys.executable, "-m", "pytest", *flags, *selection)
     results = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", printed)
     counts = Counter(results)
@@ -194,10 +166,9 @@ def tests(card: Card) -> Iterator[Row]:
         "last line": "" if ended and results else printed.strip().rpartition("\n")[2][-100:],
     }
     for line in printed.splitlines():
-        if found := re.search(r"\b(?:FAILED|ERROR)\b", line):
-            yield {
-                "failed": re.sub(r"\[[^]]*%\]|\[gw\d+\]", "", line.replace(found[0], "")).strip()
-            }
+        if match := re.search(r"\b(?:FAILED|ERROR)\b", line):
+            name = re.sub(r"\[[^]]*%\]|\[gw\d+\]", "", line.replace(match[0], ""))
+            yield {"failed": name.strip()}
 
 
 def parts(card: Card) -> Iterator[Row]:
@@ -219,16 +190,16 @@ def parts(card: Card) -> Iterator[Row]:
                     "host ms": 1e3 * host,
                 }
 
-            standing = AttackCopy(job.model, precision)
+            attack_copy = AttackCopy(job.model, precision)
             attack = partial(
-                attack_batch, standing, job.x, job.host_labels, settings, job.generator, 1
+                attack_batch, attack_copy, job.x, job.host_labels, settings, job.generator, 1
             )
             attacked = attack()
             yield row("attack", attack)
             if card.cuda:
                 graphed = AttackCopy(job.model, precision, graph=True)
                 yield row("attack by graph", partial(attack_batch, graphed, *attack.args[1:]))
-            yield row("refresh of the attack's network", standing.sync_weights)
+            yield row("copy of the weights for the attack", attack_copy.sync_weights)
             forwards = partial(
                 training_loss,
                 in_precision(job.model, precision),
@@ -247,14 +218,15 @@ def parts(card: Card) -> Iterator[Row]:
 
 
 def layouts(card: Card) -> Iterator[Row]:
-    """Strict float32 in channels-last against the default layout: an attack on both batches, forwards and backward."""
+    """Strict float32 in channels-last against the default layout: attack, forwards, backward."""
     for arch in card.networks:
         for layout in (torch.channels_last, torch.contiguous_format):
             job = card.job(arch)
             if card.cuda:  # on a CPU, channels-last training of so few channels has broken the heap
                 job.model.to(memory_format=layout)
             settings = options(precision="fp32", num_steps=card.attack_steps)
-            x, labels = job.x.repeat(2, 1, 1, 1), job.labels.repeat(2)
+            x = job.x.repeat(2, 1, 1, 1)
+            labels = job.labels.repeat(2)
             steps = min(2, card.attack_steps)
             with computing("fp32"), frozen(job.model) as net:
                 net.to(memory_format=layout)
@@ -278,7 +250,7 @@ def layouts(card: Card) -> Iterator[Row]:
 
 
 def compiled(card: Card) -> Iterator[Row]:
-    """Compiled steps with batches of 128, 128, 80, 128 images in this order, ms each, and 128 once more, the median."""
+    """Compiled steps of 128, 128, 80, 128 images in this order, ms each, and the median of 128."""
     if card.quick and not card.cuda:
         yield {"left out": "a CPU's compiler would take minutes"}
         return
@@ -306,18 +278,16 @@ def compiled(card: Card) -> Iterator[Row]:
 
 
 def cut(job: Step, count: int) -> Step:
-    """The same job on its first `count` images."""
+    """Make the same job on its first `count` images."""
     smaller = copy.copy(job)
-    smaller.x, smaller.host_labels, smaller.labels = (
-        job.x[:count],
-        job.host_labels[:count],
-        job.labels[:count],
-    )
+    smaller.x = job.x[:count]
+    smaller.host_labels = job.host_labels[:count]
+    smaller.labels = job.labels[:count]
     return smaller
 
 
 def evaluation(card: Card) -> Iterator[Row]:
-    """The PGD-40 over heads after each epoch, by batch and by what it searches in; verdicts are strict float32."""
+    """The PGD-40 over heads after an epoch, by batch and precision; verdicts in strict float32."""
     for arch in card.networks:
         job = card.job(arch)
         split = random_split(card, job, 200)
@@ -333,12 +303,13 @@ def evaluation(card: Card) -> Iterator[Row]:
 
 
 def random_split(card: Card, job: Step, count: int) -> Split:
+    """Make random images of the job's size."""
     images = torch.randint(256, (count, *job.x.shape[1:]), dtype=torch.uint8, device=card.device)
     return Split(images, torch.randint(10, (count,), device=card.device), tuple("0123456789"))
 
 
 def evaluated(card: Card, arch: str, job: Step, precision: str, batch: int) -> Row:
-    """Images a second of the PGD-40 after an epoch, whose search is in a precision, on one batch."""
+    """Measure the images a second of the PGD-40 after an epoch, on one batch."""
     split = random_split(card, job, batch)
     job.model.eval()
     with computing(precision), frozen(job.model) as net, frozen(job.model, precision) as searched:
@@ -369,9 +340,10 @@ main("utils.evaluation.robustness:white_attack", Evaluation, "")
 
 
 def autoattack(card: Card) -> Iterator[Row]:
-    """AutoAttack by 1 and by 4 processes on one device: ResNet-18 after some epochs on digits of 32x32, eps 0.03.
+    """AutoAttack by 1 and by 4 processes on one device: ResNet-18 trained on digits of 32x32.
 
-    Each process has one block of 60 images. `images/s` leaves out what the processes take to start.
+    eps is 0.03. Each process has one block of 60 images. `images/s` leaves out what the processes
+    take to start.
     """
     block, name, attack = (6, "FGSM", "fgsm") if card.quick else (60, "AutoAttack", "autoattack")
     with tempfile.TemporaryDirectory() as folder:
@@ -383,28 +355,18 @@ def autoattack(card: Card) -> Iterator[Row]:
         for processes in (1, 2 if card.quick else 4):
             log = Path(folder) / str(processes) / "test.log"
             log.parent.mkdir()
-            launcher = (
-                ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-                if processes > 1
-                else []
-            )
-            command = [
-                sys.executable,
-                *launcher,
-                script,
-                "--ckpt_url",
-                run,
-                "--attacks",
-                attack,
-                "--n-examples",
-                processes * block,
-            ]
-            command += ["--epsilon", 0.03, "--device", card.device.type, "--log_path", log]
+            launcher = []
+            if processes > 1:
+                launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+            count = processes * block
+            command = [sys.executable, *launcher, script, "--ckpt_url", run, "--attacks", attack]
+            command += ["--n-examples", count, "--epsilon", 0.03]
+            command += ["--device", card.device.type, "--log_path", log]
             began = time.perf_counter()
             printed, ended = run_process(card, *command)
             row = {
                 "processes": processes,
-                "images": processes * block,
+                "images": count,
                 "wall s": time.perf_counter() - began,
             }
             record = log.with_name("white_attack.json")
@@ -414,10 +376,12 @@ def autoattack(card: Card) -> Iterator[Row]:
             if not record.exists():
                 yield row | {"failed": printed.strip().rpartition("\n")[2][-200:]}
                 continue
-            found = json.loads(record.read_text())["attacks"][name]
-            each = max(found["seconds"], 0.01) / processes
-            row |= {"s a block": each, "images/s": processes * block / each}
-            yield row | {f"{name} %": found["robust_accuracy"]}
+            result = json.loads(record.read_text())["attacks"][name]
+            each = max(result["seconds"], 0.01) / processes
+            row["s a block"] = each
+            row["images/s"] = count / each
+            row[f"{name} %"] = result["robust_accuracy"]
+            yield row
 
 
 SMALL = (
@@ -462,17 +426,21 @@ def kernels(card: Card) -> Iterator[Row]:
             longest = sorted(events, key=lambda event: getattr(event, time_of), reverse=True)
             for event in longest[:8]:
                 took = getattr(event, time_of)
-                row = {
+                yield {
                     "network": arch,
                     "precision": precision,
                     "kernel": event.key[:80],
                     "calls": event.count,
+                    "ms": 1e-3 * took,
+                    "%": 100 * took / whole,
                 }
-                yield row | {"ms": 1e-3 * took, "%": 100 * took / whole}
 
 
 def resume(card: Card) -> Iterator[Row]:
-    """A run stopped inside its second epoch and resumed, against one never stopped, under deterministic cuDNN."""
+    """A run stopped and resumed inside its second epoch, against one never stopped.
+
+    cuDNN is deterministic.
+    """
     flags = (
         "--width=16",
         "--image-size=16",
@@ -480,9 +448,8 @@ def resume(card: Card) -> Iterator[Row]:
         "--limit-test=100",
         "--num-steps=5",
     )
-    stop_at = (
-        7 if card.quick else 9
-    )  # after so many steps and batches of evaluation, 3 or 5 and 2 an epoch
+    # After so many steps and batches of evaluation: an epoch has 3 or 5 steps, and 2 batches
+    stop_at = 7 if card.quick else 9
     for precision in ("default", "bf16"):
         with tempfile.TemporaryDirectory() as folder, deterministic():
             chosen = (*flags, f"--precision={precision}")
@@ -492,24 +459,26 @@ def resume(card: Card) -> Iterator[Row]:
             resumed = train_digits(
                 card, Path(folder) / "stopped", *chosen, "--epochs=2", "--resume"
             )
-            states = [
-                torch.load(run / "last_state.pt", weights_only=True)["model"]
-                for run in (straight, resumed)
-            ]
-        pairs = [(value, states[1][key]) for key, value in states[0].items()]
+            expected = torch.load(straight / "last_state.pt", weights_only=True)["model"]
+            state = torch.load(resumed / "last_state.pt", weights_only=True)["model"]
+        equal = 0
+        largest = 0.0
+        for key, value in expected.items():
+            equal += torch.equal(value, state[key])
+            difference = (value.double() - state[key].double()).abs().max().item()
+            largest = max(largest, difference)
         yield {
             "precision": precision,
             "stopped": bool(stopped),
-            "tensors": len(pairs),
-            "equal bit for bit": sum(torch.equal(*pair) for pair in pairs),
-            "largest difference": max(
-                (a.double() - b.double()).abs().max().item() for a, b in pairs
-            ),
+            "tensors": len(expected),
+            "equal bit for bit": equal,
+            "largest difference": largest,
         }
 
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
+    """Let cuDNN choose deterministic algorithms inside the context."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
@@ -520,8 +489,9 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped_at(call: int) -> Iterator[list[int]]:
-    """A training run is asked to stop at the given call of `check_stop`; yields a list that is empty until then."""
-    calls, stopped = [], []
+    """Stop a training run at the given call of `check_stop`; yields a list, empty until then."""
+    calls = []
+    stopped = []
     real = training.Run.check_stop
 
     def check(job: training.Run) -> None:
@@ -571,23 +541,25 @@ RESNET_ONLY = ("--precision tf32", "--cuda-graph False", "--compile")
 
 
 def repeated(run: Callable[[], object], times: int) -> None:
+    """Run something several times."""
     for _ in range(times):
         run()
 
 
 def flops_of_step(model: nn.Module, x: torch.Tensor, steps: int) -> float:
-    """Operations of both attacks and of the three training forwards and backwards."""
+    """Count the operations of both attacks and of three training forwards and backwards."""
     return forward_flops(model.eval(), x[:2]) * len(x) / 2 * (2 * 2 * steps + 3 * 3)
 
 
 def step(card: Card) -> Iterator[Row]:
-    """A training step of ANCRA-TRADES, batch 128, by flags, ten steps in a row: no step waits for the one before."""
+    """A training step of ANCRA-TRADES, batch 128, by flags, ten steps in a row."""
     for arch in card.networks:
-        published, evaluation_of = None, {}
+        published = None
+        evaluation_of = {}  # seconds, by precision
         for name, flags in STEPS.items():
-            if (arch != "ResNet18" and name in RESNET_ONLY) or (
-                "--compile" in name and not card.cuda
-            ):
+            if arch != "ResNet18" and name in RESNET_ONLY:
+                continue
+            if "--compile" in name and not card.cuda:
                 continue
             torch.compiler.reset()
             changes = flags or {}
@@ -595,9 +567,8 @@ def step(card: Card) -> Iterator[Row]:
             job = card.job(arch, None if flags is None else precision)
             if precision not in evaluation_of:
                 batch = 8 if card.quick else 250
-                evaluation_of[precision] = evaluated(card, arch, job, precision, batch)[
-                    "s an epoch"
-                ]
+                row = evaluated(card, arch, job, precision, batch)
+                evaluation_of[precision] = row["s an epoch"]
             if changes.get("compile"):
                 compile_for_training(job.model, card.device)
             work = flops_of_step(job.model, job.x, card.attack_steps)
@@ -614,18 +585,16 @@ def step(card: Card) -> Iterator[Row]:
                 one()
                 card.wait()
                 first = time.perf_counter() - began
-                took, host = (
-                    seconds / in_a_row
-                    for seconds in card.timed(partial(repeated, one, in_a_row), 3, 1)
-                )
+                whole, host = card.timed(partial(repeated, one, in_a_row), 3, 1)
                 peak = card.peak(one)
+            took = whole / in_a_row
             published = published or took
             epoch = TRAINING_IMAGES / len(job.x) * took + evaluation_of[precision]
             yield {
                 "network": arch,
                 "step": name,
                 "ms": 1e3 * took,
-                "host ms": 1e3 * host,
+                "host ms": 1e3 * host / in_a_row,
                 "published = 1": published / took,
                 "TFLOP/s": 1e-12 * work / took,
                 "epochs an hour": 3600 / epoch,
@@ -647,29 +616,19 @@ SECONDS = {
     "compiled": 120,
     "evaluation": 40,
     "autoattack": 130,
+    "kernels": 20,
+    "resume": 20,
+    "machine": 10,
+    "step": 180,
 }
-SECONDS |= {"kernels": 20, "resume": 20, "machine": 10, "step": 180}
-
-
-def show(rows: list[Row]) -> None:
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [
-        [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(k, "") for k in keys)]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(keys, *cells, strict=True)]
-    for line in (keys, *cells):
-        print(
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)),
-            flush=True,
-        )
 
 
 def answer(
     card: Card, name: str, part: Part, write: Callable[[list[Row], str], None]
 ) -> tuple[list[Row], str]:
-    """The rows of a part as far as its time goes, each handed to `write` at once, and what is to be said of them."""
-    rows, note = [], ""
+    """Run a part as far as its time goes; each row goes to `write` at once -> rows and a note."""
+    rows = []
+    note = ""
     try:
         for row in part(card):
             rows.append(row)
@@ -685,10 +644,10 @@ def answer(
 
 
 def main(argv: list[str] | None = None) -> None:
-    usage = __doc__.partition("\nMeasured before")[0]
-    parser = OneLineParser(
+    """Run the parts that the command line names."""
+    parser = argparse.ArgumentParser(
         prog="python -m tests.tools.card",
-        description=usage,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -722,9 +681,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         left = end - time.perf_counter()
         if left < SECONDS[name] / 3:
-            print(
-                f"\n{name} left out: {left:.0f} s are left of --minutes {given.minutes:g}, {SECONDS[name]} planned"
-            )
+            print(f"\n{name} left out: {left:.0f} s are left, and {SECONDS[name]} planned")
             continue
         began = time.perf_counter()
         card.deadline = end if card.quick else began + min(left, SECONDS[name])

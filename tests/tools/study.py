@@ -45,7 +45,7 @@ import numpy as np
 
 from utils.evaluation.results import FILE, Groups, read, table, verdicts, worst_of
 from utils.system.errors import UsageError, stop_signals
-from utils.system.options import OneLineParser, parse, parse_training
+from utils.system.options import parse, parse_training
 from utils.system.settings import Evaluation, of_today, stored
 
 ROOT = Path(__file__).parents[2]
@@ -572,7 +572,7 @@ def print_commands(runs: list[Run]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Make the runs and print the tables that the command line names."""
-    parser = OneLineParser(
+    parser = argparse.ArgumentParser(
         prog="python -m tests.tools.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
