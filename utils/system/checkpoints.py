@@ -260,6 +260,8 @@ def load_model(
         state = content["model"]
         notes = []
         info = {name: content.get(name) for name in DESCRIPTION} | {"mean": None, "std": None}
+        if info["gate"] is None:  # written before there were others
+            info |= {"gate": "label", "ra_blocks": 2}
     else:
         state, normalisation, notes = find_weights(content, path, key)
         info = dict.fromkeys((*DESCRIPTION, "mean", "std")) | _read_shape(state, path)
