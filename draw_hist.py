@@ -1,15 +1,27 @@
-"""Histograms of feature distances over methods: PP and NP by cosine similarity and L2 distance, for each class.
+"""Histograms of feature distances: PP and NP by cosine similarity and L2 distance, class by class.
 
-    python draw_hist.py                                                  everything in ./distances
+    python draw_hist.py
+        everything in ./distances
     python draw_hist.py --distances A-0.npz B-0.npz --labels TRADES ANCRA
 
 Draws what feature_distance.py saved into ./plots, as PNG and PDF at the width of a column.
-`python draw_hist.py`, of two runs on digits with ten classes each: 40 figures, which took the first release
-14 s on 2 CPU cores.
 """
 
-from utils.system.command import main
+import sys
+
+from utils.system.command import guarded
+from utils.system.options import parse
 from utils.system.settings import Histograms
 
+
+def main() -> None:
+    """Draw the histograms that the command line asks for."""
+    settings = parse(Histograms, __doc__, sys.argv[1:])
+
+    from utils.figures.features import draw_hist  # loads PyTorch; --help does not
+
+    guarded(lambda: draw_hist(settings))
+
+
 if __name__ == "__main__":
-    main("utils.figures.features:draw_hist", Histograms, __doc__)
+    main()

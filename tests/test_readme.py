@@ -104,11 +104,11 @@ def test_flags_that_it_names_exist(script, headings, capsys):
     text = re.sub(r"(?ms)^```.*?^```", "", "".join(map(section, headings)))
     named = re.findall(r"`(--[^`]+)`", text)
     assert execute(script, "--help") == 0
-    known = re.findall(r"--[\w-]+", capsys.readouterr().out)
+    known = re.findall(r"--[\w-]+", capsys.readouterr().out)  # spelled with hyphens
     assert named
     for words in named:
         flag, *values = words.split()
-        assert flag in known, flag
+        assert flag.replace("_", "-") in known, flag
         if values and values != ["FILE"] and script == ANCRA and "--restart_epoch" not in words:
             parse_training("", {}, [flag, *values])
 
@@ -255,11 +255,12 @@ def blur(eps: float) -> Attack:
 
     return attack
 """
-FLAG = """    shift: float = setting(0.0, number(0, 5), "of the anchor's class")
-"""
+FLAG = '''    shift: Annotated[float, number("[0, 5]")] = 0.0
+    """shift of the anchor's class"""
+'''
 SHIFTED = """    print("USED: a flag" if settings.shift == 2.5 else settings.shift)
 """
-RADIUS = 'epsilon: float = setting(8 / 255, number(0, 1, of=255), "L-infinity radius", by={'
+DEFAULTS = "DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {\n"
 MODELS = "from models.reverse_attention import Heads, ReverseAttentionNetwork\n"
 BEFORE, AFTER = "before", "after"
 
@@ -269,7 +270,7 @@ CHANGES = {
         ("utils/losses.py", "", "", LOSS),
         ("utils/step.py", AFTER, "mart_loss, over_heads, ", "pairing_loss, "),
         ("utils/step.py", AFTER, '"mart": mart_loss', ', "pairing": pairing_loss'),
-        ("utils/system/settings.py", AFTER, 'METHODS = ("pgd", ', '"pairing", '),
+        ("utils/system/settings.py", AFTER, 'Method = Literal["pgd", ', '"pairing", '),
     ],
     "a strategy": [
         (
@@ -279,29 +280,29 @@ CHANGES = {
             '        "near": lambda: print("USED: a strategy") or True,\n',
         ),
         ("utils/negatives.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
-        ("utils/system/settings.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
+        ("utils/system/settings.py", AFTER, 'Strategy = Literal[\n    "random", ', '"near", "near_adv", '),
     ],
     "a flag": [
-        ("utils/system/settings.py", BEFORE, '    strategy: str = setting("random_adv"', FLAG),
+        ("utils/system/settings.py", BEFORE, '    strategy: Strategy = "random_adv"', FLAG),
         (
             "utils/step.py",
             BEFORE,
             "    own, net = own_slice(",
             '    print("USED: a flag") if settings.shift == 2.5 else None\n',
         ),
-        ("utils/system/settings.py", AFTER, 'of_anc = ("strategy", ', '"shift", '),
+        ("utils/system/settings.py", AFTER, 'without_effect += ["strategy", ', '"shift", '),
     ],
     "a network": [
         ("models/small.py", "", "", NETWORK),
         ("models/__init__.py", AFTER, MODELS, "from models.small import Small\n"),
         ("models/__init__.py", AFTER, "ARCHS = {\n", '    "Small": Small,\n'),
-        ("utils/system/settings.py", AFTER, "ARCHS = (", '"Small", '),
+        ("utils/system/settings.py", AFTER, "Arch = Literal[", '"Small", '),
     ],
     "a data set": [
         ("utils/data/datasets.py", BEFORE, "\nLOADERS = {", DATA_SET),
         ("utils/data/datasets.py", AFTER, "\nLOADERS = {", '"stripes": _stripes, '),
-        ("utils/system/settings.py", AFTER, 'DATASETS = ("cifar10", ', '"stripes", '),
-        ("utils/system/settings.py", AFTER, RADIUS, '"stripes": 0.05, '),
+        ("utils/system/settings.py", AFTER, 'Dataset = Literal["cifar10", ', '"stripes", '),
+        ("utils/system/settings.py", AFTER, DEFAULTS, '    ("stripes",): {"epsilon": 0.05},\n'),
     ],
     "a training attack": [
         ("utils/step.py", BEFORE, "def attack_batch(", TRAINING_ATTACK),
@@ -312,14 +313,14 @@ CHANGES = {
             '"margin": (outdone, labels[own]), ',
         ),
         ("utils/step.py", AFTER, "gaussian_start, ", "margins, "),
-        ("utils/system/settings.py", AFTER, 'inner: str = setting("ce", ("ce", ', '"margin", '),
+        ("utils/system/settings.py", AFTER, 'Inner = Literal["ce", ', '"margin", '),
     ],
     "a view": [("utils/evaluation/adaptive.py", BEFORE, '        if gate in ("label", "predicted"):', VIEW)],
     "an attack of the evaluation": [
         ("utils/attacks.py", "", "", BLUR),
         ("utils/evaluation/robustness.py", AFTER, "import NOISE_DRAWS, Attack, ", "blur, "),
         ("utils/evaluation/robustness.py", AFTER, "    plans = {\n", '        "blur": {"blur": quick(blur, eps=eps)},\n'),
-        ("utils/system/settings.py", AFTER, 'ATTACKS = ("natural", ', '"blur", '),
+        ("utils/system/settings.py", AFTER, 'ATTACKS = (\n    "natural",\n', '    "blur",\n'),
     ],
 }
 

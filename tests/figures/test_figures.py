@@ -40,7 +40,7 @@ from utils.figures.plots import (
 )
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays, write_arrays
-from utils.system.options import eps_text
+from utils.system.values import eps_text
 from utils.system.settings import FEATURES
 
 HIST, UMAP = "draw_hist.py", "draw_umap.py"

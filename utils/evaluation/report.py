@@ -23,7 +23,7 @@ from utils.system import distributed
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError
 from utils.system.files import require_writable, write_atomically, write_record
-from utils.system.options import eps_text
+from utils.system.values import eps_text
 from utils.system.settings import Evaluation
 
 THREAT = "Linf, eps {} on images in [0, 1]"

@@ -32,7 +32,7 @@ from utils.system import distributed
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError
 from utils.system.files import read_arrays, require_writable, write_arrays
-from utils.system.options import eps_text
+from utils.system.values import eps_text
 from utils.system.provenance import provenance
 from utils.system.settings import FEATURES, Distances, Histograms, Umap
 

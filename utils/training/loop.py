@@ -39,7 +39,8 @@ from utils.system.devices import Sent, compile_for_training, computing, for_trai
 from utils.system.errors import RunError, Stopped, UsageError, stop_signals
 from utils.system.files import write_atomically, write_record
 from utils.system.log import open_log
-from utils.system.options import Command, as_given, eps_text
+from utils.system.options import Command
+from utils.system.values import as_given, eps_text
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import Training, combined, dataset_defaults, stored
 from utils.training import runs

@@ -17,9 +17,8 @@ from utils.system import distributed
 from utils.system.checkpoints import BEST, LAST, STATE, check_state, described, ordinary, outline, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
-from utils.system.options import Command, fits
-from utils.system.settings import PATH, Training, idle, of_today, resolve, restored, stored
-from utils.system.settings import described as known_settings
+from utils.system.options import Command
+from utils.system.settings import FREE, Training, idle, resolve, restored, stored
 
 VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
 
@@ -51,8 +50,8 @@ class Start(NamedTuple):
 
 def results(settings: Training) -> dict[str, Any]:
     """The settings on which a run's results depend, by which folders are named and a bare --resume looks for one."""
-    about, unused = known_settings(Training), {"model_dir", "ckpt_url", *idle(settings)}
-    found = {key: value for key, value in stored(settings).items() if not about[key].free and key not in unused}
+    unused = {"model_dir", "ckpt_url", *idle(settings)}
+    found = {key: value for key, value in stored(settings).items() if key not in FREE and key not in unused}
     found |= {"epochs": settings.epochs} if settings.lr_schedule != "milestones" else {}
     return found | ({"data_dir": os.path.realpath(settings.data_dir)} if settings.dataset == "folder" else {})
 
@@ -69,7 +68,7 @@ def run_folder(command: Command) -> Path:
     usual = stored(resolve(Training, {key: getattr(s, key) for key in ("dataset", "method", "arch")}, command.script))
     for key, value in sorted(found.items(), key=lambda item: item[0] == "tag"):
         if key not in (*PUBLISHED, *OWN, "data_dir") and value != usual[key]:
-            value = Path(value).stem if known_settings(Training)[key].kind is PATH and value else value
+            value = Path(value).stem if key == "extra_data" and value else value
             name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
     folder, own = Path(name), os.fsencode(Path(name).name)
     if len(own) > LONGEST_NAME:  # of a file, 255 bytes on most systems
@@ -84,8 +83,7 @@ def run_to_resume(command: Command) -> Path:
     UsageError, which names the runs of this --model-dir that it can have been, or the most similar ones.
     """
     folder, mine, runs = run_folder(command), results(command.settings), []
-    kinds = {key: about.kind for key, about in known_settings(Training).items()}
-    numbers = {key for key in command.given if key != "seed" and getattr(kinds[key], "name", "") in ("number", "whole")}
+    numbers = {key for key, value in command.given.items() if key != "seed" and type(value) in (int, float)}
     if (folder / STATE).is_file():
         return folder
     for file in folder.parent.glob(f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"):
@@ -157,8 +155,6 @@ def prepare(command: Command, held: ExitStack) -> Start:
         raise UsageError(f"--resume: {file} does not exist; start the run without --resume, or name its folder")
     take_folder(file.parent, held)  # before reading, so that no other process writes a newer state in between
     state = read(file)
-    if isinstance(state.get("recipe"), dict):
-        state["recipe"] = of_today(state["recipe"])
     require_state(state, file)
     with suppress(TypeError, AttributeError, KeyError, RuntimeError):  # damaged: `usable` will say so
         state["progress"]["rows"] = [row | {k: row.get(k) for k in TERMS} for row in state["progress"]["rows"]]
@@ -186,16 +182,15 @@ def require_state(state: dict, file: Path) -> None:
     wrong = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
     wrong += ["average_steps"] if "average_steps" in needed and state.get("average_steps", 0) < 0 else []
     wrong += [key for key in ("checksums", "provenance") if not isinstance(state.get(key, {}), dict)]
-    wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:
         raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
 
 
 def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:
     """A run's own settings, but for the free ones that the command gives; says which flags lose or win."""
-    given, about = command.given, known_settings(Training)
+    given = command.given
     devices = {"device", "no_cuda"}  # a device is said by both together
-    free = {key for key in (*given, *(devices if devices & given.keys() else ())) if about[key].free}
+    free = {key for key in (*given, *(devices if devices & given.keys() else ())) if key in FREE}
     free |= {"extra_data"} & given.keys() if recipe["extra_data"] else set()  # it may have moved, and has a checksum
     free -= {"epochs"} if recipe["lr_schedule"] != "milestones" else set()  # the rate of every step depends on them
     for key, value in recipe.items():
