@@ -1,10 +1,11 @@
-"""Histograms of feature distances: PP and NP by cosine similarity and L2 distance, class by class.
+"""Histograms of feature distances, PP and NP, of all classes together and of each.
 
     python draw_hist.py
         everything in ./distances
     python draw_hist.py --distances A-0.npz B-0.npz --labels TRADES ANCRA
 
-Draws what feature_distance.py saved into ./plots, as PNG and PDF at the width of a column.
+Draws what feature_distance.py saved into ./plots, by cosine similarity and by L2 distance, as PNG
+and PDF at the width of a column. The paper's four figures are `hist-DATASET-all-*`.
 """
 
 import sys

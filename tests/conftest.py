@@ -4,9 +4,7 @@ import functools
 import os
 import re
 
-# One thread a process: pytest runs a process for each core already, some tests start further ones, and threads that
-# wait by spinning would slow each other many times.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# One thread a process: pytest runs a process for each core already, and some tests start further ones.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import urllib.error

@@ -5,7 +5,8 @@ scripts     ROOT SCRIPTS ANCRA BASELINE ATTACK; execute(script, *argv) in this p
             a folder for all processes of a session; end_forked(work), the end of a forked child
 flags       TINY, DIGITS, EVALUATE, folder_flags(root) for scripts; RUN for `train`; recipes RA and PLAIN
 settings    settings(*flags, recipe=RA) -> Training
-runs        train(parent, *flags, recipe=RA) in this process -> its folder; folder(parent); metrics(run); state(run)
+runs        train(parent, *flags, recipe=RA), resume(run, *flags) in this process -> its folder; folder(parent);
+            metrics(run); state(run)
 compare     assert_equal(a, b), whatever they hold; assert_same_run(one, other); files(folder) -> {path: bytes};
             tree(folder)
 networks    digits_network(reverse_attention=True), trained, of golden weights; digits_content(...), as a checkpoint
@@ -71,10 +72,8 @@ def execute(script, *argv):
 
 
 def environment(**extra):
-    """Of a process that a test starts: one thread, which does not spin; gloo by the loopback device."""
-    return os.environ | {
-        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT),
-    } | extra  # fmt: skip
+    """Of a process that a test starts: one thread; gloo by the loopback device."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)} | extra
 
 
 def python(*argv, cwd=ROOT, **extra):
@@ -160,6 +159,14 @@ def train(parent, *flags, recipe=RA):
 
     training.run(parse_training("", recipe, [*RUN, "--model-dir", str(parent / "run"), *map(str, flags)]))
     return folder(parent)
+
+
+def resume(run, *flags):
+    """Continue a run by its folder, with these flags and no others, in this process -> its folder."""
+    from utils.training import loop as training
+
+    training.run(parse_training("", RA, ["--resume", str(run), *map(str, flags)]))
+    return run
 
 
 def folder(parent):

@@ -42,9 +42,42 @@ def test_a_benchmark_runs_and_writes_its_figures(tmp_path, capsys, name):
 
 @pytest.mark.slow
 def test_the_benchmark_of_a_card_runs_without_one(tmp_path):
-    done = python("-m", "tests.tools.card", "--device", "cpu", "--out", tmp_path / "card.json")
-    found = json.loads((tmp_path / "card.json").read_text())
-    assert done.returncode == 0 and found.keys() == {"made", *card.PARTS} and all(map(len, found.values()))
+    done = python("-m", "tests.tools.card", "--quick", "--device", "cpu", "--out", tmp_path / "card.json")
+    found = json.loads((tmp_path / "card.json").read_text())["parts"]
+    assert done.returncode == 0 and [*found] == [*card.ORDER], done.stdout
+    rows = {name: part["rows"] for name, part in found.items()}
+    assert all(rows.values()) and not any(part["note"] for part in found.values())
+    assert rows["tests"][0]["skipped"] == 1 and [row["processes"] for row in rows["autoattack"]] == [1, 2]
+    for row in rows["resume"]:
+        assert row["stopped"] and row["equal bit for bit"] == row["tensors"] > 0
+
+
+def test_a_card_s_figures_are_kept_row_by_row(tmp_path, monkeypatch, capsys):
+    """A part that fails, one whose time is over, and one that no longer fits."""
+    file = tmp_path / "card.json"
+
+    def failing(device):
+        """Fails."""
+        yield {"row": 1}
+        assert json.loads(file.read_text())["parts"]["failing"]["rows"] == [{"row": 1}]
+        raise RuntimeError("no such kernel")
+
+    def slow(device):
+        """Takes its time."""
+        device.deadline = 0
+        yield {"row": 1}
+        yield {"row": 2}
+
+    monkeypatch.setattr(card, "ORDER", {"failing": failing, "slow": slow, "long": slow})
+    monkeypatch.setattr(card, "SECONDS", {"failing": 1, "slow": 1, "long": 10_000})
+    with pytest.raises(SystemExit) as end:
+        card.main(["--quick", "--device", "cpu", "--out", str(file)])
+    found = json.loads(file.read_text())["parts"]
+    assert end.value.code == 1 and "long left out" in capsys.readouterr().out
+    assert {name: (part["rows"], part["note"]) for name, part in found.items()} == {
+        "failing": ([{"row": 1}], "failed: no such kernel"),
+        "slow": ([{"row": 1}], "its time is over"),
+    }
 
 
 def test_every_attack_of_the_pgd_benchmark_leaves_the_same_accuracy(tmp_path, monkeypatch):
@@ -87,10 +120,11 @@ def test_the_plain_step_attacks_as_ours_does():
     [
         (["stpe"], "unknown: stpe; known: step, share"),
         (["negatives", "--device", "gpu"], "--device gpu is none of auto, cpu, cuda, cuda:N"),
-        (["negatives", "--out", "/nonexistent/figures.json"], "/nonexistent/figures.json"),
+        (["negatives", "--out", "a file/figures.json"], "a file/figures.json"),
     ],
 )
-def test_wrong_use_is_said_before_anything_is_measured(capsys, argv, said):
+def test_wrong_use_is_said_before_anything_is_measured(here, capsys, argv, said):
+    (here / "a file").touch()
     with pytest.raises(SystemExit) as stopped:
         benchmarks.main(argv)
     assert stopped.value.code == 2

@@ -1,5 +1,6 @@
 """On an NVIDIA card: `python -m pytest -m cuda`. The same numbers as on a CPU, no waiting, no surprises."""
 
+import csv
 import json
 import warnings
 from contextlib import nullcontext
@@ -20,7 +21,17 @@ import utils.step as page
 from models import build_model
 from tests.conftest import shorten_runs
 from tests.golden_numbers import FOLDER, GoldenNetwork, assert_near
-from tests.helpers import ATTACK, digits_checkpoint, digits_network, digits_split, execute, folder, settings, train
+from tests.helpers import (
+    ATTACK,
+    digits_checkpoint,
+    digits_network,
+    digits_split,
+    execute,
+    folder,
+    resume,
+    settings,
+    train,
+)
 from tests.training.test_companions import EVERYTHING, extra_file
 from utils.attacks import (
     Standing,
@@ -40,10 +51,12 @@ from utils.negatives import choose_negatives
 from utils.step import attack_batch, away_from_labels, backward, towards_labels, training_loss
 from utils.system import distributed
 from utils.system.devices import computing
+from utils.system.graphs import Graphed
 from utils.system.provenance import in_one_line, provenance
 from utils.training.companions import Average, adversarial_weights
 
 CUDA, EPS = torch.device("cuda"), 8 / 255
+CUDA_IS_OLD = torch.cuda.is_available() and not torch.cuda.is_tf32_supported()
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
@@ -198,9 +211,61 @@ def test_a_graph_replays_what_the_eager_attack_computes_bit_for_bit(precision):
                 model(x)
 
 
+def attacked_by(standings, count, steps=3):
+    """A batch attacked by each of them, the same draws."""
+    x, labels = torch.rand(count, 3, 32, 32, device=CUDA), torch.arange(count, device=CUDA) % 10
+    s = replace(settings(), num_steps=steps)
+    return [attack_batch(standing, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for standing in standings]
+
+
+def test_an_attack_of_another_number_of_steps_is_recorded_again_in_the_memory_of_the_old_one(monkeypatch):
+    model = build_model("ResNet18", 10, width=16).to(CUDA)
+    standings = Standing(model), Standing(model, graph=True)
+    recorded, held, record = [], [], Graphed._record
+
+    def noting(self, args):
+        recorded.append(steps)
+        return record(self, args)
+
+    monkeypatch.setattr(Graphed, "_record", noting)
+    for steps in (3, 4, 5, 6):
+        for count in (64, 64, 64, 12):
+            one, other = attacked_by(standings, count, steps)
+            assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
+        held.append(torch.cuda.memory_reserved())
+    assert recorded == [3, 4, 5, 6]
+    assert held[-1] <= held[0] * 1.1
+
+
+def test_a_graph_that_replays_nothing_is_not_used(monkeypatch):
+    model, lines = build_model("ResNet18", 10, width=8).to(CUDA), []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
+    standings = Standing(model), Standing(model, graph=True, warned=lines.append)
+    for _ in range(4):
+        one, other = attacked_by(standings, 16)
+        assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
+    assert len(lines) == 1 and standings[1].linf_pgd_together.graph is None
+
+
+FEW = ("--dataset=digits", "--width=8", "--limit-train=200", "--limit-test=60", "--num-steps=2", "--batch-size=64")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_second_card_computes_what_the_first_one_does(tmp_path, short_runs):
+    """Its graph is recorded there, and its figures are read when they are there."""
+    first = short(tmp_path / "0", "--epochs=1", "--precision=fp32")
+    second = train(tmp_path / "1", *FEW, "--device=cuda:1", "--epochs=1", "--precision=fp32")
+    torch.cuda.set_device(0)
+    for key, value in weights(first).items():
+        assert relative(weights(second)[key].float(), value.float()) < 1e-3, key
+    assert "without a graph" not in (second / "train.log").read_text()
+    rows = [list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) for run in (first, second)]
+    losses = [float(row["loss"]) for (row,) in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def short(tmp_path, *flags):
-    small = ("--width=8", "--limit-train=200", "--limit-test=60", "--num-steps=2", "--batch-size=64")
-    return train(tmp_path, "--dataset=digits", *small, "--device=cuda", *flags)
+    return train(tmp_path, *FEW, "--device=cuda", *flags)
 
 
 def weights(run):
@@ -221,7 +286,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_goes_on_on_a_cpu(tmp_path, s
     short(tmp_path / "resumed", "--epochs=2", "--resume", *flags)
     for key, value in weights(straight).items():
         assert relative(weights(resumed)[key].float(), value.float()) < 1e-3, key
-    train(tmp_path / "resumed", "--epochs=3", "--resume", resumed, "--device=cpu", *flags)
+    resume(resumed, "--epochs=3", "--device=cpu")
     record = json.loads((straight / "run.json").read_text())
     assert record["card"]["name"] and record["precision"].startswith("bfloat16" if precision == "bf16" else "TF32")
 
@@ -232,6 +297,39 @@ def test_a_run_by_graph_is_the_run_without(tmp_path, short_runs):
     assert one.name == other.name
     for key, value in weights(one).items():
         assert relative(weights(other)[key].float(), value.float()) < 1e-3, key
+
+
+# Precision
+
+
+@pytest.mark.skipif(CUDA_IS_OLD, reason="needs a CUDA device with TF32")
+@pytest.mark.parametrize("user", ["none", "ieee", "tf32"])
+def test_float32_and_tf32_are_what_they_say_whatever_is_switched_on(user):
+    """By PyTorch's newer switches, which are as they were in the end."""
+    x, weight = torch.rand(128, 64, 16, 16, device=CUDA) - 0.5, torch.rand(128, 64, 3, 3, device=CUDA) - 0.5
+    operations = (lambda x, w: F.conv2d(x, w)), (lambda x, w: x.flatten(1)[:, :576] @ w.flatten(1).T)
+    exact = [operation(x.double(), weight.double()) for operation in operations]
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = user
+        for name, smallest, largest in (("fp32", 0, 1e-5), ("tf32", 1e-5, 1e-2)):
+            with computing(name):
+                for operation, value in zip(operations, exact, strict=True):
+                    assert smallest < relative(operation(x, weight), value) < largest
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+@pytest.mark.parametrize("arch", ["PreActResNet18", "WRN-28-10"])
+def test_the_attack_copy_of_a_network_of_several_ranks_has_no_batchnorm_left(arch):
+    model = build_model(arch, 10, width=4 if arch[0] == "P" else 1).to(CUDA)
+    copy = Standing(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)).net
+    assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in copy.modules())
+    x = torch.rand(8, 3, 32, 32, device=CUDA)
+    assert relative(copy(x), model.eval()(x)) < 1e-5
 
 
 # Waiting for the device

@@ -106,6 +106,15 @@ def test_the_table_has_a_row_for_each_of_the_paper_s(capsys):
     assert [row.split(" ")[2] for row in rows] == [command[0] for command in full_scale.ROWS]
 
 
+def test_hours_and_epochs_an_hour_are_of_training_and_evaluation(capsys, monkeypatch):
+    """One row: at the rates of the shares, ten epochs take the hours of both."""
+    monkeypatch.setattr(full_scale, "ROWS", [[full_scale.RESNET]])
+    monkeypatch.setattr(full_scale, "run_of", lambda settings: (717e12 * 0.16 * 3600, 2 * 717e12 * 0.18 * 3600))
+    full_scale.main(["--gate", "soft", "--epochs", "10"])
+    cells = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert cells[-3].strip() == "3.0, 0.38; 3.3"
+
+
 UNCOUNTED = ["--dataset digits", "--limit-train 100", "--precision bf16", "--val-size 10", "--image-size 64"]
 
 

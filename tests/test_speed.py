@@ -136,6 +136,18 @@ def test_forwards_of_a_step(tmp_path, monkeypatch, flags, small, forwards, attac
 
 
 @pytest.mark.parametrize("arch", ["PreActResNet18", "WRN-28-10"])
+def test_batchnorm_over_several_ranks_is_an_affine_layer_in_attacks_on_a_card(monkeypatch, arch):
+    torch.manual_seed(0)
+    x, labels = some_batch(size=32)
+    model = a_few_steps(build_model(arch, 4, width=1 if arch.startswith("WRN") else 4, image_size=32), x, labels)
+    monkeypatch.setattr(attacks, "affine_norms", lambda net: True)
+    net = Standing(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).net
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
+    with torch.no_grad():
+        assert_near(net(x), model.eval()(x), 1e-5)
+
+
+@pytest.mark.parametrize("arch", ["PreActResNet18", "WRN-28-10"])
 @pytest.mark.parametrize("on_a_card", [False, True])
 def test_a_standing_network_takes_over_what_an_update_changed(monkeypatch, arch, on_a_card):
     """Weights and statistics, folded or not; with the layers that a CUDA device gets, too."""
@@ -261,7 +273,8 @@ def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(tmp_
     """The switches of a CUDA device, which a CPU does not heed."""
 
     def switches():
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        both = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return tuple(switch.fp32_precision == "tf32" for switch in both)
 
     noted, real = {}, {"attack_batch": training.attack_batch, "linf_pgd": attacks.linf_pgd}
 
@@ -295,7 +308,7 @@ def test_tf32_says_where_it_has_no_effect(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_missing_compiler_is_one_line(tmp_path):
-    environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = python("train_CIFAR10_ResNet.py", *RUN, "--compile", "--model-dir", tmp_path / "run", **environment)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -323,6 +336,31 @@ def test_compilation_leaves_keys_and_copies_alone(monkeypatch):
     assert list(model.state_dict()) == keys
     with frozen(model) as net:  # that of the evaluation, not compiled
         assert net._compiled_call_impl is None
+
+
+def test_each_shape_is_compiled_by_itself(monkeypatch):
+    """An epoch's short last batch changes nothing for the batches after it, and there are not too many shapes."""
+    inputs_of_graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        inputs_of_graphs.append([node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function, options=None, **how: real(function, backend=backend, **how))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch.compiler.reset()
+    model, x, labels = a_network(width=2)
+    compile_for_training(model, torch.device("cpu"))
+    standing, s = Standing(model, compiled=True), settings(*RUN, "--strategy", "hard_adv")
+    compiled = []
+    for count in (8, 8, 5, 8):
+        attacked = attack_batch(standing, x[:count], labels[:count], s, torch.Generator(), 1)
+        training_loss(model, x[:count], labels[:count], attacked, s).loss.backward()
+        compiled.append(len(inputs_of_graphs))
+    torch.compiler.reset()
+    assert compiled[0] == compiled[1] < compiled[2] == compiled[3]
+    assert not any(isinstance(value, torch.SymInt) for inputs in inputs_of_graphs for value in inputs)  # of any size
 
 
 @pytest.mark.slow

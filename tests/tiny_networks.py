@@ -5,6 +5,7 @@ were trained by `python -m tests.tiny_networks`, which writes them anew.
 """
 
 import copy
+import io
 from functools import cache, partial
 from pathlib import Path
 
@@ -131,6 +132,39 @@ def probabilities():
 
 def in_steps():
     return lambda x: robust()((4 * x).round() / 4)
+
+
+# that compute, and answer, in another type than float32
+def of_type(dtype):
+    net = copy.deepcopy(robust()).to(dtype)
+    return lambda x: net(x.to(dtype))
+
+
+in_bfloat16, in_half, in_double = (partial(of_type, t) for t in (torch.bfloat16, torch.float16, torch.float64))
+
+
+# of TorchScript
+def layers_of_robust():
+    net = copy.deepcopy(robust())
+    return nn.Sequential(net.stem, nn.ReLU(), net.blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.fc).eval()
+
+
+def scripted():
+    return torch.jit.script(layers_of_robust())
+
+
+def frozen_script():
+    return torch.jit.freeze(scripted())
+
+
+def traced():
+    return torch.jit.trace(layers_of_robust(), torch.zeros(2, 3, 16, 16))
+
+
+def saved_script():
+    saved = io.BytesIO()
+    torch.jit.save(scripted(), saved)
+    return torch.jit.load(io.BytesIO(saved.getvalue()))
 
 
 def fit(reverse_attention, eps, epochs):

@@ -65,10 +65,18 @@ class Standing:
     untouched. In the copy of a network of `models` each BatchNorm that follows a convolution is folded into it and the
     memory format is channels-last; logits agree with the unfolded network's up to rounding.
     precision: `bf16` for convolutions and classifier in bfloat16, anything else is `model`'s own; images and logits are
-    float32 either way. compiled: through torch.compile. graph: attacks are replayed as one CUDA graph.
+    float32 either way. compiled: through torch.compile. graph: attacks are replayed as one CUDA graph; warned: gets a
+    line where that does not work.
     """
 
-    def __init__(self, model: nn.Module, precision: str = "default", compiled: bool = False, graph: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: str = "default",
+        compiled: bool = False,
+        graph: bool = False,
+        warned: Callable[[str], None] = print,
+    ) -> None:
         net = copy.deepcopy(model).eval().requires_grad_(False)
         self._folds = []  # (convolution of `model` or None, BatchNorm behind it, the layer that both become)
         for name, module in [*net.named_modules()]:
@@ -77,7 +85,7 @@ class Standing:
         if isinstance(net, ReverseAttentionNetwork):  # a foreign network may use `view` on its maps
             if affine_norms(net):
                 for name, module in [*net.named_modules()]:
-                    if isinstance(module, nn.BatchNorm2d):
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm is one, too
                         net.set_submodule(name, Affine(module.running_mean))
                         self._folds.append((None, model.get_submodule(name), net.get_submodule(name)))
             _to_channels_last(net)
@@ -90,9 +98,9 @@ class Standing:
         self._copies = [list(tensors) for tensors in zip(*kept, strict=True)]
         self._refold()
         if compiled:
-            net.compile(options={"layout_optimization": next(net.parameters()).is_cuda})
+            net.compile(dynamic=False, options={"layout_optimization": next(net.parameters()).is_cuda})
         self.net = Bfloat16(net) if precision == "bf16" else net
-        self.linf_pgd_together = Graphed(linf_pgd_together) if graph else linf_pgd_together
+        self.linf_pgd_together = Graphed(linf_pgd_together, warned) if graph else linf_pgd_together
 
     def _fold(self, source: nn.Module, block: nn.Module, conv_name: str, bn_name: str) -> None:
         """Make one convolution of two layers; nothing to do where the block has no such pair."""

@@ -311,6 +311,18 @@ def test_the_val_part_selects_where_there_is_one_and_the_test_part_reports(tmp_p
         of_folder(tmp_path)
 
 
+def test_copies_of_training_images_are_counted_pixel_by_pixel(tmp_path):
+    written = write_folder(tmp_path, ("train", "val", "test"))
+    png(tmp_path / "test" / "cat" / "copy.png", written["train", "cat", 1])
+    png(tmp_path / "test" / "dog" / "1.png", written["train", "cat", 0])  # whatever it is labelled
+    almost = written["train", "dog", 0].copy()
+    almost[3, 4, 1] ^= 1
+    png(tmp_path / "test" / "dog" / "almost.png", almost)
+    data = of_folder(tmp_path)
+    assert data.test.note == "2 of 6 images of the test part are copies of training images"
+    assert data.train.note == data.selection.note == ""
+
+
 def test_images_to_look_at_need_no_training_images(tmp_path):
     written = write_folder(tmp_path, ("val",))
     split = load_folder(tmp_path, "test")

@@ -1,14 +1,17 @@
 """Attacks of the evaluation, the loop over a split, verdicts, and what the script makes of a checkpoint."""
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models import build_model
-from tests.helpers import checkpoint, digits_checkpoint, digits_content, digits_split, image_folder
+from tests.helpers import checkpoint, digits_checkpoint, digits_content, digits_network, digits_split, image_folder
+from tests.helpers import settings as training_settings
 from tests.tiny_networks import with_ra
 from utils.attacks import (
     cross_entropy,
@@ -23,12 +26,23 @@ from utils.attacks import (
     pgd40_heads,
 )
 from utils.data.datasets import as_input, subset
-from utils.data.subject import Subject, at_chance, over_images, percent, verdicts
+from utils.data.subject import (
+    LARGEST,
+    Subject,
+    at_chance,
+    halving,
+    images_that_fit,
+    largest_batch,
+    over_images,
+    percent,
+    verdicts,
+)
 from utils.evaluation.robustness import fingerprint, white_attack
 from utils.system.checkpoints import load_model
 from utils.system.errors import UsageError
 from utils.system.options import parse
 from utils.system.settings import NORMALISATIONS, Evaluation
+from utils.training import loop as training
 
 EPS, STEP = 0.1, 0.02
 QUICK = ("--attacks", "natural,fgsm,pgd,cw")
@@ -123,6 +137,66 @@ def test_verdicts_do_not_depend_on_the_batch_size():
             assert (found[0] != found[1]).float().mean() <= 0.005
             assert not (found[0] & ~natural).any()
             assert 0 < percent(found[0]) < percent(natural) or attack is attacks[1]
+
+
+def test_a_batch_is_what_half_of_the_free_memory_holds():
+    assert images_that_fit(8e10, 2e7) == LARGEST
+    assert images_that_fit(16e9, 26e6) == 300  # 307.7
+    assert images_that_fit(16e9, 5e8) == 16
+    assert images_that_fit(0, 5e8) == 1
+
+
+def test_an_attack_that_runs_out_of_memory_goes_on_in_halves():
+    """Verdicts stay, sizes stay halved, and a smaller last batch halves nothing."""
+    split, sizes = subset(digits_split(), 90), []
+    attack = pgd(cross_entropy, EPS, STEP, 2, start="uniform", seed=1)
+
+    def short_of_memory(net, x, labels, numbers):
+        sizes.append(len(x))
+        if len(x) > 15:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return attack(net, x, labels, numbers)
+
+    with frozen(with_ra()) as net:
+        expected = verdicts(net, split, 40, attack)
+        assert torch.equal(verdicts(net, split, 40, halving(short_of_memory)), expected)
+        assert 0 < expected.sum() < 90
+        assert sizes == [40, 20, 10, 10, 10, 10, 10, 10, 10, 10, 10]
+
+        def hopeless(*args):
+            raise torch.cuda.OutOfMemoryError("no memory")
+
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            verdicts(net, split, 40, halving(hopeless))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+def test_a_card_takes_as_many_images_as_fit():
+    split, net = digits_split(), digits_network().cuda()
+    split = split.to(torch.device("cuda"))
+    attack = pgd40_heads(EPS, STEP, 2.0, 1, steps=1)
+    with frozen(net) as net:
+        count = largest_batch(net, split, attack)
+        assert 0 < count <= LARGEST
+        assert len(verdicts(net, split, count, halving(attack))) == 360
+
+
+@pytest.mark.parametrize("precision", ["default", "bf16"])
+def test_an_epoch_s_attack_searches_in_the_precision_of_training_and_float32_judges(precision, monkeypatch):
+    monkeypatch.setattr(training, "pgd40_heads", partial(pgd40_heads, steps=5))
+    model, split = digits_network(), subset(digits_split(), 60)
+    chosen = training_settings("--dataset", "digits", "--precision", precision)
+    job = SimpleNamespace(settings=chosen, device=torch.device("cpu"), check_stop=lambda: None)
+    natural, robust = training.evaluate(job, model, split)
+    attack = pgd40_heads(0.1, 0.02, 2.0, 1, steps=5)
+    x, labels = as_input(split.images), split.labels
+    with frozen(model) as net, frozen(model, precision) as searched:
+        right = net(x).argmax(1) == labels
+        judged = net(attack(searched, x, labels, split.numbers)).argmax(1) == labels
+        assert searched(x).equal(net(x)) == (precision == "default")
+    assert natural == percent(right) and robust == percent(right & judged)
+    assert 0 < robust < natural
 
 
 # The script

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import foolbox
 import numpy as np
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 import torchattacks
 from PIL import Image
 from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
 
 import utils.attacks
@@ -40,7 +42,16 @@ from utils.evaluation import results
 from utils.evaluation.adaptive import views
 from utils.evaluation.diagnostics import Diagnosis, diagnose
 from utils.evaluation.report import wilson
-from utils.evaluation.robustness import Found, Kept, fingerprint, joined_row, planned_attacks, white_attack
+from utils.evaluation.robustness import (
+    Found,
+    Kept,
+    KeptParts,
+    even_batches,
+    fingerprint,
+    joined_row,
+    planned_attacks,
+    white_attack,
+)
 from utils.system.checkpoints import load_model
 from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.options import parse
@@ -518,6 +529,108 @@ def test_sigterm_in_the_middle_and_again(attack, tmp_path):
     assert "kept from an earlier evaluation" in (tmp_path / "stopped" / "test.log").read_text()
 
 
+def parts_of_block(folder):
+    return [file for file in (folder / "white_attack.blocks").iterdir() if file.suffix == ".parts"]
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM, ""), KeyboardInterrupt()], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("attack", ["autoattack", "adaptive"])
+def test_a_stop_inside_a_block_loses_one_part(attack, error, tmp_path, monkeypatch, brief_library, no_pictures):
+    """Its earlier parts are not attacked again, and the figures are those of an evaluation that was never stopped."""
+    monkeypatch.setattr(utils.evaluation.robustness, "WORTH_KEEPING", 0)
+    flags = ("--attacks", attack, "--n-examples", "12", "--restarts", "1", "--num-steps", "4")
+    called = []
+
+    def noted(cls, raises=None):
+        perturb = cls.perturb
+
+        def noting(self, x, y):
+            called.append(cls)
+            if raises is not None:
+                raise raises
+            return perturb(self, x, y)
+
+        return mock.patch.object(cls, "perturb", noting)
+
+    whole = evaluate(tmp_path / "whole", "robust", *flags, "--save-adversarial", tmp_path / "whole.npz")
+    with noted(APGDAttack), noted(APGDAttack_targeted, error), pytest.raises(type(error)):
+        evaluate(tmp_path / "stopped", "robust", *flags)
+    assert called == [APGDAttack, APGDAttack_targeted] and len(parts_of_block(tmp_path / "stopped")) == 1
+    called.clear()
+    with noted(APGDAttack), noted(APGDAttack_targeted):
+        resumed = evaluate(tmp_path / "stopped", "robust", *flags, "--save-adversarial", tmp_path / "resumed.npz")
+    assert called == [APGDAttack_targeted] and not parts_of_block(tmp_path / "stopped")
+    for name, row in whole["attacks"].items():
+        assert resumed["attacks"][name]["verdicts"] == row["verdicts"]
+        standing = [part["robust_accuracy"] for part in (row["parts"] or {}).values()]
+        assert [part["robust_accuracy"] for part in (resumed["attacks"][name]["parts"] or {}).values()] == standing
+    with np.load(tmp_path / "whole.npz") as one, np.load(tmp_path / "resumed.npz") as other:
+        assert np.array_equal(one["images"], other["images"])
+    assert 0 < accuracy(whole, [*whole["attacks"]][-1]) < accuracy(whole, "natural")
+
+
+def test_kept_parts_belong_to_their_images_and_a_damaged_file_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.evaluation.robustness, "WORTH_KEEPING", 0)
+    file, x, labels = tmp_path / "block.npz", torch.rand(3, 3, 4, 4), torch.arange(3)
+    parts = KeptParts(file)
+    assert torch.equal(parts("APGD", lambda x, labels: x + 1, x, labels), x + 1)
+
+    def refuse(x, labels):
+        raise AssertionError("is attacked again")
+
+    again = KeptParts(file)
+    assert torch.equal(again("APGD", refuse, x, labels), x + 1) and again.replayed["APGD"] >= 0
+    for other in (
+        ("FAB", x, labels),
+        ("APGD", x[:2], labels[:2]),
+        ("APGD", x + 1, labels),
+        ("APGD", x, labels.flip(0)),
+    ):
+        assert torch.equal(KeptParts(file)(other[0], lambda x, labels: x + 2, *other[1:]), other[1] + 2)
+    content = again.file.read_bytes()
+    again.file.write_bytes(content[: len(content) // 2])
+    assert torch.equal(KeptParts(file)("APGD", lambda x, labels: x + 3, x, labels), x + 3)
+
+
+def test_short_parts_are_not_written(tmp_path):
+    parts = KeptParts(tmp_path / "block.npz")
+    parts("APGD", lambda x, labels: x, torch.rand(3, 3, 4, 4), torch.arange(3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_of_a_block_are_even(tmp_path, small_blocks, no_pictures, monkeypatch):
+    assert [even_batches(250, most) for most in (200, 250, 1000, 125, 120, 1)] == [125, 250, 250, 125, 84, 1]
+    sizes = []
+
+    def noting(*args, **how):
+        def attack(net, x, labels, numbers):
+            sizes.append(len(x))
+            return x
+
+        return attack
+
+    monkeypatch.setattr(utils.evaluation.robustness, "pgd", noting)
+    flags = ("--attacks", "pgd", "--n-examples", "25")
+    natural = evaluate(tmp_path, "robust", *flags, "--test-batch-size", "20")["attacks"]["natural"]["verdicts"]
+    assert len(sizes) == 2 and sum(sizes) == natural.count("1") > 20 and abs(sizes[0] - sizes[1]) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+def test_ranks_share_a_card(tmp_path):
+    """Two blocks by two ranks on the first device find what one process finds."""
+    found = []
+    for count in (1, 2):
+        file = digits_checkpoint(tmp_path / str(count) / "net.pt")
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", str(ROOT / ATTACK)]
+        command += ["--ckpt_url", str(file), "--attacks", "pgd", "--device", "cuda:0"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((file.parent / "white_attack.json").read_text()))
+    assert (right(found[0], "PGD-40") != right(found[1], "PGD-40")).float().mean() <= 0.005
+
+
 # What is said meanwhile
 
 
@@ -614,7 +727,7 @@ def test_several_runs_stand_side_by_side(tmp_path, capsys, no_pictures):
     runs = [digits_checkpoint(tmp_path / name / "best_adv_model.pt", name == "ra").parent for name in ("ra", "plain")]
     flags = ("--attacks", "fgsm", "--n-examples", "30", "--epsilon", "0.2")
     assert execute(ATTACK, "--ckpt_url", *runs, *flags) == 0
-    table = capsys.readouterr().out.splitlines()[-7:]
+    table = capsys.readouterr().out.splitlines()[-8:]
     found = [json.loads((run / "white_attack.json").read_text()) for run in runs]
     both = [[f"{accuracy(record, name):.2f}" for name in ("natural", "FGSM")] for record in found]
     assert [line.split(" | ")[2:4] for line in table[2:4]] == both and both[0] != both[1]
@@ -636,7 +749,7 @@ def test_a_hardened_head_in_front_of_an_undefended_one_is_exposed(tmp_path, brie
     assert accuracy(record, "adaptive, worst case") < 10
 
 
-def test_what_diagnostics_find_is_in_the_worst_case(tmp_path, monkeypatch, no_pictures):
+def test_what_diagnostics_find_is_in_the_worst_images(tmp_path, monkeypatch, no_pictures):
     """Of table, picture and npz: PGD on the final logits is led astray, the views of --diagnostics are not."""
     for name, value in (("QUERIES", 5), ("RADII", (0.5,)), ("RESTARTS", 1), ("STEPS", (1, 40))):
         monkeypatch.setattr(utils.evaluation.diagnostics, name, value)
@@ -644,9 +757,9 @@ def test_what_diagnostics_find_is_in_the_worst_case(tmp_path, monkeypatch, no_pi
     flags = ("--attacks", "pgd", "--n-examples", "15", "--diagnostics", "--save-adversarial", saved)
     record = evaluate(tmp_path, "decoy", *flags)
     lowest = min(row["PGD on every view"] for row in record["diagnostics"]["by_eps"] if row["eps"] <= EPS)
-    assert accuracy(record, "worst case") <= lowest < 10 < 50 < accuracy(record, "PGD-40")
+    assert accuracy(record, "diagnostics") <= lowest < 10 < 50 < accuracy(record, "PGD-40")
     with np.load(saved) as content:
-        assert content["right"].tolist() == right(record, "worst case").tolist()
+        assert content["right"].tolist() == (right(record, "PGD-40") & right(record, "diagnostics")).tolist()
         assert content["predicted"].tolist() == record["predicted"]["worst case"]
 
 
@@ -920,6 +1033,29 @@ def test_a_network_that_uses_view(tmp_path):
     evaluate(tmp_path, "viewing", "--attacks", "fgsm", "--n-examples", "10")
 
 
+EVERY = "natural,fgsm,pgd,cw,autoattack,adaptive,noise,square"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("model", ["in_bfloat16", "in_half", "in_double", "scripted", "saved_script", "frozen_script", "traced"])
+def test_every_attack_takes_logits_of_any_type_and_torchscript(model, tmp_path, monkeypatch, brief_library, no_pictures):
+    for name, value in {"QUERIES": 20, "RADII": (2,), "RESTARTS": 2, "STEPS": (1, 40)}.items():
+        monkeypatch.setattr(utils.evaluation.diagnostics, name, value)
+    square = utils.evaluation.autoattack.square
+    monkeypatch.setattr(utils.evaluation.robustness, "square", partial(square, queries=20))
+    flags = ("--attacks", EVERY, "--n-examples", "6", "--num-steps", "2", "--restarts", "1", "--diagnostics")
+    record = evaluate(tmp_path, model, *flags)
+    split, x = digits(6)
+    assert torch.equal(right(record, "natural"), robust()(x).argmax(1) == split.labels)
+    assert len(record["attacks"]) == 10
+    assert accuracy(record, "worst case") <= accuracy(record, "PGD-2") <= accuracy(record, "natural")
+
+
+def test_a_network_that_wants_images_of_another_type_is_told_of_it(beside_foreign, refused):
+    flags = ("--dataset", "digits", "--n-examples", "4", "--attacks", "fgsm", "--device", "cpu")
+    refused(ATTACK, "--model", "foreign_nets:wants_double", *flags, mentions=["float32", "float64"])
+
+
 FOREIGN = """
 import torch
 from torch import nn
@@ -935,6 +1071,7 @@ def maps(): return nn.Conv2d(3, 10, 3)
 def pair(): return lambda x: (x, x)
 def larger(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 def flat(): return lambda x: torch.zeros(len(x), 10)
+def wants_double(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 10)).double()
 def one_fails():
     net = nn.Sequential(nn.Flatten(), nn.Linear(768, 10), nn.BatchNorm1d(10))
     return lambda x: net(x)

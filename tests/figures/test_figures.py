@@ -40,8 +40,8 @@ from utils.figures.plots import (
 )
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays, write_arrays
-from utils.system.values import eps_text
 from utils.system.settings import FEATURES
+from utils.system.values import eps_text
 
 HIST, UMAP = "draw_hist.py", "draw_umap.py"
 MEASURED = [("weighted", "natural", 0.5, 0.875), ("unweighted", "natural", -0.25, 0.5)]
@@ -111,18 +111,52 @@ def test_a_histogram_has_the_same_bins_densities_and_means_for_all_methods(tmp_p
     assert_printable(tmp_path / "hist")
 
 
-def test_cosines_near_1_have_bins_of_their_own(tmp_path):
+def test_bins_of_cosines_are_equal_on_an_even_axis(tmp_path):
     rng = np.random.default_rng(0)
     values = {"near": 1 - 0.02 * rng.random(500) ** 2, "far": rng.uniform(0.3, 0.9, 500)}
-    (axes,) = drawn(tmp_path / "hist.png", draw_histogram, values, "cosine similarity", "PP", True).axes
-    (near, edges, _), (far, _, _) = (patch.get_data() for patch in axes.patches[::2])
-    assert np.diff(np.arcsin(edges)) == pytest.approx(np.ptp(np.arcsin(edges)) / BINS)
-    assert near.sum() == pytest.approx(100) and far.sum() == pytest.approx(100)
-    assert (near > 0).sum() >= 3  # even bins would put all of them into one
-    pixels = axes.transData.transform([(edge, 0) for edge in edges])[:, 0]
-    assert np.diff(pixels) == pytest.approx(np.ptp(pixels) / BINS)
-    shown = [float(text.get_text()) for text in axes.get_xticklabels()]
-    assert shown[-1] == 1 and shown[-2] > 0.9 and len(shown) == 5
+    (axes,) = drawn(tmp_path / "hist.png", draw_histogram, values, "cosine similarity", "PP").axes
+    (_, edges, _), _ = (patch.get_data() for patch in axes.patches[::2])
+    assert np.diff(edges) == pytest.approx(np.ptp(edges) / BINS)
+    assert axes.get_xscale() == "linear" and np.ptp(np.diff(axes.get_xticks())) == pytest.approx(0)
+
+
+def test_the_papers_four_figures_are_over_all_classes_of_every_run(here, monkeypatch):
+    """Over those that all runs have files of, whose values are put together; 44 figures of ten classes."""
+    import utils.figures.features
+
+    shown = []
+    monkeypatch.setattr(utils.figures.features, "draw_histogram", lambda *args: shown.append(args))
+    monkeypatch.setattr(utils.figures.features, "save_or_note", lambda draw, file: shown.append(file.name) or draw() or "")
+    for seed, (method, weighted) in enumerate((("TRADES", False), ("ANCRA", True))):
+        for target in (0, 3, 5)[: 2 + seed]:
+            file = here / "distances" / f"{method}-{target}.npz"
+            about = {"name": method, "method": method, "target": target, "reverse_attention": weighted}
+            distances(file, 10 * seed + target, **about)
+    assert execute(HIST) == 0
+    assert [name.split("-")[2] for name in shown[::2]] == ["all"] * 4 + ["0"] * 4 + ["3"] * 4 + ["5"] * 4
+    for method, values in shown[1][0].items():
+        files = [read_arrays(here / "distances" / f"{method}-{target}.npz")[1] for target in (0, 3)]
+        assert values.tolist() == [*files[0]["weighted_PP_cosine"], *files[1]["weighted_PP_cosine"]]
+    assert "2 classes together" in shown[1][2]
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        ({"reverse_attention": False}, "three, features"),
+        ({"reverse_attention": True, "gate": "none"}, "three, features"),
+        ({"reverse_attention": True, "gate": "label"}, "three, weighted features"),
+    ],
+)
+def test_features_of_a_network_that_weights_none_are_called_features(here, monkeypatch, network, said):
+    import utils.figures.features
+
+    titles = []
+    monkeypatch.setattr(utils.figures.features, "draw_histogram", lambda values, xlabel, title, show: titles.append(title))
+    monkeypatch.setattr(utils.figures.features, "save_or_note", lambda draw, file: draw() or "")
+    distances(here / "distances" / "a-3.npz", **network)
+    assert execute(HIST) == 0
+    assert len(titles) == 4 and all(title.endswith(said) for title in titles)
 
 
 @pytest.mark.slow
@@ -131,11 +165,11 @@ def test_no_argument_draws_everything_in_distances(here, capsys):
         for target in (0, 3):
             distances(here / "distances" / f"{method}-{target}.npz", seed, method=method, target=target)
     assert execute(HIST) == 0
-    stems = [f"hist-digits-{k}-{pair}-{metric}" for k in (0, 3) for pair in PAIRS for metric in METRICS]
+    stems = [f"hist-digits-{k}-{pair}-{metric}" for k in ("all", 0, 3) for pair in PAIRS for metric in METRICS]
     assert [name.name for name in here.iterdir() if name.name != "distances"] == ["plots"]
     assert "plots/" in (ROOT / ".gitignore").read_text().splitlines()
     assert sorted(f.name for f in here.glob("plots/*")) == sorted(s + e for s in stems for e in (".pdf", ".png"))
-    assert capsys.readouterr().out.count("saved") == 8
+    assert capsys.readouterr().out.count("saved") == 12
     assert_printable(here / "plots" / stems[0])
 
 
@@ -148,8 +182,8 @@ def test_files_and_labels_are_drawn_as_named(here, monkeypatch):
     a, b = distances(here / "a.npz", 1, method="TRADES"), distances(here / "b.npz", 2, method="TRADES")
     assert execute(HIST, "--distances", b, a, "--labels", "B", "A", "--features", "unweighted", "--out", "out") == 0
     assert len(drawn) == 4 and len(list(here.glob("out/*-unweighted.png"))) == 4
-    values, xlabel, title, cosine, _ = drawn[2]
-    assert (list(values), xlabel, cosine) == (["B", "A"], "cosine similarity", True)
+    values, xlabel, title, _ = drawn[2]
+    assert (list(values), xlabel) == (["B", "A"], "cosine similarity")
     assert "NP" in title and "class three" in title and "unweighted" in title
     assert np.array_equal(values["B"], read_arrays(b)[1]["unweighted_NP_cosine"])
     assert execute(HIST, "--distances", a, b) == 0
@@ -160,9 +194,9 @@ def test_files_and_labels_are_drawn_as_named(here, monkeypatch):
     assert list(drawn[-1][0]) == ["TRADES", "ANCRA-PGD", "PGD-ANC"]  # the baseline first
 
 
-@pytest.mark.parametrize("value, cosine", [(1, True), (-0.5, True), (1, False)])
-def test_equal_values_can_be_drawn(tmp_path, value, cosine):
-    drawn(tmp_path / "one.png", draw_histogram, {"eps 0": np.full(9, value)}, "cosine similarity", "PP", cosine)
+@pytest.mark.parametrize("value", [1, -0.5, 0])
+def test_equal_values_can_be_drawn(tmp_path, value):
+    drawn(tmp_path / "one.png", draw_histogram, {"eps 0": np.full(9, value)}, "cosine similarity", "PP")
     assert_printable(tmp_path / "one")
 
 
@@ -296,6 +330,7 @@ def test_every_point_of_an_embedding_is_drawn_once(tmp_path, classes, count, kin
         shown = np.concatenate([np.asarray(c.get_offsets()) for c in axes.collections])
         assert np.array_equal(np.sort(shown, 0), np.sort(points, 0))
         assert axes.get_title().strip().splitlines() == [name, *head]
+        assert not axes.texts  # the legend alone names the classes
     (legend,) = figure.legends
     said = entries(figure)
     assert len(said) == count + (len(kinds) if len(kinds) > 1 else 0) and set(said) <= {*names, *kinds}
@@ -452,7 +487,8 @@ def test_examples_say_the_true_class_the_answers_and_what_is_shown(tmp_path, cou
     natural, wrong = torch.eye(3)[labels], torch.eye(3)[(labels + 1) % 3]
     images = [torch.rand(count, 3, 16, 16) for _ in range(2)]
     title = "the worst image that FGSM found"
-    figure = drawn(tmp_path / "x.png", draw_examples, images, [natural, wrong], labels, 8 / 255, classes, title)
+    shown = (images, [natural, wrong], labels == labels, labels, 8 / 255, classes, title)
+    figure = drawn(tmp_path / "x.png", draw_examples, *shown)
     grid = np.array(figure.axes).reshape(3, count)
     for i, label in enumerate(labels):
         assert grid[0, i].get_title() == f"true class\n{classes[label]}"
@@ -464,6 +500,20 @@ def test_examples_say_the_true_class_the_answers_and_what_is_shown(tmp_path, cou
     assert [line.get_color() for line in figure.legends[0].get_lines()] == [RIGHT, WRONG]
 
 
+def test_an_image_that_is_not_fooled_has_neither_perturbation_nor_copy(tmp_path):
+    labels, fooled = torch.tensor([0, 1, 2]), torch.tensor([True, False, False])
+    answers = [torch.eye(3)[[0, 1, 0]], torch.eye(3)[[1, 1, 0]]]  # fooled, right throughout, wrong from the start
+    images = [torch.rand(3, 3, 16, 16) for _ in range(2)]
+    figure = drawn(tmp_path / "x.png", draw_examples, images, answers, fooled, labels, 0.1, "abc", "")
+    grid = np.array(figure.axes).reshape(3, 3)
+    for row, shown in zip(grid, ([1, 1, 1], [1, 0, 0], [1, 0, 0]), strict=True):
+        assert [len(axes.images) for axes in row] == shown
+    said = [[text.get_text() for text in axes.texts] for axes in grid[2]]
+    assert said == [[], ["not fooled"], ["wrong\nas it is"]]
+    assert not any(axes.texts for axes in grid[:2].flat)
+    assert not grid[2, 1].get_xlabel()
+
+
 def test_examples_are_chosen_by_the_share_of_their_kind(tmp_path, monkeypatch):
     split, shown = digits_split("test", 80), []
     monkeypatch.setattr(report, "draw_examples", lambda *args: shown.append(args))
@@ -473,7 +523,8 @@ def test_examples_are_chosen_by_the_share_of_their_kind(tmp_path, monkeypatch):
     worst.margins[20:60] = 1
     rows = {name: report.Row(natural, 0.0, []) for name in ("natural", "FGSM", "adaptive: final", "worst case")}
     report.write_picture(tmp_path / "x.png", subject, worst, rows)
-    (_, _, labels, eps, _, title), fooled = shown[0], split.labels[20:60]
+    (_, _, drawn_fooled, labels, eps, _, title), fooled = shown[0], split.labels[20:60]
+    assert drawn_fooled.tolist() == [True] * 4 + [False] * 4
     assert torch.equal(labels[:4], fooled[torch.tensor([0, 11, 23, 34])]) and len(labels) == 8 and eps == 8 / 255
     for said in (
         "8 of 80",

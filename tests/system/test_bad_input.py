@@ -1,15 +1,21 @@
 """Wrong use and bad input: a clear message, exit status 2, nothing written or overwritten."""
 
+import gzip
+import json
 import math
+import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from models import build_model
 from tests.helpers import (
     ANCRA,
     ATTACK,
@@ -251,6 +257,24 @@ def test_paths_begin_at_home_and_messages_are_utf8(monkeypatch, tmp_path):
     assert answer.returncode == 2
 
 
+ODD_NAMES = {"no UTF-8": os.fsdecode(b"r\xfcn"), "two lines": "two\nlines"}
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="their file names are Unicode")
+@pytest.mark.parametrize("kind", ODD_NAMES)
+def test_a_path_that_cannot_be_shown_is_a_path(tmp_path, kind):
+    parent = tmp_path / ODD_NAMES[kind]
+    assert execute(ANCRA, *DIGITS, "--model-dir", parent / "run") == 0
+    run = folder(parent)
+    record = json.loads((run / "run.json").read_text())
+    assert record["settings"]["model_dir"] == str(parent / "run")
+    assert execute(ATTACK, "--ckpt_url", run, *EVALUATE) == 0
+    record = json.loads((run / "white_attack.json").read_text())
+    assert record["checkpoint"] == str(run / "best_adv_model.pt")
+    assert execute(ANCRA, "--resume", run, "--epochs", 2) == 0
+    assert execute(ANCRA, "--resume", parent / "no such run") == 2
+
+
 @pytest.mark.parametrize("script", [ANCRA, ATTACK])
 def test_a_device_that_is_not_there_is_named(refused, monkeypatch, tmp_path, script):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -361,6 +385,36 @@ def test_a_file_that_is_no_checkpoint_is_named(refused, restart, tmp_path, kind)
     refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file,))
     refused(*restart(file), mentions=(file,))
     refused(ANCRA, "--resume", file, mentions=(file,))
+
+
+OTHER_KINDS = {  # how files of other kinds begin, and what is said of them
+    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+    "a web page": (b"\n<!DOCTYPE html>\n<html><title>404</title>" + bytes(2000), "web page"),
+    "a gzip archive": (gzip.compress(b"something"), "unpack"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_file_of_another_kind_is_told_what_it_is(refused, tmp_path, kind):
+    content, advice = OTHER_KINDS[kind]
+    file = tmp_path / "weights.pt"
+    file.write_bytes(content)
+    refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file, advice))
+
+
+def test_safetensors_are_read_where_the_package_is_installed(refused, monkeypatch, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    header = b'{"bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file, "pip install safetensors"))
+
+    network = build_model("ResNet18", 10, width=4, image_size=16).eval()
+    package = SimpleNamespace(load=lambda content: network.state_dict())
+    monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_model(file, image_size=16)[0](x), network(x))
 
 
 @pytest.mark.parametrize("how", ["torch", "legacy", "pickle"])

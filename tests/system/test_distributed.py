@@ -50,7 +50,7 @@ from utils.data.subject import verdicts
 from utils.evaluation import robustness
 from utils.figures.features import feature_distance
 from utils.step import attack_batch, backward, training_loss
-from utils.system import distributed, options
+from utils.system import distributed
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays
 from utils.system.options import parse
@@ -611,17 +611,6 @@ def test_a_restart_continues_its_own_run_and_no_other(short_runs, tmp_path, monk
         run_alone(tmp_path)
 
 
-def test_wrong_use_is_said_by_the_first_rank_alone(monkeypatch, capsys):
-    monkeypatch.setattr(options, "GRACE", 0)
-    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(key, value)
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stop:
-            settings("--lr=-1")
-        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == lines
-
-
 def test_variables_that_torchrun_left_behind_are_named(monkeypatch):
     """A process that waits for ranks nobody has started says so; numbers that no launcher gives are refused."""
     code = "from utils import distributed as d\nd.QUIET = 0.2\nwith d.started(): pass"
@@ -639,6 +628,19 @@ def test_variables_that_torchrun_left_behind_are_named(monkeypatch):
         with pytest.raises(UsageError, match=f"{key}={value}.* unset RANK"), distributed.started():
             pass
         monkeypatch.setenv(key, told[key])
+
+
+def test_ranks_of_an_evaluation_may_share_a_device_and_those_of_a_training_may_not(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    for local, shared in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0"), ("3", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert str(distributed.own_device(torch.device("cuda"), shared=True)) == shared
+        assert str(distributed.own_device(torch.device("cuda:1"), shared=True)) == "cuda:1"
+    for device, mentions in (("cuda", "2 CUDA devices for more ranks"), ("cuda:1", "a CUDA device of its own")):
+        with pytest.raises(UsageError, match=mentions):
+            distributed.own_device(torch.device(device))
 
 
 @pytest.mark.slow

@@ -9,10 +9,15 @@ Where readers are C++, mutations run in a forked child with bounded memory and t
 """
 
 import argparse
+import collections
 import contextlib
+import datetime
+import enum
+import functools
 import io
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -25,6 +30,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -231,17 +237,86 @@ def test_mutated_checkpoints_load_or_are_refused(kinds, resume, no_network, tmp_
     assert set(tree(tmp_path)) == {"weights.pt"} | ({"run.json", "train.log"} if kind == "state" else set())
 
 
-def test_objects_beside_the_weights_are_never_built(kinds, tmp_path):
-    """Those that are known to be harmless are left out, and what they hold is refused as anywhere."""
-    file, marker = tmp_path / "weights.pt", tmp_path / "executed"
-    file.write_bytes(kinds["published"])
+class Settings(dict):
+    """A configuration as those of yacs or easydict: a dictionary with attributes."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__.update(entries)
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def beside_weights():
+    """Objects that people save beside their weights."""
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    return {
+        "args": argparse.Namespace(lr=0.1, out=Path("/tmp"), seen={"a": np.int64(3)}),
+        "elsewhere": NotOfThisSystem(),
+        "config": Settings(lr=0.1, names=["a"], nested=Settings(depth=2)),
+        "attributes": SimpleNamespace(lr=0.1),
+        "colour": Colour.RED,
+        "schedule": torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        "optimizer": optimizer,
+        "criterion": functools.partial(torch.nn.functional.cross_entropy, reduction="sum"),
+        "losses": collections.deque([1.0, 2.0], 5),
+        "log": defaultdict(list, loss=[1.0]),
+        "best": np.float64(3.5),
+        "confusion": np.eye(3),
+        "when": datetime.datetime(2026, 1, 1),
+        "code": eval,
+        "function": beside_weights,
+    }
+
+
+class NotOfThisSystem:
+    """Pickles to a path of another system."""
+
+    def __reduce__(self):
+        return pathlib.WindowsPath if os.name == "posix" else pathlib.PosixPath, ("C:", "runs")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_objects_beside_the_weights_are_never_built(monkeypatch, tmp_path, legacy):
+    """Whatever they are, the weights are read; what would run code of the system is refused all the same."""
+    net = build_model("ResNet18", 10, width=1, image_size=16).eval()
+    file = tmp_path / "weights.pt"
+    marker = tmp_path / "executed"
+    x = torch.rand(2, 3, 16, 16)
+    how = {"_use_new_zipfile_serialization": not legacy}
+    torch.save({**beside_weights(), "net": net.state_dict()}, file, **how)
+    content, here, away = file.read_bytes(), __name__.encode(), b"not_installed_here"
+    assert here in content
+    changed = content.replace(here, away) if legacy else repacked(content, lambda _, part: part.replace(here, away))
+    file.write_bytes(changed)
+    (tmp_path / "not_installed_here.py").write_text("raise SystemExit('was imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
     content = read(file)
-    assert {type(content[key]) for key in ("args", "best", "seen", "out")} == {Unread}
-    assert content["log"] == {"loss": [1.0]} and not vars(content["args"])
-    torch.save({"args": argparse.Namespace(out=RunsCode(marker))}, file)
+    assert torch.equal(load_model(file, image_size=16)[0](x), net(x))
+    assert content["log"] == {"loss": [1.0]}
+    assert content["config"] == {"lr": 0.1, "names": ["a"], "nested": {"depth": 2}}
+    assert content["losses"] == [1.0, 2.0]
+    for key in ("args", "elsewhere", "colour", "optimizer", "criterion", "best", "confusion", "when"):
+        assert isinstance(content[key], Unread), key
+    torch.save({"args": argparse.Namespace(out=RunsCode(marker))}, file, **how)
     with pytest.raises(UsageError, match="run code"):
         read(file)
     assert not marker.exists()
+
+
+def test_a_module_that_was_saved_whole_gives_its_weights(tmp_path):
+    net = build_model("ResNet18", 10, width=1, image_size=16).eval()
+    file = tmp_path / "weights.pt"
+    x = torch.rand(2, 3, 16, 16)
+    for content in (net, torch.nn.DataParallel(net), {"model": net, "epoch": 3}):
+        torch.save(content, file)
+        assert torch.equal(load_model(file, image_size=16)[0](x), net(x))
+    torch.save(net, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(UsageError, match="state_dict"):
+        load_model(file)
 
 
 def test_every_flipped_bit_of_the_tensors_is_found(kinds, tmp_path):

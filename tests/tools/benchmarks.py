@@ -138,7 +138,7 @@ def matrix_products(device: torch.device, side: int) -> dict[str, Callable[[int]
 
 
 def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
-    """GFLOP/s of a square matrix product. bfloat16's is smaller on a CPU: some emulate it at a hundredth of the rate."""
+    """GFLOP/s of a square matrix product; bfloat16's is smaller on a CPU, where it may be a hundred times slower."""
     rates = {}
     for name in ("fp32", "bf16"):
         side = 64 if quick else 512 if name == "bf16" and device.type == "cpu" else 2048

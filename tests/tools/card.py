@@ -1,13 +1,17 @@
-"""How fast it is on an NVIDIA card: a table of training steps, attacks, evaluation.
+"""What an NVIDIA card should answer, part by part, in one command of nine minutes.
 
-python -m tests.tools.card                      all
-python -m tests.tools.card --only step,pgd40    some of: machine step formats parts pgd40 noise evaluation
-python -m tests.tools.card --minutes 4          what no longer fits is left out, and named
-python -m tests.tools.card --device cpu         tiny sizes: shows that everything runs, measures nothing
-python -m tests.tools.card --out FILE           figures also as JSON, written anew after each part
+python -m tests.tools.card                            the eight parts of `ORDER`
+python -m tests.tools.card --only parts,resume        some of them, or of `EXTRA`
+python -m tests.tools.card --out card.json            figures also as JSON, written anew after each row
+python -m tests.tools.card --minutes 4                a part that no longer fits is left out, and named
+python -m tests.tools.card --quick --device cpu       tiny settings: shows that everything runs, measures nothing
 
-`published` is the step that the published scripts compute, on the same card, in PyTorch's own precision. Data are
-random images, and digits.
+Each part has a budget of seconds. It is checked between two rows, so a part that is slow ends with the rows it has.
+Networks have their published size, batches 128 random images, unless a part says otherwise. "Epochs an hour" are of
+50,000 training images, and of the evaluation of 10,000 after each epoch as if all were right without an attack.
+
+Measured before, with earlier versions of this file; there, epochs an hour left the evaluation out. `published` is the
+step that the published scripts compute, on the same card, in PyTorch's own precision.
 
 One NVIDIA H200, PyTorch 2.11.0, CUDA 13.0, cuDNN 9.19, 16 cores of an x86 host; bfloat16 products at 717 TFLOP/s (TF32
 383, float32 51); ANCRA-TRADES, batch 128; ms a step, times the published loop, share of the bfloat16 rate, peak memory:
@@ -45,52 +49,69 @@ and distances, 9 runs side by side took 114 s and 14, beside three tests, 193.
 
 import argparse
 import contextlib
+import copy
 import json
+import os
+import re
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 
 from tests.tools.benchmarks import EPS, STEP, Step, forward_flops, options
-from utils.attacks import Standing, cross_entropy, cross_entropy_over_heads, frozen, image_noise, linf_pgd, pgd
-from utils.data.datasets import Split, load_split
-from utils.data.subject import percent, verdicts
-from utils.evaluation.autoattack import autoattack
+from utils.attacks import Standing, cross_entropy_over_heads, frozen, linf_pgd, pgd40_heads
+from utils.data.datasets import Split
+from utils.data.subject import largest_batch, verdicts
 from utils.step import attack_batch, backward, training_loss
-from utils.system.checkpoints import load_model
 from utils.system.devices import compile_for_training, computing, for_training, pick_device
+from utils.system.errors import Stopped, UsageError, first_line
 from utils.system.options import parse_training
 from utils.system.provenance import in_one_line, provenance
 from utils.training import loop as training
 
+ROOT = Path(__file__).parents[2]
 NETWORKS = ("ResNet18", "WRN-34-10")
 BATCH = 128
-Rows = list[dict]
+TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-10
+Row = dict[str, object]
 
 
 class Card:
-    """A device, and the ways to time and to switch it. On a CPU everything is tiny."""
+    """A device, and the ways to time and to switch it. quick: everything is tiny, and timed once."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.real, self.rates = device, device.type == "cuda", {}
+    def __init__(self, device: torch.device, quick: bool) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.quick = quick
+        self.networks = NETWORKS[:1] if quick else NETWORKS
+        self.attack_steps = 1 if quick else 10
+        self.deadline = float("inf")  # of the part under way
+
+    def left(self) -> float:
+        """Seconds that are left to the part under way, at most a day."""
+        return min(self.deadline - time.perf_counter(), 86400)
 
     def wait(self) -> None:
-        if self.real:
+        if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def timed(self, run: Callable[[], object], rounds: int = 5, warm: int = 2) -> tuple[float, float]:
         """Median seconds of a run, and until its call came back: where both are alike, the host is what is slow."""
-        for _ in range(warm if self.real else 0):
+        for _ in range(0 if self.quick else warm):
             run()
         whole, host = [], []
-        for _ in range(rounds if self.real else 1):
+        for _ in range(1 if self.quick else rounds):
             self.wait()
             began = time.perf_counter()
             run()
@@ -101,39 +122,356 @@ class Card:
 
     def peak(self, run: Callable[[], object]) -> float:
         """GB of tensors at most during a run."""
-        if not self.real:
+        if not self.cuda:
             return float("nan")
         torch.cuda.reset_peak_memory_stats(self.device)
         run()
         self.wait()
         return torch.cuda.max_memory_allocated(self.device) / 1e9
 
-    def job(self, arch: str) -> Step:
-        """A step of a network at its published size."""
-        width, batch, side = (None, BATCH, 32) if self.real else (1 if arch[0] == "W" else 4, 8, 16)
-        return Step(arch, batch, side, 10, width, self.device)
+    def job(self, arch: str, precision: str | None = None) -> Step:
+        """A step of a network at its published size; with a precision in the memory format of training in it."""
+        if self.quick:
+            width = 1 if arch.startswith("WRN") else 4
+            job = Step(arch, 8, 16, 10, width, self.device)
+        else:
+            job = Step(arch, BATCH, 32, 10, None, self.device)
+        if precision is not None:
+            job.model = for_training(job.model, self.device, precision)
+        return job
 
 
-def flops_of_step(model: nn.Module, x: torch.Tensor, steps: int) -> float:
-    """Operations of both attacks and of the three training forwards and backwards."""
-    return forward_flops(model.eval(), x[:2]) * len(x) / 2 * (2 * 2 * steps + 3 * 3)
+def run_process(card: Card, *command: object) -> tuple[str, bool]:
+    """Run a program until the part's time is over -> what it printed, and whether it ended by itself."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=environment,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        ended = True
+        try:
+            process.wait(max(1, card.left()))
+        except subprocess.TimeoutExpired:
+            ended = False
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun then ends its ranks
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        printed.seek(0)
+        return printed.read(), ended
 
 
-def machine(card: Card) -> Rows:
-    """What the card multiplies and moves."""
-    side, rows = 8192 if card.real else 64, []
-    for name, dtype, precision in (
-        ("fp32", torch.float32, "fp32"),
-        ("tf32", torch.float32, "tf32"),
-        ("bf16", torch.bfloat16, "default"),
-    ):
+# The eight parts. Each yields the rows of its table.
+
+
+def tests(card: Card) -> Iterator[Row]:
+    """The tests marked cuda."""
+    flags = ["-m", "cuda", "-v", "-rN", "--tb=line", "-p", "no:cacheprovider"]
+    selection = ["-n", "0", "tests/test_cuda.py", "-k", "losses"] if card.quick else ["-n", "4", "tests"]
+    printed, ended = run_process(card, sys.executable, "-m", "pytest", *flags, *selection)
+    results = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", printed)
+    counts = Counter(results)
+    yield {
+        "passed": counts["PASSED"],
+        "failed": counts["FAILED"] + counts["ERROR"],
+        "skipped": counts["SKIPPED"],
+        "all of them ran": ended,
+        "last line": "" if ended and results else printed.strip().rpartition("\n")[2][-100:],
+    }
+    for line in printed.splitlines():
+        if found := re.search(r"\b(?:FAILED|ERROR)\b", line):
+            yield {"failed": re.sub(r"\[[^]]*%\]|\[gw\d+\]", "", line.replace(found[0], "")).strip()}
+
+
+def parts(card: Card) -> Iterator[Row]:
+    """Where the time of a step goes: ms, and those of the host."""
+    for arch in card.networks:
+        for precision in ("default", "bf16"):
+            job = card.job(arch, precision)
+            settings = options(precision=precision, num_steps=card.attack_steps)
+
+            def row(part: str, run: Callable[[], object], arch: str = arch, precision: str = precision) -> Row:
+                took, host = card.timed(run)
+                return {"network": arch, "precision": precision, "part": part, "ms": 1e3 * took, "host ms": 1e3 * host}
+
+            standing = Standing(job.model, precision)
+            attack = partial(attack_batch, standing, job.x, job.host_labels, settings, job.generator, 1)
+            attacked = attack()
+            yield row("attack", attack)
+            if card.cuda:
+                graphed = Standing(job.model, precision, graph=True)
+                yield row("attack by graph", partial(attack_batch, graphed, *attack.args[1:]))
+            yield row("refresh of the attack's network", standing.refresh)
+            forwards = partial(training_loss, job.model, job.x, job.labels, attacked, settings)
+            yield row("forwards", forwards)
+            loss_of = partial(training_loss, job.model)
+            yield row("forwards and backward", partial(backward, loss_of, job.x, job.labels, attacked, settings))
+            yield row("optimiser", job.optimizer.step)
+
+
+def layouts(card: Card) -> Iterator[Row]:
+    """Strict float32 in channels-last against the default layout: an attack on both batches, forwards and backward."""
+    for arch in card.networks:
+        for layout in (torch.channels_last, torch.contiguous_format):
+            job = card.job(arch)
+            if card.cuda:  # on a CPU, channels-last training of so few channels has broken the heap
+                job.model.to(memory_format=layout)
+            settings = options(precision="fp32", num_steps=card.attack_steps)
+            x, labels = job.x.repeat(2, 1, 1, 1), job.labels.repeat(2)
+            steps = min(2, card.attack_steps)
+            with computing("fp32"), frozen(job.model) as net:
+                net.to(memory_format=layout)
+                objective = cross_entropy_over_heads(net, labels, 2.0)
+                attack, _ = card.timed(partial(linf_pgd, x, objective, EPS, STEP, steps, x), 3)
+                few = options(precision="fp32", num_steps=1)
+                attacked = attack_batch(Standing(job.model), job.x, job.host_labels, few, job.generator, 1)
+                loss_of = partial(training_loss, job.model)
+                train, _ = card.timed(partial(backward, loss_of, job.x, job.labels, attacked, settings), 3)
+            yield {
+                "network": arch,
+                "layout": str(layout).removeprefix("torch."),
+                "attack step ms": 1e3 * attack / steps,
+                "forwards and backward ms": 1e3 * train,
+                "step of ten ms": 1e3 * (10 * attack / steps + train),
+            }
+
+
+def compiled(card: Card) -> Iterator[Row]:
+    """Compiled steps with batches of 128, 128, 80, 128 images in this order, ms each, and 128 once more, the median."""
+    if card.quick and not card.cuda:
+        yield {"left out": "a CPU's compiler would take minutes"}
+        return
+    sizes = (8, 8, 5, 8) if card.quick else (128, 128, 80, 128)
+    for arch in card.networks:
+        for precision in ("bf16", "default"):
+            torch.compiler.reset()
+            job = card.job(arch, precision)
+            compile_for_training(job.model, card.device)
+            row = {"network": arch, "precision": precision}
+            with computing(precision):
+                for number, size in enumerate(sizes, 1):
+                    step = partial(cut(job, size).ours, num_steps=card.attack_steps, precision=precision, compile=True)
+                    began = time.perf_counter()
+                    step()
+                    card.wait()
+                    row[f"{number}: batch {size}"] = 1e3 * (time.perf_counter() - began)
+                took, host = card.timed(step, 3)
+            yield row | {f"then {size}": 1e3 * took, "host ms": 1e3 * host}
+
+
+def cut(job: Step, count: int) -> Step:
+    """The same job on its first `count` images."""
+    smaller = copy.copy(job)
+    smaller.x, smaller.host_labels, smaller.labels = job.x[:count], job.host_labels[:count], job.labels[:count]
+    return smaller
+
+
+def evaluation(card: Card) -> Iterator[Row]:
+    """The PGD-40 over heads after each epoch, by batch and by what it searches in; verdicts are strict float32."""
+    for arch in card.networks:
+        job = card.job(arch)
+        split = random_split(card, job, 200)
+        with frozen(job.model) as net:
+            fits = largest_batch(net, split, pgd40_heads(EPS, STEP, 2.0, 1, steps=1))
+        yield {"network": arch, "searched in": "default", "batch": f"{fits} by default"}
+        batches = (250, 500, 1000, 2000) if arch == "ResNet18" else (250, 1000)
+        for precision in ("default", "bf16", "fp32"):
+            for batch in batches if precision != "fp32" else batches[:1]:
+                yield evaluated(card, arch, job, precision, 8 if card.quick else batch)
+                if card.quick:
+                    break
+
+
+def random_split(card: Card, job: Step, count: int) -> Split:
+    images = torch.randint(256, (count, *job.x.shape[1:]), dtype=torch.uint8, device=card.device)
+    return Split(images, torch.randint(10, (count,), device=card.device), tuple("0123456789"))
+
+
+def evaluated(card: Card, arch: str, job: Step, precision: str, batch: int) -> Row:
+    """Images a second of the PGD-40 after an epoch, whose search is in a precision, on one batch."""
+    split = random_split(card, job, batch)
+    job.model.eval()
+    with computing(precision), frozen(job.model) as net, frozen(job.model, precision) as searched:
+
+        def search(steps: int) -> object:
+            attack = pgd40_heads(EPS, STEP, 2.0, 1, steps=steps)
+            return verdicts(net, split, batch, lambda _, *images: attack(searched, *images))
+
+        search(2)
+        steps = 2 if card.quick else 40
+        took, _ = card.timed(partial(search, steps), rounds=1, warm=0)
+        peak = card.peak(partial(search, 1))
+    job.model.train()
+    rate = batch / took
+    row = {"network": arch, "searched in": precision, "batch": batch, "images/s": rate}
+    return row | {"s an epoch": TEST_IMAGES / rate, "GB": peak}
+
+
+BLOCKS = """
+import utils.evaluation.autoattack
+import utils.evaluation.robustness
+from utils.system.command import main
+from utils.system.settings import Evaluation
+
+utils.evaluation.autoattack.BLOCK = utils.evaluation.robustness.BLOCK = {block}
+main("utils.evaluation.robustness:white_attack", Evaluation, "")
+"""
+
+
+def autoattack(card: Card) -> Iterator[Row]:
+    """AutoAttack by 1 and by 4 processes on one device: ResNet-18 after some epochs on digits of 32x32, eps 0.03.
+
+    Each process has one block of 60 images. `images/s` leaves out what the processes take to start.
+    """
+    block, name, attack = (6, "FGSM", "fgsm") if card.quick else (60, "AutoAttack", "autoattack")
+    with tempfile.TemporaryDirectory() as folder:
+        run = train_digits(card, Path(folder) / "run", "--width=64", "--image-size=32", "--epochs=4")
+        script = Path(folder) / "blocks.py"
+        script.write_text(BLOCKS.format(block=block))
+        for processes in (1, 2 if card.quick else 4):
+            log = Path(folder) / str(processes) / "test.log"
+            log.parent.mkdir()
+            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+            command = [
+                sys.executable,
+                *launcher,
+                script,
+                "--ckpt_url",
+                run,
+                "--attacks",
+                attack,
+                "--n-examples",
+                processes * block,
+            ]
+            command += ["--epsilon", 0.03, "--device", card.device.type, "--log_path", log]
+            began = time.perf_counter()
+            printed, ended = run_process(card, *command)
+            row = {"processes": processes, "images": processes * block, "wall s": time.perf_counter() - began}
+            record = log.with_name("white_attack.json")
+            if not ended:
+                yield row | {"cut off": "yes"}
+                return
+            if not record.exists():
+                yield row | {"failed": printed.strip().rpartition("\n")[2][-200:]}
+                continue
+            found = json.loads(record.read_text())["attacks"][name]
+            each = max(found["seconds"], 0.01) / processes
+            row |= {"s a block": each, "images/s": processes * block / each}
+            yield row | {f"{name} %": found["robust_accuracy"]}
+
+
+SMALL = ("--width=4", "--image-size=16", "--limit-train=48", "--limit-test=24", "--num-steps=1", "--batch-size=16")
+
+
+def train_digits(card: Card, parent: Path, *flags: str) -> Path:
+    """Train a ResNet-18 on digits in this process, in silence -> its run folder."""
+    given = ["--dataset=digits", f"--device={card.device}", f"--model-dir={parent}", *flags]
+    if card.quick:
+        given += SMALL
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        training.run(parse_training("", {"arch": "ResNet18"}, given))
+    return max(parent.parent.glob(f"{parent.name}*"), key=lambda path: path.stat().st_mtime)
+
+
+def kernels(card: Card) -> Iterator[Row]:
+    """What takes longest in a step, by PyTorch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if card.cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    time_of = "self_device_time_total" if card.cuda else "self_cpu_time_total"
+    for arch in card.networks:
+        for precision in ("default", "bf16"):
+            job = card.job(arch, precision)
+            step = partial(job.ours, num_steps=card.attack_steps, precision=precision)
+            with computing(precision):
+                for _ in range(1 if card.quick else 3):
+                    step()
+                card.wait()
+                with torch.profiler.profile(activities=activities) as profile:
+                    step()
+                    card.wait()
+            events = profile.key_averages()
+            whole = sum(getattr(event, time_of) for event in events)
+            longest = sorted(events, key=lambda event: getattr(event, time_of), reverse=True)
+            for event in longest[:8]:
+                took = getattr(event, time_of)
+                row = {"network": arch, "precision": precision, "kernel": event.key[:80], "calls": event.count}
+                yield row | {"ms": 1e-3 * took, "%": 100 * took / whole}
+
+
+def resume(card: Card) -> Iterator[Row]:
+    """A run stopped inside its second epoch and resumed, against one never stopped, under deterministic cuDNN."""
+    flags = ("--width=16", "--image-size=16", "--limit-train=640", "--limit-test=100", "--num-steps=5")
+    stop_at = 7 if card.quick else 9  # after so many steps and batches of evaluation, 3 or 5 and 2 an epoch
+    for precision in ("default", "bf16"):
+        with tempfile.TemporaryDirectory() as folder, deterministic():
+            chosen = (*flags, f"--precision={precision}")
+            straight = train_digits(card, Path(folder) / "straight", *chosen, "--epochs=2")
+            with stopped_at(stop_at) as stopped, contextlib.suppress(Stopped):
+                train_digits(card, Path(folder) / "stopped", *chosen, "--epochs=2")
+            resumed = train_digits(card, Path(folder) / "stopped", *chosen, "--epochs=2", "--resume")
+            states = [torch.load(run / "last_state.pt", weights_only=True)["model"] for run in (straight, resumed)]
+        pairs = [(value, states[1][key]) for key, value in states[0].items()]
+        yield {
+            "precision": precision,
+            "stopped": bool(stopped),
+            "tensors": len(pairs),
+            "equal bit for bit": sum(torch.equal(*pair) for pair in pairs),
+            "largest difference": max((a.double() - b.double()).abs().max().item() for a, b in pairs),
+        }
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+@contextlib.contextmanager
+def stopped_at(call: int) -> Iterator[list[int]]:
+    """A training run is asked to stop at the given call of `check_stop`; yields a list that is empty until then."""
+    calls, stopped = [], []
+    real = training.Run.check_stop
+
+    def check(job: training.Run) -> None:
+        calls.append(1)
+        if len(calls) == call:
+            stopped.append(call)
+            job.stop = signal.SIGTERM
+        real(job)
+
+    with mock.patch.object(training.Run, "check_stop", check):
+        yield stopped
+
+
+# Further parts, by --only
+
+
+def machine(card: Card) -> Iterator[Row]:
+    """What the card multiplies, and how long a launch takes."""
+    side = 64 if card.quick else 8192
+    kinds = {"fp32": (torch.float32, "fp32"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "default")}
+    for name, (dtype, precision) in kinds.items():
         a, b = (torch.randn(side, side, device=card.device).to(dtype) for _ in range(2))
         with computing(precision):
-            card.rates[name] = 2e-12 * side**3 / card.timed(lambda a=a, b=b: a @ b)[0]
-    rows.append({f"matrix product {name}, TFLOP/s": rate for name, rate in card.rates.items()})
+            took, _ = card.timed(partial(torch.mm, a, b))
+        yield {"product": name, "TFLOP/s": 2e-12 * side**3 / took}
     one = torch.zeros(1, device=card.device)
-    rows.append({"us a launch": 1e6 * card.timed(lambda: [one.add_(1) for _ in range(1000)])[1] / 1000})
-    return rows
+    _, host = card.timed(lambda: [one.add_(1) for _ in range(1000)])
+    yield {"product": "us a launch", "TFLOP/s": 1e3 * host}
 
 
 STEPS = {  # by what is given on the command line; None: the published loop
@@ -147,7 +485,7 @@ STEPS = {  # by what is given on the command line; None: the published loop
     "--precision bf16": {"precision": "bf16"},
     "--precision bf16 --compile": {"precision": "bf16", "compile": True},
 }
-ONE_NETWORK_ONLY = ("--precision tf32", "--cuda-graph False", "--compile")
+RESNET_ONLY = ("--precision tf32", "--cuda-graph False", "--compile")
 
 
 def repeated(run: Callable[[], object], times: int) -> None:
@@ -155,165 +493,68 @@ def repeated(run: Callable[[], object], times: int) -> None:
         run()
 
 
-def step(card: Card) -> Rows:
+def flops_of_step(model: nn.Module, x: torch.Tensor, steps: int) -> float:
+    """Operations of both attacks and of the three training forwards and backwards."""
+    return forward_flops(model.eval(), x[:2]) * len(x) / 2 * (2 * 2 * steps + 3 * 3)
+
+
+def step(card: Card) -> Iterator[Row]:
     """A training step of ANCRA-TRADES, batch 128, by flags, ten steps in a row: no step waits for the one before."""
-    rows, steps, row_of = [], 10 if card.real else 1, 10 if card.real else 1
-    for arch in NETWORKS:
-        published = None
+    for arch in card.networks:
+        published, evaluation_of = None, {}
         for name, flags in STEPS.items():
-            if arch != "ResNet18" and name in ONE_NETWORK_ONLY:
+            if (arch != "ResNet18" and name in RESNET_ONLY) or ("--compile" in name and not card.cuda):
                 continue
             torch.compiler.reset()
-            job, changes = card.job(arch), flags or {}
+            changes = flags or {}
             precision = changes.get("precision", "default")
-            if flags is not None:
-                job.model = for_training(job.model, card.device, precision)
-            if "compile" in changes:
-                if not card.real:
-                    continue
+            job = card.job(arch, None if flags is None else precision)
+            if precision not in evaluation_of:
+                batch = 8 if card.quick else 250
+                evaluation_of[precision] = evaluated(card, arch, job, precision, batch)["s an epoch"]
+            if changes.get("compile"):
                 compile_for_training(job.model, card.device)
-            work = flops_of_step(job.model, job.x, steps)
+            work = flops_of_step(job.model, job.x, card.attack_steps)
             job.model.train()
-            one = partial(job.plain, steps) if flags is None else partial(job.ours, num_steps=steps, **changes)
-            began = time.perf_counter()
+            if flags is None:
+                one = partial(job.plain, card.attack_steps)
+            else:
+                one = partial(job.ours, num_steps=card.attack_steps, **changes)
+            in_a_row = 1 if card.quick else 10
+            if arch != "ResNet18":
+                in_a_row = 1 if precision == "fp32" else 3
             with computing(precision):
+                began = time.perf_counter()
                 one()
                 card.wait()
                 first = time.perf_counter() - began
-                slow = arch != "ResNet18"
-                some = 1 if slow and precision == "fp32" else 3 if slow else row_of
-                took, host = (t / some for t in card.timed(partial(repeated, one, some), 3, 1))
+                took, host = (seconds / in_a_row for seconds in card.timed(partial(repeated, one, in_a_row), 3, 1))
                 peak = card.peak(one)
             published = published or took
-            rate = 1e-12 * work / took
-            row = {
+            epoch = TRAINING_IMAGES / len(job.x) * took + evaluation_of[precision]
+            yield {
                 "network": arch,
                 "step": name,
                 "ms": 1e3 * took,
                 "host ms": 1e3 * host,
                 "published = 1": published / took,
+                "TFLOP/s": 1e-12 * work / took,
+                "epochs an hour": 3600 / epoch,
+                "GB": peak,
+                "first s": first,
             }
-            row |= {"TFLOP/s": rate, "% of bf16 products": 100 * rate / card.rates.get("bf16", float("nan"))}
-            row |= {"epochs an hour": 3600 / (50_000 / len(job.x) * took), "GB": peak, "first s": first}
-            rows.append(row)
-            show(rows[-1:])
-            del job, one
-    return rows
 
 
-def parts(card: Card) -> Rows:
-    """Where a step's time goes."""
-    rows, steps = [], 10 if card.real else 1
-    for arch in NETWORKS:
-        for precision in ("default", "bf16"):
-            job = card.job(arch)
-            for_training(job.model, card.device, precision)
-            settings, found = options(precision=precision, num_steps=steps), {}
-            for graph in (False, card.real):
-                standing = Standing(job.model, precision, graph=graph)
-                attack = partial(attack_batch, standing, job.x, job.host_labels, settings, job.generator, 1)
-                attacked = attack()
-                found[f"attack, graph {graph}"] = card.timed(attack)
-            found["refresh"] = card.timed(standing.refresh)
-            found["a new copy"] = card.timed(partial(Standing, job.model, precision))
-            forwards = partial(backward, partial(training_loss, job.model), job.x, job.labels, attacked, settings)
-            found["forwards and backward"] = card.timed(forwards, warm=3)
-            found["optimiser"] = card.timed(job.optimizer.step)
-            for name, (took, host) in found.items():
-                row = {"network": arch, "precision": precision, "part": name}
-                rows.append(row | {"ms": 1e3 * took, "host ms": 1e3 * host})
-    return rows
+Part = Callable[[Card], Iterator[Row]]
+ORDER: dict[str, Part] = {
+    part.__name__: part for part in (tests, parts, layouts, compiled, evaluation, autoattack, kernels, resume)
+}
+EXTRA: dict[str, Part] = {part.__name__: part for part in (machine, step)}
+SECONDS = {"tests": 150, "parts": 25, "layouts": 35, "compiled": 120, "evaluation": 40, "autoattack": 130}
+SECONDS |= {"kernels": 20, "resume": 20, "machine": 10, "step": 180}
 
 
-def formats(card: Card) -> Rows:
-    """A step of an attack on 256 images by precision and memory format."""
-    rows = []
-    for arch in NETWORKS:
-        job = card.job(arch)
-        x, labels = job.x.repeat(2, 1, 1, 1), job.labels.repeat(2)
-        for precision in ("fp32", "default", "bf16"):
-            for layout in (torch.channels_last, torch.contiguous_format):
-                with computing(precision), frozen(job.model, precision) as net:
-                    net.to(memory_format=layout)
-                    objective = cross_entropy_over_heads(net, labels, 2.0)
-                    took, host = card.timed(partial(linf_pgd, x, objective, EPS, STEP, 2, x), 3)
-                rows.append(
-                    {
-                        "network": arch,
-                        "precision": precision,
-                        "format": str(layout)[6:],
-                        "ms": 500 * took,
-                        "host ms": 500 * host,
-                    }
-                )
-    return rows
-
-
-def pgd40(card: Card) -> Rows:
-    """PGD-40 of the evaluation, images a second by batch and precision."""
-    rows, steps = [], 40 if card.real else 2
-    for arch, precision, batch in (
-        ("ResNet18", "fp32", 250),
-        *(("ResNet18", "default", batch) for batch in (100, 250, 1000)),
-        *(("WRN-34-10", "default", batch) for batch in (100, 250, 1000)),
-    ):
-        job, many = card.job(arch), (2000 if arch == "ResNet18" else 1000) if card.real else 8
-        images = torch.randint(256, (many, 3, *job.x.shape[2:]), dtype=torch.uint8, device=card.device)
-        split = Split(images, torch.randint(10, (many,), device=card.device), tuple("0123456789"))
-        with computing(precision), frozen(job.model) as net:
-            few = split.take(torch.arange(min(batch, many)))
-            verdicts(net, few, batch, pgd(cross_entropy, EPS, STEP, 2, start="uniform", seed=1))
-            attack = pgd(cross_entropy, EPS, STEP, steps, start="uniform", seed=1)
-            took = card.timed(partial(verdicts, net, split, batch, attack), 1, 0)[0]
-        rows.append({"network": arch, "precision": precision, "batch": batch, "images/s": many / took})
-    return rows
-
-
-def noise(card: Card) -> Rows:
-    """What the noise of an image costs the host."""
-    rows = []
-    for side in (32, 64):
-        x, numbers = torch.zeros(100, 3, side, side, device=card.device), torch.arange(100)
-        took = card.timed(lambda x=x, n=numbers: image_noise(x, n, 1, "uniform", 1))[0] / 100
-        rows.append({"side": side, "us an image": 1e6 * took, "s for 100 draws of 10,000": 1e6 * took})
-    return rows
-
-
-def evaluation(card: Card) -> Rows:
-    """A ResNet-18 of published width trained on digits at 32x32, and evaluated: accuracies and seconds."""
-    small = [] if card.real else ["--width=4", "--limit-train=48", "--limit-test=24", "--num-steps=1", "--epochs=1"]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in ("default", "bf16") if card.real else ("default",):
-            flags = ["--dataset=digits", f"--device={card.device}", f"--model-dir={folder}/run", "--image-size=32"]
-            flags += ["--width=64", f"--precision={precision}", *small]
-            began = time.perf_counter()
-            with contextlib.redirect_stdout(sys.stderr):
-                training.run(parse_training("", {"arch": "ResNet18"}, flags))
-            took = time.perf_counter() - began
-            run = max(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime)
-            model, _ = load_model(run, card.device)
-            split = load_split("digits", "test", "", 32).to(card.device)
-            split = split.take(torch.arange(250 if card.real else 2, device=card.device))
-            row = {"precision": precision, "training s": took}
-            with frozen(model) as net:
-                natural = verdicts(net, split, 250)
-                row |= {"natural": percent(natural)}
-                if precision == "default":
-                    began = time.perf_counter()
-                    attack = autoattack(0.1, 1, warned=lambda line: None, says=lambda line: None)
-                    right = verdicts(net, split, 250, attack, natural)
-                    searched = time.perf_counter() - began
-                    row |= {"AutoAttack": percent(right), "AutoAttack s": searched, "images/s": len(right) / searched}
-            rows.append(row)
-    return rows
-
-
-PARTS = {f.__name__: f for f in (machine, step, formats, parts, pgd40, noise, evaluation)}
-SECONDS = {"machine": 5, "step": 150, "formats": 15, "parts": 20, "pgd40": 40, "noise": 2, "evaluation": 90}
-
-
-def show(rows: Rows) -> None:
+def show(rows: list[Row]) -> None:
     keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(k, "") for k in keys)] for row in rows]
     widths = [max(map(len, column)) for column in zip(keys, *cells, strict=True)]
@@ -321,33 +562,72 @@ def show(rows: Rows) -> None:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--minutes", default=60.0, type=float)
-    parser.add_argument("--out", type=Path)
-    given, began = parser.parse_args(), time.perf_counter()
-    card, found, failed = Card(pick_device(given.device, False)), {}, False
-    print(in_one_line(provenance(card.device)))
-    for name in given.only.split(","):
-        left = 60 * given.minutes - (time.perf_counter() - began)
-        if left < SECONDS[name]:
-            print(f"\n{name} left out: {left:.0f} s left of --minutes, about {SECONDS[name]} needed")
-            continue
-        print(f"\n{name}: {PARTS[name].__doc__}", flush=True)
-        start = time.perf_counter()
-        try:
-            found[name] = PARTS[name](card)
-            show(found[name])
-        except Exception:
-            traceback.print_exc(limit=8, file=sys.stdout)
-            failed = True
-        print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
-        if card.real:
-            torch.cuda.empty_cache()
+def answer(card: Card, name: str, part: Part, write: Callable[[list[Row], str], None]) -> tuple[list[Row], str]:
+    """The rows of a part as far as its time goes, each handed to `write` at once, and what is to be said of them."""
+    rows, note = [], ""
+    try:
+        for row in part(card):
+            rows.append(row)
+            write(rows, "under way")
+            if card.left() < 0:
+                note = "its time is over"
+                break
+    except Exception as error:
+        traceback.print_exc(limit=8, file=sys.stdout)
+        note = f"failed: {first_line(error)}"
+    write(rows, note)
+    return rows, note
+
+
+def main(argv: list[str] | None = None) -> None:
+    usage = __doc__.partition("\nMeasured before")[0]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.card", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--only", help=f"some of {', '.join(ORDER)}, {', '.join(EXTRA)}")
+    parser.add_argument("--minutes", default=9.0, type=float, help="time for all (default: 9)")
+    parser.add_argument("--quick", action="store_true", help="tiny settings, figures without meaning; always on a CPU")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON, too")
+    given = parser.parse_args(argv)
+    known = ORDER | EXTRA
+    names = given.only.split(",") if given.only else [*ORDER]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    try:
+        device = pick_device(given.device, False)
         if given.out:
-            given.out.write_text(json.dumps({"made": provenance(card.device)} | found, indent=1) + "\n")
+            given.out.open("a").close()  # before anything is measured
+    except (UsageError, OSError) as error:
+        parser.error(str(error))
+
+    end = time.perf_counter() + 60 * given.minutes
+    card = Card(device, given.quick or device.type == "cpu")
+    record = {"made": provenance(device), "quick": card.quick, "parts": {}}
+    print(in_one_line(record["made"]))
+    failed = False
+    for name in names:
+        left = end - time.perf_counter()
+        if left < SECONDS[name] / 3:
+            print(f"\n{name} left out: {left:.0f} s are left of --minutes {given.minutes:g}, {SECONDS[name]} planned")
+            continue
+        began = time.perf_counter()
+        card.deadline = end if card.quick else began + min(left, SECONDS[name])
+
+        def write(rows: list[Row], note: str, name: str = name, began: float = began) -> None:
+            record["parts"][name] = {"rows": rows, "note": note, "seconds": time.perf_counter() - began}
+            if given.out:
+                given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+        print(f"\n{name}: {known[name].__doc__.splitlines()[0]}", flush=True)
+        rows, note = answer(card, name, known[name], write)
+        if rows:
+            show(rows)
+        failed = failed or note.startswith("failed") or any(row.get("failed") for row in rows)
+        ending = f"; {note}" if note else ""
+        print(f"  ({time.perf_counter() - began:.0f} s{ending})", flush=True)
+        if card.cuda:
+            torch.cuda.empty_cache()
     sys.exit(failed)
 
 

@@ -7,11 +7,12 @@ Operations are those of convolutions and matrix products, a multiplication and a
 both attacks, training forwards and backwards, and each epoch's natural and PGD-40 accuracy, as if every test image were
 right without an attack (others are not attacked). No card is needed.
 
-Hours are ESTIMATES: operations by the share of a card's bfloat16 rate that a step was measured to use on one H200
-(`tests.tools.card`: 717 TFLOP/s; an H100 computes as fast). WRN-28-10's share is taken to be WRN-34-10's, PreActResNet-18's
-to be ResNet-18's; evaluation, which is neither bfloat16 nor compiled and was never timed on a card, to use that of a
-step without a flag. Eight cards: an eighth of that, a bound that nothing of 16 images a card attains. Nobody has run
-these rows here.
+Hours and epochs an hour are ESTIMATES, of training and of the evaluation after each epoch: operations by the share of a
+card's bfloat16 rate that they were measured to use on one H200 (`tests.tools.card`: 717 TFLOP/s; an H100 computes as fast).
+The share of an evaluation is that of PGD-40 at a batch of 1,000. With --precision bf16 it searches in bfloat16, not
+compiled, which was never timed on a card: it is taken to use the share of such a step. WRN-28-10's shares are taken to
+be WRN-34-10's, PreActResNet-18's to be ResNet-18's. Eight cards: an eighth of that, a bound that nothing of 16 images a
+card attains. Nobody has run these rows here.
 """
 
 import argparse
@@ -37,6 +38,10 @@ from utils.system.settings import CLASSES, Training, dataset_defaults
 ROOT = Path(__file__).parents[2]
 RATE = 717e12  # bfloat16 products, operations a second
 SHARES = {"no flag": {"ResNet18": 0.16, "WRN": 0.26}, "--precision bf16 --compile": {"ResNet18": 0.28, "WRN": 0.56}}
+EVALUATION_SHARES = {
+    "no flag": {"ResNet18": 0.18, "WRN": 0.21},
+    "--precision bf16 --compile": {"ResNet18": 0.21, "WRN": 0.47},
+}
 IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
 UNCOUNTED = ("limit_train", "limit_test", "val_size", "extra_data", "image_size", "restart_epoch", "resume")
 UNCOUNTED += ("compile", "precision")
@@ -125,6 +130,11 @@ def run_of(settings: Training) -> tuple[float, float]:
     return training, evaluations * tests * (2 * of.look + 40 * of.attack)  # looked at before and behind the attack
 
 
+def hours_of(operations: float, share: float) -> float:
+    """Hours of a card that computes at a share of its bfloat16 rate."""
+    return operations / (share * RATE) / 3600
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.tools.full_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,17 +148,20 @@ def main(argv: list[str]) -> None:
         changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(own, name)]
         if changed or settings.dataset not in IMAGES:
             parser.error(f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out")
-    print(f"| {' | '.join([*heads, *(f'hours, 1 and 8 cards, {how}' for how in SHARES)])} |")
-    print("|" + "---|" * (len(heads) + len(SHARES)))
+    for flags_of_step in SHARES:
+        heads.append(f"hours with evaluation, 1 and 8 cards; epochs an hour, {flags_of_step}")
+    print(f"| {' | '.join(heads)} |")
+    print("|" + "---|" * len(heads))
     for row, settings in rows:
         training, evaluation = run_of(settings)
         cells = [f"`python {shlex.join([*row, *flags])}`"]
         cells += [f"{1e-18 * operations:.2f}" for operations in (training + evaluation, evaluation)]
         cells += [f"{1e-18 * sum(run_of(replace(settings, gate=gate))):.2f}" for gate in gates]
         network = "WRN" if settings.arch.startswith("WRN") else "ResNet18"
-        for shares in SHARES.values():
-            hours = (training / shares[network] + evaluation / SHARES["no flag"][network]) / RATE / 3600
-            cells.append(f"{hours:.1f}, {hours / 8:.2f}")
+        for flags_of_step, shares in SHARES.items():
+            hours = hours_of(training, shares[network])
+            hours += hours_of(evaluation, EVALUATION_SHARES[flags_of_step][network])
+            cells.append(f"{hours:.1f}, {hours / 8:.2f}; {settings.epochs / hours:.1f}")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -401,7 +401,7 @@ def work(wanted: list[Run], jobs: int) -> list[str]:
     folders: dict[Path, list[Run]] = {}
     for run in wanted:
         folders.setdefault(run.folder, []).append(run)
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # before a worker loads PyTorch
+    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker loads PyTorch
     failed, spawn = [], multiprocessing.get_context("spawn")
 
     def stop(signum: int, frame: object) -> None:

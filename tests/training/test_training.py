@@ -1,12 +1,15 @@
 """Runs on digits: what they write, and that a stopped run continues exactly."""
 
+import errno
 import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +21,14 @@ import utils.training.loop as training
 from models import build_model
 from tests.conftest import shorten_runs
 from tests.helpers import (
+    EVALUATE,
     PLAIN,
     RA,
     ROOT,
     RUN,
     SCRIPTS,
     assert_same_run,
+    checkpoint,
     digits_split,
     files,
     folder,
@@ -32,14 +37,16 @@ from tests.helpers import (
     pixels,
     png,
     python,
+    resume,
     settings,
     state,
     train,
 )
+from utils.evaluation.robustness import white_attack
 from utils.figures.plots import save_or_note
 from utils.step import first_head_right
 from utils.system.checkpoints import load_model
-from utils.system.errors import RunError, Stopped, UsageError
+from utils.system.errors import RunError, Stopped, UsageError, stop_signals
 from utils.system.options import parse, parse_training
 from utils.system.settings import Evaluation, Training, dataset_defaults
 from utils.training import runs
@@ -110,8 +117,8 @@ CANNOT_ACT = {
     "--strategy hard": "",
     "--strategy hard_adv --warmup-epochs 16": "strategy hard_adv: all 16 epochs are warm-up",
     "--strategy soft --epochs 3 --milestones 2": "strategy soft: all 3 epochs are warm-up",
-    "--epochs 12": "milestones 14: behind the last epoch, 12",
-    "--milestones 4,20,30": "milestones 20,30: behind",
+    "--epochs 12": "milestones 14: after the last epoch, 12",
+    "--milestones 4,20,30": "milestones 20,30: after",
     "--step-size 0.2": "step-size 0.2: above eps 0.1",
     "--epsilon 0": "step-size 0.02: above eps 0",
     "--epsilon 128/255 --num-steps 2": "epsilon 128/255: never reached, 2 steps go as far as 0.04",
@@ -185,26 +192,125 @@ def test_stop_between_epochs_and_resume(straight, tmp_path, capsys):
     resumed = train(tmp_path, *TWO, "--epochs", 2, "--resume")
     assert_same_run(straight, resumed)
     assert [float(row["lr"]) for row in metrics(resumed)] == pytest.approx([0.03, 0.003])
-    assert "--epochs: the run has 1, the command 2; the command's wins" in capsys.readouterr().out
+    for said in (capsys.readouterr().out, (resumed / "train.log").read_text()):
+        assert f"resumed    in epoch 2, 0 images done, from {resumed / 'last_state.pt'}\n" in said
+        assert "--epochs 2, before 1\n" in said
 
 
-@pytest.mark.parametrize(("signum", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+STOPS = {
+    "SIGINT": "interrupted",
+    "SIGTERM": "terminated",
+    "SIGHUP": "stopped by SIGHUP",
+    "SIGUSR1": "stopped by SIGUSR1",
+}
+
+
+@pytest.fixture
+def as_in_a_terminal():
+    """Tests may run under nohup, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+@pytest.mark.parametrize("name", STOPS)
 @pytest.mark.parametrize("where", ["attack_batch", "verdicts"])
-def test_signals_inside_an_epoch_or_an_evaluation(straight, tmp_path, monkeypatch, signum, word, where):
-    real, calls = getattr(training, where), []
+def test_signals_inside_an_epoch_or_an_evaluation(straight, tmp_path, monkeypatch, name, where):
+    """A closed terminal sends SIGHUP twice, and can no longer be written to."""
+    real, calls, signum, word = getattr(training, where), [], getattr(signal, name), STOPS[name]
+
+    def write(text):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def interrupting(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signum)
+            if name == "SIGHUP":
+                os.kill(os.getpid(), signum)
+                monkeypatch.setattr(sys.stdout, "write", write)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(training, where, interrupting)
     with pytest.raises(Stopped, match=f"{word}; continue by: python .* --resume ") as stopped:
-        train(tmp_path, *TWO)
+        train(tmp_path, *TWO, "--log-interval", 1)
     assert stopped.value.args[0] == signum
-    monkeypatch.setattr(training, where, real)
+    monkeypatch.undo()
+    shorten_runs(monkeypatch)
     assert_same_run(straight, train(tmp_path, "--resume", folder(tmp_path)))
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
+@pytest.mark.parametrize("name", STOPS)
+def test_signals_stop_an_evaluation_which_says_how_to_go_on(tmp_path, monkeypatch, name):
+    def interrupting(*args):
+        signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr("utils.evaluation.robustness.attack_block", interrupting)
+    file = checkpoint(tmp_path / "weights.pt")
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        white_attack(parse(Evaluation, "", ["--ckpt_url", str(file), *EVALUATE]))
+    assert stopped.value.args[0] == getattr(signal, name)
+
+
+def test_an_ignored_signal_stays_ignored_but_for_ctrl_c():
+    """nohup ignores SIGHUP; a shell ignores Ctrl-C for whatever it starts in the background."""
+    signals = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signals}
+    heard = []
+    try:
+        with stop_signals(lambda signum, frame: heard.append(signum)):
+            for signum in signals:
+                os.kill(os.getpid(), signum)
+        assert heard == [signal.SIGINT]
+        assert all(signal.getsignal(signum) == signal.SIG_IGN for signum in signals)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_signals_that_a_system_lacks_are_left_out(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.delattr(signal, "SIGUSR1")
+    with stop_signals(lambda *args: None):
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+
+
+def test_training_and_evaluation_work_in_a_thread(straight, tmp_path):
+    """As a notebook's executor runs them; only the main thread may handle signals."""
+    run = in_a_thread(train, tmp_path, *TWO)
+    assert_same_run(straight, run)
+    in_a_thread(white_attack, parse(Evaluation, "", ["--ckpt_url", str(run), *EVALUATE]))
+    assert (run / "white_attack.json").exists()
+
+
+def in_a_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+def test_curves_are_drawn_now_and_then_at_the_end_and_at_a_stop(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(training, "draw_curves", lambda rows, best: drawn.append(len(rows)))
+    monkeypatch.setattr(training, "save_or_note", lambda draw, file: draw())
+    run = train(tmp_path, "--epochs", 3, "--eval-interval", 9, "--limit-train", 10)
+    assert drawn == [3]
+    monkeypatch.setattr(training, "DRAW_EVERY", 0)
+    resume(run, "--epochs", 5)
+    assert drawn == [3, 4, 5]
+    real = training.attack_batch
+
+    def interrupting(*args):
+        if args[-1] == 7:  # the epoch
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(training, "DRAW_EVERY", 30)
+    monkeypatch.setattr(training, "attack_batch", interrupting)
+    with pytest.raises(Stopped):
+        resume(run, "--epochs", 8)
+    assert drawn == [3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
@@ -280,16 +386,15 @@ def test_tensorboard_is_written_where_it_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_what_is_there_stays(straight, tmp_path, capsys):
-    """A second run does not overwrite the first; a resume says which settings win, and has nothing left to train."""
+    """A second run does not overwrite the first, and a resume has nothing left to train."""
     run = Path(shutil.copytree(straight, tmp_path / straight.name))
     before = files(run)
     with pytest.raises(UsageError, match=r"holds a run already; continue it by --resume, or name .* --model-dir"):
         train(tmp_path, *TWO)
     assert files(run) == before
-    train(tmp_path, "--lr", 5, "--resume", run)
+    resume(run)
     said = capsys.readouterr().out
-    assert "--lr: the run has 0.03, the command 5.0; the run's wins" in said
-    assert "resumed    in epoch 3, 0 images done; nothing is left to train, raise --epochs" in said
+    assert "resumed    in epoch 3, 0 images done" in said and "; nothing is left to train, raise --epochs" in said
     assert {file: content for file, content in files(run).items() if file.suffix == ".pt"} == {
         file: content for file, content in before.items() if file.suffix == ".pt"
     }
@@ -305,6 +410,35 @@ def test_restart_from_weights_with_a_fresh_optimiser(tmp_path, capsys):
     capsys.readouterr()
     assert_same_run(again, train(tmp_path / "3", "--restart_epoch", 1, "--ckpt_url", tmp_path / "published.pt"))
     assert "note: published.pt: weights: net.module" in capsys.readouterr().out
+
+
+def test_restart_takes_the_weights_of_the_epoch_from_a_run_folder(tmp_path):
+    """The file of that epoch's number, else the last or the best one, if it is of that epoch."""
+    first = train(tmp_path / "1", "--epochs", 3, "--save-freq", 2)
+    numbered = first / "model-2.pt"
+    assert numbered.is_file()
+    for epoch, file in ((2, numbered), (3, first / "model-wrn-last.pt")):
+        flags = ("--epochs", epoch + 1, "--restart_epoch", epoch)
+        by_folder = train(tmp_path / f"folder {epoch}", *flags, "--ckpt_url", first)
+        by_file = train(tmp_path / f"file {epoch}", *flags, "--ckpt_url", file)
+        assert_same_run(by_folder, by_file)
+        assert f"from the weights in {file}" in (by_folder / "train.log").read_text()
+    numbered.unlink()
+    with pytest.raises(UsageError, match=r"no weights of epoch 7, but model-wrn-last\.pt of epoch 3"):
+        train(tmp_path / "7", "--epochs", 8, "--restart_epoch", 7, "--ckpt_url", first)
+    assert not (tmp_path / "7").exists()
+
+
+def test_the_line_evaluate_by_works_from_the_current_folder(tmp_path, monkeypatch):
+    lines = {}
+    for here in (ROOT, tmp_path):
+        monkeypatch.chdir(here)
+        run = train(tmp_path / here.name, "--epochs", 1)
+        log = (run / "train.log").read_text().splitlines()
+        (lines[here],) = [line.partition("evaluate by: ")[2] for line in log if line.startswith("evaluate by")]
+        script = shlex.split(lines[here])[1]
+        assert (here / script).resolve() == ROOT / "test_white_attack.py"
+    assert lines[ROOT].startswith("python test_white_attack.py ")
 
 
 def test_a_loss_that_is_not_finite_names_the_place_and_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -348,8 +482,8 @@ def named(*flags, recipe=RA):
 def test_a_folder_s_name_says_what_acts_and_nothing_else(tmp_path, monkeypatch):
     plain = PLAIN | {"model_dir": "./model/TRADES"}
     assert named(recipe=plain) == named("--zeta", 2, "--strategy", "soft", recipe=plain) == "TRADES-beta-6.0-seed-1"
-    assert named("--method", "pgd", "--beta", 2, recipe=plain) == "TRADES-seed-1-pgd"
-    assert named("--method", "mart", "--lr", 1, recipe=plain) == "TRADES-beta-5.0-seed-1-mart-lr-1.0"
+    assert named("--method", "pgd", "--beta", 2, recipe=plain) == "PGD-seed-1"
+    assert named("--method", "mart", "--lr", 1, recipe=plain) == "MART-beta-5.0-seed-1-lr-1.0"
     assert named("--no-ra", "--cr_beta", 1) == named("--no-ra")
     assert named("--method", "pgd") == "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-pgd"
     assert named("--tag", "wider gate") == named() + "-tag-wider gate"
@@ -369,7 +503,14 @@ def test_a_run_that_failed_before_its_first_step_has_no_claim(straight, tmp_path
 
 def test_overwriting_says_what_is_lost_and_keeps_what_is_not_the_run_s(straight, tmp_path, monkeypatch, capsys):
     run = Path(shutil.copytree(straight, tmp_path / straight.name))
-    (run / "notes.txt").write_text("mine")
+    lost = {
+        "tensorboard/events.out.tfevents.1.host.2.0", "white_attack.blocks/pgd-40-0.npz", "white_attack.json",
+        "test.log", "adversarial_examples.png", "robust_vs_eps.pdf",
+    }  # fmt: skip
+    kept = {"notes.txt", "tensorboard/notes.txt", "figures/robust_vs_eps.pdf"}
+    for name in lost | kept:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("mine")
     before = files(run)
     with monkeypatch.context() as patch, pytest.raises(UsageError):  # whatever is wrong, nothing is lost
         patch.setattr(training, "load_training_data", lambda *args: (_ for _ in ()).throw(UsageError("no data")))
@@ -377,27 +518,83 @@ def test_overwriting_says_what_is_lost_and_keeps_what_is_not_the_run_s(straight,
     assert files(run) == before
     train(tmp_path, *TWO, "--overwrite", "--epochs", 1)
     said = capsys.readouterr().out
-    assert f"--overwrite: the run of 2 epochs in {run} is lost: best_adv_model.pt, " in said
-    assert len(metrics(run)) == 1 and (run / "notes.txt").read_text() == "mine"
+    assert f"--overwrite: the run of 2 epochs in {run} is lost: " in said
+    assert all(name.partition("/")[0] in said for name in lost)
+    assert len(metrics(run)) == 1 and all((run / name).read_text() == "mine" for name in kept)
+    assert not any((run / name).exists() for name in (*lost, "white_attack.blocks"))
     assert (run / "train.log").read_text().count("evaluate by") == 1
 
 
-def test_a_bare_resume_finds_the_run_it_came_from(straight, tmp_path, capsys):
-    """Under an older name, or where the command changes a number of it."""
-    older = Path(shutil.copytree(straight, tmp_path / "run-of-the-first-release"))
-    for flags in ((), ("--lr", 5), ("--zeta", 2, "--batch-size", 12)):
-        assert train(tmp_path, *TWO, *flags, "--resume") == older
-        said = capsys.readouterr().out
-        assert f"continuing {older}" in said and said.count("the run's wins") == 1 + len(flags) / 2  # --model-dir
-    for flags in (("--tag", "x"), ("--no-anc",), ("--method", "pgd"), ("--seed", 2), ("--strategy", "hard_adv")):
-        with pytest.raises(UsageError, match=rf"does not exist; name a run by --resume PATH: {older}$"):
+def test_a_bare_resume_means_the_run_of_exactly_this_command(straight, tmp_path):
+    """Where there is none the runs that there are are named, each with what it has otherwise, and none is touched."""
+    run = Path(shutil.copytree(straight, tmp_path / straight.name))
+    restarted = Path(shutil.copytree(straight, tmp_path / f"{straight.name}-restart_epoch-1"))
+    record = json.loads((restarted / "run.json").read_text())
+    record["settings"]["restart_epoch"] = 1
+    (restarted / "run.json").write_text(json.dumps(record))
+    before = files(tmp_path)
+    for flags, differing in {
+        ("--lr", 0.01): "--lr 0.03, here 0.01",
+        ("--batch-size", 12): "--batch-size 10, here 12",
+        ("--lr-schedule", "cosine"): "--lr-schedule milestones, here cosine",
+        ("--no-anc",): "--no-anc False, here True",
+    }.items():
+        with pytest.raises(UsageError, match="does not exist; name a run by --resume PATH: ") as refusal:
             train(tmp_path, *TWO, *flags, "--resume")
-    other = Path(shutil.copytree(straight, tmp_path / "run-again"))
-    with pytest.raises(UsageError, match=rf"does not exist; name .*: {other}, {older}$"):
-        train(tmp_path, *TWO, "--resume")
+        said = str(refusal.value)
+        assert f"{run} ({differing})" in said and f"{restarted} ({differing}; --restart-epoch 1, here 0)" in said
     for damaged in ("", "[]", '{"settings": 3}', '{"settings": {"no_anc": "x"}}'):
-        (other / "run.json").write_text(damaged)
-        assert runs.run_to_resume(parse_training("", RA, [*RUN, "--milestones=2", "--model-dir", str(tmp_path / "run")])) == older
+        (restarted / "run.json").write_text(damaged)
+        with pytest.raises(UsageError, match="unknown settings"):
+            train(tmp_path, *TWO, "--lr", 0.01, "--resume")
+    (restarted / "run.json").write_bytes(before[restarted / "run.json"])
+    assert files(tmp_path) == before
+    shutil.rmtree(run)  # what is left is another run, restarted from weights
+    with pytest.raises(UsageError, match="does not exist"):
+        train(tmp_path, *TWO, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--lr", 0.01), "--lr 0.01, the run has 0.03"),
+        (("--lr", 0.03, "--zeta", 2, "--epochs", 9), "--zeta 2.0, the run has 3.0"),
+        (("--no-anc",), "--no-anc True, the run has False"),
+        (("--milestones", "11,14"), "--milestones 11,14, the run has 2"),
+        (("--gate", "soft", "--batch-size", 12), "--batch-size 12, the run has 10, --gate soft, the run has label"),
+        (("--extra-data", "x.npz"), "--extra-data x.npz, the run has None"),
+    ],
+)
+def test_a_given_setting_that_the_named_run_has_otherwise_is_an_error(straight, tmp_path, flags, said):
+    """Also a default that is given; and the runs that there are are named."""
+    run = Path(shutil.copytree(straight, tmp_path / straight.name))
+    before = files(tmp_path)
+    with pytest.raises(UsageError) as refusal:
+        resume(run, "--model-dir", tmp_path / "run", *flags)
+    assert f"--resume: {said}; name the run" in str(refusal.value) and f"{run} (--" in str(refusal.value)
+    assert files(tmp_path) == before
+
+
+def test_a_bare_resume_does_not_trust_a_folder_s_name(straight, tmp_path):
+    """Here one that was renamed: its settings count, also those that the command does not give."""
+    command = [*RUN, "--milestones=2", "--model-dir", str(tmp_path / "run")]
+    shutil.copytree(straight, runs.run_folder(parse_training("", RA, [*command, "--lr=0.01"])))
+    with pytest.raises(UsageError, match=r"--lr 0\.01, the run has 0\.03"):
+        train(tmp_path, *TWO, "--lr", 0.01, "--resume")
+    shutil.rmtree(folder(tmp_path))
+    run = runs.run_folder(parse_training("", RA, command))
+    shutil.copytree(straight, run)
+    changed = state(run)
+    changed["recipe"]["momentum"] = 0.8
+    torch.save(changed, run / "last_state.pt")
+    with pytest.raises(UsageError, match=r"--momentum 0\.9, the run has 0\.8"):
+        train(tmp_path, *TWO, "--resume")
+
+
+def test_what_acts_nowhere_in_a_run_may_be_given_to_its_resume(tmp_path):
+    run = train(tmp_path, "--epochs", 1, recipe=PLAIN)
+    assert "--zeta" not in (resume(run, "--zeta", 9, "--strategy", "soft", "--seed", 1) / "train.log").read_text()
+    assert state(run)["recipe"]["zeta"] == 3
 
 
 def test_a_resume_with_other_data_is_refused_and_records_itself_otherwise(tmp_path, monkeypatch):
@@ -426,24 +623,24 @@ def test_a_resume_with_other_images_needs_a_word_and_one_with_other_code_says_so
     assert record["checksums"].keys() == {"training", "selection", "test"}
     said = capsys.readouterr().out
     assert "cat: 3, dog: 3" in said and "on the val part (6 images)" in said and "best epoch on the test set" in said
-    train(tmp_path, "--resume", run, "--epochs", 2)
+    resume(run, "--epochs", 2)
     said = capsys.readouterr().out
     assert "\ndata       other" not in said and "\ncode" not in said
     for part in ("train", "test"):
         png(pets / part / "dog" / "1.png", pixels(77, 16, 16, 3))
     before = files(run)
     with pytest.raises(UsageError, match=r"has other training and test images than .*last_state.pt.*--other-data"):
-        train(tmp_path, "--resume", run, "--epochs", 3)
+        resume(run, "--epochs", 3)
     assert files(run) == before
     saved = state(run)
     saved["provenance"]["commit"] = "0" * 40
     torch.save(saved, run / "last_state.pt")
-    train(tmp_path, "--resume", run, "--epochs", 3, "--other-data")
+    resume(run, "--epochs", 3, "--other-data")
     said = capsys.readouterr().out
     assert "data       other training and test images than before, by --other-data" in said
     assert f"code       commit {'0' * 40} before, " in said
     assert state(run)["checksums"] != record["checksums"] and "other_data" not in state(run)["recipe"]
-    train(tmp_path, "--resume", run, "--epochs", 4)  # the word was for those images; these are the run's own now
+    resume(run, "--epochs", 4)  # the word was for those images; these are the run's own now
     assert "other training" not in capsys.readouterr().out
 
 
@@ -459,7 +656,7 @@ def test_a_run_from_before_there_were_checksums_goes_on_as_it_was(tmp_path, caps
     png(tmp_path / "pets" / "train" / "dog" / "1.png", pixels(77, 16, 16, 3))
     for epochs in (2, 3):
         capsys.readouterr()
-        train(tmp_path, "--resume", run, "--epochs", epochs)
+        resume(run, "--epochs", epochs)
         assert "on the test set (6 images)" in capsys.readouterr().out and not state(run)["checksums"]
 
 

@@ -100,10 +100,26 @@ def load_splits(dataset: str, limits: Mapping[str, int | None], data_dir: str, i
         named = sorted(unreadable)[:10] + [f"and {len(unreadable) - 10} more"] * (len(unreadable) > 10)
         raise UsageError(f"replace or remove {len(unreadable)} of {count} images: {'; '.join(named)}")
     splits = dict(zip(limits, loaded, strict=True))
+    if dataset == "folder" and "train" in splits:
+        splits |= {part: noted(split, splits["train"], part) for part, split in splits.items() if part != "train"}
     for part, split in splits.items():
         if (wrong := _flaw(split, image_size)) is not None:
             raise UsageError(f"{dataset}, {part} part, in {data_dir}: {wrong}; get the data set anew")
     return splits
+
+
+def noted(split: Split, train: Split, part: str) -> Split:
+    """A split whose note says how many of its images are copies of training images, pixel by pixel."""
+
+    def checksums(images: Tensor) -> list[bytes]:
+        return [hashlib.blake2b(image.numpy(), digest_size=16).digest() for image in images]
+
+    known = set(checksums(train.images))
+    copies = sum(checksum in known for checksum in checksums(split.images))
+    if copies == 0:
+        return split
+    note = f"{copies} of {len(split.images)} images of the {part} part are copies of training images"
+    return split._replace(note="; ".join(filter(None, [split.note, note])))
 
 
 def _flaw(split: Split, size: int) -> str | None:

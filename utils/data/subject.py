@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models import ReverseAttentionNetwork
 from models.normalise import Normalise
+from utils.attacks import Attack
 from utils.data.datasets import Split, as_input, batches, load_split, numbers_of, require_same_on_ranks
 from utils.system import distributed
 from utils.system.checkpoints import checkpoint_file, load_model, told
@@ -34,7 +36,8 @@ from utils.system.settings import (
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Progress = Callable[[int], None]  # is told of the images of each batch that is done
 
-FEW = 100  # images that tell whether a file was read as it was meant
+FEW = 100  # images that tell whether a file was read as it was meant, and how much memory an image takes
+ON_CPU, LARGEST = 100, 1000  # images an attack takes at once: on a CPU, and at most; more are hardly faster on a card
 
 
 def over_images(
@@ -58,6 +61,54 @@ def over_images(
     everyone = distributed.gathered(answers) if shared else [answers]
     positions, *whole = (torch.cat(part) for part in zip(*(a for one in everyone for a in one), strict=True))
     return tuple(part[positions.argsort()] for part in whole)
+
+
+def largest_batch(net: nn.Module, split: Split, attack: Attack) -> int:
+    """How many images of a split an attack can take at once: on CUDA as many as fit, on a CPU `ON_CPU`.
+
+    The memory that a small batch takes tells what an image takes. Half of what is free is left alone, for the
+    workspaces of libraries and for others on the same card. All ranks return the same number.
+    """
+    device = split.labels.device
+    if device.type != "cuda":
+        return ON_CPU
+    count = min(FEW, len(split.labels))
+    batch, numbers = split.take(torch.arange(count, device=device)), numbers_of(split)[:count]
+    for _ in range(2):  # the first time also loads kernels, which stay
+        torch.cuda.empty_cache()  # what training holds in reserve is free, too
+        free, _ = torch.cuda.mem_get_info(device)
+        attack(net, as_input(batch.images), batch.labels, numbers)
+        left, _ = torch.cuda.mem_get_info(device)
+    torch.cuda.empty_cache()
+    fitting = images_that_fit(free, max(free - left, 1) / count)
+    return LARGEST - distributed.agreed(LARGEST - fitting)  # the smallest of all ranks'
+
+
+def images_that_fit(free: int, each: float) -> int:
+    """A batch for `free` bytes where an image takes `each` of them, at least 1, to two digits."""
+    images = min(LARGEST, int(free / 2 / each))
+    step = 10 ** max(0, len(str(images)) - 2)
+    return max(1, images // step * step)
+
+
+def halving(attack: Attack) -> Attack:
+    """An attack whose batches are halved for good whenever the device has too little memory for one."""
+    most = LARGEST
+
+    def halved(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        nonlocal most
+        while True:
+            size = min(most, len(x))
+            parts = zip(x.split(size), labels.split(size), numbers.split(size), strict=True)
+            try:
+                return torch.cat([attack(net, *part) for part in parts])
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                most = size // 2
+            torch.cuda.empty_cache()  # here, where the error no longer holds the tensors of the attempt
+
+    return halved
 
 
 def right_or_not(
@@ -159,7 +210,8 @@ class Subject(NamedTuple):
         count = len(self.split.labels)
         part = f", the first of {self.of} after a fixed shuffle" if self.of > count else ""
         note = f"; {self.split.note}" if self.split.note else ""
-        return f"{self.info['arch']} {ra} reverse attention, {self.dataset}, {count} test images{part}{note}"
+        network = "a network" if self.info.get("module") else self.info["arch"]  # whose name is that of its file
+        return f"{network} {ra} reverse attention, {self.dataset}, {count} test images{part}{note}"
 
 
 def looked_at(
@@ -181,7 +233,8 @@ def load_subject(settings: Checkpoint, path: str) -> Subject:
     Data set and data folder are the checkpoint's own, eps and step its data set's, unless the command gave them.
     Errors: UsageError where checkpoint and data set do not match.
     """
-    device, file = pick_device(settings.device, settings.no_cuda), checkpoint_file(path)
+    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
+    file = checkpoint_file(path)
     about = ("key", "arch", "width", "image_size", "dataset", "mean", "std", "gate", "ra_blocks", "predict")
     said = {key: getattr(settings, key) for key in about}
     model, info = load_model(file, device, reverse_attention=False if settings.no_ra else None, **said)
@@ -268,12 +321,27 @@ def _taken_out(packages: set[str]) -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in packages}
 
 
-class _Callable(nn.Module):
-    """A function as a network."""
+class Foreign(nn.Module):
+    """A stranger's network or function as attacks take it: what it answers is float32, whatever it computes in."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, network: Callable) -> None:
         super().__init__()
-        self.forward = function
+        self.network = network
+        if isinstance(getattr(network, "predict", None), str):  # the head that answers, of one with heads
+            self.predict = network.predict
+
+    def forward(self, x: Tensor, *args: object, **options: object) -> object:
+        return _in_float32(self.network(x, *args, **options))
+
+
+def _in_float32(answer: object) -> object:
+    """Logits, or a tuple that holds some, such as heads, in float32; anything else as it is."""
+    if isinstance(answer, Tensor):
+        return answer.float()
+    if isinstance(answer, tuple):
+        parts = [_in_float32(part) for part in answer]
+        return answer._make(parts) if hasattr(answer, "_make") else tuple(parts)
+    return answer
 
 
 def foreign_subject(settings: Evaluation) -> Subject:
@@ -288,12 +356,13 @@ def foreign_subject(settings: Evaluation) -> Subject:
         raise UsageError(f"{named}: {said}; name package.module:function or FILE.py:function, no arguments") from error
     if not callable(built):
         raise UsageError(f"{named} returns a {type(built).__name__}, not a network")
-    model = built if isinstance(built, nn.Module) else _Callable(built)
+    model = built if isinstance(built, ReverseAttentionNetwork) else Foreign(built)
     # one that answers with heads, as those of `models` do, has their views
-    ra = getattr(model, "reverse_attention", None) is True
+    ra = getattr(built, "reverse_attention", None) is True
     info = {"arch": settings.model, "reverse_attention": ra, "recipe": None, "module": name}
-    info |= {key: getattr(model, key, None) for key in ("gate", "ra_blocks")} if ra else {}
-    device, dataset = pick_device(settings.device, settings.no_cuda), settings.dataset or Training.dataset
+    info |= {key: getattr(built, key, None) for key in ("gate", "ra_blocks")} if ra else {}
+    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
+    dataset = settings.dataset or Training.dataset
     side = settings.image_size or dataset_defaults(dataset).image_size
     data = looked_at(settings, dataset, settings.data_dir or Training.data_dir, side, device)
     subject = Subject(Path(settings.model), model, info, *data)
@@ -324,5 +393,9 @@ def _taken(named: str, model: nn.Module, split: Split) -> tuple[Split, object]:
                 answer = model(x.requires_grad_())
             return split._replace(images=images), answer
         except Exception as error:  # again whatever it raises
-            failed.append(f"images {tuple(x.shape)}: {type(error).__name__}: {first_line(error)}")
-    raise UsageError(f"{named} fails on {failed[0]}; on grey ones too; for digits and folder --image-size gives it others")
+            failed.append(f"float32 images {tuple(x.shape)}: {type(error).__name__}: {first_line(error)}")
+    hint = "on grey ones too; for digits and folder --image-size gives it others"
+    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if dtypes:
+        hint = f"its weights are {', '.join(map(str, dtypes))}: let its forward cast the images, or its maker weights"
+    raise UsageError(f"{named} fails on {failed[0]}; {hint}")

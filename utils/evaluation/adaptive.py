@@ -13,6 +13,7 @@ function of its heads, while every candidate image is judged by the network's re
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from models import Heads
 from utils.attacks import Attack, margins, pgd
-from utils.evaluation.autoattack import Listener, Says
+from utils.evaluation.autoattack import Keep, Listener, Says, keep_nothing
 from utils.system.settings import APGD_STEPS
 
 VERSION = 1  # raise it when a view or the attack changes, so that kept results are not reused
@@ -195,12 +196,15 @@ def adaptive(
     warned: Says,
     says: Says,
     apgd_steps: int = APGD_STEPS,
+    keep: Keep = keep_nothing,
 ) -> Attack:
     """The attack on one view, for `evaluation.verdicts`: PGD with restarts, APGD-CE, targeted APGD on the margin.
 
     Each goes on with the images that still stand; the returned image fools the network wherever one was found.
     steps, restarts: of PGD, by turns on cross-entropy and on the margin; the first is the PGD of the README's table
     moved to this view. warned: is told of the library's warnings. says: of each stage as it begins.
+
+    keep: may answer for a stage that an earlier process has finished; each stage seeds its own draws.
     """
     logger = logging.Logger("adaptive")
     logger.addHandler(Listener(warned))
@@ -216,6 +220,9 @@ def adaptive(
             criterion = margins if draw % 2 else cross_entropies
             return lambda *images: view_pgd(net, view, *images, criterion, draw=draw, **how)[0]
 
+        def stage_on(stage: Callable[..., Tensor], numbers: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+            return stage(x, labels, numbers)
+
         def apgd(attack: type[APGDAttack], **own: object) -> Callable[..., Tensor]:
             return lambda x, labels, _: attack(watched, **own, **library).perturb(x, labels)
 
@@ -229,7 +236,8 @@ def adaptive(
                 break
             says(f"{name}, {len(rows)} standing")
             with torch.no_grad():  # without it the library's images keep their graphs
-                candidates = stage(x[rows], labels[rows], numbers[rows.cpu()])
+                attack_stage = partial(stage_on, stage, numbers[rows.cpu()])
+                candidates = keep(name, attack_stage, x[rows], labels[rows])
                 standing[rows] = net(candidates).argmax(1) == labels[rows]
             found[rows] = candidates
         return found

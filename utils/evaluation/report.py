@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: the table, white_attack.json, pictures, and the adversarial images."""
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,26 +18,31 @@ from utils.data.subject import Subject, at_chance, percent
 from utils.evaluation.adaptive import View
 from utils.evaluation.autoattack import BLOCK, Says
 from utils.evaluation.diagnostics import Diagnosis, diagnose
-from utils.evaluation.results import ADAPTIVE, FORMAT
+from utils.evaluation.results import ADAPTIVE, FORMAT, TOGETHER, needs_adaptive
 from utils.figures.plots import draw_examples, draw_robustness, save_or_note
 from utils.system import distributed
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError
 from utils.system.files import require_writable, write_atomically, write_record
-from utils.system.values import eps_text
 from utils.system.settings import Evaluation
+from utils.system.values import eps_text
 
 THREAT = "Linf, eps {} on images in [0, 1]"
 CURVES = ("PGD on the answer's logits", "PGD on every view")  # columns of the curves, besides eps or steps
 
 
 class Row(NamedTuple):
-    """A line of the table. right: (N,) bool, the verdicts. notes: what a reader must know. parts: of AutoAttack."""
+    """A line of the table. right: (N,) bool, the verdicts. notes: what a reader must know. parts: of AutoAttack.
+
+    settings: those of the attack. made: when and where, of a row that an earlier evaluation found.
+    """
 
     right: Tensor
     seconds: float
     notes: list[str]
     parts: dict[str, dict[str, float]] | None = None
+    settings: dict[str, object] | None = None
+    made: str = ""
 
 
 class Worst:
@@ -89,25 +95,76 @@ def refuse_unwritable(log: Path, saved: str | None) -> None:
             raise UsageError(f"--save-adversarial {saved} is a folder; name a file in it")
 
 
-def worst_cases(rows: dict[str, Row]) -> dict[str, Row]:
-    """The worst case, image by image, over the views of the adaptive attack and over all lines of the table."""
+def earlier_rows(file: Path, identity: dict, rows: dict[str, Row], doubts: list[str]) -> dict[str, Row]:
+    """What evaluations before this one found, on the same network and images in the same ball, and this one has not.
+
+    file: their white_attack.json. A row with the name of one of `rows` that was found with other settings is a row of
+    its own, named after what differs: a weaker search must not hide what a stronger one has found.
+    """
+    found: dict[str, Row] = {}
+    try:
+        newest = json.loads(file.read_text(encoding="utf-8"))
+        records = [newest, *reversed(newest["earlier"])]
+        same = next((record for record in records if record.get("identity") == identity), {"attacks": {}})
+        for name, attack in same["attacks"].items():
+            if name in TOGETHER:
+                continue
+            attack_name = name.partition(" (")[0]
+            if attack_name in rows:
+                other = differing(attack["settings"], rows[attack_name].settings)
+                if not other:
+                    continue
+                name = f"{attack_name} ({other})"
+            right = torch.tensor([verdict == "1" for verdict in attack["verdicts"]])
+            notes = [note for note in attack["notes"] if note not in doubts]
+            found[name] = Row(right, attack["seconds"], notes, attack["parts"], attack["settings"], attack["made"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # none, or none of today's
+        return {}
+    return found
+
+
+def differing(settings: dict, others: dict) -> str:
+    """The settings that are not those of another attack, in words."""
+    keys = [key for key in settings | others if settings.get(key) != others.get(key)]
+    return ", ".join(f"{key} {str(settings.get(key, 'as usual'))[:12]}" for key in keys)
+
+
+def worst_cases(rows: dict[str, Row], network: dict) -> dict[str, Row]:
+    """The worst case, image by image, over the views of the adaptive attack and over all lines of the table.
+
+    None where attacks on the final logits overestimate the network and the adaptive attack is not there.
+    """
 
     def together(some: dict[str, Row]) -> Row:
         right = torch.stack([row.right for row in some.values()]).all(0)
         return Row(right, sum(row.seconds for row in some.values()), [f"image by image, over {'; '.join(some)}"])
 
+    if overestimated(rows, network):
+        return {}
     adapted = {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
     found = {"adaptive, worst case": together(adapted)} if len(adapted) > 1 else {}
     return found | ({"worst case": together(rows)} if len(rows) + len(found) > 2 else {})
 
 
-def by_class(rows: dict[str, Row], split: Split) -> dict[str, dict[str, float]]:
-    """Of each class, how many images there are, and natural and worst-case accuracy in percent; the worst first."""
-    verdicts, found = {"natural": rows["natural"].right, "worst case": [*rows.values()][-1].right}, {}
+def lowest(rows: dict[str, Row]) -> Tensor:
+    """(N,) bool, which images stand every attack of the table."""
+    return torch.stack([row.right for row in rows.values()]).all(0)
+
+
+def overestimated(rows: dict[str, Row], network: dict) -> bool:
+    """Whether these attacks overestimate a network, and have no worst case: it needs the adaptive one, too."""
+    return needs_adaptive(network) and not any(name.startswith(ADAPTIVE) for name in rows)
+
+
+def by_class(rows: dict[str, Row], subject: Subject) -> dict[str, dict[str, float]]:
+    """Of each class, how many images there are, and natural and lowest accuracy in percent; the worst first."""
+    split, found = subject.split, {}
+    lower = "these attacks" if overestimated(rows, subject.info) else "worst case"
+    verdicts = {"natural": rows["natural"].right, lower: lowest(rows)}
     for label in split.labels.unique().tolist():
         own = (split.labels == label).cpu()
         found[split.classes[label]] = {"images": int(own.sum())} | {k: percent(v[own]) for k, v in verdicts.items()}
-    return dict(sorted(found.items(), key=lambda item: item[1]["worst case"]))
+    return dict(sorted(found.items(), key=lambda item: item[1][lower]))
 
 
 def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator[str]:
@@ -121,22 +178,32 @@ def table(rows: dict[str, Row], subject: Subject, doubts: list[str]) -> Iterator
         yield f"{name:<{width}}  {percent(row.right):>8.2f}  {f'{low:.2f} - {high:.2f}':>14}  {count:>6}  {seconds}"
     for note in doubts:
         yield f"! every attack: {note}"
+    for made in dict.fromkeys(row.made for row in rows.values() if row.made):
+        names = [name for name, row in rows.items() if row.made == made]
+        yield f"note: found on the same network and images by an earlier evaluation ({made}): {'; '.join(names)}"
     if subject.of > count:
         yield f"note: {count} of {subject.of} test images, the first after a fixed shuffle"
     yield from (f"note: {note}" for note in subject.notes)
     for name, row in rows.items():
         for note in row.notes[len(doubts) :]:
             yield f"note, {name}: {note}"
-    classes = [f"{name} {c['natural']:.2f}/{c['worst case']:.2f}" for name, c in by_class(rows, subject.split).items()]
-    yield f"classes, the weakest first, natural/worst case: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
+    classes = []
+    for name, shares in by_class(rows, subject).items():
+        _, natural, low = shares
+        classes.append(f"{name} {shares[natural]:.2f}/{shares[low]:.2f}")
+    more = ", ..." if len(classes) > 10 else ""
+    yield f"classes, the weakest first, {natural}/{low}: {', '.join(classes[:10])}{more}"
     if said := at_chance(percent(rows["natural"].right), subject.split.labels):
         yield f"note, natural{said}: nothing here says anything of robustness"
-    hidden = subject.info["reverse_attention"] and subject.info.get("gate") not in ("soft", "none")
-    if hidden and "adaptive, worst case" not in rows:
-        yield "note: attacks on the final logits overestimate networks with reverse attention; add --attacks all"
+    if overestimated(rows, subject.info):
+        yield (
+            "note: no worst case: attacks on the final logits overestimate networks with reverse attention; "
+            "add --attacks adaptive, or all"
+        )
     yield "| network | " + " | ".join(rows) + " |"
     yield "|" + "---|" * (len(rows) + 1)
-    named = f"{subject.method}, {subject.info['arch']}, {subject.dataset}, eps {eps_text(subject.eps)}, {count} images"
+    about = [subject.method, subject.info["arch"], subject.dataset, f"eps {eps_text(subject.eps)}", f"{count} images"]
+    named = ", ".join(dict.fromkeys(about))  # a network of --model is called by its name only
     yield f"| {named} | " + " | ".join(f"{percent(row.right):.2f}{doubted}" for row in rows.values()) + " |"
 
 
@@ -151,6 +218,7 @@ def write_json(
     known += ("recipe", "mean", "std")
     said = ("num_steps", "random", "restarts", "apgd_steps", "seed", "surrogate", "attacks")
     said += ("test_batch_size", "n_examples", "diagnostics", "precision", "predict")
+    started = f"{more['provenance']['started']}, {more['provenance']['device']}"
     record = {
         "format": FORMAT,
         "checkpoint": str(subject.file),
@@ -171,11 +239,13 @@ def write_json(
                 "seconds": round(row.seconds, 2),
                 "notes": row.notes,
                 "parts": row.parts,
+                "settings": row.settings,
+                "made": row.made or started,
                 "verdicts": "".join("01"[right] for right in row.right.tolist()),
             }
             for name, row in rows.items()
         },
-        "classes": by_class(rows, split),
+        "classes": by_class(rows, subject),
         "labels": split.labels.tolist(),
     }
     if diagnosis is not None:
@@ -205,13 +275,13 @@ def write_picture(file: Path, subject: Subject, worst: Worst, rows: dict[str, Ro
     shares = ", ".join(f"{percent(kind == i):.1f} % {name}" for i, name in enumerate(names))
     tried = dict.fromkeys(name.split(":")[0] for name in rows if name != "natural" and "worst case" not in name)
     title = f"{len(chosen)} of {len(order)} images, spread evenly over {shares}\nbelow: the worst image that "
-    title += f"{', '.join(tried)} found at eps {eps_text(subject.eps)}; the image itself where none of them fools"
+    title += f"{', '.join(tried)} found at eps {eps_text(subject.eps)}"
     batch = subject.split.take(chosen.to(device))
     pair = [as_input(batch.images), worst.images[chosen].to(device)]
     with torch.no_grad():
         probabilities = [subject.model(x).softmax(1).cpu() for x in pair]
     coloured = [x.cpu().expand(-1, 3, -1, -1) for x in pair]  # grey ones too
-    shown = (coloured, probabilities, batch.labels.cpu(), subject.eps, batch.classes, title)
+    shown = (coloured, probabilities, worst.fooled[chosen], batch.labels.cpu(), subject.eps, batch.classes, title)
     return save_or_note(partial(draw_examples, *shown), file) or f"picture    {file} and .pdf"
 
 

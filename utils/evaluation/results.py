@@ -3,7 +3,8 @@
 python -m utils.evaluation.results RUN...        run folders or files; runs of one recipe and several seeds share a row
 
 Each row: mean robust accuracy in %, and the range where there are several seeds; `worst case`, image by image, over the
-attacks that all of the runs have; and its difference from the first row on the same images.
+attacks that all of the runs have; and its difference from the first row on the same images. A network with reverse
+attention that is gated by a label or a prediction has a worst case with the adaptive attack only.
 
 The file is `white_attack.json`. This of it is stable, and "format" is raised when it changes:
 
@@ -11,7 +12,10 @@ network         method, arch, width, reverse_attention, gate, epoch; recipe: eve
 dataset, images, image_numbers, labels         the test images; image_numbers is null where they are all of them
 threat_model, settings                         eps and step size on [0, 1], and what else the evaluation was told
 attacks.NAME    robust_accuracy and interval_95 in %, seconds, notes; verdicts, a character an image, 1 where it is
-                right. `natural` is no attack, `adaptive: VIEW` one of the views, `worst case` image by image over all
+                right; settings, those of the attack; made, when and where. `natural` is no attack, `adaptive: VIEW` one
+                of the views, `worst case` image by image over all. Rows of earlier evaluations stay where `identity`
+                is the same
+identity        checksums of the network and of the images, and eps
 provenance      command, commit, versions, device, processor, threads, seed, time
 earlier         the records of evaluations before this one
 """
@@ -20,7 +24,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,13 +33,12 @@ import numpy as np
 
 from utils.system.errors import UsageError
 from utils.system.options import fitting
-from utils.system.settings import FREE, Evaluation, idle, restored
+from utils.system.settings import APGD_STEPS, FREE, idle, restored
 
 FORMAT = 1
 FILE = "white_attack.json"
 TOGETHER = ("worst case", "adaptive, worst case")  # lines that are made of others
 ADAPTIVE = "adaptive: "
-EVALUATED = {name: getattr(Evaluation, name) for name in ("num_steps", "random", "restarts", "apgd_steps", "predict")}
 Groups = dict[str, list[dict]]  # records by the name of their row
 
 
@@ -64,8 +67,13 @@ def images_of(record: dict) -> object:
     return [record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")]
 
 
+def needs_adaptive(network: Mapping[str, Any]) -> bool:
+    """Whether attacks on the final logits overestimate a network: its gate is of a label or a prediction."""
+    return network.get("reverse_attention") is True and network.get("gate") not in ("soft", "none")
+
+
 def identity(record: dict) -> dict[str, Any]:
-    """What makes two runs the same but for their seed: the recipe of the training, and how it was evaluated."""
+    """What makes two runs the same but for their seed: the recipe of the training, and what was attacked."""
     network, settings, recipe = record["network"], record["settings"], record["network"].get("recipe")
     file = str(record.get("checkpoint"))
     own: dict[str, Any] = {"file": file, "gate": network.get("gate"), "ra_blocks": network.get("ra_blocks")}
@@ -76,8 +84,26 @@ def identity(record: dict) -> dict[str, Any]:
         own |= {name: os.path.basename(getattr(trained, name) or "") for name in ("extra_data", "ckpt_url")}
         best = os.path.basename(file) == "best_adv_model.pt"
         own["weights"] = "of the best epoch" if best else f"of epoch {network.get('epoch')}"
-    own |= {"network": network.get("arch"), "attack": record.get("threat_model")}
-    return own | {f"evaluation's {name}": settings.get(name, default) for name, default in EVALUATED.items()}
+    own |= {"network": network.get("arch"), "answers": settings.get("predict", "final")}
+    return own | {"evaluated at eps": settings.get("eps", record.get("threat_model"))}
+
+
+def evaluated(record: dict) -> dict[str, set[str]]:
+    """How the attacks of a record were run, as far as their names do not say it, by `attack's setting`."""
+    whole = record.get("settings", {})
+    older = whole | {"steps": whole.get("num_steps"), "start": "uniform" if whole.get("random", True) else "image"}
+    found: dict[str, set[str]] = {}
+    for name, attack in record["attacks"].items():
+        keys: tuple[str, ...] = ()
+        if name.startswith(ADAPTIVE):
+            keys = ("steps", "step_size", "restarts", "apgd_steps")
+        elif name.startswith(("PGD-", "CW-", "transfer ")):
+            keys = ("step_size", "start")
+        settings = {"apgd_steps": APGD_STEPS} | attack["settings"] if attack.get("settings") else older
+        for key in keys:
+            if settings.get(key) is not None:
+                found.setdefault(f"{column_of(name)}'s {key}", set()).add(str(settings[key]))
+    return found
 
 
 def grouped(records: list[dict]) -> Groups:
@@ -88,7 +114,8 @@ def grouped(records: list[dict]) -> Groups:
     groups: list[tuple[dict, list[dict]]] = []
     for record in records:
         own = identity(record)
-        members = next((members for key, members in groups if key == own), None)
+        candidates = (members for key, members in groups if key == own and alike(record, members[0]))
+        members = next(candidates, None)
         if members is None:
             groups.append((own, members := []))
         if any(record.get("checkpoint") == other.get("checkpoint") for other in members):
@@ -97,14 +124,27 @@ def grouped(records: list[dict]) -> Groups:
             said = f"the runs of {record['network'].get('method')}"
             raise UsageError(f"{said} were evaluated on other images than one another")
         members.append(record)
-    methods, named = [str(members[0]["network"].get("method")) for _, members in groups], {}
-    for method, (own, members) in zip(methods, groups, strict=True):
+    methods = [str(members[0]["network"].get("method")) for _, members in groups]
+    named: Groups = {}
+    for i, (method, (own, members)) in enumerate(zip(methods, groups, strict=True)):
         rivals = [key for other, (key, _) in zip(methods, groups, strict=True) if other == method]
         against = {key: [rival.get(key) for rival in rivals] for rival in rivals for key in rival}
-        against |= {key: [other.get(key) for other, _ in groups] for key in own if key.startswith("evaluation's")}
         apart = [f"{key} {own.get(key)}" for key, values in against.items() if any(own.get(key) != v for v in values)]
-        named[", ".join([method, *apart])] = members
+        name = ", ".join([method, *apart])
+        before = [key for key, _ in groups[:i]].count(own)  # the same training, evaluated otherwise
+        named[f"{name}, evaluation {before + 1}" if before else name] = members
     return named
+
+
+def alike(one: dict, other: dict) -> bool:
+    """Whether two records were evaluated alike, as far as they have the same attacks."""
+    first, second = evaluated(one), evaluated(other)
+    return all(first[key] & second[key] for key in first.keys() & second.keys())
+
+
+def column_of(attack: str) -> str:
+    """The views of the adaptive attack share a column of the table."""
+    return "adaptive" if attack.startswith(ADAPTIVE) else attack
 
 
 def verdicts(record: dict) -> dict[str, np.ndarray]:
@@ -113,8 +153,8 @@ def verdicts(record: dict) -> dict[str, np.ndarray]:
     for name, attack in record["attacks"].items():
         if name not in TOGETHER:
             right = np.frombuffer(attack["verdicts"].encode(), dtype=np.uint8) - ord("0")
-            name = "adaptive" if name.startswith(ADAPTIVE) else name
-            found[name] = np.minimum(found[name], right) if name in found else right
+            column = column_of(name)
+            found[column] = np.minimum(found[column], right) if column in found else right
     return found
 
 
@@ -144,34 +184,74 @@ def worst_of(seeds: list[dict[str, np.ndarray]], names: list[str]) -> np.ndarray
 def table(groups: Groups) -> Iterator[str]:
     """The rows in Markdown, and below them what `worst case` and the last column are."""
     found = {name: [verdicts(record) for record in records] for name, records in groups.items()}
-    everything = [attacks for of in found.values() for attacks in of]
-    columns = list(dict.fromkeys(name for attacks in everything for name in attacks))
-    common = [name for name in columns if all(name in attacks for attacks in everything)]
-    first, images = next(iter(groups)), images_of(next(iter(groups.values()))[0])
+    columns = list(dict.fromkeys(column for seeds in found.values() for attacks in seeds for column in attacks))
+    gated = {name for name, rows in groups.items() if any(needs_adaptive(row.get("network", {})) for row in rows)}
+    lacking = {name for name in gated if any("adaptive" not in attacks for attacks in found[name])}
+    compared = [attacks for name, seeds in found.items() if name not in lacking for attacks in seeds]
+    common = [column for column in columns if compared and all(column in attacks for attacks in compared)]
+    over = {name: [c for c in columns if c in common or (c == "adaptive" and name in gated)] for name in found}
+
+    first = next(iter(groups))
     heads = ["network", "runs", *columns, "worst case", f"less {first}"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
-    base = worst_of(found[first], common)
     for name, seeds in found.items():
         cells = [name, str(len(seeds))]
         for column in columns:
-            values = [100 * of[column].mean() for of in seeds if column in of]
+            values = [100 * attacks[column].mean() for attacks in seeds if column in attacks]
             part = f", {len(values)} of {len(seeds)} runs" if 0 < len(values) < len(seeds) else ""
             cells.append(cell(values) + part if values else "")
-        worst = worst_of(seeds, common)
-        cells.append(f"**{cell([100 * of.mean() for of in worst])}**")
-        if name == first:
+        if name in lacking:
+            yield f"| {' | '.join([*cells, 'needs adaptive', ''])} |"
+            continue
+
+        worst = worst_of(seeds, over[name])
+        beside = [f"with {column}" for column in over[name] if column not in common]
+        left = [c for c in columns if c not in over[name] and any(c in attacks for attacks in seeds)]
+        if left:
+            beside.append(f"without {', '.join(left)}")
+        figure = f"**{cell([100 * right.mean() for right in worst])}**"
+        cells.append(", ".join([figure, *beside]))
+        if name == first or first in lacking:
             cells.append("")
-        elif any(images_of(record) != images for record in groups[name]):
+        elif any(images_of(record) != images_of(groups[first][0]) for record in groups[name]):
             cells.append("other images or eps")
+        elif over[name] != over[first]:
+            cells.append("other attacks")
         else:
-            alone = ", images alone" * (min(len(worst), len(base)) == 1)
-            cells.append("{:+.1f} ({:+.1f} to {:+.1f}{})".format(*difference(worst, base), alone))
+            cells.append(less(worst, worst_of(found[first], over[first])))
         yield f"| {' | '.join(cells)} |"
     yield ""
-    left = [name for name in columns if name not in common]
-    without = f"; without {', '.join(left)}, which not every run has" if left else ""
-    yield f"Worst case: image by image, the lowest of {', '.join(common)}{without}."
+    yield from explained(groups, columns, common, lacking)
+
+
+def less(worst: np.ndarray, base: np.ndarray) -> str:
+    """The difference of two rows' worst cases, with its interval."""
+    alone = ", images alone" if min(len(worst), len(base)) == 1 else ""
+    value, low, high = difference(worst, base)
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f}{alone})"
+
+
+def explained(groups: Groups, columns: list[str], common: list[str], lacking: set[str]) -> Iterator[str]:
+    """The lines below a table."""
+    left = [column for column in columns if column not in common]
+    if common:
+        without = f"; without {', '.join(left)}, which not every run has" if left else ""
+        yield f"Worst case: image by image, the lowest of {', '.join(common)}{without}."
+    if lacking:
+        yield (
+            f"No worst case of {', '.join(sorted(lacking))}: attacks on the final logits overestimate a gated network; "
+            "evaluate by --attacks adaptive, what is there already is kept."
+        )
+    told = {name: evaluated(records[0]) for name, records in groups.items()}
+    for key in dict.fromkeys(key for settings in told.values() for key in settings):
+        names: dict[str, list[str]] = {}
+        for name, settings in told.items():
+            if key in settings:
+                names.setdefault(" and ".join(sorted(settings[key])), []).append(name)
+        if len(names) > 1:
+            parts = [f"{value} for {', '.join(rows)}" for value, rows in names.items()]
+            yield f"Evaluated with {key} {'; '.join(parts)}."
     for name, records in groups.items():
         recipes = [record.get("network", {}).get("recipe") for record in records]
         seeds = [recipe.get("seed") for recipe in recipes if isinstance(recipe, dict)]

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import inspect
 import json
+import math
 import re
 import shlex
 import sys
@@ -38,18 +39,20 @@ from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import read_arrays, require_writable, write_arrays
 from utils.system.log import open_log
-from utils.system.values import eps_text
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import APGD_STEPS, BLIND, Evaluation
+from utils.system.values import eps_text
 
 FEW, SOME = 16, 64  # images whose answers tell a foreign network; those that are looked at for doubts
+WORTH_KEEPING = 10  # seconds of attacks in a block under way, after which what its parts have found is written
 LIBRARY = "pyautoattack"  # AutoAttack, and the APGD of the adaptive attack
 
 
 class Planned(NamedTuple):
     """An attack of the table.
 
-    build(warned=, says=) makes it, None for no attack; the two functions take a library's warnings and its progress.
+    build(warned=, says=, keep=) makes it, None for no attack; the first two functions take a library's warnings and its
+    progress, the third keeps what its parts find.
     depends: all that its results depend on besides network and images, as plain values. version: raised by hand when
     its results change, so that those kept from before are not taken for its own.
     """
@@ -72,7 +75,7 @@ def planned_attacks(
     searched = {} if settings.precision == "default" else {"precision": settings.precision}
 
     def quick(attack: Callable[..., Attack], **how: object) -> Planned:
-        return Planned(lambda warned, says: attack(**how), how | searched, attacks.VERSION)
+        return Planned(lambda **_: attack(**how), how | searched, attacks.VERSION)
 
     def long(attack: Callable[..., Attack], version: int, also: dict, **how: object) -> Planned:
         return Planned(partial(attack, **how), how | also | shared | searched, version)
@@ -88,7 +91,7 @@ def planned_attacks(
         alone = quick(partial(pgd, lambda _, y: cross_entropy(surrogate, y)), step_size=step, steps=steps, **ball)
         transfer = {f"transfer PGD-{steps}": alone._replace(depends=alone.depends | also["surrogate"])}
     plans = {
-        "natural": {"natural": Planned(lambda warned, says: None, {}, attacks.VERSION)},
+        "natural": {"natural": Planned(lambda **_: None, {}, attacks.VERSION)},
         "fgsm": {"FGSM": quick(partial(pgd, cross_entropy), step_size=eps, steps=1, **ball)},
         "pgd": {f"PGD-{steps}": quick(partial(pgd, cross_entropy), step_size=step, steps=steps, **ball)},
         "cw": {f"CW-{half}": quick(partial(pgd, margin), step_size=step, steps=half, **ball)},
@@ -126,6 +129,14 @@ def fingerprint(model: nn.Module, foreign: str = "", images: Tensor | None = Non
             values += torch.autograd.grad(values[-1].sum(), images, allow_unused=True)
     for value in values:
         digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def images_checksum(split: Split) -> str:
+    """What the images of a split are, with their labels and their numbers."""
+    digest = hashlib.sha256()
+    for tensor in (split.images, split.labels, numbers_of(split)):
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -203,20 +214,84 @@ class Kept:
         write_arrays(file, told, **arrays)
 
 
-def attack_block(net: nn.Module, block: Split, plan: Planned, natural: Tensor | None, batch_size: int, says: Says) -> Found:
+class KeptParts:
+    """What the finished parts of an attack have found in a block under way, in an npz: a stop loses one part at most.
+
+    Called as a `Keep`. A part belongs to the very images and labels that it was given, whatever else has changed.
+    replayed: seconds of the parts that an earlier process has attacked, by name.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.with_suffix(".parts")
+        self.images: dict[str, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+        self.replayed: dict[str, float] = {}
+        self.saved = time.perf_counter()
+        with suppress(UsageError, KeyError, TypeError, ValueError, AttributeError):  # none yet, or a damaged one
+            settings, arrays = read_arrays(self.file)
+            self.seconds = {key: float(seconds) for key, seconds in settings["seconds"].items()}
+            self.images = {key: torch.from_numpy(images) for key, images in arrays.items() if key in self.seconds}
+
+    def __call__(self, name: str, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
+        key = f"{name} {hashlib.sha256(_bytes(x) + _bytes(labels)).hexdigest()[:24]}"
+        kept_images = self.images.get(key)
+        if kept_images is not None and kept_images.shape == x.shape:
+            self.replayed[name] = self.seconds[key]
+            return kept_images.to(x)
+        began = time.perf_counter()
+        images = attack(x, labels)
+        self.images[key] = images.detach().cpu()
+        now = time.perf_counter()
+        self.seconds[key] = now - began
+        if now - self.saved >= WORTH_KEEPING:
+            arrays = {key: images.numpy() for key, images in self.images.items()}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_arrays(self.file, {"seconds": self.seconds}, **arrays)
+            self.saved = time.perf_counter()
+        return images
+
+    def remove(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+
+def attack_block(
+    net: nn.Module,
+    block: Split,
+    plan: Planned,
+    natural: Tensor | None,
+    batch_size: int,
+    says: Says,
+    kept_parts: KeptParts,
+) -> Found:
     """Attack the images of a block that are right without an attack, all of them where natural is None."""
     began, notes, parts = time.perf_counter(), [], {}
-    attack = plan.build(warned=notes.append, says=lambda line: says(line) or take_part(line, len(rows), parts))
+
+    def take_line(line: str) -> None:
+        says(line)
+        take_part(line, len(rows), parts)
+
+    attack = plan.build(warned=notes.append, says=take_line, keep=kept_parts)
     rows = torch.arange(len(block.labels)) if natural is None else natural.nonzero().squeeze(1)
     right = torch.zeros(len(block.labels), dtype=torch.bool)
     images, found = as_input(block.images[:0]).cpu(), torch.zeros(0)
     if len(rows):
-        size = BLOCK if LIBRARY in plan.depends else batch_size  # a library draws the noise of a block at once
+        # a library draws the noise of a block at once
+        size = BLOCK if LIBRARY in plan.depends else even_batches(len(rows), batch_size)
         right[rows], x, logits = over_images(block, rows, size, partial(right_or_not, net, attack), shared=False)
         if natural is not None:
             fooled = ~right[rows]
             images, found = x[fooled], margins(logits, block.labels.cpu()[rows])[fooled]
-    return Found(right, images, found, time.perf_counter() - began, notes, parts=parts)
+    for name, seconds in kept_parts.replayed.items():
+        if name in parts:
+            parts[name] = parts[name][0], parts[name][1] + seconds
+    seconds = time.perf_counter() - began + sum(kept_parts.replayed.values())
+    return Found(right, images, found, seconds, notes, parts=parts)
+
+
+def even_batches(count: int, most: int) -> int:
+    """The size of batches, all but alike, in which `count` images take as few passes as in batches of `most`."""
+    passes = math.ceil(count / most)
+    return math.ceil(count / passes)
 
 
 def run_attacks(
@@ -237,8 +312,10 @@ def run_attacks(
                 file = kept.file(name, plan, block)
                 found = kept.load(file, natural, block.images.shape)
                 if found is None:
-                    found = attack_block(subject.model, block, plan, natural, batch_size, bar.set_postfix_str)
+                    parts = KeptParts(file)
+                    found = attack_block(subject.model, block, plan, natural, batch_size, bar.set_postfix_str, parts)
                     kept.save(file, found)
+                    parts.remove()
                     seconds += found.seconds
                 if natural is None:
                     natural = found.right
@@ -295,11 +372,16 @@ def attacked(model: nn.Module) -> nn.Module:
     return model
 
 
+def folder_name(model: str) -> str:
+    """The folder of what --model names: letters, digits and dashes, of which none is at an end."""
+    return re.sub(r"\W+", "-", model).strip("-") or "network"
+
+
 def white_attack(settings: Evaluation) -> None:
     """Evaluate the network of --model, or those of --ckpt_url one after the other, then side by side."""
     if settings.model:
         with at_home(settings.model):
-            subject, folder = foreign_subject(settings), Path("evaluated") / re.sub(r"\W+", "-", settings.model)
+            subject, folder = foreign_subject(settings), Path("evaluated") / folder_name(settings.model)
             if not settings.log_path:
                 require_writable(folder, "name another by --log_path")
             evaluate(settings, subject, folder)
@@ -341,6 +423,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     foreign = (subject.info["module"], as_input(split.images[:FEW])) if settings.model else ()
     subject = subject._replace(notes=[*subject.notes, *weaker(settings)])
     kept = Kept(log.parent, fingerprint(subject.model, *foreign), f"{origin['started']}, {origin['device']}")
+    identity = {"network": kept.network, "images": images_checksum(split), "eps": subject.eps}
     subject = subject._replace(model=attacked(subject.model))
     other = surrogate and attacked(surrogate)
     with stop_signals(stop), computing(settings.precision):
@@ -354,27 +437,33 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         if settings.diagnostics or any(LIBRARY in plan.depends for plan in plans.values()):
             say(
                 f"AutoAttack, adaptive attacks and diagnostics take long: blocks of {BLOCK} images, each kept in "
-                f"{kept.folder} when it is finished; --n-examples N takes fewer"
+                f"{kept.folder} when it is finished, and its parts before; --n-examples N takes fewer"
             )
         by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
         with computing("fp32"):
             doubted = doubts(subject.model, as_input(split.images[:SOME]), split.labels[:SOME], by_gradient)
         rows, worst = run_attacks(subject, plans, kept, settings.test_batch_size, say)
+        for name, plan in plans.items():
+            rows[name] = rows[name]._replace(settings=plan.depends | {"version": plan.version})
         diagnosis, record = None, {}
         if settings.diagnostics:
             right = rows["natural"].right
             rows["diagnostics"], diagnosis = report.run_diagnostics(subject, right, worst, ways, settings, log, say)
-        rows |= report.worst_cases(rows)
-        rows = {name: row._replace(notes=[*doubted, *row.notes]) for name, row in rows.items()}
+            looked = {"step_size": subject.step_size, "seed": settings.seed}
+            rows["diagnostics"] = rows["diagnostics"]._replace(settings=looked)
         if distributed.first():
-            more = {"provenance": origin, "predicted": report.predictions(subject, worst)}
+            attacked_now = rows  # whose images are at hand
+            rows = rows | report.earlier_rows(log.with_name(results.FILE), identity, rows, doubted)
+            rows |= report.worst_cases(rows, subject.info)
+            rows = {name: row._replace(notes=[*doubted, *row.notes]) for name, row in rows.items()}
+            more = {"provenance": origin, "predicted": report.predictions(subject, worst), "identity": identity}
             record = report.write_json(log.with_name(results.FILE), settings, subject, rows, diagnosis, more)
             for line in report.table(rows, subject, doubted):
                 say(line)
-            if len(rows) > 1:
-                say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst, rows))
+            if len(attacked_now) > 1:
+                say(report.write_picture(log.with_name("adversarial_examples.png"), subject, worst, attacked_now))
             if settings.save_adversarial:
-                right = [*rows.values()][-1].right  # the worst case, where there are several attacks
+                right = report.lowest(attacked_now)
                 saved = Path(settings.save_adversarial), subject, worst, more["predicted"]["worst case"], right
                 say(report.save_adversarial(*saved))
     return record

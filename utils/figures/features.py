@@ -1,6 +1,6 @@
 """Features of networks and what is measured on them: distances, clusters, embeddings. The jobs of the figures' scripts.
 
-Features are the pooled last map: weighted, behind reverse attention, which is what the classifier sees, and unweighted,
+Features are the pooled last map: weighted, after reverse attention, which is what the classifier sees, and unweighted,
 before it. Weighting by the predicted class builds part of the clustering in, so everything here is measured on both.
 (Unweighted means before the last gate: the block before it was gated by its own prediction, which stays.)
 """
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +32,9 @@ from utils.system import distributed
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError
 from utils.system.files import read_arrays, require_writable, write_arrays
-from utils.system.values import eps_text
 from utils.system.provenance import provenance
 from utils.system.settings import FEATURES, Distances, Histograms, Umap
+from utils.system.values import eps_text
 
 BLOCK = 200  # negatives come from the same 200 images, the test batch of the method, whatever --test-batch-size is
 NEIGHBOURS = 12
@@ -146,6 +146,11 @@ def embed(features: Tensor, seed: int) -> np.ndarray:
     return umap.UMAP(n_neighbors=NEIGHBOURS, min_dist=0.01, **kind).fit_transform(features.numpy())
 
 
+def weighs(network: dict) -> bool:
+    """Whether a network weights its features, by what its checkpoint or a file of distances says of it."""
+    return network.get("reverse_attention") is True and network.get("gate") != "none"
+
+
 # names
 
 
@@ -235,7 +240,7 @@ def feature_distance(settings: Distances) -> None:
         return
 
     about = {"name": name, "method": subject.method, "strategy": settings.strategy, **origin([subject], settings)}
-    about |= {key: subject.info[key] for key in ("arch", "reverse_attention")}
+    about |= {key: subject.info.get(key) for key in ("arch", "reverse_attention", "gate")}
     about["test_images"] = len(subject.split.labels)
     print(f"{name}: {subject.described()}")
     print(
@@ -281,7 +286,7 @@ def measure_distances(subject: Subject, targets: list[int], settings: Distances)
 
 def print_distances(title: str, values: Values, info: dict, chosen: str) -> None:
     """A class's table, weighted and unweighted features side by side, and what it says of alignment and exclusion."""
-    layers = FEATURES if info["reverse_attention"] and info.get("gate") != "none" else FEATURES[:1]
+    layers = FEATURES if weighs(info) else FEATURES[:1]
     by = "softmax" if info.get("gate") == "soft" else "the predicted class"
     heads = (f"weighted by {by}", "unweighted") if len(layers) > 1 else ("nothing is weighted",)
     print(f"\n{title}, {len(values['weighted_PP_cosine'])} images")
@@ -312,12 +317,13 @@ class Entry(NamedTuple):
 
 
 def draw_hist(settings: Histograms) -> None:
-    """Draw PP and NP by cosine and L2 of every file, four figures for each target label."""
+    """Draw PP and NP by cosine and L2 of every file: four figures over all classes, and four for each target label."""
     if not distributed.first():
         return
     groups = groups_of(settings)
     for group in groups:
         refuse_mixed(group, settings.features)
+    groups = [*over_classes(groups), *groups]
     show = window(settings.show)
     folder = require_writable(Path(settings.out), OTHER_OUT)
     figures = tqdm(list(product(groups, PAIRS, METRICS)), "drawing", unit="figure", leave=False, disable=None)
@@ -349,6 +355,27 @@ def groups_of(settings: Histograms) -> list[list[Entry]]:
     return [[entry for entry in entries if entry.settings["target"] == target] for target in targets]
 
 
+def over_classes(groups: list[list[Entry]]) -> list[list[Entry]]:
+    """The group of figures over the classes of which all runs have files; none where they are less than two."""
+    by_run: dict[str, dict[int, Entry]] = {}
+    for entry in chain.from_iterable(groups):
+        run = str([entry.settings["name"], entry.settings.get("checkpoints")])
+        by_run.setdefault(run, {})[entry.settings["target"]] = entry
+    targets = sorted(set.intersection(*map(set, by_run.values())))
+    if len(targets) < 2:
+        return []
+    group = []
+    for entries in by_run.values():
+        first, *others = (entries[target] for target in targets)
+        note_differences(first, others, "features")
+        label = first.label if all(other.label == first.label for other in others) else None
+        settings = first.settings | {"target": "all", "target_name": f"{len(targets)} classes together"}
+        distances = [key for key in first.values if key.startswith(FEATURES)]
+        values = {key: np.concatenate([entries[target].values[key] for target in targets]) for key in distances}
+        group.append(Entry(first.file, label, settings, values))
+    return [group]
+
+
 def refuse_mixed(group: list[Entry], features: str | None) -> None:
     """UsageError where files cannot share a histogram; a line on standard output where they should not."""
     first, *others = group
@@ -358,9 +385,16 @@ def refuse_mixed(group: list[Entry], features: str | None) -> None:
             if one[key] != two[key]:
                 said = f"{both} do not belong into one histogram: {key} {one[key]!r} and {two[key]!r}"
                 raise UsageError(f"{said}; choose by --dataset, --distances or --features")
-        for key in ("epsilon", "step_size", "num_steps", "strategy", "predict", "test_images"):
-            if one.get(key) != two.get(key):
-                print(f"note: {both} differ in {key}: {one.get(key)} and {two.get(key)}")
+    note_differences(first, others)
+
+
+def note_differences(first: Entry, others: list[Entry], *more: str) -> None:
+    """A line on standard output for each setting that files of one histogram do not share. more: further settings."""
+    for other in others:
+        for key in ("epsilon", "step_size", "num_steps", "strategy", "predict", "test_images", *more):
+            one, two = first.settings.get(key), other.settings.get(key)
+            if one != two:
+                print(f"note: {first.file} and {other.file} differ in {key}: {one} and {two}")
 
 
 def draw_group(group: list[Entry], pair: str, metric: str, settings: Histograms, folder: Path) -> bool:
@@ -370,11 +404,12 @@ def draw_group(group: list[Entry], pair: str, metric: str, settings: Histograms,
     names = [[e.label] if e.label else [e.settings["method"], e.settings["name"], e.file.stem] for e in group]
     labels = distinct(*zip(*names, strict=True))
     values = {label: e.values[f"{layer}_{pair}_{metric}"] for label, e in zip(labels, group, strict=True)}
-    title = f"{pair}: {PAIRS[pair]}\n{common['dataset']}, class {common['target_name']}"
-    title += f", {layer} features" if any(e.settings.get("reverse_attention") for e in group) else ""
+    classes = common["target_name"] if common["target"] == "all" else f"class {common['target_name']}"
+    features = f"{layer} features" if any(weighs(e.settings) for e in group) else "features"
+    title = f"{pair}: {PAIRS[pair]}\n{common['dataset']}, {classes}, {features}"
     which = "unweighted" * (layer == "unweighted")
     file = folder / (file_stem("hist", common["dataset"], str(common["target"]), pair, metric, which) + ".png")
-    draw = partial(draw_histogram, values, METRICS[metric], title, metric == "cosine", settings.show)
+    draw = partial(draw_histogram, values, METRICS[metric], title, settings.show)
     tqdm.write((flaw := save_or_note(draw, file)) or f"saved {file} and .pdf")
     return not flaw
 
@@ -410,7 +445,7 @@ def draw_umap(settings: Umap) -> None:
         panels.append((name, points, measured))
         for layer, kind, silhouette, agreement in measured:
             numbers[f"{name}, {layer}, {kind}"] = {"silhouette": silhouette, "agreement": agreement}
-    kinds, weighed = list(extracted[0]), any(subject.info["reverse_attention"] for subject in subjects)
+    kinds, weighed = list(extracted[0]), any(weighs(subject.info) for subject in subjects)
     embedded = f"{settings.features} features" if weighed else "features"
     about = {"names": names, "kinds": kinds, "measured": numbers, **origin(subjects, settings)}
     arrays = {"indices": numbers_of(split).numpy(), "labels": labels.numpy()}
@@ -457,7 +492,7 @@ def extract_kinds(subject: Subject, name: str, settings: Umap) -> dict[str, Feat
 def measure_clusters(subject: Subject, kinds: dict[str, Features], labels: Tensor) -> list[tuple]:
     """Print how far classes are clusters, by layer and kind -> (layer, kind, silhouette, agreement) of each."""
     lines = []
-    weighed = subject.info["reverse_attention"] and subject.info.get("gate") != "none"
+    weighed = weighs(subject.info)
     for layer in FEATURES if weighed else FEATURES[:1]:
         for kind, features in kinds.items():
             silhouette, agreement = clusters(getattr(features, layer), labels)

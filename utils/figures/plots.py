@@ -5,7 +5,6 @@ colour-blind tell apart, PNG of 200 dpi and PDF with embedded fonts. Those for a
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -92,11 +91,18 @@ def draw_curves(rows: list[dict], best: dict | None) -> Figure:
 
 
 def draw_examples(
-    images: list[Tensor], probabilities: list[Tensor], labels: Tensor, eps: float, classes: Sequence[str], title: str
+    images: list[Tensor],
+    probabilities: list[Tensor],
+    fooled: Tensor,
+    labels: Tensor,
+    eps: float,
+    classes: Sequence[str],
+    title: str,
 ) -> Figure:
     """Natural image, perturbation (scaled to use the whole range) and adversarial image, a column each, with answers.
 
-    images: natural and adversarial ones, (n, 3, S, S) in [0, 1]. probabilities: of both, (n, C). labels: (n,).
+    images: natural and adversarial ones, (n, 3, S, S) in [0, 1]. probabilities: of both, (n, C). fooled: (n,) bool;
+    of the others there is no adversarial image, which is said in its place. labels: (n,).
     """
     (natural, adversarial), count = images, len(labels)
     figure = new_figure(5.6, width=max(1.1 * count + 0.4, 4))
@@ -104,11 +110,20 @@ def draw_examples(
     scale = 0.5 / max(eps, 1e-12)
     shown = natural, ((adversarial - natural) * scale + 0.5).clamp(0, 1), adversarial
     names = "natural", f"perturbation x{scale:.3g}", "adversarial"
-    for axes, name, row, found in zip(grid, names, shown, (probabilities[0], None, probabilities[1]), strict=True):
+    answers = probabilities[0], None, probabilities[1]
+    for axes, name, row, found in zip(grid, names, shown, answers, strict=True):
         axes[0].set_ylabel(name)
         for i, (ax, image) in enumerate(zip(axes, row, strict=True)):
-            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
             ax.set(xticks=[], yticks=[])
+            if row is not natural and not fooled[i]:
+                ax.set(box_aspect=1)
+                ax.spines[:].set_visible(False)
+                if row is adversarial:
+                    right = probabilities[0][i].argmax() == labels[i]
+                    instead = "not fooled" if right else "wrong\nas it is"
+                    ax.text(0.5, 0.5, instead, ha="center", va="center", transform=ax.transAxes, color=DARK_GREY)
+                continue
+            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
             if found is not None:
                 confidence, predicted = found[i].max(0)
                 colour = RIGHT if predicted == labels[i] else WRONG
@@ -187,16 +202,15 @@ def save_or_note(draw: Callable[[], Figure], file: Path) -> str:
         return f"note: {file} is not drawn ({type(error).__name__}: {first_line(error)})"
 
 
-def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, cosine: bool = False, show: bool = False) -> Figure:
-    """Images of several methods over the same 20 bins, in percent, each mean as a dashed line. values: (M,) by method.
+def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show: bool = False) -> Figure:
+    """Images of several methods over the same 20 equal bins, in percent, each mean as a dashed line.
 
-    cosine: the bins are even in the angle, as is the axis; most cosines lie near 1, where even ones would hold all.
+    values: (M,) by method.
     """
-    scale, unscale = (lambda x: np.arcsin(np.clip(x, -1, 1)), np.sin) if cosine else (np.asarray, np.asarray)
-    everything = scale(np.concatenate(list(values.values())))
-    high = everything.max()  # where all are equal, up to rounding, it is still a figure
-    low = min(everything.min(), high - (0.01 if cosine else 1e-6 * max(1, abs(high))))
-    edges = unscale(even := np.linspace(low, high, BINS + 1))
+    everything = np.concatenate(list(values.values()))
+    high = everything.max()
+    low = min(everything.min(), high - 1e-3 * max(1, abs(high)))  # where all are equal it is still a figure
+    edges = np.linspace(low, high, BINS + 1)
     columns = 2 if max(map(len, values)) <= 24 else 1
     rows = -(-len(values) // columns)
     figure = new_figure(2.0 + 0.14 * rows, show)
@@ -205,19 +219,12 @@ def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, cosin
     for i, (label, found) in enumerate(values.items()):
         turn, colour = divmod(i, len(METHOD_COLOURS))
         line = {"color": METHOD_COLOURS[colour], "linestyle": ("-", ":", "-.")[turn % 3], "linewidth": 1.2}
-        share = 100 * np.histogram(scale(found), even)[0] / len(found)
+        share = 100 * np.histogram(found, edges)[0] / len(found)
         axes.stairs(share, edges, fill=True, color=line["color"], alpha=0.2)
         axes.stairs(share, edges, **line)
         axes.axvline(found.mean(), color=line["color"], linewidth=1, linestyle="--", zorder=3)
         handles += axes.plot([], [], label=label, **line)
-    ticks = []
-    if cosine:
-        axes.set_xscale("function", functions=(scale, unscale))
-        places = unscale(np.linspace(low, high, 5))
-        ticks = [round(x, math.ceil(-math.log10(gap))) for x, gap in zip(places, np.gradient(places), strict=True)]
-        axes.set_xticks(ticks, [f"{tick + 0:g}" for tick in ticks])
-    ends = sorted([*ticks, *edges])
-    axes.set(xlabel=f"{xlabel} (dashed: mean)", ylabel="images in %", xlim=(ends[0], ends[-1]), title=title)
+    axes.set(xlabel=f"{xlabel} (dashed: mean)", ylabel="images in %", xlim=(edges[0], edges[-1]), title=title)
     _legend(figure, handles, ncols=min(columns, len(values)))
     return figure
 
@@ -262,8 +269,6 @@ def draw_embedding(
 
 def _draw_panel(axes: Axes, points: np.ndarray, labels: np.ndarray, styles: dict[int, tuple[str, ...]], size: float) -> None:
     """One run's points. styles: of each class that has one, its name, its colour, and a marker for each kind."""
-    from matplotlib.patheffects import withStroke
-
     other = ~np.isin(labels, list(styles))
     for kind, (x, y) in enumerate(points.reshape(-1, len(labels), 2).transpose(0, 2, 1)):
         if other.any():
@@ -272,13 +277,6 @@ def _draw_panel(axes: Axes, points: np.ndarray, labels: np.ndarray, styles: dict
         for label, (_, colour, *markers) in styles.items():
             own = labels == label
             axes.scatter(x[own], y[own], size, colour, marker=markers[kind], **edge)
-    short = len(styles) <= 10 and max(len(said) for said, *_ in styles.values()) <= 10
-    for label, (said, *_) in styles.items() if short else ():  # beside the cluster, not on it
-        own = points[: len(labels)][labels == label]
-        at = own[np.linalg.norm(own - np.median(own, 0), axis=1).argmin()]
-        halo = [withStroke(linewidth=1.5, foreground="white")]
-        place = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
-        axes.annotate(said, at, (0, 4), fontsize=7, path_effects=halo, **place)
     axes.set(xticks=[], yticks=[])
     axes.margins(0.12)
     axes.spines[:].set_visible(True)

@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +22,22 @@ from utils.system.settings import ARCHS, DATASETS, LARGEST_SIDE, Training, datas
 
 BEST, LAST, STATE = "best_adv_model.pt", "model-wrn-last.pt", "last_state.pt"
 LARGEST_WEIGHT = 1e6  # of a trained network none comes near; a variance may be its square
-HARMLESS = (  # objects beside the weights; no other class or function of a file is ever looked up
-    "argparse.Namespace types.SimpleNamespace datetime.datetime torch.torch_version.TorchVersion pathlib.PosixPath "
-    "pathlib._local.PosixPath builtins.int builtins.float builtins.list builtins.dict numpy.dtype numpy.ndarray "
-    "numpy.core.multiarray.scalar numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct "
-    "numpy._core.multiarray._reconstruct"
-)
+RESAVE = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or .state_dict() of a whole module"
+FIRST_OF_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how a file of torch.save before torch 1.6 begins
+NO_CHECKPOINTS = {  # how other files begin: what they are, and what to do
+    rb"\Z": "empty; get it anew",
+    rb"version https://git-lfs": "a git-lfs pointer; `git lfs pull` fetches the file itself, or download it",
+    rb"(\xef\xbb\xbf)?\s*<": "a web page, as of a failed download; fetch the file itself",
+    rb"\s*[{[]": "JSON, as of a configuration; name the file that holds the weights",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar": "an archive, or compressed; "
+    "unpack it and name the checkpoint inside",
+    rb"\x93NUMPY": "a numpy array; save a state dict of tensors by torch.save",
+    rb"\x89HDF": "an HDF5 file, as Keras writes; only weights of PyTorch are read",
+    rb"\x08[\x01-\x20][\x12:]": "an ONNX model; take the PyTorch weights that it was exported from",
+    rb"\x80(?!" + re.escape(FIRST_OF_LEGACY[1:]) + rb")": "a pickle that torch.save did not write; "
+    "re-save the state dict in it by torch.save",
+    rb"[^\x00-\x08\x0e-\x1f]*\Z": "text; name the file that holds the weights",
+}
 
 
 def save(path: Path, content: dict) -> None:
@@ -45,60 +56,163 @@ def save(path: Path, content: dict) -> None:
 
 
 class Unread:
-    """What stands for a harmless object beside the weights, such as a namespace: it takes everything, keeps nothing."""
+    """Stands for an object in a file whose class is not torch's: nothing is imported or run for it.
+
+    state: what the object was to be restored from, where the file says; of a module a dictionary of its attributes.
+    """
+
+    state: object = None
 
     def __new__(cls, *args: object) -> "Unread":
         return super().__new__(cls)
 
-    def __setstate__(self, state: object) -> None: ...
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class UnreadDict(Unread):
+    """Stands for an object of a class derived from dict, such as a configuration's."""
+
+    def __new__(cls, *args: object) -> OrderedDict:
+        return OrderedDict()
+
+
+class UnreadList(Unread):
+    """Stands for an object that the file appends to, such as a deque."""
+
+    def __new__(cls, *args: object) -> list:
+        return []
 
 
 def read(path: Path) -> dict:
     """Read a checkpoint file as plain tensors and values, on the CPU, never running code from it.
 
-    Nor is any object of the file's choosing built: one of `HARMLESS` becomes an `Unread`, others are refused.
-    Errors: UsageError where it is missing, damaged, no checkpoint, or holds anything that would have to be executed.
+    An object of a class that is not torch's becomes an `Unread`, a module that was saved whole its state dict. A
+    safetensors file is read where that package is installed.
+    Errors: UsageError where it is missing, damaged, no checkpoint, or cannot be read without running code.
     """
     try:
-        _check_archive(path)
-        with warnings.catch_warnings():  # of plain pickles and odd tensors, which are refused below anyway
-            warnings.filterwarnings("ignore", "Detected pickle protocol|Loading sparse|.*weights_only")
-            known = [(Unread, name) for name in HARMLESS.split()]
-            with torch.serialization.safe_globals([*known, (lambda *args: {}, "collections.defaultdict")]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise UsageError(f"{path} is no file; name a checkpoint file or a run folder")
+        with open(path, "rb") as file:
+            head = file.read(1024)
+        if head.startswith(b"PK\3\4"):
+            _check_archive(path)
+        if _is_safetensors(head):
+            content = _from_safetensors(path)
+        else:
+            refuse_other_kinds(path, head)
+            content = _unpickled(path)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder") from None
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it would run code, {_shown(named[1])}," if named else "no checkpoint, or one that would run code"
-        mend = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or .state_dict() of a whole module"
-        why += f" when loaded; re-save only its weights, if you trust it: {mend}"
-        raise UsageError(f"{path} is refused: {why}") from error
+        reason = "torch does not read it without running code"
+        if named:
+            reason = f"it would run code, {_shown(named[1])}, when loaded"
+        raise UsageError(f"{path} is refused: {reason}; re-save only its weights, if you trust it: {RESAVE}") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except UsageError:
         raise
     except Exception as error:  # bytes of a stranger make torch and pickle raise nearly anything
         raise UsageError(f"{path} is no checkpoint, or a truncated one") from error
+    if isinstance(content, Unread):
+        content = tensors_of(content) or content
     if not isinstance(content, dict):
-        raise UsageError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a state dict")
+        raise UsageError(f"{path} holds a {_shown(type(content).__name__)}, not a state dict; save .state_dict()")
     return content
 
 
+def refuse_other_kinds(path: Path, head: bytes) -> None:
+    """UsageError where the first bytes of a file are those of no checkpoint, saying what it is."""
+    for begins, kind in NO_CHECKPOINTS.items():
+        if re.match(begins, head, re.DOTALL):
+            raise UsageError(f"{path} is no checkpoint: it is {kind}")
+
+
 def _check_archive(path: Path) -> None:
-    """UsageError where a checkpoint, a zip file since torch 1.6, is damaged or larger inside; torch itself is lax."""
-    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-        raise UsageError(f"{path} is no file; name a checkpoint file or a run folder")
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return  # of older releases: `torch.load` compares every size with what it reads
+    """UsageError where a zip file is not one of torch.save, or is damaged; torch itself does not look."""
     with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):  # torch never does: a bomb
-            raise UsageError(f"{path} is refused: it is compressed, as no checkpoint is; save a state dict instead")
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+        entries = archive.infolist()
+        names = {entry.filename.rpartition("/")[2] for entry in entries}
+        if "constants.pkl" in names:
+            mend = "a function that returns torch.jit.load(FILE) for --model, or save its .state_dict()"
+            raise UsageError(f"{path} is a TorchScript module; write {mend}")
+        if any(name.endswith(".npy") for name in names):
+            raise UsageError(f"{path} holds numpy arrays; save a state dict of tensors by torch.save")
+        if "model.weights.h5" in names:
+            raise UsageError(f"{path} is a model of Keras; only weights of PyTorch are read")
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)  # torch never does
+        if compressed or "data.pkl" not in names:
+            kind = "a compressed zip archive" if compressed else "a zip archive"
+            raise UsageError(f"{path} is {kind}, no checkpoint; unpack it and name the checkpoint inside")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise UsageError(f"{path} is damaged: it claims more than it holds; get it anew")
         if (damaged := archive.testzip()) is not None:
             raise UsageError(f"{path} is damaged: {_shown(damaged)} inside fails its checksum; get it anew")
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file begins as safetensors do: the length of a header, in eight bytes, and the header, in JSON."""
+    return head[6:9] == b"\0\0{"
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise UsageError(f"{path} is a safetensors file; `pip install safetensors` lets it be read") from None
+    return load(path.read_bytes())
+
+
+def _unpickled(path: Path) -> object:
+    """What torch.save wrote. Each class or function that is not torch's gets a stand-in of `Unread`, by name.
+
+    torch's own reader refuses such a name, or the stand-in where it is of the wrong kind, and says which: it then
+    reads again, with that name known to it.
+    """
+    stand_ins: dict[str, type[Unread]] = {}
+    not_alike = re.compile(rf"Can only (SETITEM|append).* got <class '{__name__}\.(\S+)'>")
+    while True:
+        known = [(stand_in, name) for name, stand_in in stand_ins.items()]
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(known):
+                warnings.filterwarnings("ignore", "Detected pickle protocol|Loading sparse|.*weights_only")
+                with open(path, "rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if unknown := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+                name, base = unknown[1], Unread
+            elif other := not_alike.search(str(error)):
+                name, base = other[2], UnreadDict if other[1] == "SETITEM" else UnreadList
+            else:
+                raise
+            if issubclass(stand_ins.get(name, object), base):  # of no use
+                raise
+            stand_ins[name] = type(name, (base,), {})
+            stand_ins[f"builtins.{name}"] = stand_ins[name]  # the message leaves that out
+
+
+def tensors_of(module: Unread) -> dict[str, Tensor]:
+    """The state dict of a module that was saved whole, out of the attributes that it was to get; empty for others."""
+    tensors = {}
+    waiting = [("", module)]
+    seen = set()
+    for prefix, part in waiting:
+        if id(part) in seen or not isinstance(part, Unread) or not isinstance(part.state, dict):
+            continue
+        seen.add(id(part))
+        for attribute in ("_parameters", "_buffers", "_modules"):
+            entries = part.state.get(attribute)
+            if not isinstance(entries, dict):
+                continue
+            for name, value in entries.items():
+                if attribute == "_modules":
+                    waiting.append((f"{prefix}{name}.", value))
+                elif isinstance(value, Tensor):
+                    tensors[f"{prefix}{name}"] = value
+    return tensors
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -108,6 +222,25 @@ def checkpoint_file(path: str | Path) -> Path:
         if file.is_file() or file == path:
             return file
     raise UsageError(f"{path} holds neither {BEST} nor {LAST}; name a run folder or a checkpoint file")
+
+
+def weights_after(path: str | Path, epoch: int) -> Path:
+    """The file with a run's weights after an epoch: `path`, if it is a file, or the one in the run folder `path`."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    numbered = path / f"model-{epoch}.pt"
+    if numbered.is_file():
+        return numbered
+    held = sorted(file.name for file in path.glob("model-[0-9]*.pt"))
+    for file in (path / LAST, path / BEST):
+        if file.is_file():
+            its_epoch = described(read(file), file)["epoch"]
+            if its_epoch == epoch:
+                return file
+            held.append(f"{file.name} of epoch {its_epoch}")
+    there = ", ".join(held) or "no checkpoint"
+    raise UsageError(f"{path} holds no weights of epoch {epoch}, but {there}; name a file, or another --restart_epoch")
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", **overrides: object) -> tuple[nn.Module, dict]:
@@ -218,6 +351,8 @@ def _dictionaries(content: dict) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for trail, here in waiting:
         yield ".".join(trail), {k: v for k, v in here.items() if isinstance(k, str) and isinstance(v, Tensor)}
         for name, value in here.items():
+            if isinstance(value, Unread):
+                value = tensors_of(value)
             if isinstance(value, dict) and id(value) not in seen and len(trail) < 5:
                 seen.add(id(value))
                 waiting.append(((*trail, _shown(name)), value))

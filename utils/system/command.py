@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from utils.system.errors import RunError, Stopped, UsageError, first_line
@@ -42,5 +43,7 @@ def guarded(job: Callable[[], None]) -> NoReturn:
 
 
 def _end(status: int, line: str) -> NoReturn:
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+    line = line.replace("\n", r"\n")  # a path may hold anything
+    with suppress(OSError):  # the terminal may be gone
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.exit(status)

@@ -4,6 +4,7 @@ Every rank draws the same batch, noise and negatives and works on its slice of t
 process, there is no process group: each function here then answers for a world of one and communicates nothing.
 
     torchrun --nproc-per-node=4 train_CIFAR10_ResNet.py            one node, a process for each of 4 CUDA devices
+    torchrun --nproc-per-node=4 test_white_attack.py ...           ranks of an evaluation may share a device, also one
     torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=1 SCRIPT
                                                                    on both of two nodes; HOST is one of them
 SLURM, torchrun once a node (#SBATCH --ntasks-per-node=1 --gpus-per-node=4 --signal=TERM@120):
@@ -21,13 +22,13 @@ Not exact, BatchNorm: a rank normalises by its own slice; the first rank's stati
 take them over at each epoch's end. --sync-bn (CUDA only) normalises over all slices. Devices of one run should be of
 one model: others draw other noise from equal seeds.
 
-Stops: SIGTERM or Ctrl-C, to torchrun or to one rank, stops all at the next step and the first saves (torchrun kills
-after 30 seconds, and its own status is 1). If a process dies the others end within seconds and last_state.pt is whole;
-a machine that vanishes is noticed when the network notices. --max-restarts=N goes on from the last epoch's end while
-the first process stays on its machine; otherwise add --resume. It also restarts after a wrong flag and after a stop of
-a single rank: stop torchrun itself. Any number of ranks can resume; stopped inside an epoch, all take the first rank's
-statistics. Tried by gloo on one machine, by NCCL with one rank (tests/test_cuda.py); several cards, --sync-bn and real
-nodes were not.
+Stops: SIGTERM, SIGHUP or Ctrl-C, to torchrun or to one rank, stops all at the next step and the first saves (torchrun
+kills after 30 seconds, and its own status is 1). SIGUSR1 is for a rank: torchrun does not pass it on. If a process dies
+the others end within seconds and last_state.pt is whole; a machine that vanishes is noticed when the network notices.
+--max-restarts=N goes on from the last epoch's end while the first process stays on its machine; otherwise add --resume.
+It also restarts after a wrong flag and after a stop of a single rank: stop torchrun itself. Any number of ranks can
+resume; stopped inside an epoch, all take the first rank's statistics. Tried by gloo on one machine, by NCCL with one
+rank (tests/test_cuda.py); several cards, --sync-bn and real nodes were not.
 """
 
 import inspect
@@ -194,17 +195,24 @@ def launcher() -> str:
     return f"torchrun {several}--nproc-per-node={local}"
 
 
-def own_device(device: torch.device) -> torch.device:
-    """This rank's device: of CUDA devices the one of its number on its node. Errors: UsageError where there is none."""
+def own_device(device: torch.device, shared: bool = False) -> torch.device:
+    """This rank's device: of CUDA devices the one of its number on its node. Errors: UsageError where there is none.
+
+    shared: several ranks may have the same device. Those of an evaluation may, since they exchange verdicts alone, by
+    gloo; those of a training may not, since NCCL, by which gradients go, refuses it.
+    """
     if world() == 1 or device.type != "cuda":
         return device
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device.index is not None:
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    index = local if device.index is None else device.index
+    if shared:
+        index %= count
+    elif device.index is not None:
         raise UsageError(f"--device {device}: each rank takes a CUDA device of its own; give --device cuda")
-    if local >= (count := torch.cuda.device_count()):
+    elif local >= count:
         raise UsageError(f"{count} CUDA devices for more ranks; lower --nproc-per-node, or give --device cpu")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def own_slice(count: int) -> slice:

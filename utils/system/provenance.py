@@ -1,5 +1,6 @@
 """Where an output file comes from: command, commit, versions, device, seed."""
 
+import os
 import platform
 import re
 import shlex
@@ -35,6 +36,7 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
         "device": str(device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
+        "waiting": _waiting(),
         **card,
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
@@ -45,7 +47,8 @@ def in_one_line(record: dict) -> str:
     """A provenance as one line, for a log."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     device = ", ".join([record["device"], *map(str, record.get("card", {}).values())])
-    made = f"commit {record['commit']}, {versions}, {device}, seed {record['seed']}"
+    threads = f"{record['threads']} threads ({record['waiting']})"
+    made = f"commit {record['commit']}, {versions}, {device}, {threads}, seed {record['seed']}"
     return f"{record['started']}  {record['command']}  {made}"
 
 
@@ -70,6 +73,12 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _waiting() -> str:
+    """What the environment says of OpenMP's threads that wait for work."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "wait as OpenMP does"
 
 
 def _card(device: object) -> dict:

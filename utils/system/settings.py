@@ -121,7 +121,7 @@ class Training:
     batch_size: Annotated[int, whole(2)] = 128
     """images in a training step"""
     test_batch_size: Annotated[int | None, whole(1)] = None
-    """images in a batch of evaluation; if unset, 100, on CUDA 250"""
+    """images in a batch of evaluation; if unset, 100, on CUDA what fits"""
     epochs: Count = 120
     """epochs to train"""
     milestones: Epochs = (75, 90, 100)
@@ -240,7 +240,7 @@ class Training:
     """train through torch.compile; needs a compiler"""
     precision: Annotated[Literal["default", "fp32", "tf32", "bf16"], also("--amp")] = "default"
     """of training: PyTorch's own (TF32 in convolutions on CUDA), float32, TF32 in matrix products,
-    too, or bfloat16 autocast. The verdicts of evaluation are float32 in any case"""
+    too, or bfloat16 autocast, also in the search of each epoch's PGD-40; verdicts are float32"""
     cuda_graph: Truth = True
     """replay the training attack as one CUDA graph; same images"""
     device: Name = "auto"
@@ -362,6 +362,8 @@ class Evaluation(Checkpoint):
 
     ckpt_url: Annotated[tuple[str, ...] | None, PATHS, also("--model-dir")] = None
     """checkpoint files or run folders; either this or --model is required"""
+    test_batch_size: Count = 250
+    """images in a batch"""
     model: Annotated[str | None, PATH] = None
     """any classifier instead: package.module:function or FILE.py:function"""
     image_size: Annotated[int | None, whole(1, LARGEST_SIDE)] = None
@@ -469,6 +471,9 @@ def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = 
     for owners, defaults in DEFAULTS_OF.items():
         if chosen.issuperset(owners):
             recipe.update(defaults)
+    # TRADES-ResNet18 of another method is MART-ResNet18.
+    own_method = recipe["method"].upper()
+    recipe["model_dir"] = recipe["model_dir"].replace(own_method, asked["method"].upper())
     return cls(**recipe | dict(given))
 
 

@@ -30,22 +30,34 @@ from utils.data.datasets import (
     shuffled,
     with_extra,
 )
-from utils.data.subject import at_chance, percent, verdicts
+from utils.data.subject import at_chance, halving, largest_batch, percent, verdicts
 from utils.figures.plots import draw_curves, save_or_note
 from utils.step import Figures, attack_batch, backward, training_loss
 from utils.system import distributed
-from utils.system.checkpoints import BEST, LAST, STATE, flaw, load_model, load_state, load_weights, save
+from utils.system.checkpoints import (
+    BEST,
+    LAST,
+    STATE,
+    flaw,
+    load_model,
+    load_state,
+    load_weights,
+    save,
+    weights_after,
+)
 from utils.system.devices import Sent, compile_for_training, computing, for_training, peak_memory, pick_device, precision
-from utils.system.errors import RunError, Stopped, UsageError, stop_signals
+from utils.system.errors import RunError, Stopped, UsageError, stop_signals, stop_word
 from utils.system.files import write_atomically, write_record
 from utils.system.log import open_log
 from utils.system.options import Command
-from utils.system.values import as_given, eps_text
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import Training, combined, dataset_defaults, stored
+from utils.system.values import as_given, eps_text
 from utils.training import runs
 from utils.training.companions import Average, adversarial_weights, learning_rate
 from utils.training.runs import Start, prepare
+
+DRAW_EVERY = 30  # seconds between two drawings of the curves, which take most of a second
 
 
 class Data(NamedTuple):
@@ -106,7 +118,7 @@ class Run:
         if settings.compile:
             compile_for_training(self.model, device)
         graph = settings.cuda_graph and device.type == "cuda"
-        self.standing = Standing(self.model, settings.precision, settings.compile, graph)
+        self.standing = Standing(self.model, settings.precision, settings.compile, graph, self.note)
         self.average = Average(self.model) if settings.ema else None
         self.training_loss = distributed.parallel(self.model, training_loss)  # without its first argument
         self.parameters = sum(p.numel() for p in self.model.parameters())
@@ -117,6 +129,8 @@ class Run:
         self.late: Late | None = None
         self.own_images = settings.batch_size - settings.extra_images  # of a batch
         self.progress = {"epoch": settings.restart_epoch + 1, "order": None, "done": 0, "sums": {}, "rows": []}
+        self.epochs_drawn = 0  # by the curves, as far as this process knows
+        self.drawn_at = time.monotonic()
 
     @property
     def last_good(self) -> str:
@@ -190,10 +204,17 @@ class Run:
                 print("the run was saved on another kind of device: its random draws do not carry over")
 
     def note_stop(self, signum: int, frame: object) -> None:
-        """The first signal waits for the next step, a second does not."""
+        """The first signal waits for the next step; a second Ctrl-C or SIGTERM does not.
+
+        SIGHUP and SIGUSR1 may come twice by themselves: both the system and the shell send the former.
+        """
         self.stop = signum
-        if distributed.world() == 1:  # torchrun may say it again, and ends the process itself after 30 seconds
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        if distributed.world() > 1:  # torchrun may say it again, and ends the process itself after 30 seconds
+            return
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)
+        if signum == signal.SIGTERM:
+            signal.signal(signum, signal.SIG_DFL)
 
     def check_stop(self) -> None:
         """Between steps, on all ranks alike: save and raise Stopped where a signal has come to any of them."""
@@ -202,12 +223,15 @@ class Run:
             return
         take_up(self)
         again = f"{distributed.launcher()} {shlex.join([sys.argv[0], '--resume', str(self.folder)])}"
-        line = f"{'interrupted' if signum == signal.SIGINT else 'terminated'}; continue by: {again}"
+        line = f"{stop_word(signum)}; continue by: {again}"
 
         def save_and_log() -> None:
             self.save_state()  # that counts, whatever becomes of the log
-            with suppress(OSError), open(self.folder / "train.log", "a", encoding="utf-8") as out:
-                out.write(line + "\n")
+            log = self.folder / "train.log"
+            with suppress(OSError):
+                with open(log, "a", encoding="utf-8", errors="backslashreplace") as out:
+                    out.write(line + "\n")
+                draw_new_curves(self)
 
         distributed.from_first(save_and_log)  # the others end after it only
         raise Stopped(signum, line)
@@ -218,7 +242,7 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     settings, state = start.settings, start.state
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:  # before anything is trained
         raise UsageError("--tensorboard needs the package tensorboard; pip install it, or leave it out")
-    device = pick_device(settings.device, settings.no_cuda)
+    device = pick_device(settings.device, settings.no_cuda, settings.precision)
     if settings.sync_bn and device.type != "cuda":
         mend = "leave it out" if state is None else "this run was started with it, continue it where there are some"
         raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; {mend}")
@@ -235,9 +259,12 @@ def set_up(start: Start, held: ExitStack) -> tuple[Run, Data]:
     job.checksums = {} if old else dict(zip(parts, sums, strict=True))
     if state is None:
         if settings.restart_epoch:
-            load_weights(job.model, Path(settings.ckpt_url))
+            weights = distributed.from_first(lambda: weights_after(settings.ckpt_url, settings.restart_epoch))
+            load_weights(job.model, weights)
             job.average = Average(job.model) if settings.ema else None
         distributed.from_first(lambda: job.take_folder(held))
+        if settings.restart_epoch:
+            job.log(f"restart    after epoch {settings.restart_epoch} from the weights in {weights}")
     elif state["classes"] != list(data.train.classes) or state["training_images"] != job.training_images:
         own = f"{state['training_images']} images of {len(state['classes'])} classes"
         raise UsageError(f"{start.file} was trained on {own}, and {where} differs; name the run's own --data-dir")
@@ -299,8 +326,11 @@ def announce(job: Run, data: Data, start: Start) -> None:
     }
     write_record(job.folder / "run.json", job.provenance | record)
     if start.state is not None:
+        where = f"in epoch {job.progress['epoch']}, {job.progress['done']} images done, from {start.file}"
         over = "; nothing is left to train, raise --epochs" * (job.progress["epoch"] > settings.epochs)
-        job.log(f"resumed    in epoch {job.progress['epoch']}, {job.progress['done']} images done{over}")
+        job.log(f"resumed    {where}{over}")
+        for change in start.changes:
+            job.log(f"changed    {change}")
         if start.state["ranks"] != ranks:
             carried = "weights, optimiser, random draws and position carry over; BatchNorm sees other slices"
             job.log(f"ranks      {start.state['ranks']} before, {ranks} now: {carried}")
@@ -322,6 +352,7 @@ def describe(job: Run, data: Data) -> str:
     each = ", ".join(f"{name}: {count}" for name, count in zip(job.classes, counts, strict=True))
     if len(counts) > 20:
         each = f"{min(counts)} to {max(counts)} training images each"
+    searched = ", searched in bfloat16, judged in float32" if s.precision == "bf16" else ""
     notes = "; ".join(dict.fromkeys(split.note for split in data[:3] if split is not None and split.note))
     lines = {
         "method": f"{s.method}, {' and '.join(parts) or 'plain'}; beta {s.beta}, inner {s.inner}",
@@ -330,7 +361,7 @@ def describe(job: Run, data: Data) -> str:
         f"{s.image_size}, augmentation {s.augmentation}",
         "classes": each,
         **({"note": notes} if notes else {}),
-        "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
+        "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images){searched}",
         "attack": f"L-infinity eps {eps_text(s.epsilon)}, {s.num_steps} steps of {eps_text(s.step_size)}",
         **({"with": ", ".join(more)} if (more := combined(stored(s))) else {}),
         "optimiser": f"SGD lr {s.lr}, {falls}, momentum {s.momentum}, weight decay "
@@ -361,7 +392,7 @@ def without_effect(s: Training, data: Data) -> list[str]:
     if not (s.no_anc or s.strategy.startswith("random")) and s.warmup_epochs >= s.epochs:
         notes.append(f"strategy {s.strategy}: all {s.epochs} epochs are warm-up, at random; lower --warmup-epochs")
     if late:
-        notes.append(f"milestones {as_given(tuple(late))}: behind the last epoch, {s.epochs}; lr never falls there")
+        notes.append(f"milestones {as_given(tuple(late))}: after the last epoch, {s.epochs}; lr never falls there")
     if s.step_size > s.epsilon:
         notes.append(f"step-size {as_given(s.step_size)}: above eps {as_given(s.epsilon)}, which cuts every step short")
     if reach < s.epsilon * (1 - 1e-9):
@@ -474,18 +505,30 @@ def shown(accuracy: float | None) -> str:
 
 
 def evaluate(job: Run, model: nn.Module, split: Split) -> tuple[float, float]:
-    """Natural and PGD-40-over-heads accuracy of a network, the run's own or its best, in percent."""
+    """Natural and PGD-40-over-heads accuracy of a network, the run's own or its best, in percent.
+
+    With --precision bf16 the attack ascends the network in bfloat16; the network in float32 judges what it finds.
+    """
     settings = job.settings
-    attack = pgd40_heads(settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
-    size = settings.test_batch_size or (250 if job.device.type == "cuda" else 100)
-    with frozen(model) as net, tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
+    attack_by = partial(pgd40_heads, settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
+    with ExitStack() as held:
+        net = held.enter_context(frozen(model))
+        attacked_net = held.enter_context(frozen(model, "bf16")) if settings.precision == "bf16" else net
+        size, attack = settings.test_batch_size, attack_by()
+        if size is None:
+            size = largest_batch(attacked_net, split, attack_by(steps=1))
+            attack = halving(attack)
+        bar = held.enter_context(tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()))
+
+        def search(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+            return attack(attacked_net, x, labels, numbers)
 
         def progress(images: int) -> None:
             bar.update(images)
             job.check_stop()
 
         natural = verdicts(net, split, size, progress=progress)
-        robust = verdicts(net, split, size, attack, natural, progress)
+        robust = verdicts(net, split, size, search, natural, progress)
     return percent(natural), percent(robust)
 
 
@@ -537,7 +580,7 @@ def epoch_line(job: Run, row: dict) -> str:
 
 
 def write_metrics(job: Run) -> None:
-    """metrics.csv and the curves, whole, from the rows so far."""
+    """metrics.csv, whole, from the rows so far, what TensorBoard shows of them, and now and then the curves."""
     rows, best = job.progress["rows"], best_row(job.progress["rows"])
     short = [{key: f"{value:.9g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
@@ -550,8 +593,19 @@ def write_metrics(job: Run) -> None:
     write_atomically(job.folder / "metrics.csv", write)
     if job.settings.tensorboard:
         write_for_tensorboard(job.folder, rows[-1])
-    draw = partial(draw_curves, rows, best)
+    if time.monotonic() - job.drawn_at >= DRAW_EVERY:
+        draw_new_curves(job)
+
+
+def draw_new_curves(job: Run) -> None:
+    """Draw the curves, unless they show all epochs already."""
+    rows = job.progress["rows"]
+    if len(rows) == job.epochs_drawn:
+        return
+    draw = partial(draw_curves, rows, best_row(rows))
     job.note(save_or_note(draw, job.folder / "training_curves.png"))
+    job.epochs_drawn = len(rows)
+    job.drawn_at = time.monotonic()
 
 
 def write_for_tensorboard(folder: Path, row: dict) -> None:
@@ -576,6 +630,8 @@ def report(job: Run, data: Data) -> None:
     if not rows:
         job.log("nothing left to train")
         return
+    if distributed.first():
+        draw_new_curves(job)
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
         if row and row["natural_accuracy"] is not None:
             job.log(
@@ -590,9 +646,16 @@ def report(job: Run, data: Data) -> None:
         natural, robust = evaluate(job, best.to(job.device), data.test.to(job.device))
         said = f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{at_chance(natural, data.test.labels)}"
         job.log(f"best epoch on {data.tested}: {said}")
-    usual, command = dataset_defaults(settings.dataset), ["test_white_attack.py", "--ckpt_url", str(folder / BEST)]
+    usual = dataset_defaults(settings.dataset)
+    command = [str(script_beside("test_white_attack.py")), "--ckpt_url", str(folder / BEST)]
     for key in ("epsilon", "step_size"):
         if getattr(settings, key) != getattr(usual, key):
             command += [f"--{key.replace('_', '-')}", as_given(getattr(settings, key))]
     job.log("\n".join([*job.notes, f"checkpoint {folder / BEST}", f"curves     {folder / 'training_curves.png'}"]))
     job.log(f"evaluate by: python {shlex.join(command)}")
+
+
+def script_beside(name: str) -> Path:
+    """The path by which a script of this repository is started from the current folder."""
+    script = Path(__file__).resolve().parents[1] / name
+    return script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script

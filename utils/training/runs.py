@@ -17,8 +17,9 @@ from utils.system import distributed
 from utils.system.checkpoints import BEST, LAST, STATE, check_state, described, ordinary, outline, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
-from utils.system.options import Command
+from utils.system.options import Command, flag
 from utils.system.settings import FREE, Training, idle, resolve, restored, stored
+from utils.system.values import as_given
 
 VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
 
@@ -32,24 +33,43 @@ ROWS = (ROW, ROW | NO_NATURAL, ROW | NOT_EVALUATED, ROW | NO_NATURAL | NOT_EVALU
 ROWS += tuple(row | dict.fromkeys(TERMS) for row in ROWS)  # and as the first release did
 OWN = ("method", "dataset", "arch", "no_ra", "no_anc")  # what tells runs apart before any number does
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")  # what a published folder's name says
-WRITTEN = (STATE, LAST, BEST, "model-[0-9]*.pt", "metrics.csv", "run.json", "train.log", "training_curves.*")
-WRITTEN += ("test.log", "white_attack.json", "adversarial_examples.*", "robust_vs_*.*")  # by its evaluation
+# What a run writes into its folder, and its evaluation: all that --overwrite removes
+WRITTEN = (
+    STATE,
+    LAST,
+    BEST,
+    "model-[0-9]*.pt",
+    "metrics.csv",
+    "run.json",
+    "train.log",
+    "training_curves.*",
+    "tensorboard/events.out.tfevents.*",
+    "test.log",
+    "white_attack.json",
+    "white_attack.blocks/*",
+    "adversarial_examples.*",
+    "robust_vs_*.*",
+)
 LONGEST_NAME = 200  # bytes of a run folder's; longer ones are cut and end in a checksum
 # Sums over an epoch
 SUMS = dict.fromkeys(("loss", "contrast", *TERMS, "natural", "natural_images", "robust", "seconds"), 0.0)
 
 
 class Start(NamedTuple):
-    """How a run starts: its settings and folder, and where it goes on, what `file` holds; None for a new run."""
+    """How a run starts: its settings and folder, and where it goes on, what `file` holds; None for a new run.
+
+    changes: the settings that a resumed run has other than before, a line each.
+    """
 
     settings: Training
     folder: Path
     state: dict | None = None
     file: Path | None = None
+    changes: tuple[str, ...] = ()
 
 
 def results(settings: Training) -> dict[str, Any]:
-    """The settings on which a run's results depend, by which folders are named and a bare --resume looks for one."""
+    """The settings on which a run's results depend, by which folders are named."""
     unused = {"model_dir", "ckpt_url", *idle(settings)}
     found = {key: value for key, value in stored(settings).items() if key not in FREE and key not in unused}
     found |= {"epochs": settings.epochs} if settings.lr_schedule != "milestones" else {}
@@ -62,6 +82,8 @@ def run_folder(command: Command) -> Path:
     name = s.model_dir.rstrip("/\\")
     name += "".join(f"-{key}-{getattr(s, key)}" for key in PUBLISHED if key in found or not s.no_anc)
     differs = [key for key in OWN if getattr(s, key) != getattr(script, key)]
+    if "model_dir" not in command.given and s.model_dir != script.model_dir:  # which says the method already
+        differs.remove("method")
     name += "".join(f"-{key.replace('_', '-') if key.startswith('no') else getattr(s, key)}" for key in differs)
     if "data_dir" in found:
         name += f"-{Path(found['data_dir']).name}-{zlib.crc32(os.fsencode(found['data_dir'])) % 16**4:04x}"
@@ -77,28 +99,33 @@ def run_folder(command: Command) -> Path:
 
 
 def run_to_resume(command: Command) -> Path:
-    """The folder of the run that a bare --resume means: of its name, or the only one that it can have been.
+    """The folder of the run that a bare --resume means, which is the command's own.
 
-    That one has the command's settings, under an older name, or others where the command gives a number. Errors:
-    UsageError, which names the runs of this --model-dir that it can have been, or the most similar ones.
+    Errors: UsageError where it does not exist, which names the runs that there are.
     """
-    folder, mine, runs = run_folder(command), results(command.settings), []
-    numbers = {key for key, value in command.given.items() if key != "seed" and type(value) in (int, float)}
+    folder = run_folder(command)
     if (folder / STATE).is_file():
         return folder
-    for file in folder.parent.glob(f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"):
+    runs = ", ".join(known_runs(command))
+    mend = f"name a run by --resume PATH: {runs}" if runs else "start the run without --resume, or name its folder"
+    raise UsageError(f"--resume: {folder / STATE} does not exist; {mend}")
+
+
+def known_runs(command: Command) -> list[str]:
+    """The runs of a command's --model-dir, and in which settings each differs from the command: the likest first."""
+    wanted = results(command.settings)
+    runs = []
+    for file in run_folder(command).parent.glob(f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"):
+        differing = ["unknown settings"]
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged
             its = results(restored(json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"]))
-            differs = {key for key in its.keys() & mine.keys() - {"restart_epoch"} if its[key] != mine[key]}
-            runs.append((len(differs), not differs <= numbers, file.parent))
-    found = [run for count, _, run in sorted(runs) if not count] or [run for _, other, run in sorted(runs) if not other]
-    if len(found) == 1:
-        print(f"--resume: no run in {folder}; continuing {found[0]}")
-        return found[0]
-    if runs:
-        named = ", ".join(map(str, found or [run for *_, run in sorted(runs)[:5]]))
-        raise UsageError(f"--resume: {folder / STATE} does not exist; name a run by --resume PATH: {named}")
-    return folder
+            differing = [
+                f"{flag(key)} {as_given(its[key])}, here {as_given(wanted[key])}"
+                for key in its.keys() & wanted.keys()
+                if its[key] != wanted[key]
+            ]
+        runs.append((len(differing), f"{file.parent} ({'; '.join(sorted(differing)) or 'the same settings'})"))
+    return [run for _, run in sorted(runs)[:5]]
 
 
 def refuse_existing(folder: Path) -> None:
@@ -117,13 +144,19 @@ def refuse_existing(folder: Path) -> None:
 
 def remove_existing(folder: Path) -> None:
     """Say what a folder's run has to lose, and remove its files; others stay."""
-    files, epochs = sorted({file for pattern in WRITTEN for file in folder.glob(pattern)}), ""
+    files = sorted({file for pattern in WRITTEN for file in folder.glob(pattern)})
+    if not files:
+        return
+    epochs = ""
     with suppress(UsageError, LookupError, TypeError):
         epochs = f" of {len(read(folder / STATE)['progress']['rows'])} epochs"
-    if files:
-        print(f"--overwrite: the run{epochs} in {folder} is lost: {', '.join(file.name for file in files)}")
+    names = dict.fromkeys(file.relative_to(folder).parts[0] for file in files)
+    print(f"--overwrite: the run{epochs} in {folder} is lost: {', '.join(names)}")
     for file in files:
         file.unlink()
+    for inner in {file.parent for file in files} - {folder}:
+        with suppress(OSError):  # something else lies in it
+            inner.rmdir()
 
 
 def take_folder(folder: Path, held: ExitStack) -> None:
@@ -160,11 +193,11 @@ def prepare(command: Command, held: ExitStack) -> Start:
         state["progress"]["rows"] = [row | {k: row.get(k) for k in TERMS} for row in state["progress"]["rows"]]
         if sums := state["progress"]["sums"]:
             state["progress"]["sums"] = dict.fromkeys(TERMS, 0.0) | sums
-    settings = resumed_settings(command, state["recipe"])
+    settings, changes = resumed_settings(command, state["recipe"])
     network = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "gate", "ra_blocks")}
     network |= {"num_classes": len(state["classes"]), "reverse_attention": not settings.no_ra}
     check_state(outline(network, file), state["model"], file)
-    return Start(settings, file.parent, state, file)
+    return Start(settings, file.parent, state, file, changes)
 
 
 def require_state(state: dict, file: Path) -> None:
@@ -186,20 +219,33 @@ def require_state(state: dict, file: Path) -> None:
         raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
 
 
-def resumed_settings(command: Command, recipe: dict[str, Any]) -> Training:
-    """A run's own settings, but for the free ones that the command gives; says which flags lose or win."""
-    given = command.given
-    devices = {"device", "no_cuda"}  # a device is said by both together
-    free = {key for key in (*given, *(devices if devices & given.keys() else ())) if key in FREE}
-    free |= {"extra_data"} & given.keys() if recipe["extra_data"] else set()  # it may have moved, and has a checksum
-    free -= {"epochs"} if recipe["lr_schedule"] != "milestones" else set()  # the rate of every step depends on them
-    for key, value in recipe.items():
-        asked = stored(command.settings)[key]
-        if key in given and asked != value:
-            wins = "the command's wins" if key in free else "the run's wins"
-            print(f"--{key.replace('_', '-')}: the run has {value}, the command {asked}; {wins}")
-    own = {key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items() if key not in free}
-    return replace(command.settings, **own)
+def resumed_settings(command: Command, recipe: dict[str, Any]) -> tuple[Training, tuple[str, ...]]:
+    """A run's own settings, but for the free ones that the command gives; and what these change, a line each.
+
+    Errors: UsageError where the command gives any other setting than the run has it; a bare --resume, which means the
+    command's own run, where any differs at all.
+    """
+    run = restored(recipe)
+    bare = command.settings.resume is True
+    free = set(FREE)
+    if run.lr_schedule != "milestones":
+        free.remove("epochs")  # the rate of every step depends on them
+    if run.extra_data:
+        free.add("extra_data")  # it may have moved, and has a checksum
+    given = set(command.given)
+    if given & {"device", "no_cuda"}:  # which say the device together
+        given |= {"device", "no_cuda"}
+    before, now = stored(run), stored(command.settings)
+    differing = [name for name in before if before[name] != now[name] and name not in ("model_dir", *idle(run))]
+    if wrong := [name for name in differing if name not in free and (bare or name in given)]:
+        said = ", ".join(f"{flag(name)} {as_given(now[name])}, the run has {as_given(before[name])}" for name in wrong)
+        runs = ", ".join(known_runs(command)) or "none"
+        mend = "name the run by --resume PATH alone, or start one of its own without --resume"
+        raise UsageError(f"--resume: {said}; {mend}; runs of this --model-dir: {runs}")
+    changed = [name for name in differing if name in given]
+    values = {name: getattr(command.settings, name) for name in changed}
+    settings = replace(run, other_data=command.settings.other_data, **values)
+    return settings, tuple(f"{flag(name)} {as_given(now[name])}, before {as_given(before[name])}" for name in changed)
 
 
 def alike(value: object, template: object) -> bool:
