@@ -387,7 +387,7 @@ def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(here, c
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ((), "--model_dir is required"),
+        ((), "--model-dir"),
         (("--model_dir", "a.pt", "--n-examples", "14"), "at least 15"),
         (("--model_dir", "a.pt", "five.pt"), "5 classes"),
         (("--model_dir", "a.pt", "--labels", "A", "B"), "--labels"),

@@ -143,29 +143,26 @@ def _contradictions_in_training(settings: Training) -> Iterator[str]:
 
 
 def _contradictions_in_checkpoint(settings: Checkpoint) -> Iterator[str]:
-    if settings.no_ra:
-        yield from _flags_of_reverse_attention(settings, "--no-ra")
+    if settings.no_ra and _asks_for_reverse_attention(settings):
+        yield "--gate, --ra-blocks and --predict contradict --no-ra; leave them out"
     if (settings.mean is None) != (settings.std is None):
         yield "--mean and --std need each other, such as --mean cifar10 --std cifar10"
 
 
-def _flags_of_reverse_attention(settings: Checkpoint, other: str) -> Iterator[str]:
-    given = {
-        "--gate": settings.gate not in (None, Training.gate),
-        "--ra-blocks": settings.ra_blocks not in (None, Training.ra_blocks),
-        "--predict": settings.predict != Checkpoint.predict,
-    }
-    for flag, contradicts in given.items():
-        if contradicts:
-            yield f"{flag} and {other} contradict each other; leave one of them out"
+def _asks_for_reverse_attention(settings: Checkpoint) -> bool:
+    return (
+        settings.gate not in (None, Training.gate)
+        or settings.ra_blocks not in (None, Training.ra_blocks)
+        or settings.predict != Checkpoint.predict
+    )
 
 
 def _contradictions_in_evaluation(settings: Evaluation) -> Iterator[str]:
     runs = settings.ckpt_url or ()
     if bool(runs) == (settings.model is not None):
         yield "give either --ckpt_url PATH, a checkpoint file or a run folder, or --model M:F"
-    if settings.model is not None:
-        yield from _flags_of_reverse_attention(settings, "--model")
+    if settings.model is not None and _asks_for_reverse_attention(settings):
+        yield "--gate, --ra-blocks and --predict contradict --model; leave them out"
     if len(set(runs)) < len(runs):
         yield "--ckpt_url names a run twice"
     if len(runs) > 1 and (settings.save_adversarial or settings.log_path):

@@ -152,7 +152,7 @@ def _read_path_or_flag_alone(text: str | None = None) -> str | bool:
 def _read_file_name(text: str) -> str:
     forbidden = text.startswith(".") or set(text) & FORBIDDEN_IN_FILE_NAMES
     if forbidden or not text.strip() or not text.isprintable():
-        raise ValueError(f"{text!r} is not the name of a file; give folders by another flag")
+        raise ValueError(f"{text!r} is no file name; folders belong into --out or --model-dir")
     return text
 
 
