@@ -16,6 +16,7 @@ from utils.system.values import (
     NAMES,
     PATH,
     PATHS,
+    UNSET,
     Count,
     Epochs,
     Name,
@@ -312,19 +313,19 @@ class Checkpoint:
     None stands for what the checkpoint or its data set says.
     """
 
-    dataset: Dataset | None = None
+    dataset: Annotated[Dataset | None, UNSET] = None
     """data set; if unset, the checkpoint's own"""
     data_dir: Annotated[str | None, PATH] = None
     """where data sets are stored; if unset, where the training had them"""
     image_size: Annotated[int | None, SIDE] = None
     """side of the images of digits and of a folder"""
-    arch: Arch | None = None
+    arch: Annotated[Arch | None, UNSET] = None
     """network; if unset, the checkpoint's own"""
     width: Annotated[int | None, whole(1, 1024)] = None
     """channels of the first stage, or the widen factor of a WRN"""
     no_ra: bool = False
     """a network without reverse attention"""
-    gate: Gate | None = None
+    gate: Annotated[Gate | None, UNSET] = None
     """row of W that weights a map, as in training"""
     ra_blocks: Annotated[int | None, whole(1, 2)] = None
     """last blocks with reverse attention"""
@@ -424,9 +425,9 @@ class Histograms:
     """files of feature_distance.py, or folders of them; if unset, ./distances"""
     labels: Annotated[tuple[str, ...] | None, NAMES] = None
     """legend, a name for each file; if unset, the methods"""
-    dataset: Dataset | None = None
+    dataset: Annotated[Dataset | None, UNSET] = None
     """take the files of one data set only"""
-    features: Layer | None = None
+    features: Annotated[Layer | None, UNSET] = None
     """which of the two features of a file; if unset, the file's own choice"""
     out: Path = "./plots"
     """folder of the figures"""

@@ -51,7 +51,7 @@ def _values(
         metavar=metavar,
         instance_from_str=lambda texts: read(*texts),
         is_instance=lambda value: True,
-        str_from_instance=lambda value: [as_given(value)],
+        str_from_instance=lambda value: ["unset" if value is None else as_given(value)],
     )
 
 
@@ -170,6 +170,9 @@ NAME = _values("NAME", _read_name)
 FILE_NAME = _values("NAME", _read_file_name)  # without folders and what some system forbids
 PATHS = _values("PATH [PATH ...]", _one_or_more(_read_path), words="*")
 NAMES = _values("NAME [NAME ...]", _one_or_more(_read_name), words="*")
+
+# What --help says of a choice that is None if the command does not make it.
+UNSET = tyro.conf.arg(help_behavior_hint="(default: unset)")
 
 # The most frequent types of settings
 Whole = Annotated[int, whole(0)]

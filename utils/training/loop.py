@@ -657,5 +657,5 @@ def report(job: Run, data: Data) -> None:
 
 def script_beside(name: str) -> Path:
     """The path by which a script of this repository is started from the current folder."""
-    script = Path(__file__).resolve().parents[1] / name
+    script = Path(__file__).resolve().parents[2] / name
     return script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
