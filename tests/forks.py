@@ -154,7 +154,7 @@ def child(job):
     from utils.training import loop as training
 
     quick = training.pgd40_heads
-    training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs, steps=2)
+    training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs | {"steps": 2})
     training.save_or_note = lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and ""
     faults = Faults(job["faults"])
     for name, (holder, attribute) in points().items():
@@ -178,10 +178,12 @@ def main():
     import torch
 
     from utils import training  # noqa: F401
+    from utils.system.options import parse_training
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user
     digits_split("train")  # what is imported only now is imported once, here
+    parse_training("", RA, [])
     saved = io.BytesIO()
     torch.save({}, saved)
     torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
