@@ -190,11 +190,13 @@ def main():
     import sklearn.datasets
     import torch
 
+    from utils.system.options import parse_training
     from utils.training import loop  # noqa: F401
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user
     digits_split("train")  # what is imported only now is imported once, here
+    parse_training("", RA, [])
     saved = io.BytesIO()
     torch.save({}, saved)
     torch.load(io.BytesIO(saved.getvalue()), weights_only=True)

@@ -284,8 +284,8 @@ RUN_3 = ("--model_dir", "run.pt", "--target_label", "3")
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ((), "--model_dir is required"),
-        (RUN_3[:2], "--target_label is required"),
+        ((), "--model-dir"),
+        (RUN_3[:2], "--target-label"),
         ((*RUN_3[:3], "cat"), "no class 'cat'"),
         ((*RUN_3[:3], "10"), "from 0 to 9, a name, or all; the first are 0, 1"),
         ((*RUN_3, "--n-examples", "1"), "no image among the 1"),

@@ -40,8 +40,8 @@ from utils.figures.plots import (
 )
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays, write_arrays
-from utils.system.options import eps_text
 from utils.system.settings import FEATURES
+from utils.system.values import eps_text
 
 HIST, UMAP = "draw_hist.py", "draw_umap.py"
 MEASURED = [("weighted", "natural", 0.5, 0.875), ("unweighted", "natural", -0.25, 0.5)]
@@ -387,7 +387,7 @@ def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(here, c
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ((), "--model_dir is required"),
+        ((), "--model-dir"),
         (("--model_dir", "a.pt", "--n-examples", "14"), "at least 15"),
         (("--model_dir", "a.pt", "five.pt"), "5 classes"),
         (("--model_dir", "a.pt", "--labels", "A", "B"), "--labels"),

@@ -20,8 +20,8 @@ rows here.
 """
 
 import argparse
-import ast
 import math
+import runpy
 import shlex
 import sys
 from collections.abc import Callable
@@ -80,15 +80,9 @@ ROWS = [
 
 
 def settings_of(script: str, *flags: str) -> Training:
-    """The settings of a training command: the script's own, by reading it, and its flags."""
-    call = next(
-        node
-        for node in ast.walk(ast.parse((ROOT / script).read_text()))
-        if isinstance(node, ast.Call)
-    )
-    return parse_training(
-        "", {word.arg: ast.literal_eval(word.value) for word in call.keywords}, list(flags)
-    ).settings
+    """The settings of a training command: the script's own recipe and its flags."""
+    recipe = runpy.run_path(str(ROOT / script))["RECIPE"]
+    return parse_training("", recipe, list(flags)).settings
 
 
 class Passes(NamedTuple):

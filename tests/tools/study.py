@@ -46,7 +46,7 @@ import numpy as np
 from utils.evaluation.results import FILE, Groups, read, table, verdicts, worst_of
 from utils.system.errors import UsageError, stop_signals
 from utils.system.options import parse, parse_training
-from utils.system.settings import Evaluation, of_today, stored
+from utils.system.settings import Evaluation, stored
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--width=8", "--epochs=6", "--milestones=5,6", "--warmup-epochs=2", "--eval-interval=6")
@@ -321,7 +321,7 @@ def make_one(run: Run) -> None:
 
 def other_settings(run: Run, record: dict, folder: Path) -> list[str]:
     """Name the settings of a run's training and evaluation that are not those of its commands."""
-    recipe = of_today(record["network"]["recipe"])
+    recipe = record["network"]["recipe"]
     try:
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             wanted = stored(parse_training("", {}, run.train[1:]).settings)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from utils.system.errors import UsageError, first_line
 from utils.system.files import write_atomically
-from utils.system.options import eps_text
+from utils.system.values import eps_text
 
 if TYPE_CHECKING:  # imported where it draws, since a broken installation or matplotlibrc is no reason not to train
     from matplotlib.axes import Axes

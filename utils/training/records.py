@@ -15,9 +15,10 @@ from utils.system import distributed
 from utils.system.checkpoints import BEST
 from utils.system.devices import peak_memory, precision
 from utils.system.files import write_atomically, write_record
-from utils.system.options import as_given, flag
+from utils.system.options import flag
 from utils.system.provenance import in_one_line
 from utils.system.settings import combined, dataset_defaults, stored
+from utils.system.values import as_given
 from utils.training.job import Job
 from utils.training.runs import Start
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from utils.system.checkpoints import BEST, LAST, STATE, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
-from utils.system.options import Command, as_given, flag
+from utils.system.options import Command, flag
 from utils.system.settings import FREE, Training, idle, resolve, restored, stored
+from utils.system.values import as_given
 
 VERSION = 2  # of last_state.pt; other versions are not resumed
 
