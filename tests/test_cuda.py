@@ -388,7 +388,7 @@ def test_adaptive_verdicts_are_those_of_a_cpu():
     found = []
     for device in (torch.device("cpu"), CUDA):
         model, split = digits_network().to(device), digits_split(count=60).to(device)
-        how = dict(eps=0.1, step_size=0.02, steps=10, restarts=1, seed=1, warned=print, says=lambda line: None)
+        how = dict(eps=0.1, step_size=0.02, steps=10, restarts=1, seed=1)
         with frozen(model) as net:
             view = views(True, 2.0)["auxiliary 1"]
             found.append(verdicts(net, split, 60, adaptive(view, **how)))

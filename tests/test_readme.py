@@ -318,7 +318,7 @@ CHANGES = {
     "an attack of the evaluation": [
         ("utils/attacks.py", "", "", BLUR),
         ("utils/evaluation/robustness.py", AFTER, "import NOISE_DRAWS, Attack, ", "blur, "),
-        ("utils/evaluation/robustness.py", AFTER, "    plans = {\n", '        "blur": {"blur": quick(blur, eps=eps)},\n'),
+        ("utils/evaluation/robustness.py", AFTER, "    table = [\n", '        ("blur", "blur", blur, {"eps": eps}),\n'),
         ("utils/system/settings.py", AFTER, 'ATTACKS = ("natural", ', '"blur", '),
     ],
 }

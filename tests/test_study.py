@@ -88,7 +88,7 @@ def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path
     assert results.main([paths[0], str(tmp_path / "copy")]) == 0
     rows = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
     assert rows == ["| TRADES, weights of the best epoch", "| TRADES, weights of epoch 0"]
-    assert results.main([str(tmp_path)]) == 2 and "holds no white_attack.json" in capsys.readouterr().err
+    assert results.main([str(tmp_path)]) == 2 and "white_attack.json: No such file" in capsys.readouterr().err
 
 
 def test_other_images_are_not_compared():
