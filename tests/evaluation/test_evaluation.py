@@ -23,7 +23,6 @@ from tests.tiny_networks import with_ra
 from utils.attacks import (
     cross_entropy,
     cross_entropy_over_heads,
-    frozen,
     image_noise,
     linf_pgd,
     margin,
@@ -45,6 +44,7 @@ from utils.data.subject import (
     verdicts,
 )
 from utils.evaluation.robustness import network_checksum, white_attack
+from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
 from utils.system.errors import UsageError
 from utils.system.options import parse

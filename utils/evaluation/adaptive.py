@@ -45,7 +45,7 @@ def of_heads(targets: Callable[[Heads], Targets], predict: str = "final") -> Vie
 
     def view(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
         heads = net(x, heads=True)
-        return heads.of(predict), targets(heads)
+        return heads.logits(predict), targets(heads)
 
     return view
 
@@ -61,7 +61,7 @@ def smooth_gates(predict: str) -> View:
         heads = net(x, heads=True)
         gates = tuple((logits / 0.3).softmax(1) for logits in heads.auxiliary)
         last_two = (None, *gates)[-2:]
-        return heads.of(predict), [(1, net(x, last_two, heads=True).final)]
+        return heads.logits(predict), [(1, net(x, last_two, heads=True).final)]
 
     return view
 

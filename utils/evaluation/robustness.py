@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from models import ReverseAttentionNetwork
 from utils import attacks
-from utils.attacks import NOISE_DRAWS, Attack, Standing, cross_entropy, margin, margins, noise, pgd
+from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, margins, noise, pgd
 from utils.data.datasets import Split, as_input, numbers_of
 from utils.data.subject import (
     Subject,
@@ -44,6 +44,7 @@ from utils.evaluation.diagnostics import Diagnosis, Probe, diagnose, sanity_warn
 from utils.evaluation.report import Row
 from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES
 from utils.system import distributed
+from utils.system.attack_copy import AttackCopy
 from utils.system.checkpoints import checkpoint_file, load_model, told
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
@@ -226,7 +227,8 @@ def planned_attacks(
     long = {**stepped, "restarts": settings.restarts, "apgd_steps": settings.apgd_steps}
     ce_pgd = partial(pgd, cross_entropy)
 
-    table = [  # the flag, the name in the table, what makes the attack, its arguments
+    # the flag, the name in the table, what makes the attack, its arguments
+    table = [
         ("natural", "natural", None, {}),
         ("fgsm", "FGSM", ce_pgd, {**started, "step_size": eps, "steps": 1}),
         ("pgd", f"PGD-{steps}", ce_pgd, started),
@@ -694,7 +696,7 @@ def load_surrogate(path: str, subject: Subject) -> Surrogate:
 
 def attack_copy(model: nn.Module) -> nn.Module:
     """Return the network that attacks call: a fast copy of one of ours, else the network itself."""
-    return Standing(model).net if isinstance(model, ReverseAttentionNetwork) else model
+    return AttackCopy(model).net if isinstance(model, ReverseAttentionNetwork) else model
 
 
 def weaker_than_usual(settings: Evaluation) -> list[str]:
