@@ -73,7 +73,13 @@ from torch import Tensor, nn
 
 from models import build_model
 from utils import attacks
-from utils.attacks import ToAttack, cross_entropy, cross_entropy_over_heads, linf_pgd, linf_pgd_together
+from utils.attacks import (
+    ToAttack,
+    cross_entropy,
+    cross_entropy_over_heads,
+    linf_pgd,
+    linf_pgd_together,
+)
 from utils.data.datasets import Split, as_input, augment, batches, load_split
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
@@ -88,7 +94,11 @@ from utils.training.loop import attack_batch, backward
 
 ROOT = Path(__file__).parents[2]
 EPS, STEP = 8 / 255, 0.007
-NETWORKS = (("ResNet18", 64, 32, 10), ("PreActResNet18", 16, 64, 200), ("WRN-34-10", 16, 32, 10))  # batch, side, C
+NETWORKS = (
+    ("ResNet18", 64, 32, 10),
+    ("PreActResNet18", 16, 64, 200),
+    ("WRN-34-10", 16, 32, 10),
+)  # batch, side, C
 Rows = list[dict]
 
 
@@ -98,7 +108,10 @@ def wait(device: torch.device) -> None:
 
 
 def take_turns(
-    variants: dict[str, Callable[[int], object]], rounds: int, device: torch.device, warm_up: bool = True
+    variants: dict[str, Callable[[int], object]],
+    rounds: int,
+    device: torch.device,
+    warm_up: bool = True,
 ) -> dict[str, list]:
     """Run every variant once a round, variant(round) -> seconds of each of its runs, but for the warm-up's."""
     seconds = {name: [] for name in variants}
@@ -150,10 +163,20 @@ def options(**changes: object) -> Training:
 class Step:
     """One optimiser step of ANCRA-TRADES on a batch of random images, ours or a plain one."""
 
-    def __init__(self, arch: str, batch: int, size: int, classes: int, width: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        arch: str,
+        batch: int,
+        size: int,
+        classes: int,
+        width: int | None,
+        device: torch.device,
+    ) -> None:
         torch.manual_seed(0)
         self.model = build_model(arch, classes, width=width, image_size=size).to(device).train()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4
+        )
         self.generator = torch.Generator(device).manual_seed(0)
         generator = torch.Generator().manual_seed(0)
         self.x = torch.rand(batch, 3, size, size, generator=generator).to(device)
@@ -173,8 +196,16 @@ class Step:
 
     def ours(self, **changes: object) -> None:
         settings = options(**changes)
-        attacked = attack_batch(self.attack_copy(settings), self.x, self.host_labels, settings, self.generator, 1)
-        backward(partial(training_loss, in_precision(self.model, settings.precision)), self.x, self.labels, attacked, settings)
+        attacked = attack_batch(
+            self.attack_copy(settings), self.x, self.host_labels, settings, self.generator, 1
+        )
+        backward(
+            partial(training_loss, in_precision(self.model, settings.precision)),
+            self.x,
+            self.labels,
+            attacked,
+            settings,
+        )
         self.update()
 
     def plain(self, steps: int = 10) -> None:
@@ -192,8 +223,15 @@ class Step:
         natural = model(x, labels, heads=True)
         heads = model(adversarial, labels, heads=True)
         negative_heads = model(negative, labels[chosen], heads=True)
-        loss = over_heads(lambda nat, adv: trades_loss(nat, adv, labels, 6.0), natural, heads, auxiliary_weight=2.0)
-        (loss + 3 * over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0)).backward()
+        loss = over_heads(
+            lambda nat, adv: trades_loss(nat, adv, labels, 6.0),
+            natural,
+            heads,
+            auxiliary_weight=2.0,
+        )
+        (
+            loss + 3 * over_heads(loop_contrast, natural, negative_heads, auxiliary_weight=2.0)
+        ).backward()
         self.update()
         model.eval()
         for images, truth in ((x, labels), (adversarial, labels), (negative, labels[chosen])):
@@ -207,7 +245,9 @@ def plain_pgd(model: nn.Module, x: Tensor, labels: Tensor, sign: int, steps: int
         adversarial = adversarial.detach().requires_grad_()
         heads = model(adversarial, heads=True)
         loss = F.cross_entropy(heads.final, labels)
-        loss = loss + 2 * sum(F.cross_entropy(logits, labels) for logits in heads.auxiliary) / len(heads.auxiliary)
+        loss = loss + 2 * sum(F.cross_entropy(logits, labels) for logits in heads.auxiliary) / len(
+            heads.auxiliary
+        )
         (gradient,) = torch.autograd.grad(loss, adversarial)
         adversarial = adversarial.detach() + sign * STEP * gradient.sign()
         adversarial = torch.min(torch.max(adversarial, x - EPS), x + EPS).clamp(0, 1)
@@ -227,7 +267,9 @@ def random_negative(by_class: dict[int, list[int]], own: int) -> int:
 
 def loop_random_negatives(labels: Tensor) -> Tensor:
     by_class = images_by_class(labels)
-    return torch.tensor([random_negative(by_class, label.item()) for label in labels], device=labels.device)
+    return torch.tensor(
+        [random_negative(by_class, label.item()) for label in labels], device=labels.device
+    )
 
 
 def loop_hard_negatives(logits: Tensor, labels: Tensor) -> list[int]:
@@ -266,12 +308,17 @@ def step(device: torch.device, quick: bool) -> Rows:
     for arch, batch, size, classes in NETWORKS:
         batch, width = (4, 1 if arch.startswith("WRN") else 4) if quick else (batch, None)
         job = Step(arch, batch, size, classes, width, device)
-        variants = {"ours fp32": partial(job.ours, num_steps=steps), "plain": partial(job.plain, steps)}
+        variants = {
+            "ours fp32": partial(job.ours, num_steps=steps),
+            "plain": partial(job.plain, steps),
+        }
         if arch == "ResNet18" or rates["bf16"] > rates["fp32"]:
             variants["ours bf16"] = partial(job.ours, num_steps=steps, precision="bf16")
         timed = {name: lambda i, variant=variant: variant() for name, variant in variants.items()}
         for row in compared(take_turns(timed, rounds, device), "plain"):
-            rows.append({"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]})
+            rows.append(
+                {"network": arch, "batch": batch, **row, "images/s": batch / row["seconds"]}
+            )
     return rows
 
 
@@ -282,7 +329,11 @@ def forward_flops(net: nn.Module, x: Tensor) -> int:
     def count(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
         counted.append(2 * out.numel() * layer.weight[0].numel())
 
-    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [
+        m.register_forward_hook(count)
+        for m in net.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
     with torch.no_grad():
         net(x)
     for hook in hooks:
@@ -309,10 +360,14 @@ def share(device: torch.device, quick: bool) -> Rows:
     job = Step("ResNet18", 4 if quick else 64, 32, 10, 4 if quick else None, device)
     with frozen(job.model) as exact, frozen(job.model, "bf16") as rounded:
         job.model.eval()
-        flops = 2 * steps * forward_flops(exact, job.x)  # once forward, once to the gradient of the images
+        flops = (
+            2 * steps * forward_flops(exact, job.x)
+        )  # once forward, once to the gradient of the images
 
         def attack(net: nn.Module) -> Callable[[int], Tensor]:
-            return lambda i: linf_pgd(job.x, cross_entropy_over_heads(net, job.labels, 2.0), EPS, STEP, steps, job.x)
+            return lambda i: linf_pgd(
+                job.x, cross_entropy_over_heads(net, job.labels, 2.0), EPS, STEP, steps, job.x
+            )
 
         attacks_of = {
             "ours fp32": attack(exact),
@@ -323,16 +378,30 @@ def share(device: torch.device, quick: bool) -> Rows:
         times = {name: statistics.median(values) for name, values in seconds.items()}
         rows = []
         for name, run in attacks_of.items():
-            rate, yardstick = 1e-9 * flops / times[name], 2e-9 * side**3 / times["bf16" if "bf16" in name else "fp32"]
-            row = {"variant": name, "runs": len(seconds[name]), "seconds": times[name], "GFLOP": 1e-9 * flops}
-            row |= {"GFLOP/s": rate, "matrix product GFLOP/s": yardstick, "share %": 100 * rate / yardstick}
+            rate, yardstick = (
+                1e-9 * flops / times[name],
+                2e-9 * side**3 / times["bf16" if "bf16" in name else "fp32"],
+            )
+            row = {
+                "variant": name,
+                "runs": len(seconds[name]),
+                "seconds": times[name],
+                "GFLOP": 1e-9 * flops,
+            }
+            row |= {
+                "GFLOP/s": rate,
+                "matrix product GFLOP/s": yardstick,
+                "share %": 100 * rate / yardstick,
+            }
             rows.append(row | {"in convolutions %": convolution_share(run, device)})
     return rows
 
 
 def together(device: torch.device, quick: bool) -> Rows:
     """Both attacks of a step as one batch against one after the other, on batches of growing size."""
-    cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)] + [("WRN-34-10", 16, 32, None)]
+    cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)] + [
+        ("WRN-34-10", 16, 32, None)
+    ]
     cases += [("PreActResNet18", 16, 64, None)]
     cases += [("ResNet18", batch, 16, 12) for batch in (16, 64, 128, 256)]  # the digits network
     rows = []
@@ -341,16 +410,28 @@ def together(device: torch.device, quick: bool) -> Rows:
         with frozen(job.model) as net:
 
             def attack(small: float, job: Step = job, net: nn.Module = net) -> None:
-                both = [ToAttack(job.x, job.x, towards, job.labels) for towards in (away_from_labels, towards_labels)]
+                both = [
+                    ToAttack(job.x, job.x, towards, job.labels)
+                    for towards in (away_from_labels, towards_labels)
+                ]
                 with mock.patch.object(attacks, "SMALL", small):
                     linf_pgd_together(net, both, 2.0, EPS, STEP, 1 if quick else 4)
 
-            variants = {"apart": lambda i, run=attack: run(0), "as one": lambda i, run=attack: run(math.inf)}
+            variants = {
+                "apart": lambda i, run=attack: run(0),
+                "as one": lambda i, run=attack: run(math.inf),
+            }
             work = 2 * batch * size**2 * sum(p.numel() for p in net.parameters())
             seconds = take_turns(variants, 1 if quick else 5 if work > 2e11 else 25, device)
         used = "as one" if work <= attacks.SMALL else "apart"
         for row in compared(seconds, "apart"):
-            shape = {"network": arch, "width": width or "as published", "side": size, "batch": batch, "work": work}
+            shape = {
+                "network": arch,
+                "width": width or "as published",
+                "side": size,
+                "batch": batch,
+                "work": work,
+            }
             rows.append({**shape, **row, "used": "yes" if row["variant"] == used else ""})
     return rows
 
@@ -362,8 +443,12 @@ def companions(device: torch.device, quick: bool) -> Rows:
     variants = {"alone": {}, "--awp 0.005": {"awp": 0.005}, "--ema 0.995": {"ema": 0.995}}
 
     def run(awp: float = 0.0, ema: float = 0.0) -> None:
-        attacked = attack_batch(job.attack_copy(settings), job.x, job.host_labels, settings, job.generator, 1)
-        gradients = partial(backward, partial(training_loss, job.model), job.x, job.labels, attacked, settings)
+        attacked = attack_batch(
+            job.attack_copy(settings), job.x, job.host_labels, settings, job.generator, 1
+        )
+        gradients = partial(
+            backward, partial(training_loss, job.model), job.x, job.labels, attacked, settings
+        )
         with adversarial_weights(job.model, gradients, awp) if awp else nullcontext():
             gradients()
             job.update()
@@ -384,9 +469,13 @@ def memory(device: torch.device, quick: bool) -> Rows:
             f"device = torch.device('{device}'); job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
             "for i in range(10): job.ours(num_steps=1); print(peak_memory(device))"
         )
-        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         peaks = [f"{int(line) / 1e9:.2f} GB" for line in said.stdout.splitlines()]
-        rows.append({"network": arch, "batch": batch} | {f"after {n}": peaks[n - 1] for n in (1, 2, 10)})
+        rows.append(
+            {"network": arch, "batch": batch} | {f"after {n}": peaks[n - 1] for n in (1, 2, 10)}
+        )
     return rows
 
 
@@ -400,7 +489,9 @@ def negatives(device: torch.device, quick: bool) -> Rows:
     labels = torch.randint(10, (128,), generator=generator, device=device)
     looped = torch.tensor(loop_hard_negatives(logits, labels), device=device)
     chosen = choose_negatives(logits, labels, "hard", generator).squeeze(1)
-    guided = logits[looped].argmax(1) == labels  # the others have no candidate and are drawn at random
+    guided = (
+        logits[looped].argmax(1) == labels
+    )  # the others have no candidate and are drawn at random
     if not torch.equal(chosen[guided], looped[guided]):
         raise RuntimeError("the loops choose other negatives")
     variants = {
@@ -412,7 +503,9 @@ def negatives(device: torch.device, quick: bool) -> Rows:
     return compared(seconds, "loops")
 
 
-def trained_on_digits(width: int | None, steps: int, device: torch.device) -> tuple[nn.Module, Split]:
+def trained_on_digits(
+    width: int | None, steps: int, device: torch.device
+) -> tuple[nn.Module, Split]:
     """A ResNet-18 with reverse attention after some steps of natural training on digits at 32x32, and the test set."""
     torch.manual_seed(0)
     data, test = (load_split("digits", part, "", 32).to(device) for part in ("train", "test"))
@@ -421,7 +514,9 @@ def trained_on_digits(width: int | None, steps: int, device: torch.device) -> tu
     for indices in batches(torch.arange(64 * steps) % len(data.labels), 64):
         x, labels = as_input(data.images[indices]), data.labels[indices]
         heads = model(x, labels, heads=True)
-        loss = over_heads(lambda logits, y=labels: F.cross_entropy(logits, y), heads, auxiliary_weight=2.0)
+        loss = over_heads(
+            lambda logits, y=labels: F.cross_entropy(logits, y), heads, auxiliary_weight=2.0
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -492,7 +587,10 @@ def growth(device: torch.device, quick: bool) -> Rows:
         variants = {str(v): lambda i, job=job: job.ours(num_steps=steps) for v, job in jobs.items()}
         medians = {v: statistics.median(s) for v, s in take_turns(variants, rounds, device).items()}
         exponent = np.polyfit(np.log(values), np.log(list(medians.values())), 1)[0]
-        rows += [{"over": what, "value": v, "seconds": s, "exponent": float(exponent)} for v, s in medians.items()]
+        rows += [
+            {"over": what, "value": v, "seconds": s, "exponent": float(exponent)}
+            for v, s in medians.items()
+        ]
     return rows
 
 
@@ -519,23 +617,39 @@ def processes(device: torch.device, quick: bool) -> Rows:
         "--eval-interval",
         epochs,
     ]
-    flags += ["--width", "4" if quick else "16", "--limit-train", "64" if quick else "512", "--limit-test", "2"]
+    flags += [
+        "--width",
+        "4" if quick else "16",
+        "--limit-train",
+        "64" if quick else "512",
+        "--limit-test",
+        "2",
+    ]
     script = str(ROOT / "train_CIFAR10_ResNet.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    commands = {"1 process": [sys.executable, script], "2 processes": [sys.executable, *torchrun, script]}
+    commands = {
+        "1 process": [sys.executable, script],
+        "2 processes": [sys.executable, *torchrun, script],
+    }
     rates: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(1 if quick else 2):
         for name, command in commands.items():
             with tempfile.TemporaryDirectory() as folder:
                 command = [*command, *flags, "--model-dir", f"{folder}/run"]
                 done = subprocess.run(
-                    command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+                    command,
+                    capture_output=True,
+                    text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    check=False,
                 )
                 if done.returncode:
                     raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
                 (file,) = Path(folder).glob("run*/metrics.csv")
                 with open(file) as table:
-                    rates[name] += [float(row["train_images_per_second"]) for row in csv.DictReader(table)][1:]
+                    rates[name] += [
+                        float(row["train_images_per_second"]) for row in csv.DictReader(table)
+                    ][1:]
     return rates_of(rates, "epochs", "1 process")
 
 
@@ -551,19 +665,42 @@ def waiting(device: torch.device, quick: bool) -> Rows:
         "def timed():\n    began = time.perf_counter(); step.ours(); return time.perf_counter() - began\n"
         "timed(); print(statistics.median(timed() for _ in range(steps)))"
     )
-    networks = {"main job": ("ResNet18", "128", "16", "12"), "WRN-34-10, width 1": ("WRN-34-10", "16", "32", "1")}
+    networks = {
+        "main job": ("ResNet18", "128", "16", "12"),
+        "WRN-34-10, width 1": ("WRN-34-10", "16", "32", "1"),
+    }
     settings = [{}, {"OMP_WAIT_POLICY": "PASSIVE"}]
-    settings += [{"GOMP_SPINCOUNT": count} for count in (("1000",) if quick else ("100", "1000", "10000", "100000"))]
+    settings += [
+        {"GOMP_SPINCOUNT": count}
+        for count in (("1000",) if quick else ("100", "1000", "10000", "100000"))
+    ]
     rows, steps = [], "1" if quick else "5"
-    plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    for name, network in {"main job": ("ResNet18", "8", "16", "4")}.items() if quick else networks.items():
+    plain = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    for name, network in (
+        {"main job": ("ResNet18", "8", "16", "4")}.items() if quick else networks.items()
+    ):
         for setting in settings:
             row = {"step": name, "set": ", ".join(map("=".join, setting.items())) or "nothing"}
             for where in ("alone", "beside a busy process"):
-                busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if where != "alone" else None
+                busy = (
+                    subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    if where != "alone"
+                    else None
+                )
                 try:
                     command = [sys.executable, "-c", one_step, *network, steps]
-                    done = subprocess.run(command, cwd=ROOT, env=plain | setting, capture_output=True, text=True, check=True)
+                    done = subprocess.run(
+                        command,
+                        cwd=ROOT,
+                        env=plain | setting,
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
                 finally:
                     if busy is not None:
                         busy.kill()
@@ -584,10 +721,16 @@ def data(device: torch.device, quick: bool) -> Rows:
     from torchvision import transforms
 
     count, batch = (300, 32) if quick else (20000, 128)
-    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     split = Split(pixels, torch.zeros(count, dtype=torch.long), ("one",)).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    steps = [
+        transforms.RandomCrop(32, padding=4),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+    ]
     transform = transforms.Compose(steps)
     arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -626,18 +769,28 @@ def data(device: torch.device, quick: bool) -> Rows:
 def compiled(device: torch.device, quick: bool) -> Rows:
     """A training step with --compile against one without, and what the first such step takes."""
     rows = []
-    for network, batch, size, width in (("ResNet-18", 64, 32, None), ("the digits network", 128, 16, 12)):
+    for network, batch, size, width in (
+        ("ResNet-18", 64, 32, None),
+        ("the digits network", 128, 16, 12),
+    ):
         batch, width, steps = (4, 4, 1) if quick else (batch, width, 10)
-        jobs = {name: Step("ResNet18", batch, size, 10, width, device) for name in ("eager", "compiled")}
+        jobs = {
+            name: Step("ResNet18", batch, size, 10, width, device) for name in ("eager", "compiled")
+        }
         compile_for_training(jobs["compiled"].model, device)
         variants = {
-            name: lambda i, job=job, how=(name == "compiled"), steps=steps: job.ours(num_steps=steps, compile=how)
+            name: lambda i, job=job, how=(name == "compiled"), steps=steps: job.ours(
+                num_steps=steps, compile=how
+            )
             for name, job in jobs.items()
         }
         first = take_turns(variants, 1, device, warm_up=False)
         more = {"first step, seconds": lambda name, first=first: first[name][0]}
         seconds = take_turns(variants, 1 if quick else 5, device, warm_up=False)
-        rows += [{"network": network, "batch": batch, **row} for row in compared(seconds, "eager", **more)]
+        rows += [
+            {"network": network, "batch": batch, **row}
+            for row in compared(seconds, "eager", **more)
+        ]
     return rows
 
 
@@ -671,16 +824,34 @@ def figures(device: torch.device, quick: bool) -> Rows:
 
 
 NAMED = (compiled, figures)  # run by their names only
-BENCHMARKS = (step, share, together, companions, memory, negatives, pgd, growth, processes, waiting, data, *NAMED)
+BENCHMARKS = (
+    step,
+    share,
+    together,
+    companions,
+    memory,
+    negatives,
+    pgd,
+    growth,
+    processes,
+    waiting,
+    data,
+    *NAMED,
+)
 BENCHMARKS = {f.__name__: f for f in BENCHMARKS}
 
 
 def show(rows: Rows) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns] for row in rows]
+    cells = [columns] + [
+        [f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in columns]
+        for row in rows
+    ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 def machine(device: torch.device) -> dict[str, object]:
@@ -702,7 +873,10 @@ def measured(name: str, device: torch.device, quick: bool) -> dict:
     """Run a benchmark, print its table -> what the JSON says of it."""
     rates, began = machine_rates(device, quick), time.perf_counter()
     print(f"\n{name}: {BENCHMARKS[name].__doc__.splitlines()[0]}")
-    print(f"matrix product {rates['fp32']:.0f} GFLOP/s fp32, {rates['bf16']:.0f} GFLOP/s bf16", flush=True)
+    print(
+        f"matrix product {rates['fp32']:.0f} GFLOP/s fp32, {rates['bf16']:.0f} GFLOP/s bf16",
+        flush=True,
+    )
     try:
         rows = BENCHMARKS[name](device, quick)
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
@@ -716,12 +890,18 @@ def measured(name: str, device: torch.device, quick: bool) -> dict:
 def main(argv: list[str] | None = None) -> None:
     usage = __doc__.partition("\nMeasured")[0]
     parser = argparse.ArgumentParser(
-        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.tools.benchmarks"
+        description=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m tests.tools.benchmarks",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, figures without meaning")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny settings, figures without meaning"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     given = parser.parse_args(argv)
     if unknown := set(given.names) - set(BENCHMARKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(BENCHMARKS)}")
@@ -731,7 +911,10 @@ def main(argv: list[str] | None = None) -> None:
             given.out.open("a").close()  # before it is measured, not behind it
     except (UsageError, OSError) as error:
         parser.error(str(error))
-    record = {"made": provenance(device, packages=("torchattacks", "foolbox")), "machine": machine(device)}
+    record = {
+        "made": provenance(device, packages=("torchattacks", "foolbox")),
+        "machine": machine(device),
+    }
     record |= {"quick": given.quick, "benchmarks": {}}
     print(in_one_line(record["made"]))
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))

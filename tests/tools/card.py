@@ -108,7 +108,9 @@ class Card:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
-    def timed(self, run: Callable[[], object], rounds: int = 5, warm: int = 2) -> tuple[float, float]:
+    def timed(
+        self, run: Callable[[], object], rounds: int = 5, warm: int = 2
+    ) -> tuple[float, float]:
         """Median seconds of a run, and until its call came back: where both are alike, the host is what is slow."""
         for _ in range(0 if self.quick else warm):
             run()
@@ -178,7 +180,9 @@ def run_process(card: Card, *command: object) -> tuple[str, bool]:
 def tests(card: Card) -> Iterator[Row]:
     """The tests marked cuda."""
     flags = ["-m", "cuda", "-v", "-rN", "--tb=line", "-p", "no:cacheprovider"]
-    selection = ["-n", "0", "tests/test_cuda.py", "-k", "losses"] if card.quick else ["-n", "4", "tests"]
+    selection = (
+        ["-n", "0", "tests/test_cuda.py", "-k", "losses"] if card.quick else ["-n", "4", "tests"]
+    )
     printed, ended = run_process(card, sys.executable, "-m", "pytest", *flags, *selection)
     results = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", printed)
     counts = Counter(results)
@@ -191,7 +195,9 @@ def tests(card: Card) -> Iterator[Row]:
     }
     for line in printed.splitlines():
         if found := re.search(r"\b(?:FAILED|ERROR)\b", line):
-            yield {"failed": re.sub(r"\[[^]]*%\]|\[gw\d+\]", "", line.replace(found[0], "")).strip()}
+            yield {
+                "failed": re.sub(r"\[[^]]*%\]|\[gw\d+\]", "", line.replace(found[0], "")).strip()
+            }
 
 
 def parts(card: Card) -> Iterator[Row]:
@@ -201,22 +207,42 @@ def parts(card: Card) -> Iterator[Row]:
             job = card.job(arch, precision)
             settings = options(precision=precision, num_steps=card.attack_steps)
 
-            def row(part: str, run: Callable[[], object], arch: str = arch, precision: str = precision) -> Row:
+            def row(
+                part: str, run: Callable[[], object], arch: str = arch, precision: str = precision
+            ) -> Row:
                 took, host = card.timed(run)
-                return {"network": arch, "precision": precision, "part": part, "ms": 1e3 * took, "host ms": 1e3 * host}
+                return {
+                    "network": arch,
+                    "precision": precision,
+                    "part": part,
+                    "ms": 1e3 * took,
+                    "host ms": 1e3 * host,
+                }
 
             standing = AttackCopy(job.model, precision)
-            attack = partial(attack_batch, standing, job.x, job.host_labels, settings, job.generator, 1)
+            attack = partial(
+                attack_batch, standing, job.x, job.host_labels, settings, job.generator, 1
+            )
             attacked = attack()
             yield row("attack", attack)
             if card.cuda:
                 graphed = AttackCopy(job.model, precision, graph=True)
                 yield row("attack by graph", partial(attack_batch, graphed, *attack.args[1:]))
             yield row("refresh of the attack's network", standing.sync_weights)
-            forwards = partial(training_loss, in_precision(job.model, precision), job.x, job.labels, attacked, settings)
+            forwards = partial(
+                training_loss,
+                in_precision(job.model, precision),
+                job.x,
+                job.labels,
+                attacked,
+                settings,
+            )
             yield row("forwards", forwards)
             loss_of = partial(training_loss, in_precision(job.model, precision))
-            yield row("forwards and backward", partial(backward, loss_of, job.x, job.labels, attacked, settings))
+            yield row(
+                "forwards and backward",
+                partial(backward, loss_of, job.x, job.labels, attacked, settings),
+            )
             yield row("optimiser", job.optimizer.step)
 
 
@@ -235,9 +261,13 @@ def layouts(card: Card) -> Iterator[Row]:
                 objective = cross_entropy_over_heads(net, labels, 2.0)
                 attack, _ = card.timed(partial(linf_pgd, x, objective, EPS, STEP, steps, x), 3)
                 few = options(precision="fp32", num_steps=1)
-                attacked = attack_batch(AttackCopy(job.model), job.x, job.host_labels, few, job.generator, 1)
+                attacked = attack_batch(
+                    AttackCopy(job.model), job.x, job.host_labels, few, job.generator, 1
+                )
                 loss_of = partial(training_loss, job.model)
-                train, _ = card.timed(partial(backward, loss_of, job.x, job.labels, attacked, settings), 3)
+                train, _ = card.timed(
+                    partial(backward, loss_of, job.x, job.labels, attacked, settings), 3
+                )
             yield {
                 "network": arch,
                 "layout": str(layout).removeprefix("torch."),
@@ -261,7 +291,12 @@ def compiled(card: Card) -> Iterator[Row]:
             row = {"network": arch, "precision": precision}
             with computing(precision):
                 for number, size in enumerate(sizes, 1):
-                    step = partial(cut(job, size).ours, num_steps=card.attack_steps, precision=precision, compile=True)
+                    step = partial(
+                        cut(job, size).ours,
+                        num_steps=card.attack_steps,
+                        precision=precision,
+                        compile=True,
+                    )
                     began = time.perf_counter()
                     step()
                     card.wait()
@@ -273,7 +308,11 @@ def compiled(card: Card) -> Iterator[Row]:
 def cut(job: Step, count: int) -> Step:
     """The same job on its first `count` images."""
     smaller = copy.copy(job)
-    smaller.x, smaller.host_labels, smaller.labels = job.x[:count], job.host_labels[:count], job.labels[:count]
+    smaller.x, smaller.host_labels, smaller.labels = (
+        job.x[:count],
+        job.host_labels[:count],
+        job.labels[:count],
+    )
     return smaller
 
 
@@ -336,13 +375,19 @@ def autoattack(card: Card) -> Iterator[Row]:
     """
     block, name, attack = (6, "FGSM", "fgsm") if card.quick else (60, "AutoAttack", "autoattack")
     with tempfile.TemporaryDirectory() as folder:
-        run = train_digits(card, Path(folder) / "run", "--width=64", "--image-size=32", "--epochs=4")
+        run = train_digits(
+            card, Path(folder) / "run", "--width=64", "--image-size=32", "--epochs=4"
+        )
         script = Path(folder) / "blocks.py"
         script.write_text(BLOCKS.format(block=block))
         for processes in (1, 2 if card.quick else 4):
             log = Path(folder) / str(processes) / "test.log"
             log.parent.mkdir()
-            launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+            launcher = (
+                ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+                if processes > 1
+                else []
+            )
             command = [
                 sys.executable,
                 *launcher,
@@ -357,7 +402,11 @@ def autoattack(card: Card) -> Iterator[Row]:
             command += ["--epsilon", 0.03, "--device", card.device.type, "--log_path", log]
             began = time.perf_counter()
             printed, ended = run_process(card, *command)
-            row = {"processes": processes, "images": processes * block, "wall s": time.perf_counter() - began}
+            row = {
+                "processes": processes,
+                "images": processes * block,
+                "wall s": time.perf_counter() - began,
+            }
             record = log.with_name("white_attack.json")
             if not ended:
                 yield row | {"cut off": "yes"}
@@ -371,7 +420,14 @@ def autoattack(card: Card) -> Iterator[Row]:
             yield row | {f"{name} %": found["robust_accuracy"]}
 
 
-SMALL = ("--width=4", "--image-size=16", "--limit-train=48", "--limit-test=24", "--num-steps=1", "--batch-size=16")
+SMALL = (
+    "--width=4",
+    "--image-size=16",
+    "--limit-train=48",
+    "--limit-test=24",
+    "--num-steps=1",
+    "--batch-size=16",
+)
 
 
 def train_digits(card: Card, parent: Path, *flags: str) -> Path:
@@ -406,29 +462,49 @@ def kernels(card: Card) -> Iterator[Row]:
             longest = sorted(events, key=lambda event: getattr(event, time_of), reverse=True)
             for event in longest[:8]:
                 took = getattr(event, time_of)
-                row = {"network": arch, "precision": precision, "kernel": event.key[:80], "calls": event.count}
+                row = {
+                    "network": arch,
+                    "precision": precision,
+                    "kernel": event.key[:80],
+                    "calls": event.count,
+                }
                 yield row | {"ms": 1e-3 * took, "%": 100 * took / whole}
 
 
 def resume(card: Card) -> Iterator[Row]:
     """A run stopped inside its second epoch and resumed, against one never stopped, under deterministic cuDNN."""
-    flags = ("--width=16", "--image-size=16", "--limit-train=640", "--limit-test=100", "--num-steps=5")
-    stop_at = 7 if card.quick else 9  # after so many steps and batches of evaluation, 3 or 5 and 2 an epoch
+    flags = (
+        "--width=16",
+        "--image-size=16",
+        "--limit-train=640",
+        "--limit-test=100",
+        "--num-steps=5",
+    )
+    stop_at = (
+        7 if card.quick else 9
+    )  # after so many steps and batches of evaluation, 3 or 5 and 2 an epoch
     for precision in ("default", "bf16"):
         with tempfile.TemporaryDirectory() as folder, deterministic():
             chosen = (*flags, f"--precision={precision}")
             straight = train_digits(card, Path(folder) / "straight", *chosen, "--epochs=2")
             with stopped_at(stop_at) as stopped, contextlib.suppress(Stopped):
                 train_digits(card, Path(folder) / "stopped", *chosen, "--epochs=2")
-            resumed = train_digits(card, Path(folder) / "stopped", *chosen, "--epochs=2", "--resume")
-            states = [torch.load(run / "last_state.pt", weights_only=True)["model"] for run in (straight, resumed)]
+            resumed = train_digits(
+                card, Path(folder) / "stopped", *chosen, "--epochs=2", "--resume"
+            )
+            states = [
+                torch.load(run / "last_state.pt", weights_only=True)["model"]
+                for run in (straight, resumed)
+            ]
         pairs = [(value, states[1][key]) for key, value in states[0].items()]
         yield {
             "precision": precision,
             "stopped": bool(stopped),
             "tensors": len(pairs),
             "equal bit for bit": sum(torch.equal(*pair) for pair in pairs),
-            "largest difference": max((a.double() - b.double()).abs().max().item() for a, b in pairs),
+            "largest difference": max(
+                (a.double() - b.double()).abs().max().item() for a, b in pairs
+            ),
         }
 
 
@@ -465,7 +541,11 @@ def stopped_at(call: int) -> Iterator[list[int]]:
 def machine(card: Card) -> Iterator[Row]:
     """What the card multiplies, and how long a launch takes."""
     side = 64 if card.quick else 8192
-    kinds = {"fp32": (torch.float32, "fp32"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "default")}
+    kinds = {
+        "fp32": (torch.float32, "fp32"),
+        "tf32": (torch.float32, "tf32"),
+        "bf16": (torch.bfloat16, "default"),
+    }
     for name, (dtype, precision) in kinds.items():
         a, b = (torch.randn(side, side, device=card.device).to(dtype) for _ in range(2))
         with computing(precision):
@@ -505,7 +585,9 @@ def step(card: Card) -> Iterator[Row]:
     for arch in card.networks:
         published, evaluation_of = None, {}
         for name, flags in STEPS.items():
-            if (arch != "ResNet18" and name in RESNET_ONLY) or ("--compile" in name and not card.cuda):
+            if (arch != "ResNet18" and name in RESNET_ONLY) or (
+                "--compile" in name and not card.cuda
+            ):
                 continue
             torch.compiler.reset()
             changes = flags or {}
@@ -513,7 +595,9 @@ def step(card: Card) -> Iterator[Row]:
             job = card.job(arch, None if flags is None else precision)
             if precision not in evaluation_of:
                 batch = 8 if card.quick else 250
-                evaluation_of[precision] = evaluated(card, arch, job, precision, batch)["s an epoch"]
+                evaluation_of[precision] = evaluated(card, arch, job, precision, batch)[
+                    "s an epoch"
+                ]
             if changes.get("compile"):
                 compile_for_training(job.model, card.device)
             work = flops_of_step(job.model, job.x, card.attack_steps)
@@ -530,7 +614,10 @@ def step(card: Card) -> Iterator[Row]:
                 one()
                 card.wait()
                 first = time.perf_counter() - began
-                took, host = (seconds / in_a_row for seconds in card.timed(partial(repeated, one, in_a_row), 3, 1))
+                took, host = (
+                    seconds / in_a_row
+                    for seconds in card.timed(partial(repeated, one, in_a_row), 3, 1)
+                )
                 peak = card.peak(one)
             published = published or took
             epoch = TRAINING_IMAGES / len(job.x) * took + evaluation_of[precision]
@@ -549,22 +636,38 @@ def step(card: Card) -> Iterator[Row]:
 
 Part = Callable[[Card], Iterator[Row]]
 ORDER: dict[str, Part] = {
-    part.__name__: part for part in (tests, parts, layouts, compiled, evaluation, autoattack, kernels, resume)
+    part.__name__: part
+    for part in (tests, parts, layouts, compiled, evaluation, autoattack, kernels, resume)
 }
 EXTRA: dict[str, Part] = {part.__name__: part for part in (machine, step)}
-SECONDS = {"tests": 150, "parts": 25, "layouts": 35, "compiled": 120, "evaluation": 40, "autoattack": 130}
+SECONDS = {
+    "tests": 150,
+    "parts": 25,
+    "layouts": 35,
+    "compiled": 120,
+    "evaluation": 40,
+    "autoattack": 130,
+}
 SECONDS |= {"kernels": 20, "resume": 20, "machine": 10, "step": 180}
 
 
 def show(rows: list[Row]) -> None:
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(k, "") for k in keys)] for row in rows]
+    cells = [
+        [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(k, "") for k in keys)]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(keys, *cells, strict=True)]
     for line in (keys, *cells):
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+        print(
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)),
+            flush=True,
+        )
 
 
-def answer(card: Card, name: str, part: Part, write: Callable[[list[Row], str], None]) -> tuple[list[Row], str]:
+def answer(
+    card: Card, name: str, part: Part, write: Callable[[list[Row], str], None]
+) -> tuple[list[Row], str]:
     """The rows of a part as far as its time goes, each handed to `write` at once, and what is to be said of them."""
     rows, note = [], ""
     try:
@@ -584,12 +687,20 @@ def answer(card: Card, name: str, part: Part, write: Callable[[list[Row], str], 
 def main(argv: list[str] | None = None) -> None:
     usage = __doc__.partition("\nMeasured before")[0]
     parser = OneLineParser(
-        prog="python -m tests.tools.card", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.tools.card",
+        description=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     parser.add_argument("--only", help=f"some of {', '.join(ORDER)}, {', '.join(EXTRA)}")
     parser.add_argument("--minutes", default=9.0, type=float, help="time for all (default: 9)")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, figures without meaning; always on a CPU")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny settings, figures without meaning; always on a CPU",
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON, too")
     given = parser.parse_args(argv)
     known = ORDER | EXTRA
@@ -611,13 +722,19 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         left = end - time.perf_counter()
         if left < SECONDS[name] / 3:
-            print(f"\n{name} left out: {left:.0f} s are left of --minutes {given.minutes:g}, {SECONDS[name]} planned")
+            print(
+                f"\n{name} left out: {left:.0f} s are left of --minutes {given.minutes:g}, {SECONDS[name]} planned"
+            )
             continue
         began = time.perf_counter()
         card.deadline = end if card.quick else began + min(left, SECONDS[name])
 
         def write(rows: list[Row], note: str, name: str = name, began: float = began) -> None:
-            record["parts"][name] = {"rows": rows, "note": note, "seconds": time.perf_counter() - began}
+            record["parts"][name] = {
+                "rows": rows,
+                "note": note,
+                "seconds": time.perf_counter() - began,
+            }
             if given.out:
                 given.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -22,14 +22,32 @@ TINTS = ("#ddf4ff", "#fff1e5", "#dafbe1")
 WIDTH, HEIGHT = 100, 62  # of the drawing, in its own units
 
 
-def arrow(ax: Axes, start: tuple, end: tuple, color: str = FLOW, bend: float = 0, **line: object) -> None:
+def arrow(
+    ax: Axes, start: tuple, end: tuple, color: str = FLOW, bend: float = 0, **line: object
+) -> None:
     line = {"lw": 1.6} | line
-    shape = dict(arrowstyle="-|>", mutation_scale=13, shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}")
+    shape = dict(
+        arrowstyle="-|>",
+        mutation_scale=13,
+        shrinkA=0,
+        shrinkB=0,
+        connectionstyle=f"arc3,rad={bend}",
+    )
     ax.add_patch(FancyArrowPatch(start, end, color=color, **shape, **line))
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, text: str) -> None:
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.8", fc="#f6f8fa", ec=FLOW, lw=1.2))
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.8",
+            fc="#f6f8fa",
+            ec=FLOW,
+            lw=1.2,
+        )
+    )
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=11, color=INK)
 
 
@@ -38,15 +56,29 @@ def map_of_channels(ax: Axes, x: float, y: float, z: np.ndarray, largest: float)
     for d in reversed(range(len(z))):
         left, low, size = x + 1.3 * d, y + 1.0 * d, 6.5
         box = (left, left + size, low, low + size)
-        ax.imshow(z[d], extent=box, cmap="Greys", vmin=0, vmax=largest, zorder=3 - 0.1 * d, interpolation="nearest")
-        ax.add_patch(Rectangle((left, low), size, size, fill=False, ec=INK, lw=0.8, zorder=3 - 0.1 * d + 0.05))
+        ax.imshow(
+            z[d],
+            extent=box,
+            cmap="Greys",
+            vmin=0,
+            vmax=largest,
+            zorder=3 - 0.1 * d,
+            interpolation="nearest",
+        )
+        ax.add_patch(
+            Rectangle(
+                (left, low), size, size, fill=False, ec=INK, lw=0.8, zorder=3 - 0.1 * d + 0.05
+            )
+        )
 
 
 def classifier(ax: Axes, x: float, y: float, weights: np.ndarray, chosen: int) -> None:
     """W as a grid, a row for each class, the chosen one framed."""
     cell = 1.9
     height, width = cell * len(weights), cell * weights.shape[1]
-    ax.imshow(weights, extent=(x, x + width, y, y + height), cmap="Blues", vmin=0, vmax=1.4, zorder=2)
+    ax.imshow(
+        weights, extent=(x, x + width, y, y + height), cmap="Blues", vmin=0, vmax=1.4, zorder=2
+    )
     ax.add_patch(Rectangle((x, y), width, height, fill=False, ec=INK, lw=1, zorder=3))
     low = y + cell * (len(weights) - 1 - chosen)
     ax.add_patch(Rectangle((x, low), width, cell, fill=False, ec=CHOSEN, lw=2.2, zorder=4))
@@ -96,7 +128,14 @@ def draw_reverse_attention(ax: Axes) -> None:
     ax.text(72, 50.4, "pool,", fontsize=10.5, color=INK, ha="center")
     ax.text(72, 47, "same $W$", fontsize=10.5, color=INK, ha="center")
     logits(ax, 82, 45.7, final, chosen, unit)
-    ax.text(77, 41.7, "final logits $p'$: the same\nanswer, a larger margin", fontsize=11, color=INK, va="center")
+    ax.text(
+        77,
+        41.7,
+        "final logits $p'$: the same\nanswer, a larger margin",
+        fontsize=11,
+        color=INK,
+        va="center",
+    )
 
     ax.plot([22, 22], [43.5, 34.2], color=FLOW, lw=1.6)
     arrow(ax, (22, 34.2), (30.5, 34.2))
@@ -138,12 +177,20 @@ def frozen_natural(ax: Axes, x: float, y: float) -> None:
 
 def negative(ax: Axes, x: float, y: float, **style: object) -> None:
     style = {"fc": PUSH, "ec": PUSH} | style
-    ax.add_patch(Polygon([(x - 1.3, y - 1), (x + 1.3, y - 1), (x, y + 1.5)], zorder=5, lw=1.3, **style))
+    ax.add_patch(
+        Polygon([(x - 1.3, y - 1), (x + 1.3, y - 1), (x, y + 1.5)], zorder=5, lw=1.3, **style)
+    )
 
 
 def draw_contrast(ax: Axes) -> None:
     ax.text(0.5, 22.3, "Asymmetric negative contrast (ANC)", fontsize=14, weight="bold", color=INK)
-    ax.text(44.5, 22.3, "an image of another class is pushed away, the natural one stays", fontsize=12, color=GREY)
+    ax.text(
+        44.5,
+        22.3,
+        "an image of another class is pushed away, the natural one stays",
+        fontsize=12,
+        color=GREY,
+    )
     regions(ax, 0.5, 2.6)
     frozen_natural(ax, 5, 14.6)
     ax.text(1.3, 10.6, "natural cat, frozen", fontsize=10, color=INK)
@@ -154,11 +201,27 @@ def draw_contrast(ax: Axes) -> None:
     ax.text(33.2, 3.2, "a negative: a dog", fontsize=10, color=PUSH, ha="right")
     arrow(ax, (16.4, 14), (24.5, 8.6), PUSH, 0.12, lw=3)
     ax.text(16.5, 7.6, "ANC", fontsize=12, color=PUSH, weight="bold")
-    ax.text(17, 1, "taken for the same class: pushed", fontsize=11.5, color=INK, ha="center", va="center")
+    ax.text(
+        17,
+        1,
+        "taken for the same class: pushed",
+        fontsize=11.5,
+        color=INK,
+        ha="center",
+        va="center",
+    )
     regions(ax, 36.5, 2.6)
     frozen_natural(ax, 41, 14.6)
     negative(ax, 63, 9)
-    ax.text(53, 1, "taken for different classes: nothing", fontsize=11.5, color=INK, ha="center", va="center")
+    ax.text(
+        53,
+        1,
+        "taken for different classes: nothing",
+        fontsize=11.5,
+        color=INK,
+        ha="center",
+        va="center",
+    )
     words = (
         "$S = \\sqrt{\\max q_{nat}\\; \\max q_{neg}}$", "if both are taken for one class,", "else $S = 0$;  "
         "$q$ = softmax of a head",
@@ -182,6 +245,8 @@ def draw(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "figure" / "idea.png")
+    target = Path(
+        sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "figure" / "idea.png"
+    )
     draw(target)
     print(target)

@@ -37,19 +37,37 @@ from utils.system.settings import CLASSES, Training, dataset_defaults
 
 ROOT = Path(__file__).parents[2]
 RATE = 717e12  # bfloat16 products, operations a second
-SHARES = {"no flag": {"ResNet18": 0.16, "WRN": 0.26}, "--precision bf16 --compile": {"ResNet18": 0.28, "WRN": 0.56}}
+SHARES = {
+    "no flag": {"ResNet18": 0.16, "WRN": 0.26},
+    "--precision bf16 --compile": {"ResNet18": 0.28, "WRN": 0.56},
+}
 EVALUATION_SHARES = {
     "no flag": {"ResNet18": 0.18, "WRN": 0.21},
     "--precision bf16 --compile": {"ResNet18": 0.21, "WRN": 0.47},
 }
-IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
-UNCOUNTED = ("limit_train", "limit_test", "val_size", "extra_data", "image_size", "restart_epoch", "resume")
+IMAGES = {
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "tiny-imagenet": (100_000, 10_000),
+}
+UNCOUNTED = (
+    "limit_train",
+    "limit_test",
+    "val_size",
+    "extra_data",
+    "image_size",
+    "restart_epoch",
+    "resume",
+)
 UNCOUNTED += ("compile", "precision")
 RESNET, WRN = "train_CIFAR10_ResNet.py", "train_CIFAR10_WideResNet.py"
 PREACT = "train_Tiny_ImageNet_PreActResNet.py"
 ROWS = [
     *([RESNET, "--method", method] for method in ("pgd", "trades", "mart")),
-    *([RESNET, "--dataset", "cifar100", "--method", method] for method in ("pgd", "trades", "mart")),
+    *(
+        [RESNET, "--dataset", "cifar100", "--method", method]
+        for method in ("pgd", "trades", "mart")
+    ),
     [WRN, "--method", "trades"],
     [WRN, "--arch", "WRN-28-10", "--method", "trades"],
     *([PREACT, "--method", method] for method in ("pgd", "trades", "mart")),
@@ -58,8 +76,14 @@ ROWS = [
 
 def settings_of(script: str, *flags: str) -> Training:
     """The settings of a training command: the script's own, by reading it, and its flags."""
-    call = next(node for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Call))
-    return parse_training("", {word.arg: ast.literal_eval(word.value) for word in call.keywords}, list(flags)).settings
+    call = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / script).read_text()))
+        if isinstance(node, ast.Call)
+    )
+    return parse_training(
+        "", {word.arg: ast.literal_eval(word.value) for word in call.keywords}, list(flags)
+    ).settings
 
 
 class Passes(NamedTuple):
@@ -93,12 +117,18 @@ def passes(settings: Training, classes: int) -> Passes:
     """What one image costs a network, counted on the meta device, where nothing is computed."""
     side, count = settings.image_size, 2
     with torch.device("meta"):
-        how = {"reverse_attention": not settings.no_ra, "gate": settings.gate, "ra_blocks": settings.ra_blocks}
+        how = {
+            "reverse_attention": not settings.no_ra,
+            "gate": settings.gate,
+            "ra_blocks": settings.ra_blocks,
+        }
         net = build_model(settings.arch, classes, width=settings.width, image_size=side, **how)
         x, labels = torch.rand(count, 3, side, side), torch.zeros(count, dtype=torch.long)
 
     def gradient(x: Tensor) -> Tensor:
-        return torch.autograd.grad(away_from_labels(net(x, heads=True), labels, settings.cr_beta), x)[0]
+        return torch.autograd.grad(
+            away_from_labels(net(x, heads=True), labels, settings.cr_beta), x
+        )[0]
 
     def backward(heads: Heads) -> None:
         over_heads(torch.Tensor.sum, heads, auxiliary_weight=settings.cr_beta).backward()
@@ -114,7 +144,9 @@ def step_of(settings: Training, of: Passes, epoch: int) -> float:
     strategy, _, pushed = settings.strategy.partition("_")
     negatives = 0 if settings.no_anc else settings.sample_class_number * settings.sample_number
     attacks = settings.num_steps * of.attack * (1 + negatives * bool(pushed))
-    if settings.inner == "kl" or (negatives and epoch > settings.warmup_epochs and strategy != "random"):
+    if settings.inner == "kl" or (
+        negatives and epoch > settings.warmup_epochs and strategy != "random"
+    ):
         attacks += of.look
     forwards = of.train * (1 + negatives)  # adversarial, negative
     if settings.method != "pgd" or negatives:
@@ -127,7 +159,9 @@ def run_of(settings: Training) -> tuple[float, float]:
     of, (images, tests) = passes(settings, CLASSES[settings.dataset]), IMAGES[settings.dataset]
     training = images * sum(step_of(settings, of, epoch) for epoch in range(1, settings.epochs + 1))
     evaluations = -(-settings.epochs // settings.eval_interval)
-    return training, evaluations * tests * (2 * of.look + 40 * of.attack)  # looked at before and behind the attack
+    return training, evaluations * tests * (
+        2 * of.look + 40 * of.attack
+    )  # looked at before and behind the attack
 
 
 def hours_of(operations: float, share: float) -> float:
@@ -137,7 +171,9 @@ def hours_of(operations: float, share: float) -> float:
 
 def main(argv: list[str]) -> None:
     parser = OneLineParser(
-        prog="python -m tests.tools.full_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.tools.full_scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _, flags = parser.parse_known_args(argv)
     gates = () if "--gate" in flags else ("soft", "none")
@@ -147,7 +183,9 @@ def main(argv: list[str]) -> None:
         own = dataset_defaults(settings.dataset)
         changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(own, name)]
         if changed or settings.dataset not in IMAGES:
-            parser.error(f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out")
+            parser.error(
+                f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out"
+            )
     for flags_of_step in SHARES:
         heads.append(f"hours with evaluation, 1 and 8 cards; epochs an hour, {flags_of_step}")
     print(f"| {' | '.join(heads)} |")

@@ -82,7 +82,9 @@ def gates() -> Rows:
     for gate in ("label", "predicted", "soft", "none"):
         flags = () if gate == "label" else (f"--gate={gate}",)
         rows[f"gate {gate}"] = Row(flags, 3, True)
-        rows[f"gate {gate}, no ANC"] = Row((*flags, "--no-anc"), 3 if gate in ("label", "none") else 1)
+        rows[f"gate {gate}, no ANC"] = Row(
+            (*flags, "--no-anc"), 3 if gate in ("label", "none") else 1
+        )
     return rows
 
 
@@ -127,7 +129,9 @@ ADDED = {"AWP": AWP, "EMA": EMA, "AWP +EMA": (*AWP, *EMA), "cosine": ("--lr-sche
 
 def with_each(name: str, own: Row, seeds: int, words: Iterable[str] = tuple(ADDED)) -> Rows:
     """A row alone, and with each of its companions."""
-    return {name: own} | {f"{name} +{word}": Row((*own.flags, *ADDED[word]), seeds) for word in words}
+    return {name: own} | {
+        f"{name} +{word}": Row((*own.flags, *ADDED[word]), seeds) for word in words
+    }
 
 
 def companions_trades() -> Rows:
@@ -152,28 +156,50 @@ def controls() -> Rows:
         "TRADES, lr 0.09": Row((*TRADES.flags, "--lr=0.09"), 3),
         "gate none": Row(("--gate=none",), 3, True),
         "gate none, heads in the losses alone": Row(("--gate=none", "--attack-cr-beta=0")),
-        "gate none, heads in the attack alone": Row(("--gate=none", "--cr_beta=0", "--attack-cr-beta=2")),
+        "gate none, heads in the attack alone": Row(
+            ("--gate=none", "--cr_beta=0", "--attack-cr-beta=2")
+        ),
     }
 
 
 def rate() -> Rows:
     """What a threefold rate leaves of the gain without a gate."""
-    return {name: (controls() | gates())[name] for name in ("TRADES, lr 0.09", "gate none", "gate none, no ANC")}
+    return {
+        name: (controls() | gates())[name]
+        for name in ("TRADES, lr 0.09", "gate none", "gate none, no ANC")
+    }
 
 
 def ablations() -> Rows:
     """The paper's, in small. Strategies act from the first epoch."""
     rows = {"ANCRA-TRADES": Row((), 3, True)}
     rows |= {f"answer by {head}": Row((), predict=head) for head in ("auxiliary1", "auxiliary2")}
-    for name in [name + adversarial for name in ("random", "soft", "hard", "easy") for adversarial in ("", "_adv")]:
+    for name in [
+        name + adversarial
+        for name in ("random", "soft", "hard", "easy")
+        for adversarial in ("", "_adv")
+    ]:
         if name != "random_adv":  # the row above: nothing else acts while it warms up
             rows[f"strategy {name}"] = Row((f"--strategy={name}", "--warmup-epochs=0"))
     rows |= {f"alpha {value}": Row((f"--alpha={value}",)) for value in (0, 0.5)}
-    rows |= {f"zeta {value}": Row((f"--zeta={value}",)) for value in (0, 1, 6)}  # 0: negatives, but no contrast
+    rows |= {
+        f"zeta {value}": Row((f"--zeta={value}",)) for value in (0, 1, 6)
+    }  # 0: negatives, but no contrast
     return rows | {f"lambda {value}": Row((f"--cr_beta={value}",)) for value in (0, 1)}
 
 
-TABLES = (gates, contrast, contrast_alone, trades, pgd, mart, companions_trades, companions_ancra, best, controls)
+TABLES = (
+    gates,
+    contrast,
+    contrast_alone,
+    trades,
+    pgd,
+    mart,
+    companions_trades,
+    companions_ancra,
+    best,
+    controls,
+)
 TABLES = {f.__name__: f for f in (*TABLES, rate, ablations)}
 
 
@@ -192,22 +218,41 @@ def small_of(scale: str) -> tuple[str, ...]:
     return SMALL if scale == "small" else ()
 
 
-def run_of(out: Path, row: Row, seed: int, scale: str = "small", more: tuple = (), evaluation: tuple = ()) -> Run:
-    name = re.sub(r"[^\w.=-]+", "", "-".join(flag.lstrip("-") for flag in row.flags) or "ANCRA-TRADES") + f"-{seed}"
+def run_of(
+    out: Path, row: Row, seed: int, scale: str = "small", more: tuple = (), evaluation: tuple = ()
+) -> Run:
+    name = (
+        re.sub(r"[^\w.=-]+", "", "-".join(flag.lstrip("-") for flag in row.flags) or "ANCRA-TRADES")
+        + f"-{seed}"
+    )
     folder = out / name
-    train = ["train_CIFAR10_ResNet.py", "--dataset=digits", *small_of(scale), *row.flags, f"--seed={seed}"]
+    train = [
+        "train_CIFAR10_ResNet.py",
+        "--dataset=digits",
+        *small_of(scale),
+        *row.flags,
+        f"--seed={seed}",
+    ]
     full, first = scale == "full", scale == "small" and row.autoattack and seed == 1
     attacks = (*ATTACKS, "autoattack") if full or first else ATTACKS
     restarts = f"--restarts={PLAIN_STARTS if '--no-ra' in row.flags else 1}"
-    evaluate = ["test_white_attack.py", f"--attacks={','.join(attacks)}", *(() if full else (restarts, *LEAN))]
+    evaluate = [
+        "test_white_attack.py",
+        f"--attacks={','.join(attacks)}",
+        *(() if full else (restarts, *LEAN)),
+    ]
     evaluate += evaluation
     if row.predict != "final":
         evaluate += [f"--predict={row.predict}", f"--log_path={folder / row.predict / 'test.log'}"]
     measure = ["feature_distance.py", "--target_label=all", f"--out={folder / 'distances'}"]
-    return Run(row, seed, folder, [*train, *more, f"--model-dir={folder / 'run'}"], evaluate, measure)
+    return Run(
+        row, seed, folder, [*train, *more, f"--model-dir={folder / 'run'}"], evaluate, measure
+    )
 
 
-def runs_of(out: Path, tables: Iterable[str], seeds: Iterable[int], all_seeds: bool, *how: object) -> list[Run]:
+def runs_of(
+    out: Path, tables: Iterable[str], seeds: Iterable[int], all_seeds: bool, *how: object
+) -> list[Run]:
     """Seed by seed, table by table, each run once. all_seeds: of every row, not only as many as it asks for."""
     found = {}
     for seed in seeds:
@@ -250,7 +295,11 @@ def make_one(run: Run) -> None:
         stack.enter_context(contextlib.redirect_stderr(said))
         there = sorted(run.folder.glob("run*"))
         if not (there and (there[0] / FILE).exists()):
-            again = ["--resume", there[0]] if there and (there[0] / "last_state.pt").exists() else ["--overwrite"]
+            again = (
+                ["--resume", there[0]]
+                if there and (there[0] / "last_state.pt").exists()
+                else ["--overwrite"]
+            )
             script([*run.train, *again])
         (trained,) = run.folder.glob("run*")
         checkpoint = ["--ckpt_url", trained / "model-wrn-last.pt"]
@@ -268,34 +317,62 @@ def record_of(run: Run) -> dict | None:
     UsageError where other settings than today's have made it.
     """
     row = run.row
-    files = list(run.folder.glob(f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}"))
+    files = list(
+        run.folder.glob(f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}")
+    )
     if not files:
         return None
     record = read(str(files[0]))
     recipe, looked = of_today(record["network"]["recipe"]), record["settings"]
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:  # of flags without an effect the run has told
+        with contextlib.redirect_stderr(
+            io.StringIO()
+        ) as said:  # of flags without an effect the run has told
             wanted = stored(parse_training("", {}, run.train[1:]).settings)
     except SystemExit as error:
         raise UsageError(said.getvalue().strip()) from error
     evaluation = parse(Evaluation, "", [*run.evaluate[1:], f"--ckpt_url={files[0].parent}"])
-    other = [key for key, value in wanted.items() if key not in ("model_dir", "resume") and recipe[key] != value]
-    told = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(evaluation).items() if name in looked}
-    told["step_size"], told["eps"] = evaluation.step_size or looked["step_size"], evaluation.epsilon or looked["eps"]
+    other = [
+        key
+        for key, value in wanted.items()
+        if key not in ("model_dir", "resume") and recipe[key] != value
+    ]
+    told = {
+        name: list(v) if isinstance(v, tuple) else v
+        for name, v in asdict(evaluation).items()
+        if name in looked
+    }
+    told["step_size"], told["eps"] = (
+        evaluation.step_size or looked["step_size"],
+        evaluation.epsilon or looked["eps"],
+    )
     other += [name for name, value in told.items() if looked[name] != value]
     if other:
-        raise UsageError(f"{files[0]} is of another {', '.join(other)}; give another --out, or remove its folder")
+        raise UsageError(
+            f"{files[0]} is of another {', '.join(other)}; give another --out, or remove its folder"
+        )
     found = {
         "row": row.flags,
         "predict": row.predict,
         "seed": run.seed,
         "train": shlex.join(["python", *run.train[:-1]]),
     }
-    found |= {"evaluate": shlex.join(["python", *run.evaluate]).replace(f"{run.folder.parent}{os.sep}", "")}
-    found |= {key: record["provenance"].get(key) for key in ("commit", "versions", "device", "cpu", "threads")}
+    found |= {
+        "evaluate": shlex.join(["python", *run.evaluate]).replace(
+            f"{run.folder.parent}{os.sep}", ""
+        )
+    }
+    found |= {
+        key: record["provenance"].get(key)
+        for key in ("commit", "versions", "device", "cpu", "threads")
+    }
     found["card"] = record["provenance"].get("card", {}).get("name")
-    found |= {key: record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")}
-    attacks = {name: {"verdicts": "".join(map(str, right))} for name, right in verdicts(record).items()}
+    found |= {
+        key: record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")
+    }
+    attacks = {
+        name: {"verdicts": "".join(map(str, right))} for name, right in verdicts(record).items()
+    }
     return found | {"attacks": attacks, "also": also(run)}
 
 
@@ -325,9 +402,20 @@ def groups_of(rows: Rows, records: list[dict]) -> Groups:
 
 def with_more(groups: Groups, lines: Iterable[str]) -> Iterator[str]:
     """The lines of a table, its rows with what else is known of their runs: means."""
-    keys = list(dict.fromkeys(key for records in groups.values() for record in records for key in record["also"]))
-    found = [[[r["also"][key] for r in records if key in r["also"]] for key in keys] for records in groups.values()]
-    cells = [keys, ["---"] * len(keys), *([f"{sum(v) / len(v):.3g}" if v else "" for v in row] for row in found)]
+    keys = list(
+        dict.fromkeys(
+            key for records in groups.values() for record in records for key in record["also"]
+        )
+    )
+    found = [
+        [[r["also"][key] for r in records if key in r["also"]] for key in keys]
+        for records in groups.values()
+    ]
+    cells = [
+        keys,
+        ["---"] * len(keys),
+        *([f"{sum(v) / len(v):.3g}" if v else "" for v in row] for row in found),
+    ]
     for i, line in enumerate(lines):
         yield line + "".join(f" {cell} |" for cell in cells[i]) if i < len(cells) else line
 
@@ -341,25 +429,41 @@ def draw(records: list[dict], file: Path, title: str) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     every = {**controls(), **trades(), **pgd(), **mart(), **gates()}
-    once = {row.flags: (name, row) for name, row in every.items()}  # names of gates where both have one
+    once = {
+        row.flags: (name, row) for name, row in every.items()
+    }  # names of gates where both have one
     shown = [groups_of(dict(once.values()), records), groups_of(ablations(), records)]
     attacks = [set(verdicts(record)) for of in shown for group in of.values() for record in group]
     names = sorted(set.intersection(*attacks))  # those that every run has
 
     def spread(group: list[dict], names: list[str] = names) -> tuple[float, float, float]:
         each = 100 * worst_of([verdicts(record) for record in group], names).mean(1)
-        return each.mean(), max(0, each.mean() - each.min()), max(0, each.max() - each.mean())  # rounding
+        return (
+            each.mean(),
+            max(0, each.mean() - each.min()),
+            max(0, each.max() - each.mean()),
+        )  # rounding
 
     for i, (name, group) in enumerate(shown[0].items()):
         (x, *across), (y, *up) = spread(group, ["natural"]), spread(group)
-        how = {"fmt": MARKS[i % len(MARKS)], "color": f"C{i % COLOURS}", "label": f"{name}: {y:.1f}", "ms": 7}
+        how = {
+            "fmt": MARKS[i % len(MARKS)],
+            "color": f"C{i % COLOURS}",
+            "label": f"{name}: {y:.1f}",
+            "ms": 7,
+        }
         left.errorbar(x, y, [[up[0]], [up[1]]], [[across[0]], [across[1]]], **how)
     left.set(xlabel="natural accuracy, %", ylabel="worst case, %", title=title)
     left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for i, group in enumerate(reversed(shown[1].values())):
         y, low, high = spread(group)
         right.errorbar(y, i, xerr=[[low], [high]], fmt="o", color="C0")
-    right.set(yticks=range(len(shown[1])), yticklabels=[*reversed(shown[1])], xlabel="worst case, %", title="ablations")
+    right.set(
+        yticks=range(len(shown[1])),
+        yticklabels=[*reversed(shown[1])],
+        xlabel="worst case, %",
+        title="ablations",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
@@ -368,7 +472,9 @@ def draw(records: list[dict], file: Path, title: str) -> None:
 
 def save(records: list[dict], file: Path, **settings: object) -> None:
     """study.json: what is the same in all records once, and a line for each record with the rest."""
-    same = {key: value for key, value in records[0].items() if all(r[key] == value for r in records)}
+    same = {
+        key: value for key, value in records[0].items() if all(r[key] == value for r in records)
+    }
     lines = ",\n".join(json.dumps({key: r[key] for key in r if key not in same}) for r in records)
     file.write_text(json.dumps(settings | {"same": same, "runs": []})[:-2] + f"\n{lines}]}}\n")
 
@@ -378,7 +484,10 @@ def saved(file: Path) -> list[dict]:
     try:
         content = json.loads(file.read_text())
         records = [content["same"] | record for record in content["runs"]]
-        if not all({"row", "predict", "seed", "attacks", "labels", "also"} <= record.keys() for record in records):
+        if not all(
+            {"row", "predict", "seed", "attacks", "labels", "also"} <= record.keys()
+            for record in records
+        ):
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no study.json") from error
@@ -389,11 +498,18 @@ def show(tables: list[str], records: list[dict], seeds: tuple[int, ...]) -> None
     """Print tables; UsageError where none of them has a run."""
     records = [record for record in records if record["seed"] in seeds]
     if not any(groups_of(TABLES[name](), records) for name in tables):
-        raise UsageError(f"no finished run of {', '.join(tables)} with seeds {', '.join(map(str, seeds))}")
+        raise UsageError(
+            f"no finished run of {', '.join(tables)} with seeds {', '.join(map(str, seeds))}"
+        )
     for name in tables:
         groups = groups_of(TABLES[name](), records)
         if groups:
-            print(f"\n{name}: {TABLES[name].__doc__}\n", *with_more(groups, table(groups)), sep="\n", flush=True)
+            print(
+                f"\n{name}: {TABLES[name].__doc__}\n",
+                *with_more(groups, table(groups)),
+                sep="\n",
+                flush=True,
+            )
 
 
 def work(wanted: list[Run], jobs: int) -> list[str]:
@@ -422,17 +538,33 @@ def work(wanted: list[Run], jobs: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
-        prog="python -m tests.tools.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.tools.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--seeds", help="these, of every row; otherwise up to 3, as many as the row asks for")
-    parser.add_argument("--out", type=Path, help="default ./study, with --scale ./study-main, ./study-full")
-    parser.add_argument("--scale", choices=SCALES, default="small", help="full: also 3 seeds of every row")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, also on one card")
-    parser.add_argument("--print", action="store_true", help="print what is there, or in a study.json that --out names")
+    parser.add_argument(
+        "--seeds", help="these, of every row; otherwise up to 3, as many as the row asks for"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default ./study, with --scale ./study-main, ./study-full"
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, default="small", help="full: also 3 seeds of every row"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at once, also on one card"
+    )
+    parser.add_argument(
+        "--print",
+        action="store_true",
+        help="print what is there, or in a study.json that --out names",
+    )
     parser.add_argument("--commands", action="store_true", help="print the commands")
     parser.add_argument("--flags", default="", help="more flags of every training, for trials")
-    parser.add_argument("--evaluation", default="", help="more flags of every evaluation, for trials")
+    parser.add_argument(
+        "--evaluation", default="", help="more flags of every evaluation, for trials"
+    )
     given = parser.parse_args(argv)
     scale, tables = given.scale, given.tables or list(TABLES)
     out = given.out or Path("study" if scale == "small" else f"study-{scale}")
@@ -452,18 +584,32 @@ def main(argv: list[str] | None = None) -> None:
         if given.commands:
             for run in wanted:
                 checkpoint = f"--ckpt_url {shlex.quote(str(run.folder))}/run*/model-wrn-last.pt"
-                train, *looks = (f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure))
+                train, *looks = (
+                    f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure)
+                )
                 print(train, *(f"{look} {checkpoint}" for look in looks), sep=" && ")
             return
         failed = [] if given.print else work(wanted, given.jobs)
         if failed:
             print("", *failed, sep="\n", file=sys.stderr)
-        records = [r for run in runs_of(out, list(TABLES), {*SEEDS, *seeds}, True, *how) if (r := record_of(run))]
+        records = [
+            r
+            for run in runs_of(out, list(TABLES), {*SEEDS, *seeds}, True, *how)
+            if (r := record_of(run))
+        ]
         if not records:
             parser.error(f"{out} holds no finished run")
-        save(records, out / "study.json", small=small_of(scale), flags=given.flags, evaluation=given.evaluation)
+        save(
+            records,
+            out / "study.json",
+            small=small_of(scale),
+            flags=given.flags,
+            evaluation=given.evaluation,
+        )
         show(tables, records, seeds)
-        draw(records, out / "study.png", "digits, eps 0.1" + ", small networks" * (scale == "small"))
+        draw(
+            records, out / "study.png", "digits, eps 0.1" + ", small networks" * (scale == "small")
+        )
     except (OSError, ValueError, KeyError, UsageError) as error:
         parser.error(str(error))
     if failed:
