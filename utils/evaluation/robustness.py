@@ -80,8 +80,6 @@ def white_attack(settings: Evaluation) -> None:
         folder = Path("evaluated") / name
         with at_home(settings.model):
             subject = foreign_subject(settings)
-            if not settings.log_path:
-                require_writable(folder, "name another by --log_path")
             evaluate(settings, subject, folder)
         return
 
@@ -105,16 +103,24 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     empty one on other ranks than the first.
     """
     batch_size = settings.test_batch_size
-    log_file = Path(settings.log_path or folder / "test.log")
     recorded_settings = {name: getattr(settings, name) for name in RECORDED}
+    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
+    log_file = Path(settings.log_path or folder / "test.log")
+    saved_file = Path(settings.save_adversarial) if settings.save_adversarial else None
+    split = subject.split
     if settings.diagnostics and subject.eps == 0:
         raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
-    distributed.from_first(lambda: refuse_unwritable(log_file, settings.save_adversarial))
     surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
+    if saved_file and saved_file.is_dir():
+        raise UsageError(f"--save-adversarial {saved_file} is a folder; name a file in it")
+    if saved_file:
+        require_writable(saved_file.resolve().parent, f"not --save-adversarial {saved_file}")
+    require_writable(log_file.parent, "name another folder by --log_path")
 
-    split = subject.split
     origin = provenance(split.labels.device, settings.seed, [PACKAGE])
     made = f"{origin['started']}, {origin['device']}"
+    log = open_log(log_file)
+    log(in_one_line(origin))
     checksum = network_checksum(subject.model, subject.info, as_input(split.images[:ANSWERS]))
     identity = {"network": checksum, "images": images_checksum(split), "eps": subject.eps}
     cache = BlockCache(log_file.parent / "white_attack.blocks", checksum, made)
@@ -129,15 +135,10 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         **subject.gates,
     )
     plans = planned_attacks(settings, subject, view_by_name, surrogate)
-    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
-    start = "random" if settings.random else "natural"
-
-    log = open_log(log_file)
-    log(in_one_line(origin))
     log(f"{subject.file}: {subject.described()}")
     log(
-        f"eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, {start} start, "
-        f"seed {settings.seed}"
+        f"eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, "
+        f"{'random' if settings.random else 'natural'} start, seed {settings.seed}"
     )
     log(f"blocks of {BLOCK} images, each cached in {cache.folder} when an attack has finished it")
 
@@ -178,9 +179,8 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         picture = log_file.with_name("adversarial_examples.png")
         answers = [logits, worst_logits]
         log(report.draw_worst(picture, subject, worst.images, answers, worst.fooled, attacked))
-    if settings.save_adversarial:
-        file = Path(settings.save_adversarial)
-        log(report.save_adversarial(file, subject, worst.images, worst_logits.argmax(1)))
+    if saved_file:
+        log(report.save_adversarial(saved_file, subject, worst.images, worst_logits.argmax(1)))
     return record
 
 
@@ -221,27 +221,32 @@ def planned_attacks(
     eps = subject.eps
     steps = settings.num_steps
     half = max(1, steps // 2)
-    seeded = {"eps": eps, "seed": settings.seed}
-    stepped = {**seeded, "step_size": subject.step_size, "steps": steps}
-    started = {**stepped, "start": "uniform" if settings.random else "image"}
-    long = {**stepped, "restarts": settings.restarts, "apgd_steps": settings.apgd_steps}
+    common = {"eps": eps, "seed": settings.seed}
+    stepped = {**common, "step_size": subject.step_size, "steps": steps}
+    pgd_arguments = {**stepped, "start": "uniform" if settings.random else "image"}
+    adaptive_arguments = {
+        **stepped,
+        "restarts": settings.restarts,
+        "apgd_steps": settings.apgd_steps,
+    }
     ce_pgd = partial(pgd, cross_entropy)
 
     # the flag, the name in the table, what makes the attack, its arguments
     table = [
         ("natural", "natural", None, {}),
-        ("fgsm", "FGSM", ce_pgd, {**started, "step_size": eps, "steps": 1}),
-        ("pgd", f"PGD-{steps}", ce_pgd, started),
-        ("cw", f"CW-{half}", partial(pgd, margin), {**started, "steps": half}),
-        ("noise", f"noise, {NOISE_DRAWS} draws", noise, {**seeded, "draws": NOISE_DRAWS}),
-        ("square", "Square", square, seeded),
+        ("fgsm", "FGSM", ce_pgd, {**pgd_arguments, "step_size": eps, "steps": 1}),
+        ("pgd", f"PGD-{steps}", ce_pgd, pgd_arguments),
+        ("cw", f"CW-{half}", partial(pgd, margin), {**pgd_arguments, "steps": half}),
+        ("noise", f"noise, {NOISE_DRAWS} draws", noise, {**common, "draws": NOISE_DRAWS}),
+        ("square", "Square", square, common),
     ]
     if surrogate is not None:
         transfer = partial(pgd, lambda _, labels: cross_entropy(surrogate.model, labels))
-        table.append(("transfer", f"transfer PGD-{steps}", transfer, started))
-    table.append(("autoattack", "AutoAttack", autoattack, seeded))
+        table.append(("transfer", f"transfer PGD-{steps}", transfer, pgd_arguments))
+    table.append(("autoattack", "AutoAttack", autoattack, common))
     for view_name, view in view_by_name.items():
-        table.append(("adaptive", ADAPTIVE + view_name, partial(adaptive, view), long))
+        attack = partial(adaptive, view)
+        table.append(("adaptive", ADAPTIVE + view_name, attack, adaptive_arguments))
 
     library_versions = {
         "square": AUTOATTACK_VERSION,
@@ -493,7 +498,7 @@ def checksum_of(tensors: Iterable[Tensor]) -> str:
 
 def images_checksum(split: Split) -> str:
     """Return a checksum of the images of a split, their labels and their numbers."""
-    return checksum_of([split.images, split.labels, numbers_of(split)])
+    return checksum_of(value for value in split if isinstance(value, Tensor))
 
 
 def network_checksum(model: nn.Module, info: dict, images: Tensor | None = None) -> str:
@@ -619,7 +624,9 @@ def earlier_rows(
         if attack_name in rows:
             now = rows[attack_name].settings
             differing = [
-                f"{key} {settings[key]}" for key in settings if settings[key] != now.get(key)
+                f"{key} {settings.get(key)}"
+                for key in {**settings, **now}
+                if settings.get(key) != now.get(key)
             ]
             if not differing:
                 continue
@@ -661,16 +668,6 @@ def logits_of(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
 
 
 # What comes before the attacks
-
-
-def refuse_unwritable(log_file: Path, saved: str | None) -> None:
-    """Raise UsageError where the log, files beside it or --save-adversarial cannot be written."""
-    require_writable(log_file.parent, "name another folder by --log_path")
-    if saved is not None:
-        hint = f"name another file by --save-adversarial, not {saved}"
-        require_writable(Path(saved).resolve().parent, hint)
-        if Path(saved).is_dir():
-            raise UsageError(f"--save-adversarial {saved} is a folder; name a file in it")
 
 
 def load_surrogate(path: str, subject: Subject) -> Surrogate:
