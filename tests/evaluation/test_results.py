@@ -160,7 +160,7 @@ def test_the_table_of_a_gated_network_has_no_worst_case_without_the_adaptive_att
 @pytest.mark.parametrize(
     ("folder", "method", "name"),
     [
-        ("./model/TRADES-ResNet18", "mart", "MART-ResNet18-seed-1"),
+        ("./model/TRADES-ResNet18", "mart", "MART-ResNet18-"),
         ("./model/ANCRA-WideResNet34-TRADES", "mart", "ANCRA-WideResNet34-MART-"),
     ],
 )

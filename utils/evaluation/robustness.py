@@ -11,8 +11,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -74,26 +74,27 @@ RECORDED = (  # settings that white_attack.json keeps
 
 
 def white_attack(settings: Evaluation) -> None:
-    """Evaluate the network of --model, or those of --ckpt_url, and then compare them."""
-    if settings.model:
-        name = re.sub(r"\W+", "-", settings.model).strip("-") or "network"
-        folder = Path("evaluated") / name
-        with at_home(settings.model):
-            subject = foreign_subject(settings)
-            evaluate(settings, subject, folder)
-        return
-
-    folders = [checkpoint_file(path).resolve().parent for path in settings.ckpt_url]
+    """Evaluate the network of --model, or those of --ckpt_url, and compare several."""
+    folders = [checkpoint_file(path).resolve().parent for path in settings.ckpt_url or ()]
     if len(set(folders)) < len(folders):
         raise UsageError(
             "--ckpt_url names two checkpoints of one folder, whose files would replace each other"
         )
-    records = []
-    for path in settings.ckpt_url:
-        subject = load_subject(settings, path)
-        records.append(evaluate(settings, subject, subject.file.parent))
+    with closing(subjects(settings)) as networks:
+        records = [evaluate(settings, subject, folder) for subject, folder in networks]
     if len(records) > 1 and distributed.first():
         print(*results.table(results.grouped(records)), sep="\n")
+
+
+def subjects(settings: Evaluation) -> Generator[tuple[Subject, Path], None, None]:
+    """Yield each network with its test images, and the folder of its evaluation."""
+    if settings.model:
+        name = re.sub(r"\W+", "-", settings.model).strip("-") or "network"
+        with at_home(settings.model):
+            yield foreign_subject(settings), Path("evaluated") / name
+    for path in settings.ckpt_url or ():
+        subject = load_subject(settings, path)
+        yield subject, subject.file.parent
 
 
 def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
@@ -117,20 +118,21 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         require_writable(saved_file.resolve().parent, f"not --save-adversarial {saved_file}")
     require_writable(log_file.parent, "name another folder by --log_path")
 
+    notes = [*subject.notes, *weaker_than_usual(settings)]
+    checksum = network_checksum(subject.model, subject.info, as_input(split.images[:ANSWERS]))
+    identity = {"network": checksum, "images": images_checksum(split), "eps": subject.eps}
+
+    subject = subject._replace(model=attack_copy(subject.model), notes=notes)
+    surrogate_copy = attack_copy(surrogate.model) if surrogate else None
     origin = provenance(split.labels.device, settings.seed, [PACKAGE])
     made = f"{origin['started']}, {origin['device']}"
     log = open_log(log_file)
     log(in_one_line(origin))
-    checksum = network_checksum(subject.model, subject.info, as_input(split.images[:ANSWERS]))
-    identity = {"network": checksum, "images": images_checksum(split), "eps": subject.eps}
     cache = BlockCache(log_file.parent / "white_attack.blocks", checksum, made)
-    subject = subject._replace(
-        model=attack_copy(subject.model), notes=[*subject.notes, *weaker_than_usual(settings)]
-    )
     view_by_name = views(
         subject.info["reverse_attention"],
         subject.auxiliary_weight,
-        surrogate and attack_copy(surrogate.model),
+        surrogate_copy,
         predict=subject.answers,
         **subject.gates,
     )
@@ -554,7 +556,7 @@ def parts_of_autoattack(blocks: list[Verdicts]) -> dict[str, dict[str, float]]:
     for block in blocks:
         given = [images for _, images, _ in block.parts]
         left = given[1:] + [int(block.right.sum())]  # what the next part was given
-        for (name, _, seconds), images in zip(block.parts, left, strict=True):
+        for (name, _, seconds), images in zip(block.parts, left, strict=False):
             part = parts.setdefault(name, {"robust_accuracy": 0.0, "seconds": 0.0})
             part["robust_accuracy"] += 100 * images / count
             part["seconds"] += seconds
