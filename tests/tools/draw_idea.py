@@ -1,8 +1,9 @@
-"""The README's picture of the idea, figure/idea.png: reverse attention above, asymmetric negative contrast below.
+"""The README's picture of the idea: reverse attention above, asymmetric negative contrast below.
 
     python -m tests.tools.draw_idea [FILE]
 
-What the upper half shows is computed: four classes, six channels, and the equations of `models/reverse_attention.py`.
+FILE is figure/idea.png unless given. What the upper half shows is computed, for four classes and
+six channels, by the equations of `models/reverse_attention.py`.
 """
 
 import sys
@@ -16,76 +17,89 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 
-CLASSES, CHANNELS, SIDE = ("cat", "dog", "car", "ship"), 6, 4
-INK, GREY, FLOW, CHOSEN, PUSH = "#1b1f24", "#6e7781", "#57606a", "#d1242f", "#0969da"
+CLASSES = ("cat", "dog", "car", "ship")
+CHANNELS = 6
+SIDE = 4
+
+INK = "#1b1f24"
+GREY = "#6e7781"
+FLOW = "#57606a"
+CHOSEN = "#d1242f"
+PUSH = "#0969da"
 TINTS = ("#ddf4ff", "#fff1e5", "#dafbe1")
-WIDTH, HEIGHT = 100, 62  # of the drawing, in its own units
+
+# Of the drawing, in its own units
+WIDTH = 100
+HEIGHT = 62
 
 
 def arrow(
     ax: Axes, start: tuple, end: tuple, color: str = FLOW, bend: float = 0, **line: object
 ) -> None:
-    line = {"lw": 1.6} | line
-    shape = dict(
+    """Draw an arrow; bend: the curvature of its arc."""
+    patch = FancyArrowPatch(
+        start,
+        end,
+        color=color,
         arrowstyle="-|>",
         mutation_scale=13,
         shrinkA=0,
         shrinkB=0,
         connectionstyle=f"arc3,rad={bend}",
+        **({"lw": 1.6} | line),
     )
-    ax.add_patch(FancyArrowPatch(start, end, color=color, **shape, **line))
+    ax.add_patch(patch)
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, text: str) -> None:
-    ax.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            height,
-            boxstyle="round,pad=0,rounding_size=0.8",
-            fc="#f6f8fa",
-            ec=FLOW,
-            lw=1.2,
-        )
+    """Draw a box with a text in it."""
+    patch = FancyBboxPatch(
+        (x, y),
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.8",
+        fc="#f6f8fa",
+        ec=FLOW,
+        lw=1.2,
     )
+    ax.add_patch(patch)
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=11, color=INK)
 
 
 def map_of_channels(ax: Axes, x: float, y: float, z: np.ndarray, largest: float) -> None:
-    """Channels of a map, one behind the other, each a small picture. (x, y): lower left of the front one."""
-    for d in reversed(range(len(z))):
-        left, low, size = x + 1.3 * d, y + 1.0 * d, 6.5
-        box = (left, left + size, low, low + size)
+    """Draw the channels of a map, one behind the other; (x, y): lower left of the front one."""
+    size = 6.5
+    for depth in reversed(range(len(z))):
+        left = x + 1.3 * depth
+        low = y + 1.0 * depth
+        order = 3 - 0.1 * depth
         ax.imshow(
-            z[d],
-            extent=box,
+            z[depth],
+            extent=(left, left + size, low, low + size),
             cmap="Greys",
             vmin=0,
             vmax=largest,
-            zorder=3 - 0.1 * d,
+            zorder=order,
             interpolation="nearest",
         )
-        ax.add_patch(
-            Rectangle(
-                (left, low), size, size, fill=False, ec=INK, lw=0.8, zorder=3 - 0.1 * d + 0.05
-            )
-        )
+        frame = Rectangle((left, low), size, size, fill=False, ec=INK, lw=0.8, zorder=order + 0.05)
+        ax.add_patch(frame)
 
 
 def classifier(ax: Axes, x: float, y: float, weights: np.ndarray, chosen: int) -> None:
-    """W as a grid, a row for each class, the chosen one framed."""
+    """Draw W as a grid, a row for each class, the chosen one framed."""
     cell = 1.9
-    height, width = cell * len(weights), cell * weights.shape[1]
-    ax.imshow(
-        weights, extent=(x, x + width, y, y + height), cmap="Blues", vmin=0, vmax=1.4, zorder=2
-    )
+    height = cell * len(weights)
+    width = cell * weights.shape[1]
+    extent = (x, x + width, y, y + height)
+    ax.imshow(weights, extent=extent, cmap="Blues", vmin=0, vmax=1.4, zorder=2)
     ax.add_patch(Rectangle((x, y), width, height, fill=False, ec=INK, lw=1, zorder=3))
     low = y + cell * (len(weights) - 1 - chosen)
     ax.add_patch(Rectangle((x, low), width, cell, fill=False, ec=CHOSEN, lw=2.2, zorder=4))
 
 
 def logits(ax: Axes, x: float, y: float, values: np.ndarray, chosen: int, unit: float) -> None:
-    """Logits as bars, a row for each class; unit: length of a logit of 1."""
+    """Draw logits as bars, a row for each class; unit: length of a logit of 1."""
     for i, (name, value) in enumerate(zip(CLASSES, values, strict=True)):
         low = y + 1.9 * (len(values) - 1 - i)
         color = CHOSEN if i == chosen else "#afb8c1"
@@ -95,16 +109,24 @@ def logits(ax: Axes, x: float, y: float, values: np.ndarray, chosen: int, unit: 
 
 
 def draw_reverse_attention(ax: Axes) -> None:
+    """Draw the upper half: what reverse attention computes."""
     rng = np.random.default_rng(5)
     z = rng.random((CHANNELS, SIDE, SIDE)) ** 1.5
     z *= np.array([1.2, 0.35, 1.0, 0.45, 0.9, 0.5])[:, None, None]
-    cat, dog = [1.3, 0.1, 1.1, 0.0, 0.9, 0.2], [0.9, 0.6, 0.8, 0.1, 0.2, 0.3]
-    weights = np.array([cat, dog, [0.1, 1.2, 0.0, 1.0, 0.3, 0.6], [0.0, 0.3, 0.6, 0.9, 0.1, 1.3]])
+    weights = np.array(
+        [
+            [1.3, 0.1, 1.1, 0.0, 0.9, 0.2],
+            [0.9, 0.6, 0.8, 0.1, 0.2, 0.3],
+            [0.1, 1.2, 0.0, 1.0, 0.3, 0.6],
+            [0.0, 0.3, 0.6, 0.9, 0.1, 1.3],
+        ]
+    )
     auxiliary = weights @ z.mean((1, 2))
     chosen = int(auxiliary.argmax())
     gated = z * weights[chosen][:, None, None]
     final = weights @ gated.mean((1, 2))
-    largest, unit = gated.max(), 7.5
+    largest = gated.max()
+    unit = 7.5
 
     ax.text(0.5, 59.2, "Reverse attention (RA)", fontsize=14, weight="bold", color=INK)
     ax.text(
@@ -149,15 +171,17 @@ def draw_reverse_attention(ax: Axes) -> None:
     ax.plot([42.6, 49, 49], [low, low, 40], color=CHOSEN, lw=1.8)
     arrow(ax, (49, 39.5), (49, 47.6), CHOSEN, lw=1.8)
     ax.text(48.2, 42.4, "row $W[c]$", fontsize=11.5, color=CHOSEN, ha="right")
-    ax.text(
-        72, 34.2, "class $c$: the label in training,\nthe largest auxiliary logit\nin attacks and evaluation",
-        fontsize=11, color=CHOSEN, va="center",
-    )  # fmt: skip
+    words = (
+        "class $c$: the label in training,\nthe largest auxiliary logit\nin attacks and evaluation"
+    )
+    ax.text(72, 34.2, words, fontsize=11, color=CHOSEN, va="center")
 
 
 def regions(ax: Axes, x: float, y: float) -> None:
-    """Three regions of prediction, of cat above left, dog to the right, car below."""
-    middle, w, h = (x + 16, y + 8.5), 33, 17.5
+    """Draw three regions of prediction, of cat above left, dog to the right, car below."""
+    middle = (x + 16, y + 8.5)
+    w = 33
+    h = 17.5
     corners = [
         [(x, y + h), (x + 22, y + h), middle, (x, y + 5)],
         [(x + 22, y + h), (x + w, y + h), (x + w, y), (x + 25, y), middle],
@@ -165,24 +189,26 @@ def regions(ax: Axes, x: float, y: float) -> None:
     ]
     for points, tint in zip(corners, TINTS, strict=True):
         ax.add_patch(Polygon(points, fc=tint, ec="white", lw=2))
-    for word, spot in zip(CLASSES, ((1, h - 1.9), (w - 1, h - 1.9), (1, 0.8)), strict=False):
-        ha = "left" if spot[0] < w / 2 else "right"
-        ax.text(x + spot[0], y + spot[1], f"taken for {word}", fontsize=9.5, color=GREY, ha=ha)
+    spots = {"cat": (1, h - 1.9), "dog": (w - 1, h - 1.9), "car": (1, 0.8)}
+    for word, (right, up) in spots.items():
+        side = "left" if right < w / 2 else "right"
+        ax.text(x + right, y + up, f"taken for {word}", fontsize=9.5, color=GREY, ha=side)
 
 
 def frozen_natural(ax: Axes, x: float, y: float) -> None:
+    """Draw a natural image, through which no gradient flows."""
     ax.add_patch(Circle((x, y), 1.2, fc=INK, ec=INK, zorder=5))
     ax.add_patch(Circle((x, y), 2.0, fill=False, ec=INK, lw=1.3, ls=(0, (2, 1.5)), zorder=5))
 
 
 def negative(ax: Axes, x: float, y: float, **style: object) -> None:
-    style = {"fc": PUSH, "ec": PUSH} | style
-    ax.add_patch(
-        Polygon([(x - 1.3, y - 1), (x + 1.3, y - 1), (x, y + 1.5)], zorder=5, lw=1.3, **style)
-    )
+    """Draw an image of another class."""
+    corners = [(x - 1.3, y - 1), (x + 1.3, y - 1), (x, y + 1.5)]
+    ax.add_patch(Polygon(corners, zorder=5, lw=1.3, **({"fc": PUSH, "ec": PUSH} | style)))
 
 
 def draw_contrast(ax: Axes) -> None:
+    """Draw the lower half: which images the contrast pushes."""
     ax.text(0.5, 22.3, "Asymmetric negative contrast (ANC)", fontsize=14, weight="bold", color=INK)
     ax.text(
         44.5,
@@ -223,15 +249,19 @@ def draw_contrast(ax: Axes) -> None:
         va="center",
     )
     words = (
-        "$S = \\sqrt{\\max q_{nat}\\; \\max q_{neg}}$", "if both are taken for one class,", "else $S = 0$;  "
-        "$q$ = softmax of a head",
-        "ANC = mean of $S$ over pairs", "no gradient into $q_{nat}$ ($\\alpha$ = 1)",
-    )  # fmt: skip
+        "$S = \\sqrt{\\max q_{nat}\\; \\max q_{neg}}$",
+        "if both are taken for one class,",
+        "else $S = 0$;  $q$ = softmax of a head",
+        "ANC = mean of $S$ over pairs",
+        "no gradient into $q_{nat}$ ($\\alpha$ = 1)",
+    )
     for i, line in enumerate(words):
-        ax.text(71.5, 17.5 - 3.1 * i, line, fontsize=13 if i == 0 else 11, color=INK, va="center")
+        size = 13 if i == 0 else 11
+        ax.text(71.5, 17.5 - 3.1 * i, line, fontsize=size, color=INK, va="center")
 
 
 def draw(file: Path) -> None:
+    """Draw the picture into a file."""
     with plt.rc_context(matplotlib.rcParamsDefault | {"backend": "Agg"}):
         figure = plt.figure(figsize=(10, 10 * HEIGHT / WIDTH), facecolor="white")
         ax = figure.add_axes((0.005, 0.005, 0.99, 0.99))
@@ -245,8 +275,8 @@ def draw(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(
-        sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "figure" / "idea.png"
-    )
+    target = Path(__file__).parents[2] / "figure" / "idea.png"
+    if len(sys.argv) > 1:
+        target = Path(sys.argv[1])
     draw(target)
     print(target)

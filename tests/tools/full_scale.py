@@ -1,22 +1,27 @@
-"""What the paper's rows cost to train: for each the command, its operations, and estimated hours on a card.
+"""What the paper's rows cost to train: commands, operations, and estimated hours on a card.
 
-python -m tests.tools.full_scale                 ANCRA's rows of README's last table, and the operations of other gates
+python -m tests.tools.full_scale                 ANCRA's rows of README's last table, and the
+                                                 operations of other gates
 python -m tests.tools.full_scale --gate none     the same with other flags of the method
 
-Operations are those of convolutions and matrix products, a multiplication and an addition each, by PyTorch's formulas:
-both attacks, training forwards and backwards, and each epoch's natural and PGD-40 accuracy, as if every test image were
-right without an attack (others are not attacked). No card is needed.
+Operations are those of convolutions and matrix products, a multiplication and an addition each, by
+PyTorch's formulas: both attacks, training forwards and backwards, and the natural and PGD-40
+accuracy of each epoch, as if every test image were right without an attack (others are not
+attacked). No card is needed.
 
-Hours and epochs an hour are ESTIMATES, of training and of the evaluation after each epoch: operations by the share of a
-card's bfloat16 rate that they were measured to use on one H200 (`tests.tools.card`: 717 TFLOP/s; an H100 computes as fast).
-The share of an evaluation is that of PGD-40 at a batch of 1,000. With --precision bf16 it searches in bfloat16, not
-compiled, which was never timed on a card: it is taken to use the share of such a step. WRN-28-10's shares are taken to
-be WRN-34-10's, PreActResNet-18's to be ResNet-18's. Eight cards: an eighth of that, a bound that nothing of 16 images a
-card attains. Nobody has run these rows here.
+Hours and epochs an hour are ESTIMATES, of training and of the evaluation after each epoch:
+operations by the share of a card's bfloat16 rate that they were measured to use on one H200
+(`tests.tools.card`: 717 TFLOP/s; an H100 computes as fast). The share of an evaluation is that of
+PGD-40 at a batch of 1,000. With --precision bf16 it searches in bfloat16, not compiled, which was
+never timed on a card: it is taken to use the share of such a step. The shares of WRN-28-10 are
+taken to be those of WRN-34-10, and those of PreActResNet-18 those of ResNet-18. Eight cards need
+an eighth of that at best, a bound that is out of reach with 16 images a card. Nobody has run these
+rows here.
 """
 
 import argparse
 import ast
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -25,11 +30,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from models import Heads, build_model
+from models import build_model
 from utils.losses import over_heads
 from utils.step import away_from_labels
 from utils.system.options import OneLineParser, parse_training
@@ -60,7 +64,8 @@ UNCOUNTED = (
     "resume",
 )
 UNCOUNTED += ("compile", "precision")
-RESNET, WRN = "train_CIFAR10_ResNet.py", "train_CIFAR10_WideResNet.py"
+RESNET = "train_CIFAR10_ResNet.py"
+WRN = "train_CIFAR10_WideResNet.py"
 PREACT = "train_Tiny_ImageNet_PreActResNet.py"
 ROWS = [
     *([RESNET, "--method", method] for method in ("pgd", "trades", "mart")),
@@ -87,7 +92,7 @@ def settings_of(script: str, *flags: str) -> Training:
 
 
 class Passes(NamedTuple):
-    """Operations an image: a forward; one with the gradient of the image; a training forward and backward."""
+    """Operations an image: of a forward pass, with the image's gradient, and in training."""
 
     look: float
     attack: float
@@ -95,11 +100,12 @@ class Passes(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Adds up operations by PyTorch's formulas; its own FlopCounterMode cannot follow gradients of an input."""
+    """Adds up operations; PyTorch's own FlopCounterMode cannot follow gradients of an input."""
 
     total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count an operation by PyTorch's formula for it, and do it."""
         out = func(*args, **(kwargs or {}))
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
@@ -107,69 +113,83 @@ class Counter(TorchDispatchMode):
 
 
 def counted(work: Callable[[], object]) -> int:
-    """Operations of what `work` does."""
+    """Count the operations of what `work` does."""
     with Counter() as counter:
         work()
     return counter.total
 
 
 def passes(settings: Training, classes: int) -> Passes:
-    """What one image costs a network, counted on the meta device, where nothing is computed."""
-    side, count = settings.image_size, 2
+    """Count what one image costs a network, on the meta device, where nothing is computed."""
+    side = settings.image_size
+    count = 2
     with torch.device("meta"):
-        how = {
-            "reverse_attention": not settings.no_ra,
-            "gate": settings.gate,
-            "ra_blocks": settings.ra_blocks,
-        }
-        net = build_model(settings.arch, classes, width=settings.width, image_size=side, **how)
-        x, labels = torch.rand(count, 3, side, side), torch.zeros(count, dtype=torch.long)
+        net = build_model(
+            settings.arch,
+            classes,
+            reverse_attention=not settings.no_ra,
+            width=settings.width,
+            image_size=side,
+            gate=settings.gate,
+            ra_blocks=settings.ra_blocks,
+        )
+        x = torch.rand(count, 3, side, side)
+        labels = torch.zeros(count, dtype=torch.long)
 
-    def gradient(x: Tensor) -> Tensor:
-        return torch.autograd.grad(
-            away_from_labels(net(x, heads=True), labels, settings.cr_beta), x
-        )[0]
-
-    def backward(heads: Heads) -> None:
+    def train() -> None:
+        heads = net.train()(x, labels, heads=True)
         over_heads(torch.Tensor.sum, heads, auxiliary_weight=settings.cr_beta).backward()
 
-    train = counted(lambda: backward(net.train()(x, labels, heads=True)))
+    def attack() -> None:
+        heads = net(x.requires_grad_(), heads=True)
+        torch.autograd.grad(away_from_labels(heads, labels, settings.cr_beta), x)
+
+    trained = counted(train)
     net.eval().requires_grad_(False)
-    look, attack = counted(lambda: net(x)), counted(lambda: gradient(x.requires_grad_()))
-    return Passes(look / count, attack / count, train / count)
+    looked = counted(lambda: net(x))
+    attacked = counted(attack)
+    return Passes(looked / count, attacked / count, trained / count)
 
 
-def step_of(settings: Training, of: Passes, epoch: int) -> float:
-    """Operations a training image in an epoch, from 1: attacks, training forwards and backwards."""
+def step_of(settings: Training, costs: Passes, epoch: int) -> float:
+    """Return the operations of a training image in an epoch, from 1: attacks and training."""
     strategy, _, pushed = settings.strategy.partition("_")
-    negatives = 0 if settings.no_anc else settings.sample_class_number * settings.sample_number
-    attacks = settings.num_steps * of.attack * (1 + negatives * bool(pushed))
-    if settings.inner == "kl" or (
-        negatives and epoch > settings.warmup_epochs and strategy != "random"
-    ):
-        attacks += of.look
-    forwards = of.train * (1 + negatives)  # adversarial, negative
+    negatives = 0
+    if not settings.no_anc:
+        negatives = settings.sample_class_number * settings.sample_number
+
+    attacked = 1 + negatives if pushed else 1
+    attacks = settings.num_steps * costs.attack * attacked
+    by_logits = negatives and epoch > settings.warmup_epochs and strategy != "random"
+    if settings.inner == "kl" or by_logits:
+        attacks += costs.look
+
+    forwards = costs.train * (1 + negatives)  # adversarial, negative
     if settings.method != "pgd" or negatives:
-        forwards += of.train  # natural
-    return attacks + forwards * (2 if settings.awp and epoch > settings.awp_warmup else 1)
+        forwards += costs.train  # natural
+    if settings.awp and epoch > settings.awp_warmup:
+        forwards *= 2
+    return attacks + forwards
 
 
 def run_of(settings: Training) -> tuple[float, float]:
-    """Operations of a whole run: training, and its evaluations."""
-    of, (images, tests) = passes(settings, CLASSES[settings.dataset]), IMAGES[settings.dataset]
-    training = images * sum(step_of(settings, of, epoch) for epoch in range(1, settings.epochs + 1))
-    evaluations = -(-settings.epochs // settings.eval_interval)
-    return training, evaluations * tests * (
-        2 * of.look + 40 * of.attack
-    )  # looked at before and behind the attack
+    """Return the operations of a whole run: of its training, and of its evaluations."""
+    costs = passes(settings, CLASSES[settings.dataset])
+    images, tests = IMAGES[settings.dataset]
+    epochs = range(1, settings.epochs + 1)
+    training = images * sum(step_of(settings, costs, epoch) for epoch in epochs)
+    evaluations = math.ceil(settings.epochs / settings.eval_interval)
+    # Images are classified before and after the attack.
+    return training, evaluations * tests * (2 * costs.look + 40 * costs.attack)
 
 
 def hours_of(operations: float, share: float) -> float:
-    """Hours of a card that computes at a share of its bfloat16 rate."""
+    """Return the hours of a card that computes at a share of its bfloat16 rate."""
     return operations / (share * RATE) / 3600
 
 
 def main(argv: list[str]) -> None:
+    """Print the table."""
     parser = OneLineParser(
         prog="python -m tests.tools.full_scale",
         description=__doc__,
@@ -180,25 +200,31 @@ def main(argv: list[str]) -> None:
     heads = ["command", "EFLOP", "of these evaluation", *(f"EFLOP, gate {gate}" for gate in gates)]
     rows = [(row, settings_of(*row, *flags)) for row in ROWS]
     for _, settings in rows:
-        own = dataset_defaults(settings.dataset)
-        changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(own, name)]
-        if changed or settings.dataset not in IMAGES:
-            parser.error(
-                f"nothing is counted here for {', '.join(changed) or settings.dataset}; leave it out"
-            )
-    for flags_of_step in SHARES:
-        heads.append(f"hours with evaluation, 1 and 8 cards; epochs an hour, {flags_of_step}")
+        defaults = dataset_defaults(settings.dataset)
+        changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(defaults, name)]
+        if settings.dataset not in IMAGES:
+            changed = [settings.dataset]
+        if changed:
+            parser.error(f"nothing is counted here for {', '.join(changed)}; leave it out")
+    for_cards = "hours with evaluation, 1 and 8 cards; epochs an hour"
+    heads += [f"{for_cards}, {step_flags}" for step_flags in SHARES]
     print(f"| {' | '.join(heads)} |")
-    print("|" + "---|" * len(heads))
+    print("|" + "".join("---|" for _ in heads))
+
     for row, settings in rows:
         training, evaluation = run_of(settings)
-        cells = [f"`python {shlex.join([*row, *flags])}`"]
-        cells += [f"{1e-18 * operations:.2f}" for operations in (training + evaluation, evaluation)]
-        cells += [f"{1e-18 * sum(run_of(replace(settings, gate=gate))):.2f}" for gate in gates]
+        cells = [
+            f"`python {shlex.join([*row, *flags])}`",
+            f"{1e-18 * (training + evaluation):.2f}",
+            f"{1e-18 * evaluation:.2f}",
+        ]
+        for gate in gates:
+            operations = sum(run_of(replace(settings, gate=gate)))
+            cells.append(f"{1e-18 * operations:.2f}")
         network = "WRN" if settings.arch.startswith("WRN") else "ResNet18"
-        for flags_of_step, shares in SHARES.items():
+        for step_flags, shares in SHARES.items():
             hours = hours_of(training, shares[network])
-            hours += hours_of(evaluation, EVALUATION_SHARES[flags_of_step][network])
+            hours += hours_of(evaluation, EVALUATION_SHARES[step_flags][network])
             cells.append(f"{hours:.1f}, {hours / 8:.2f}; {settings.epochs / hours:.1f}")
         print(f"| {' | '.join(cells)} |", flush=True)
 

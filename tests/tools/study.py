@@ -1,28 +1,25 @@
-"""What each part is worth against an attacker who knows it: runs of digits, seed by seed, as tables and a figure.
+"""What each part is worth against an attacker who knows it: runs of digits, as tables and a figure.
 
-python -m tests.tools.study                          all tables, 2 to 3 hours on 2 CPU cores
-python -m tests.tools.study gates mart --seeds 1     some of its tables and seeds; which there are: --help
-python -m tests.tools.study --scale main             of the main job's training, for a card; full: the whole evaluation, too
-python -m tests.tools.study --print                  the tables of what is there; of a file: --out tests/golden/study.json
-python -m tests.tools.study --commands               the three commands of every run, and nothing else
+python -m tests.tools.study                        all tables, 2 to 3 hours on 2 CPU cores
+python -m tests.tools.study gates mart --seeds 1   some tables and seeds; which there are: --help
+python -m tests.tools.study --scale main           with the main job's training, for a card;
+                                                   full: with the whole evaluation, too
+python -m tests.tools.study --print                the tables of what is there; of a file:
+                                                   --out tests/golden/study.json
+python -m tests.tools.study --commands             print the three commands of every run
 
-It can be stopped and goes on: a run that is there is resumed, a finished one is kept, and so is every finished block of
-an evaluation. Runs lie in --out (./study), their verdicts together in study.json there, the figure in study.png. Each
-run has one thread, --jobs run side by side. The last epoch is evaluated, which no test image has chosen.
+It can be stopped and goes on: unfinished runs are resumed, finished runs and finished blocks of an
+evaluation are kept. Runs lie in --out (./study), with all verdicts in study.json and the figure in
+study.png. Each run has one thread, and --jobs run side by side. The last epoch is evaluated, which
+no test image has chosen.
 
-SMALL and LEAN below are the settings of all rows; --scale main trains as the main job, and evaluates as LEAN says. The
-adaptive attack makes 40 steps of PGD and 20 of each APGD on each view: of 250 images of a network of 4 epochs 25 with
-one start and 20 with two left 55.6 % right, as 50 with two did; of the main job's `gate none`, seed 2, it leaves
-79.72 % of 360 images, as the standard one (5 starts, 100 steps) and AutoAttack do. A plain network has one view, others
-four to six, so its PGD has six starts. AutoAttack is run for seed 1 of TRADES and of the small gates with ANC.
-Alignment and exclusion: mean cosine of features with those of the adversarial image, and of a negative. EMA's decay,
-(1 + t) / (10 + t) at first, is 0.89 at the end of a small run and 0.96 of a main one, never --ema's 0.995.
-
-All 90 small evaluations, with their trainings, took 134 minutes of 2 cores of an AMD EPYC, beside other work. At scale
-main a run takes 5 to 10 minutes of one core; of tests/golden/study_main.json 37 are an H200's, 14 of them side by side
-in 193 s. Trained and evaluated on the CPU, seed 1, TRADES attained 75.83 % and ANCRA-TRADES 76.39, on the card 75.00
-and 74.44; seeds 2 and 3 lie between 74.72 and 76.11. AutoAttack left 75.83 and 83.89 % of those of the CPU, which
-tests/golden/study_cpu.json holds (--evaluation=--attacks=natural,fgsm,pgd,cw,adaptive,autoattack).
+SMALL and LEAN below are the settings of all rows; --scale main trains as the main job does, and
+evaluates as LEAN says. The adaptive attack makes 40 steps of PGD and 20 of each APGD on each view.
+A plain network has one view, others four to six, so its PGD has six starts. AutoAttack is run for
+seed 1 of TRADES and of the small gates with ANC. Alignment and exclusion are the mean cosine of
+features with those of the adversarial image and of a negative. The decay of EMA is
+(1 + t) / (10 + t) at first, 0.89 at the end of a small run and 0.96 of a main one, never --ema's
+0.995.
 """
 
 import argparse
@@ -60,11 +57,12 @@ PLAIN_STARTS = 6  # as many as another network has views at most
 SCALES = ("small", "main", "full")
 CLASSES = 10
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-MARKS, COLOURS = "osD^vP*", 10
+MARKS = "osD^vP*"
+COLOURS = 10
 
 
 class Row(NamedTuple):
-    """Flags of the training, how many seeds, and whether AutoAttack is run for the first one, too."""
+    """Flags of the training, the number of seeds, and whether AutoAttack is run for the first."""
 
     flags: tuple[str, ...] = ()
     seeds: int = 1
@@ -123,7 +121,8 @@ def contrast_alone() -> Rows:
     return {name: gates()[name] for name in ("gate none, no ANC", "gate none")}
 
 
-AWP, EMA = ("--awp=0.005", "--awp-warmup=1"), ("--ema=0.995",)
+AWP = ("--awp=0.005", "--awp-warmup=1")
+EMA = ("--ema=0.995",)
 ADDED = {"AWP": AWP, "EMA": EMA, "AWP +EMA": (*AWP, *EMA), "cosine": ("--lr-schedule=cosine",)}
 
 
@@ -150,7 +149,7 @@ def best() -> Rows:
 
 
 def controls() -> Rows:
-    """What a reviewer asks for. A sum over three heads weighs three times as much: the baseline at a threefold rate."""
+    """What a reviewer asks for. Three heads weigh threefold: the baseline at a threefold rate."""
     return {
         "TRADES": TRADES,
         "TRADES, lr 0.09": Row((*TRADES.flags, "--lr=0.09"), 3),
@@ -173,38 +172,38 @@ def rate() -> Rows:
 def ablations() -> Rows:
     """The paper's, in small. Strategies act from the first epoch."""
     rows = {"ANCRA-TRADES": Row((), 3, True)}
-    rows |= {f"answer by {head}": Row((), predict=head) for head in ("auxiliary1", "auxiliary2")}
-    for name in [
-        name + adversarial
-        for name in ("random", "soft", "hard", "easy")
-        for adversarial in ("", "_adv")
-    ]:
-        if name != "random_adv":  # the row above: nothing else acts while it warms up
-            rows[f"strategy {name}"] = Row((f"--strategy={name}", "--warmup-epochs=0"))
-    rows |= {f"alpha {value}": Row((f"--alpha={value}",)) for value in (0, 0.5)}
-    rows |= {
-        f"zeta {value}": Row((f"--zeta={value}",)) for value in (0, 1, 6)
-    }  # 0: negatives, but no contrast
-    return rows | {f"lambda {value}": Row((f"--cr_beta={value}",)) for value in (0, 1)}
+    for head in ("auxiliary1", "auxiliary2"):
+        rows[f"answer by {head}"] = Row(predict=head)
+    # random_adv is the first row: nothing else acts while it warms up.
+    for name in ("random", "soft", "soft_adv", "hard", "hard_adv", "easy", "easy_adv"):
+        rows[f"strategy {name}"] = Row((f"--strategy={name}", "--warmup-epochs=0"))
+    for value in (0, 0.5):
+        rows[f"alpha {value}"] = Row((f"--alpha={value}",))
+    for value in (0, 1, 6):  # 0: negatives, but no contrast
+        rows[f"zeta {value}"] = Row((f"--zeta={value}",))
+    for value in (0, 1):
+        rows[f"lambda {value}"] = Row((f"--cr_beta={value}",))
+    return rows
 
 
-TABLES = (
-    gates,
-    contrast,
-    contrast_alone,
-    trades,
-    pgd,
-    mart,
-    companions_trades,
-    companions_ancra,
-    best,
-    controls,
-)
-TABLES = {f.__name__: f for f in (*TABLES, rate, ablations)}
+TABLES = {
+    "gates": gates,
+    "contrast": contrast,
+    "contrast_alone": contrast_alone,
+    "trades": trades,
+    "pgd": pgd,
+    "mart": mart,
+    "companions_trades": companions_trades,
+    "companions_ancra": companions_ancra,
+    "best": best,
+    "controls": controls,
+    "rate": rate,
+    "ablations": ablations,
+}
 
 
 class Run(NamedTuple):
-    """A row's run of one seed: where it lies, and its three commands, of which the run folder is left out."""
+    """A row's run of one seed: its folder, and its three commands without the run folder."""
 
     row: Row
     seed: int
@@ -214,58 +213,68 @@ class Run(NamedTuple):
     measure: list[str]
 
 
-def small_of(scale: str) -> tuple[str, ...]:
+def settings_of(scale: str) -> tuple[str, ...]:
+    """Return the flags that make all trainings small, where they are."""
     return SMALL if scale == "small" else ()
 
 
 def run_of(
-    out: Path, row: Row, seed: int, scale: str = "small", more: tuple = (), evaluation: tuple = ()
+    out: Path,
+    row: Row,
+    seed: int,
+    scale: str = "small",
+    training_flags: tuple[str, ...] = (),
+    evaluation_flags: tuple[str, ...] = (),
 ) -> Run:
-    name = (
-        re.sub(r"[^\w.=-]+", "", "-".join(flag.lstrip("-") for flag in row.flags) or "ANCRA-TRADES")
-        + f"-{seed}"
-    )
-    folder = out / name
-    train = [
-        "train_CIFAR10_ResNet.py",
-        "--dataset=digits",
-        *small_of(scale),
-        *row.flags,
-        f"--seed={seed}",
-    ]
-    full, first = scale == "full", scale == "small" and row.autoattack and seed == 1
-    attacks = (*ATTACKS, "autoattack") if full or first else ATTACKS
-    restarts = f"--restarts={PLAIN_STARTS if '--no-ra' in row.flags else 1}"
-    evaluate = [
-        "test_white_attack.py",
-        f"--attacks={','.join(attacks)}",
-        *(() if full else (restarts, *LEAN)),
-    ]
-    evaluate += evaluation
+    """Make the commands of a row's run."""
+    name = "-".join(flag.lstrip("-") for flag in row.flags) or "ANCRA-TRADES"
+    folder = out / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '', name)}-{seed}"
+
+    train = ["train_CIFAR10_ResNet.py", "--dataset=digits", *settings_of(scale)]
+    train += [*row.flags, f"--seed={seed}", *training_flags, f"--model-dir={folder / 'run'}"]
+
+    attacks = ATTACKS
+    if scale == "full" or (scale == "small" and row.autoattack and seed == 1):
+        attacks += ("autoattack",)
+    evaluate = ["test_white_attack.py", f"--attacks={','.join(attacks)}"]
+    if scale != "full":
+        restarts = PLAIN_STARTS if "--no-ra" in row.flags else 1
+        evaluate += [f"--restarts={restarts}", *LEAN]
+    evaluate += evaluation_flags
     if row.predict != "final":
         evaluate += [f"--predict={row.predict}", f"--log_path={folder / row.predict / 'test.log'}"]
+
     measure = ["feature_distance.py", "--target_label=all", f"--out={folder / 'distances'}"]
-    return Run(
-        row, seed, folder, [*train, *more, f"--model-dir={folder / 'run'}"], evaluate, measure
-    )
+    return Run(row, seed, folder, train, evaluate, measure)
 
 
 def runs_of(
-    out: Path, tables: Iterable[str], seeds: Iterable[int], all_seeds: bool, *how: object
+    out: Path,
+    tables: Iterable[str],
+    seeds: Iterable[int],
+    all_seeds: bool,
+    scale: str,
+    training_flags: tuple[str, ...],
+    evaluation_flags: tuple[str, ...],
 ) -> list[Run]:
-    """Seed by seed, table by table, each run once. all_seeds: of every row, not only as many as it asks for."""
-    found = {}
+    """List the runs of tables, seed by seed and table by table, each once.
+
+    all_seeds: take every seed of every row, not only as many as the row asks for.
+    """
+    runs = {}
     for seed in seeds:
-        for row in (row for name in tables for row in TABLES[name]().values()):
-            if all_seeds or seed <= row.seeds:
-                found[row.flags, row.predict, seed] = run_of(out, row, seed, *how)
-    return list(found.values())
+        for name in tables:
+            for row in TABLES[name]().values():
+                if all_seeds or seed <= row.seeds:
+                    run = run_of(out, row, seed, scale, training_flags, evaluation_flags)
+                    runs[row.flags, row.predict, seed] = run
+    return list(runs.values())
 
 
 def script(argv: list[object]) -> None:
-    """Run a script in this process, which has PyTorch loaded, and end the process where a signal ended the script.
+    """Run a script in this process; end the process where a signal has ended the script.
 
-    RuntimeError where it fails.
+    Errors: RuntimeError where the script fails.
     """
     sys.argv = [str(arg) for arg in argv]
     print("\npython", shlex.join(sys.argv), flush=True)
@@ -287,20 +296,19 @@ def make(runs: list[Run]) -> float:
 
 
 def make_one(run: Run) -> None:
-    """Train, evaluate and measure what is not there yet; what the scripts say goes to output.txt."""
+    """Train, evaluate and measure what is not there yet; what scripts print goes to output.txt."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        said = stack.enter_context(open(run.folder / "output.txt", "a", encoding="utf-8"))
-        stack.enter_context(contextlib.redirect_stdout(said))
-        stack.enter_context(contextlib.redirect_stderr(said))
-        there = sorted(run.folder.glob("run*"))
-        if not (there and (there[0] / FILE).exists()):
-            again = (
-                ["--resume", there[0]]
-                if there and (there[0] / "last_state.pt").exists()
-                else ["--overwrite"]
-            )
-            script([*run.train, *again])
+    with (
+        open(run.folder / "output.txt", "a", encoding="utf-8") as output,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        existing = sorted(run.folder.glob("run*"))
+        if not existing:
+            script([*run.train, "--overwrite"])
+        elif not (existing[0] / FILE).exists():
+            resumable = (existing[0] / "last_state.pt").exists()
+            script([*run.train, *(["--resume", existing[0]] if resumable else ["--overwrite"])])
         (trained,) = run.folder.glob("run*")
         checkpoint = ["--ckpt_url", trained / "model-wrn-last.pt"]
         written = (trained if run.row.predict == "final" else run.folder / run.row.predict) / FILE
@@ -311,117 +319,125 @@ def make_one(run: Run) -> None:
             script([*run.measure, *checkpoint])
 
 
-def record_of(run: Run) -> dict | None:
-    """What the tables need of a finished run, and where it comes from; None where there is none.
+def other_settings(run: Run, record: dict, folder: Path) -> list[str]:
+    """Name the settings of a run's training and evaluation that are not those of its commands."""
+    recipe = of_today(record["network"]["recipe"])
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            wanted = stored(parse_training("", {}, run.train[1:]).settings)
+    except SystemExit as error:
+        raise UsageError(errors.getvalue().strip()) from error
+    names = []
+    for name, value in wanted.items():
+        if name not in ("model_dir", "resume") and recipe[name] != value:
+            names.append(name)
 
-    UsageError where other settings than today's have made it.
+    evaluated = record["settings"]
+    evaluation = parse(Evaluation, "", [*run.evaluate[1:], f"--ckpt_url={folder}"])
+    wanted = asdict(evaluation) | {"eps": evaluation.epsilon}
+    for name, value in evaluated.items():
+        if name in ("eps", "step_size") and wanted[name] is None:  # the data set's
+            continue
+        if name in wanted and value != json.loads(json.dumps(wanted[name])):
+            names.append(name)
+    return names
+
+
+def record_of(run: Run) -> dict | None:
+    """Return what the tables need of a finished run, and its origin; None where there is none.
+
+    Errors: UsageError where it was made with other settings.
     """
     row = run.row
-    files = list(
-        run.folder.glob(f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}")
-    )
+    pattern = f"run*/{FILE}" if row.predict == "final" else f"{row.predict}/{FILE}"
+    files = list(run.folder.glob(pattern))
     if not files:
         return None
     record = read(str(files[0]))
-    recipe, looked = of_today(record["network"]["recipe"]), record["settings"]
-    try:
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ) as said:  # of flags without an effect the run has told
-            wanted = stored(parse_training("", {}, run.train[1:]).settings)
-    except SystemExit as error:
-        raise UsageError(said.getvalue().strip()) from error
-    evaluation = parse(Evaluation, "", [*run.evaluate[1:], f"--ckpt_url={files[0].parent}"])
-    other = [
-        key
-        for key, value in wanted.items()
-        if key not in ("model_dir", "resume") and recipe[key] != value
-    ]
-    told = {
-        name: list(v) if isinstance(v, tuple) else v
-        for name, v in asdict(evaluation).items()
-        if name in looked
-    }
-    told["step_size"], told["eps"] = (
-        evaluation.step_size or looked["step_size"],
-        evaluation.epsilon or looked["eps"],
-    )
-    other += [name for name, value in told.items() if looked[name] != value]
-    if other:
+    if others := other_settings(run, record, files[0].parent):
         raise UsageError(
-            f"{files[0]} is of another {', '.join(other)}; give another --out, or remove its folder"
+            f"{files[0]} is of another {', '.join(others)}; "
+            "give another --out, or remove its folder"
         )
-    found = {
+    origin = record["provenance"]
+    evaluate = shlex.join(["python", *run.evaluate])
+    attacks = {}
+    for name, right in verdicts(record).items():
+        attacks[name] = {"verdicts": "".join(map(str, right))}
+    return {
         "row": row.flags,
         "predict": row.predict,
         "seed": run.seed,
         "train": shlex.join(["python", *run.train[:-1]]),
+        "evaluate": evaluate.replace(f"{run.folder.parent}{os.sep}", ""),
+        "commit": origin.get("commit"),
+        "versions": origin.get("versions"),
+        "device": origin.get("device"),
+        "cpu": origin.get("cpu"),
+        "threads": origin.get("threads"),
+        "card": origin.get("card", {}).get("name"),
+        "dataset": record.get("dataset"),
+        "threat_model": record.get("threat_model"),
+        "image_numbers": record.get("image_numbers"),
+        "labels": record.get("labels"),
+        "attacks": attacks,
+        "also": also(run),
     }
-    found |= {
-        "evaluate": shlex.join(["python", *run.evaluate]).replace(
-            f"{run.folder.parent}{os.sep}", ""
-        )
-    }
-    found |= {
-        key: record["provenance"].get(key)
-        for key in ("commit", "versions", "device", "cpu", "threads")
-    }
-    found["card"] = record["provenance"].get("card", {}).get("name")
-    found |= {
-        key: record.get(key) for key in ("dataset", "threat_model", "image_numbers", "labels")
-    }
-    attacks = {
-        name: {"verdicts": "".join(map(str, right))} for name, right in verdicts(record).items()
-    }
-    return found | {"attacks": attacks, "also": also(run)}
 
 
 def also(run: Run) -> dict[str, float]:
-    """Of a run: alignment, exclusion, and seconds of its fastest epoch, on one thread beside another run."""
+    """Return a run's alignment, exclusion, and the seconds of its fastest epoch on one thread."""
     if run.row.predict != "final":
         return {}
+    figures = {}
     files = sorted((run.folder / "distances").glob("*.npz"))
-    found = {}
-    for word, pair in {"alignment": "PP", "exclusion": "NP"}.items():
-        of = [np.load(file)[f"weighted_{pair}_cosine"] for file in files]
-        found |= {word: float(np.concatenate(of).mean())} if len(of) == CLASSES else {}
+    if len(files) == CLASSES:
+        for word, pair in {"alignment": "PP", "exclusion": "NP"}.items():
+            cosines = [np.load(file)[f"weighted_{pair}_cosine"] for file in files]
+            figures[word] = float(np.concatenate(cosines).mean())
     for metrics in run.folder.glob("run*/metrics.csv"):
         with metrics.open() as lines:
-            found["s an epoch"] = min(float(line["seconds"]) for line in csv.DictReader(lines))
-    return found
+            figures["s an epoch"] = min(float(line["seconds"]) for line in csv.DictReader(lines))
+    return figures
 
 
 def groups_of(rows: Rows, records: list[dict]) -> Groups:
-    """The records of each row that has some, by seed."""
-    found = {}
+    """Return the records of each row that has some, by seed."""
+    groups = {}
     for name, row in rows.items():
-        own = [r for r in records if (tuple(r["row"]), r["predict"]) == (row.flags, row.predict)]
-        found |= {name: sorted(own, key=lambda r: r["seed"])} if own else {}
-    return found
+        group = [
+            record
+            for record in records
+            if tuple(record["row"]) == row.flags and record["predict"] == row.predict
+        ]
+        if group:
+            groups[name] = sorted(group, key=lambda record: record["seed"])
+    return groups
 
 
 def with_more(groups: Groups, lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a table, its rows with what else is known of their runs: means."""
-    keys = list(
-        dict.fromkeys(
-            key for records in groups.values() for record in records for key in record["also"]
-        )
-    )
-    found = [
-        [[r["also"][key] for r in records if key in r["also"]] for key in keys]
-        for records in groups.values()
-    ]
-    cells = [
-        keys,
-        ["---"] * len(keys),
-        *([f"{sum(v) / len(v):.3g}" if v else "" for v in row] for row in found),
-    ]
+    """Add the means of what else is known of the runs to the rows of a table."""
+    keys: dict[str, None] = {}  # ordered
+    for group in groups.values():
+        for record in group:
+            keys |= dict.fromkeys(record["also"])
+    added = [list(keys), ["---" for _ in keys]]
+    for group in groups.values():
+        cells = []
+        for key in keys:
+            values = [record["also"][key] for record in group if key in record["also"]]
+            cells.append(f"{sum(values) / len(values):.3g}" if values else "")
+        added.append(cells)
+
     for i, line in enumerate(lines):
-        yield line + "".join(f" {cell} |" for cell in cells[i]) if i < len(cells) else line
+        if i < len(added):
+            yield line + "".join(f" {cell} |" for cell in added[i])
+        else:
+            yield line
 
 
 def draw(records: list[dict], file: Path, title: str) -> None:
-    """Worst case against natural accuracy, a mark a row, bars for the range over seeds; and the ablations' rows."""
+    """Draw the worst case against natural accuracy by row, and the ablations; bars span seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -429,38 +445,42 @@ def draw(records: list[dict], file: Path, title: str) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     every = {**controls(), **trades(), **pgd(), **mart(), **gates()}
-    once = {
-        row.flags: (name, row) for name, row in every.items()
-    }  # names of gates where both have one
-    shown = [groups_of(dict(once.values()), records), groups_of(ablations(), records)]
-    attacks = [set(verdicts(record)) for of in shown for group in of.values() for record in group]
-    names = sorted(set.intersection(*attacks))  # those that every run has
+    once = {row.flags: (name, row) for name, row in every.items()}  # the names of gates last
+    compared = groups_of(dict(once.values()), records)
+    ablated = groups_of(ablations(), records)
+    attacks = []
+    for group in (*compared.values(), *ablated.values()):
+        attacks += [set(verdicts(record)) for record in group]
+    common = sorted(set.intersection(*attacks))
 
-    def spread(group: list[dict], names: list[str] = names) -> tuple[float, float, float]:
+    def spread(group: list[dict], names: list[str]) -> tuple[float, float, float]:
+        """Return the mean over seeds of the worst case in %, and its distances to the extremes."""
         each = 100 * worst_of([verdicts(record) for record in group], names).mean(1)
-        return (
-            each.mean(),
-            max(0, each.mean() - each.min()),
-            max(0, each.max() - each.mean()),
-        )  # rounding
+        mean = each.mean()
+        return mean, max(0, mean - each.min()), max(0, each.max() - mean)  # not below 0 by rounding
 
-    for i, (name, group) in enumerate(shown[0].items()):
-        (x, *across), (y, *up) = spread(group, ["natural"]), spread(group)
-        how = {
-            "fmt": MARKS[i % len(MARKS)],
-            "color": f"C{i % COLOURS}",
-            "label": f"{name}: {y:.1f}",
-            "ms": 7,
-        }
-        left.errorbar(x, y, [[up[0]], [up[1]]], [[across[0]], [across[1]]], **how)
+    for i, (name, group) in enumerate(compared.items()):
+        x, x_low, x_high = spread(group, ["natural"])
+        y, y_low, y_high = spread(group, common)
+        left.errorbar(
+            x,
+            y,
+            yerr=[[y_low], [y_high]],
+            xerr=[[x_low], [x_high]],
+            fmt=MARKS[i % len(MARKS)],
+            color=f"C{i % COLOURS}",
+            label=f"{name}: {y:.1f}",
+            ms=7,
+        )
     left.set(xlabel="natural accuracy, %", ylabel="worst case, %", title=title)
     left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    for i, group in enumerate(reversed(shown[1].values())):
-        y, low, high = spread(group)
+
+    for i, group in enumerate(reversed(ablated.values())):
+        y, low, high = spread(group, common)
         right.errorbar(y, i, xerr=[[low], [high]], fmt="o", color="C0")
     right.set(
-        yticks=range(len(shown[1])),
-        yticklabels=[*reversed(shown[1])],
+        yticks=range(len(ablated)),
+        yticklabels=[*reversed(ablated)],
         xlabel="worst case, %",
         title="ablations",
     )
@@ -471,16 +491,17 @@ def draw(records: list[dict], file: Path, title: str) -> None:
 
 
 def save(records: list[dict], file: Path, **settings: object) -> None:
-    """study.json: what is the same in all records once, and a line for each record with the rest."""
-    same = {
-        key: value for key, value in records[0].items() if all(r[key] == value for r in records)
-    }
-    lines = ",\n".join(json.dumps({key: r[key] for key in r if key not in same}) for r in records)
-    file.write_text(json.dumps(settings | {"same": same, "runs": []})[:-2] + f"\n{lines}]}}\n")
+    """Write study.json: what all records share once, and the rest of each in a line of its own."""
+    first = records[0]
+    same = {key: first[key] for key in first if all(r[key] == first[key] for r in records)}
+    different = [key for key in first if key not in same]
+    lines = [json.dumps({key: record[key] for key in different}) for record in records]
+    head = json.dumps(settings | {"same": same, "runs": []})
+    file.write_text(head[:-2] + "\n" + ",\n".join(lines) + "]}\n")
 
 
 def saved(file: Path) -> list[dict]:
-    """The records that `save` has written."""
+    """Read the records that `save` has written."""
     try:
         content = json.loads(file.read_text())
         records = [content["same"] | record for record in content["runs"]]
@@ -513,12 +534,12 @@ def show(tables: list[str], records: list[dict], seeds: tuple[int, ...]) -> None
 
 
 def work(wanted: list[Run], jobs: int) -> list[str]:
-    """Make the runs, `jobs` at once; what failed."""
+    """Make the runs, `jobs` at once -> a line for each folder that has failed."""
     folders: dict[Path, list[Run]] = {}
     for run in wanted:
         folders.setdefault(run.folder, []).append(run)
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker loads PyTorch
-    failed, spawn = [], multiprocessing.get_context("spawn")
+    failed = []
 
     def stop(signum: int, frame: object) -> None:
         for worker in multiprocessing.active_children():
@@ -526,17 +547,31 @@ def work(wanted: list[Run], jobs: int) -> list[str]:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(128 + signum)
 
+    spawn = multiprocessing.get_context("spawn")
     with stop_signals(stop), ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         begun = {pool.submit(make, runs): folder for folder, runs in folders.items()}
         for i, future in enumerate(as_completed(begun), 1):
-            error = future.exception()
-            failed += [f"{begun[future]}: {error}"] * (error is not None)
-            said = f"failed: {error}" if error else f"{future.result():.0f} s"
-            print(f"{i} of {len(begun)}  {begun[future].name}  {said}", flush=True)
+            folder = begun[future]
+            if error := future.exception():
+                failed.append(f"{folder}: {error}")
+                print(f"{i} of {len(begun)}  {folder.name}  failed: {error}", flush=True)
+            else:
+                print(f"{i} of {len(begun)}  {folder.name}  {future.result():.0f} s", flush=True)
     return failed
 
 
+def print_commands(runs: list[Run]) -> None:
+    """Print the three commands of each run, in a line."""
+    for run in runs:
+        checkpoint = f"--ckpt_url {shlex.quote(str(run.folder))}/run*/model-wrn-last.pt"
+        train = f"python {shlex.join(run.train)}"
+        evaluate = f"python {shlex.join(run.evaluate)} {checkpoint}"
+        measure = f"python {shlex.join(run.measure)} {checkpoint}"
+        print(train, evaluate, measure, sep=" && ")
+
+
 def main(argv: list[str] | None = None) -> None:
+    """Make the runs and print the tables that the command line names."""
     parser = OneLineParser(
         prog="python -m tests.tools.study",
         description=__doc__,
@@ -566,50 +601,54 @@ def main(argv: list[str] | None = None) -> None:
         "--evaluation", default="", help="more flags of every evaluation, for trials"
     )
     given = parser.parse_args(argv)
-    scale, tables = given.scale, given.tables or list(TABLES)
-    out = given.out or Path("study" if scale == "small" else f"study-{scale}")
+    tables = given.tables or list(TABLES)
+    out = given.out or Path("study" if given.scale == "small" else f"study-{given.scale}")
     if unknown := set(tables) - set(TABLES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(TABLES)}")
     if not re.fullmatch(r"\d+(,\d+)*", given.seeds or "1") or given.jobs < 1:
         parser.error("--seeds takes numbers such as 1,2,3, and --jobs one of at least 1")
-    seeds = tuple(map(int, given.seeds.split(","))) if given.seeds else SEEDS
+    seeds = SEEDS
+    if given.seeds:
+        seeds = tuple(map(int, given.seeds.split(",")))
+    if out.suffix == ".json" and not given.print:
+        parser.error("--out takes a folder; a study.json is only printed, by --print")
+
+    failed = []
     try:
         if out.suffix == ".json":
-            if not given.print:
-                parser.error("--out takes a folder; a study.json is only printed, by --print")
-            return show(tables, saved(out), seeds)
-        how = scale, tuple(shlex.split(given.flags)), tuple(shlex.split(given.evaluation))
-        out = out if given.commands else out.resolve()
-        wanted = runs_of(out, tables, seeds, scale == "full" or bool(given.seeds), *how)
-        if given.commands:
-            for run in wanted:
-                checkpoint = f"--ckpt_url {shlex.quote(str(run.folder))}/run*/model-wrn-last.pt"
-                train, *looks = (
-                    f"python {shlex.join(argv)}" for argv in (run.train, run.evaluate, run.measure)
-                )
-                print(train, *(f"{look} {checkpoint}" for look in looks), sep=" && ")
+            show(tables, saved(out), seeds)
             return
-        failed = [] if given.print else work(wanted, given.jobs)
+        flags = (
+            given.scale,
+            tuple(shlex.split(given.flags)),
+            tuple(shlex.split(given.evaluation)),
+        )
+        all_seeds = given.scale == "full" or given.seeds is not None
+        if given.commands:
+            print_commands(runs_of(out, tables, seeds, all_seeds, *flags))
+            return
+        out = out.resolve()
+        if not given.print:
+            failed = work(runs_of(out, tables, seeds, all_seeds, *flags), given.jobs)
         if failed:
             print("", *failed, sep="\n", file=sys.stderr)
-        records = [
-            r
-            for run in runs_of(out, list(TABLES), {*SEEDS, *seeds}, True, *how)
-            if (r := record_of(run))
-        ]
+
+        every = [record_of(run) for run in runs_of(out, TABLES, {*SEEDS, *seeds}, True, *flags)]
+        records = [record for record in every if record is not None]
         if not records:
             parser.error(f"{out} holds no finished run")
         save(
             records,
             out / "study.json",
-            small=small_of(scale),
+            small=settings_of(given.scale),
             flags=given.flags,
             evaluation=given.evaluation,
         )
         show(tables, records, seeds)
-        draw(
-            records, out / "study.png", "digits, eps 0.1" + ", small networks" * (scale == "small")
-        )
+        title = "digits, eps 0.1"
+        if given.scale == "small":
+            title += ", small networks"
+        draw(records, out / "study.png", title)
     except (OSError, ValueError, KeyError, UsageError) as error:
         parser.error(str(error))
     if failed:
