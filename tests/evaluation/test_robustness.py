@@ -418,12 +418,12 @@ def test_cached_verdicts_belong_to_network_images_and_settings(
 def test_a_network_is_known_by_its_weights_and_settings():
     model = with_ra()
     info = {"arch": "Tiny", "reverse_attention": True, "gate": "label"}
-    checksums = {network_checksum(model, info, None)}
-    checksums.add(network_checksum(model, {**info, "gate": "soft"}, None))
-    checksums.add(network_checksum(model, {**info, "mean": (0.5, 0.5, 0.5)}, None))
-    checksums.add(network_checksum(robust(), info, None))
+    checksums = {network_checksum(model, info)}
+    checksums.add(network_checksum(model, {**info, "gate": "soft"}))
+    checksums.add(network_checksum(model, {**info, "mean": (0.5, 0.5, 0.5)}))
+    checksums.add(network_checksum(robust(), info))
     assert len(checksums) == 4
-    assert network_checksum(model, dict(info), None) in checksums
+    assert network_checksum(model, dict(info)) in checksums
 
 
 def test_cached_blocks_of_a_network_of_ones_own_end_with_its_weights(
@@ -1001,13 +1001,6 @@ def normed():  # neither its weight nor what its hook keeps can be copied
     net[0], net.seen = weight_norm(net[0]), []
     net[0].register_forward_hook(lambda module, inputs, output: net.seen.append(output))
     return net
-
-class Late(nn.Module):
-    def forward(self, x):
-        from utils import late
-        return late.answer(x)
-
-late = Late
 """,
     "utils/blocks.py": """
 import torch
@@ -1019,7 +1012,6 @@ def block(channels):
         nn.Conv2d(channels, 4, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
     )
 """,
-    "utils/late.py": "def answer(x): return x.flatten(1)[:, :10]\n",
 }
 
 
@@ -1027,9 +1019,8 @@ def block(channels):
     ("model", "shape"),
     [
         ("models.nets:grey", (1, 16, 16)),
-        ("models.nets:late", (3, 16, 16)),
         ("models.nets:normed", (3, 28, 28)),
-        ("../theirs/models/nets.py:late", (3, 9, 9)),
+        ("../theirs/models/nets.py:plain", (3, 9, 9)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm")

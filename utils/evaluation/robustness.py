@@ -11,8 +11,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, margins, n
 from utils.data.datasets import Split, as_input, numbers_of
 from utils.data.subject import (
     Subject,
-    at_home,
+    foreign_fingerprint,
     foreign_subject,
     load_subject,
     over_images,
@@ -45,7 +45,7 @@ from utils.evaluation.report import Row
 from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy
-from utils.system.checkpoints import checkpoint_file, load_model, told
+from utils.system.checkpoints import checkpoint_file, load_model, print_notes
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import read_arrays, require_writable, write_arrays, write_record
@@ -55,7 +55,6 @@ from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import BLIND, Evaluation
 
 PACKAGE = "pyautoattack"  # AutoAttack, Square, and the APGD of the adaptive attack
-ANSWERS = 16  # images whose logits are part of the checksum of a network of --model
 WORTH_CACHING = 10  # seconds of a part of an attack that are worth a file
 RECORDED = (  # settings that white_attack.json keeps
     "num_steps",
@@ -80,18 +79,16 @@ def white_attack(settings: Evaluation) -> None:
         raise UsageError(
             "--ckpt_url names two checkpoints of one folder, whose files would replace each other"
         )
-    with closing(subjects(settings)) as networks:
-        records = [evaluate(settings, subject, folder) for subject, folder in networks]
+    records = [evaluate(settings, subject, folder) for subject, folder in subjects(settings)]
     if len(records) > 1 and distributed.first():
         print(*results.table(results.grouped(records)), sep="\n")
 
 
-def subjects(settings: Evaluation) -> Generator[tuple[Subject, Path], None, None]:
+def subjects(settings: Evaluation) -> Iterator[tuple[Subject, Path]]:
     """Yield each network with its test images, and the folder of its evaluation."""
     if settings.model:
         name = re.sub(r"\W+", "-", settings.model).strip("-") or "network"
-        with at_home(settings.model):
-            yield foreign_subject(settings), Path("evaluated") / name
+        yield foreign_subject(settings), Path("evaluated") / name
     for path in settings.ckpt_url or ():
         subject = load_subject(settings, path)
         yield subject, subject.file.parent
@@ -119,7 +116,10 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     require_writable(log_file.parent, "name another folder by --log_path")
 
     notes = [*subject.notes, *weaker_than_usual(settings)]
-    checksum = network_checksum(subject.model, subject.info, as_input(split.images[:ANSWERS]))
+    if settings.model:
+        checksum = foreign_fingerprint(subject)
+    else:
+        checksum = network_checksum(subject.model, subject.info)
     identity = {"network": checksum, "images": images_checksum(split), "eps": subject.eps}
 
     subject = subject._replace(model=attack_copy(subject.model), notes=notes)
@@ -133,7 +133,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         subject.info["reverse_attention"],
         subject.auxiliary_weight,
         surrogate_copy,
-        predict=subject.answers,
+        predict=subject.head,
         **subject.gates,
     )
     plans = planned_attacks(settings, subject, view_by_name, surrogate)
@@ -503,22 +503,12 @@ def images_checksum(split: Split) -> str:
     return checksum_of(value for value in split if isinstance(value, Tensor))
 
 
-def network_checksum(model: nn.Module, info: dict, images: Tensor | None = None) -> str:
-    """Return a checksum of a network: its weights, and what its checkpoint says it is.
-
-    A network of --model is also the file that defines it and its answers to some images, since it
-    may keep its weights anywhere.
-    """
-    about = {key: info.get(key) for key in ("arch", "width", "reverse_attention", "mean", "std")}
-    about |= {key: info.get(key) for key in ("gate", "ra_blocks", "image_size")}
-    about["predict"] = getattr(model, "predict", None)
-    tensors = list(model.state_dict().values())
-    module = info.get("module")
-    if module:
-        about["file"] = Path(sys.modules[module].__file__).read_text(encoding="utf-8")
-        with torch.no_grad():
-            tensors.append(model(images))
-    return hashlib.sha256(f"{about} {checksum_of(tensors)}".encode()).hexdigest()
+def network_checksum(model: nn.Module, info: dict) -> str:
+    """Return a checksum of a network: its weights, and what its checkpoint says it is."""
+    keys = ("arch", "width", "image_size", "reverse_attention", "gate", "ra_blocks", "mean", "std")
+    about = [info.get(key) for key in keys]
+    weights = checksum_of(model.state_dict().values())
+    return hashlib.sha256(f"{about} {model.predict} {weights}".encode()).hexdigest()
 
 
 # Rows of the table
@@ -679,7 +669,7 @@ def load_surrogate(path: str, subject: Subject) -> Surrogate:
     """
     images = subject.split.images
     model, info = load_model(path, images.device)
-    told(Path(path), info["notes"])
+    print_notes(Path(path), info["notes"])
     classes = len(subject.split.classes)
     side = images.shape[-1]
     other_side = info["arch"].startswith("PreAct") and info["image_size"] != side

@@ -50,7 +50,6 @@ from utils.system.checkpoints import (
     BEST,
     LAST,
     STATE,
-    flaw,
     load_model,
     load_state,
     load_weights,
@@ -158,8 +157,8 @@ class Run:
         """A network of the run and what it is, as `load_model` reads it; RunError where its weights are absurd."""
         settings = self.settings
         for key, value in model.state_dict().items():
-            if wrong := flaw(key, value):
-                raise RunError(f"{key} {wrong} in epoch {self.progress['epoch']}; {self.last_good}; lower --lr")
+            if not value.isfinite().all():
+                raise RunError(f"{key} is not finite in epoch {self.progress['epoch']}; {self.last_good}; lower --lr")
         said = ("arch", "width", "image_size", "dataset", "gate", "ra_blocks")
         return {key: getattr(settings, key) for key in said} | {
             "model": model.state_dict(),
@@ -192,7 +191,6 @@ class Run:
             "training_images": self.training_images,
             "epoch": self.progress["epoch"] - 1,  # the last one completed
             "ranks": distributed.world(),
-            "launch": distributed.launch(),
         }
         if self.average is not None:
             state |= {"average": self.average.model.state_dict(), "average_steps": self.average.steps}

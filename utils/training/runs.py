@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.system import distributed
-from utils.system.checkpoints import BEST, LAST, STATE, check_state, described, ordinary, outline, read
+from utils.system.checkpoints import BEST, LAST, STATE, check_state, empty_network, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
 from utils.system.options import Command, as_given, fits
@@ -185,10 +184,6 @@ def take_folder(folder: Path, held: ExitStack) -> None:
 def prepare(command: Command, held: ExitStack) -> Start:
     """How the run that a command asks for starts; a resumed one's folder is taken until `held` closes."""
     folder, resume = run_folder(command), command.settings.resume
-    again = resume is None and distributed.restarted() and (folder / STATE).is_file()
-    if again and read(folder / STATE).get("launch") == distributed.launch():  # not one that this job may not overwrite
-        print("started anew by torchrun, as if --resume had been given")
-        resume = True
     if resume is None:
         command.settings.overwrite or refuse_existing(folder)
         return Start(command.settings, folder)
@@ -208,13 +203,12 @@ def prepare(command: Command, held: ExitStack) -> Start:
     settings, changes = resumed_settings(command, state["recipe"])
     network = {key: getattr(settings, key) for key in ("arch", "width", "image_size", "gate", "ra_blocks")}
     network |= {"num_classes": len(state["classes"]), "reverse_attention": not settings.no_ra}
-    check_state(outline(network, file), state["model"], file)
+    check_state(empty_network(network, file), state["model"], file)
     return Start(settings, file.parent, state, file, changes)
 
 
 def require_state(state: dict, file: Path) -> None:
     """UsageError where what a file holds is no run's last_state.pt; optimiser and progress: see `usable`."""
-    described(state, file)
     version, recipe = state.get("version", VERSION), state.get("recipe")
     unknown = sorted(map(str, recipe.keys() - stored(Training()).keys())) if isinstance(recipe, dict) else []
     if unknown or type(version) is not int or version != VERSION:
@@ -264,7 +258,7 @@ def resumed_settings(command: Command, recipe: dict[str, Any]) -> tuple[Training
 def alike(value: object, template: object) -> bool:
     """Whether a value out of a file has the types, keys and shapes of a template, and finite numbers."""
     if isinstance(template, Tensor):
-        same = ordinary(value) and value.dtype == template.dtype and value.shape == template.shape
+        same = isinstance(value, Tensor) and value.dtype == template.dtype and value.shape == template.shape
         return same and bool(value.isfinite().all())
     if template is None or type(value) is not type(template):
         return value is template

@@ -1,0 +1,294 @@
+"""Checkpoint files: ours, published ones, and those that hold something else."""
+
+import argparse
+import collections
+import enum
+import gzip
+import importlib.util
+import json
+import os
+import pathlib
+import struct
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from models import build_model
+from tests.helpers import RunsCode, checkpoint, digits_content
+from utils.data.subject import foreign_fingerprint, foreign_subject
+from utils.system.checkpoints import Unread, load_model, read, save
+from utils.system.errors import UsageError
+from utils.system.options import parse
+from utils.system.settings import Evaluation
+
+
+def small_network():
+    """Build an untrained network for images of 16x16."""
+    torch.manual_seed(0)
+    return build_model("ResNet18", 10, width=1, image_size=16).eval()
+
+
+class Config(dict):
+    """A dictionary with attributes, as configurations of yacs or easydict are."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__.update(entries)
+
+
+class Colour(enum.Enum):
+    """An enumeration of the user's own code."""
+
+    RED = 1
+
+
+class OfAnotherSystem:
+    """Pickles to a path of another system."""
+
+    def __reduce__(self):
+        return pathlib.WindowsPath if os.name == "posix" else pathlib.PosixPath, ("C:", "runs")
+
+
+def test_objects_beside_the_weights_do_not_stop_them_from_loading(tmp_path):
+    net = small_network()
+    file = tmp_path / "weights.pt"
+    x = torch.rand(2, 3, 16, 16)
+    beside = {
+        "args": argparse.Namespace(lr=0.1, out=Path("/tmp"), seen={"a": np.int64(3)}),
+        "elsewhere": OfAnotherSystem(),
+        "config": Config(lr=0.1, nested=Config(depth=2)),
+        "colour": Colour.RED,
+        "optimizer": torch.optim.SGD(net.parameters(), 0.1),
+        "log": collections.defaultdict(list, loss=[1.0]),
+        "best": np.float64(3.5),
+    }
+    torch.save({**beside, "net": net.state_dict()}, file)
+    content = read(file)
+    assert torch.equal(load_model(file, image_size=16)[0](x), net(x))
+    assert content["config"] == {"lr": 0.1, "nested": {"depth": 2}}
+    assert content["log"] == {"loss": [1.0]}
+    for key in ("args", "elsewhere", "colour", "optimizer", "best"):
+        assert isinstance(content[key], Unread), key
+
+
+def test_an_object_beside_the_weights_never_runs_code(tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save({"args": argparse.Namespace(out=RunsCode(tmp_path / "executed"))}, file)
+    with pytest.raises(UsageError, match="run code"):
+        read(file)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_module_that_was_saved_whole_gives_its_weights(tmp_path):
+    net = small_network()
+    file = tmp_path / "weights.pt"
+    x = torch.rand(2, 3, 16, 16)
+    for content in (net, torch.nn.DataParallel(net), {"model": net, "epoch": 3}):
+        torch.save(content, file)
+        assert torch.equal(load_model(file, image_size=16)[0](x), net(x))
+
+
+def write_tar(path):
+    """Write a tar archive."""
+    path.with_suffix(".log").write_text("a log")
+    with tarfile.open(path, "w") as archive:
+        archive.add(path.with_suffix(".log"), "run.log")
+
+
+def write_zip(path):
+    """Write a zip archive."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("run/weights.pt", b"something")
+
+
+GIT_LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+# How files that are no checkpoints are written, and a word of what is said of them.
+OTHER_KINDS = {
+    "git-lfs pointer": (lambda path: path.write_text(GIT_LFS_POINTER), "git lfs pull"),
+    "web page": (lambda path: path.write_text("\n<!DOCTYPE html>\n<html>404"), "web page"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"something")), "unpack"),
+    "tar": (write_tar, "unpack"),
+    "zip": (write_zip, "unpack"),
+    "text": (lambda path: path.write_text("weights"), "no checkpoint"),
+    "tensor": (lambda path: torch.save(torch.zeros(3), path), "state_dict"),
+    "another object": (lambda path: torch.save(Colour.RED, path), "nothing"),
+    "folder": (lambda path: path.mkdir(), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a_file_of_another_kind_is_told_what_it_is(tmp_path, kind):
+    write, word = OTHER_KINDS[kind]
+    file = tmp_path / "weights.pt"
+    write(file)
+    with pytest.raises(UsageError, match=word) as refusal:
+        load_model(file) if file.is_file() else read(file)
+    assert str(file) in str(refusal.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torchscript_is_told_the_way_in(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "weights.pt")
+    with pytest.raises(UsageError, match="TorchScript"):
+        read(tmp_path / "weights.pt")
+
+
+def write_safetensors(path, state):
+    """Write a state dict of float32 and int64 tensors as a safetensors file."""
+    header = {}
+    data = b""
+    for key, value in state.items():
+        content = value.contiguous().numpy().tobytes()
+        header[key] = {
+            "dtype": {torch.float32: "F32", torch.int64: "I64"}[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def load_safetensors(content):
+    """Read the tensors of a safetensors file, as `safetensors.torch.load` does."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    tensors = {}
+    for key, entry in header.items():
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        dtype = {"F32": torch.float32, "I64": torch.int64}[entry["dtype"]]
+        values = torch.frombuffer(bytearray(content[start:stop]), dtype=dtype)
+        tensors[key] = values.view(entry["shape"])
+    return tensors
+
+
+def test_safetensors_are_read_where_the_package_is_installed(monkeypatch, tmp_path):
+    net = small_network()
+    file = tmp_path / "weights.safetensors"
+    write_safetensors(file, net.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors.torch", None)
+        with pytest.raises(UsageError, match="pip install safetensors"):
+            read(file)
+    if not importlib.util.find_spec("safetensors"):
+        module = SimpleNamespace(load=load_safetensors)
+        monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "safetensors.torch", module)
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(load_model(file, image_size=16)[0](x), net(x))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_other_precisions_load(tmp_path, kind):
+    state = build_model("ResNet18", 10, width=4, image_size=16).to(kind).state_dict()
+    model, _ = load_model(checkpoint(tmp_path / "weights.pt", model=state))
+    assert model.conv1.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"arch": "ResNet50"}, "ResNet50"),
+        ({"num_classes": None}, "cannot be built"),
+        ({"width": 8}, "width"),
+        ({"model": {}}, "lacks"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(tmp_path, change, word):
+    file = checkpoint(tmp_path / "weights.pt")
+    torch.save(torch.load(file, weights_only=True) | change, file)
+    with pytest.raises(UsageError, match=word) as refusal:
+        load_model(file)
+    assert str(file) in str(refusal.value)
+
+
+def with_prefix(prefix, state):
+    """Return a state dict with longer names."""
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "word"),
+    [
+        (lambda net: {"epoch": 3, "generator": {"weight": torch.ones(3)}}, None, "generator"),
+        (lambda net: {"state_dict": net}, "ema", "called ema"),
+        # another network before it, which the images would pass through
+        (lambda net: with_prefix("m.", net) | {"denoise.w": torch.ones(3)}, None, "denoise.w"),
+    ],
+)
+def test_a_published_file_that_would_be_misread_is_refused(tmp_path, change, key, word):
+    file = tmp_path / "weights.pt"
+    torch.save(change(small_network().state_dict()), file)
+    with pytest.raises(UsageError, match=word):
+        load_model(file, key=key)
+
+
+def test_the_head_that_answers_can_be_chosen(tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save(digits_content(), file)
+    x = torch.rand(2, 3, 16, 16)
+    heads = load_model(file)[0](x, heads=True)
+    assert torch.equal(load_model(file, predict="auxiliary2")[0](x), heads.auxiliary[1])
+    torch.save(digits_content(False), file)
+    with pytest.raises(UsageError, match="final"):
+        load_model(file, predict="auxiliary1")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(monkeypatch, tmp_path):
+    file = tmp_path / "weights.pt"
+    save(file, {"epoch": 1})
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fail)
+        with pytest.raises(OSError, match="No space"):
+            save(file, {"epoch": 2})
+    assert read(file) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+FOREIGN = """
+import os
+import torch
+from torch import nn
+
+def weighted():
+    torch.manual_seed(int(os.environ["SEED"]))
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+
+def function():
+    net = weighted()
+    return lambda x: net(x)
+"""
+
+
+@pytest.mark.parametrize("function", ["weighted", "function"])
+def test_a_network_of_one_s_own_is_known_by_its_file_and_its_weights(here, function):
+    """A function that holds its weights somewhere else is known by its logits."""
+
+    def fingerprint(source):
+        (here / "foreign_net.py").write_text(source)
+        flags = ["--model", f"foreign_net.py:{function}", "--dataset", "digits"]
+        flags += ["--n-examples", "4", "--device", "cpu"]
+        sys.modules.pop("foreign_net", None)
+        return foreign_fingerprint(foreign_subject(parse(Evaluation, "", flags)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", True)
+        patch.setenv("SEED", "1")
+        first = fingerprint(FOREIGN)
+        assert fingerprint(FOREIGN) == first
+        assert fingerprint(FOREIGN + "\n# edited\n") != first
+        patch.setenv("SEED", "2")
+        assert fingerprint(FOREIGN) != first
+    sys.modules.pop("foreign_net", None)
