@@ -235,7 +235,6 @@ def planned_attacks(
 
     # the flag, the name in the table, what makes the attack, its arguments
     table = [
-        ("natural", "natural", None, {}),
         ("fgsm", "FGSM", ce_pgd, {**pgd_arguments, "step_size": eps, "steps": 1}),
         ("pgd", f"PGD-{steps}", ce_pgd, pgd_arguments),
         ("cw", f"CW-{half}", partial(pgd, margin), {**pgd_arguments, "steps": half}),
@@ -255,14 +254,14 @@ def planned_attacks(
         "autoattack": AUTOATTACK_VERSION,
         "adaptive": ADAPTIVE_VERSION,
     }
-    plans = {}
+    plans = {"natural": PlannedAttack(None, {}, {"version": attacks.VERSION}, False)}
     for flag, name, build, arguments in table:
-        if flag not in ("natural", *settings.attacks):
+        if flag not in settings.attacks:
             continue
         depends = {**arguments, "version": attacks.VERSION}
         if flag in library_versions:
             depends["library"] = f"{library_versions[flag]}, {metadata.version(PACKAGE)}"
-        if flag != "natural" and settings.precision != "default":
+        if settings.precision != "default":
             depends["precision"] = settings.precision
         if name == ADAPTIVE + "over heads":
             depends["auxiliary weight"] = subject.auxiliary_weight
