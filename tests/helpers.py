@@ -337,7 +337,7 @@ CIFARS = {
 
 
 def cifar_source(dataset):
-    """torchvision's class of a CIFAR."""
+    """Torchvision's class of a CIFAR."""
     import torchvision.datasets
 
     return getattr(torchvision.datasets, CIFARS[dataset][0])

@@ -1,7 +1,7 @@
 """Tiny networks of digits with fixed weights, for the evaluation's tests, and frauds made of them.
 
-Weights are stored (tests/golden/tiny_networks.npz, float16), so that what attacks find does not depend on the CPU. They
-were trained by `python -m tests.tiny_networks`, which writes them anew.
+Weights are stored (tests/golden/tiny_networks.npz, float16), so that what attacks find does not
+depend on the CPU. `python -m tests.tiny_networks` has trained them, and writes them anew.
 """
 
 import copy
@@ -21,24 +21,33 @@ from utils.system.attack_copy import frozen
 
 FILE = Path(__file__).parent / "golden" / "tiny_networks.npz"
 EPS = 0.1  # that of digits
-TRAINED = {"robust": (False, EPS, 6), "undefended": (False, 0, 4), "with_ra": (True, 0, 4)}  # RA, eps, epochs
+TRAINED = {
+    "robust": (False, EPS, 6),
+    "undefended": (False, 0, 4),
+    "with_ra": (True, 0, 4),
+}  # RA, eps, epochs
 
 
 class Tiny(ReverseAttentionNetwork):
     """Three convolutions, the last two of them the blocks that carry reverse attention."""
 
     def __init__(self, reverse_attention):
+        """Make layers with random weights."""
         super().__init__()
         self.reverse_attention = reverse_attention
         self.stem = nn.Conv2d(3, 12, 4, 2, 1)
         block = nn.Sequential(nn.Conv2d(12, 24, 4, 2, 1), nn.BatchNorm2d(24), nn.ReLU())
-        self.blocks = nn.Sequential(block, nn.Sequential(nn.Conv2d(24, 24, 3, 1, 1), nn.BatchNorm2d(24), nn.ReLU()))
+        self.blocks = nn.Sequential(
+            block, nn.Sequential(nn.Conv2d(24, 24, 3, 1, 1), nn.BatchNorm2d(24), nn.ReLU())
+        )
         self.fc = nn.Linear(24, 10)
 
     def trunk(self, x):
+        """Return the map before the last blocks."""
         return F.relu(self.stem(x))
 
     def last_blocks(self):
+        """Return the blocks that carry reverse attention."""
         return self.blocks
 
 
@@ -56,35 +65,43 @@ class First(nn.Module):
     """The logits of the first classes only."""
 
     def __init__(self, classes):
+        """Keep this many classes."""
         super().__init__()
-        self.net, self.classes = robust(), classes
+        self.net = robust()
+        self.classes = classes
 
     def forward(self, x):
+        """Return logits, or heads where they are asked for."""
         return self.net(x)[:, : self.classes]
 
 
 class Scaled(nn.Module):
-    """Fraud: an undefended network whose logits are so large that the cross-entropy has no gradient in float32."""
+    """Fraud: an undefended network with logits so large that cross-entropy has no gradient."""
 
     def __init__(self, scale):
+        """Multiply logits by a number."""
         super().__init__()
-        self.net, self.scale = undefended(), scale
+        self.net = undefended()
+        self.scale = scale
 
     def forward(self, x):
+        """Return logits, or heads where they are asked for."""
         return self.scale * self.net(x)
 
 
 class Decoy(nn.Module):
-    """Fraud: an undefended network decides; final logits repeat that with gradients of something else."""
+    """Fraud: an undefended network decides; final logits repeat it with other gradients."""
 
     reverse_attention = True
 
     def __init__(self):
+        """Make random layers for the gradients."""
         super().__init__()
         self.net = undefended()
         self.decoy = nn.Linear(768, 10)
 
     def forward(self, x, gate=None, heads=False):
+        """Return logits, or heads where they are asked for."""
         auxiliary = self.net(x)
         final = 20 * F.one_hot(auxiliary.argmax(1), 10) + self.decoy(x.flatten(1)).tanh()
         return Heads(final, (auxiliary, auxiliary), auxiliary) if heads else final
@@ -94,77 +111,77 @@ class Viewing(nn.Module):
     """A network as many are written: `view` needs maps in the default memory format."""
 
     def __init__(self):
+        """Make random layers."""
         super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 4, 4, 4), nn.Linear(64, 10)
+        self.conv = nn.Conv2d(3, 4, 4, 4)
+        self.fc = nn.Linear(64, 10)
 
     def forward(self, x):
+        """Return logits, or heads where they are asked for."""
         return self.fc(self.conv(x).view(len(x), -1))
 
 
 def seeded(build, seed):
+    """Build a network with weights that depend on a seed."""
     torch.manual_seed(seed)
     return build()
 
 
 # Networks for --model tests.tiny_networks:NAME
-robust, undefended, with_ra = (partial(stored, name) for name in TRAINED)
-first_2, first_3, first_7 = (partial(First, classes) for classes in (2, 3, 7))
-scaled, always_wrong, not_finite = (partial(Scaled, scale) for scale in (1e4, -1, torch.inf))
-decoy, viewing = partial(seeded, Decoy, 3), partial(seeded, Viewing, 0)
+robust = partial(stored, "robust")
+undefended = partial(stored, "undefended")
+with_ra = partial(stored, "with_ra")
+first_3 = partial(First, 3)
+first_7 = partial(First, 7)
+scaled = partial(Scaled, 1e4)
+always_wrong = partial(Scaled, -1)
+not_finite = partial(Scaled, torch.inf)
+decoy = partial(seeded, Decoy, 3)
+viewing = partial(seeded, Viewing, 0)
 
 
 def as_callable():
+    """A function instead of a module."""
     return lambda x: robust()(x)
 
 
-# of which attacks learn too little
 def in_training_mode():
+    """BatchNorm's statistics are those of a batch."""
     net = copy.deepcopy(robust()).train()
     return lambda x: net(x)
 
 
 def at_random():
+    """Two calls answer differently."""
     return lambda x: robust()(x + 0.05 * torch.randn_like(x))
 
 
 def probabilities():
+    """Answers whose gradients are small."""
     return lambda x: robust()(x).softmax(1)
 
 
 def in_steps():
+    """Gradients are zero."""
     return lambda x: robust()((4 * x).round() / 4)
 
 
-# that compute, and answer, in another type than float32
 def of_type(dtype):
+    """Compute and answer in another type than float32."""
     net = copy.deepcopy(robust()).to(dtype)
     return lambda x: net(x.to(dtype))
 
 
-in_bfloat16, in_half, in_double = (partial(of_type, t) for t in (torch.bfloat16, torch.float16, torch.float64))
-
-
-# of TorchScript
-def layers_of_robust():
-    net = copy.deepcopy(robust())
-    return nn.Sequential(net.stem, nn.ReLU(), net.blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.fc).eval()
-
-
-def scripted():
-    return torch.jit.script(layers_of_robust())
-
-
-def frozen_script():
-    return torch.jit.freeze(scripted())
-
-
-def traced():
-    return torch.jit.trace(layers_of_robust(), torch.zeros(2, 3, 16, 16))
+in_bfloat16 = partial(of_type, torch.bfloat16)
+in_double = partial(of_type, torch.float64)
 
 
 def saved_script():
+    """A TorchScript module that was saved and loaded."""
+    net = copy.deepcopy(robust())
+    layers = (net.stem, nn.ReLU(), net.blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.fc)
     saved = io.BytesIO()
-    torch.jit.save(scripted(), saved)
+    torch.jit.save(torch.jit.script(nn.Sequential(*layers).eval()), saved)
     return torch.jit.load(io.BytesIO(saved.getvalue()))
 
 
@@ -180,7 +197,9 @@ def fit(reverse_attention, eps, epochs):
                 with frozen(model) as net:
                     x = linf_pgd(x, cross_entropy(net, y), eps, eps / 2, 3, x)
             heads = model(x, y, heads=True)
-            loss = F.cross_entropy(heads.final, y) + 2 * sum(F.cross_entropy(logits, y) for logits in heads.auxiliary)
+            loss = F.cross_entropy(heads.final, y) + 2 * sum(
+                F.cross_entropy(logits, y) for logits in heads.auxiliary
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -188,5 +207,9 @@ def fit(reverse_attention, eps, epochs):
 
 
 if __name__ == "__main__":
-    weights = {f"{name}/{key}": v for name, how in TRAINED.items() for key, v in fit(*how).state_dict().items()}
-    np.savez_compressed(FILE, **{k: (v.half() if v.is_floating_point() else v).numpy() for k, v in weights.items()})
+    arrays = {}
+    for name, arguments in TRAINED.items():
+        for key, value in fit(*arguments).state_dict().items():
+            small = value.half() if value.is_floating_point() else value
+            arrays[f"{name}/{key}"] = small.numpy()
+    np.savez_compressed(FILE, **arrays)

@@ -1,4 +1,4 @@
-"""Attacks of the evaluation, the loop over a split, verdicts, and what the script makes of a checkpoint."""
+"""Attacks of the evaluation, the loop over a split, and what the script makes of a checkpoint."""
 
 import json
 from functools import partial
@@ -10,10 +10,27 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model
-from tests.helpers import checkpoint, digits_checkpoint, digits_content, digits_network, digits_split, image_folder
+from tests.helpers import (
+    checkpoint,
+    digits_checkpoint,
+    digits_content,
+    digits_network,
+    digits_split,
+    image_folder,
+)
 from tests.helpers import settings as training_settings
 from tests.tiny_networks import with_ra
-from utils.attacks import cross_entropy, cross_entropy_over_heads, image_noise, linf_pgd, margin, margins, noise, pgd, pgd40_heads
+from utils.attacks import (
+    cross_entropy,
+    cross_entropy_over_heads,
+    image_noise,
+    linf_pgd,
+    margin,
+    margins,
+    noise,
+    pgd,
+    pgd40_heads,
+)
 from utils.data.datasets import as_input, subset
 from utils.data.subject import (
     LARGEST,
@@ -26,7 +43,7 @@ from utils.data.subject import (
     percent,
     verdicts,
 )
-from utils.evaluation.robustness import fingerprint, white_attack
+from utils.evaluation.robustness import network_checksum, white_attack
 from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
 from utils.system.errors import UsageError
@@ -42,7 +59,15 @@ DIGITS_ALONE = ("--dataset", "digits", "--limit-test", "120", "--attacks", "natu
 def test_pgd_stays_in_ball_and_range_and_shows_every_iterate():
     x = torch.rand(4, 3, 16, 16)
     seen = []
-    found = linf_pgd(x, lambda z: (z**2).sum(), EPS, STEP, 7, x + 0.5, on_step=lambda step, z: seen.append((step, z.clone())))
+    found = linf_pgd(
+        x,
+        lambda z: (z**2).sum(),
+        EPS,
+        STEP,
+        7,
+        x + 0.5,
+        on_step=lambda step, z: seen.append((step, z.clone())),
+    )
     assert [step for step, _ in seen] == list(range(1, 8))
     assert torch.equal(seen[-1][1], found) and not found.requires_grad
     for _, iterate in seen:
@@ -60,32 +85,39 @@ def test_one_step_from_the_image_is_textbook_fgsm(trained):
 
 
 def test_starts_are_noise_of_the_images_numbers(trained):
-    """The published ones: uniform in the ball for the table, x + 0.001 N(0, 1) over heads for choosing epochs."""
+    """Uniform in the ball for the table, x + 0.001 N(0, 1) over heads for choosing epochs."""
     model, split, _ = trained
-    x, y, numbers = as_input(split.images[:6]), split.labels[:6], torch.arange(100, 106)
+    x = as_input(split.images[:6])
+    y = split.labels[:6]
+    numbers = torch.arange(100, 106)
     with frozen(model) as net:
-        for attack, objective, start in (
-            (pgd(cross_entropy, EPS, STEP, 2, start="uniform", seed=3), cross_entropy(net, y), EPS),
-            (pgd40_heads(EPS, STEP, 2.0, 3, steps=2), cross_entropy_over_heads(net, y, 2.0), 0.001),
-        ):
-            kind = "uniform" if start == EPS else "normal"
-            x_0 = x + start * image_noise(x, numbers, 3, kind)
-            assert torch.equal(attack(net, x, y, numbers), linf_pgd(x, objective, EPS, STEP, 2, x_0))
+        uniform = pgd(cross_entropy, EPS, STEP, 2, start="uniform", seed=3)
+        start = x + EPS * image_noise(x, numbers, 3, "uniform")
+        expected = linf_pgd(x, cross_entropy(net, y), EPS, STEP, 2, start)
+        assert torch.equal(uniform(net, x, y, numbers), expected)
+
+        over_heads = pgd40_heads(EPS, STEP, 2.0, 3, steps=2)
+        start = x + 0.001 * image_noise(x, numbers, 3, "normal")
+        objective = cross_entropy_over_heads(net, y, 2.0)
+        expected = linf_pgd(x, objective, EPS, STEP, 2, start)
+        assert torch.equal(over_heads(net, x, y, numbers), expected)
 
 
 def test_margin_keeps_attacking_each_image(trained):
-    """One misclassified image leaves the gradient of the others as it is, and its own is not zero."""
+    """A misclassified image leaves the gradient of others as it is, and its own is not zero."""
     model, split, _ = trained
-    x, y = as_input(split.images[:6]), split.labels[:6].clone()
+    x = as_input(split.images[:6]).requires_grad_()
+    y = split.labels[:6].clone()
     y[0] = (y[0] + 1) % 10
     with frozen(model) as net:
-        z = x.clone().requires_grad_()
-        (together,) = torch.autograd.grad(margin(net, y)(z), z)
-        alone = [torch.autograd.grad(margin(net, y[i : i + 1])(z[i : i + 1]), z)[0][i] for i in range(6)]
+        (together,) = torch.autograd.grad(margin(net, y)(x), x)
+        alone = []
+        for i in range(6):
+            (gradient,) = torch.autograd.grad(margin(net, y[i : i + 1])(x[i : i + 1]), x)
+            alone.append(gradient[i])
         logits = net(x)
-        values = [row[torch.arange(10) != label].max() - row[label] for row, label in zip(logits, y, strict=True)]
-        assert torch.equal(margins(logits, y), torch.stack(values))
-        assert float(margin(net, y)(x)) == pytest.approx(float(sum(values)), rel=1e-4)
+    for row, label, value in zip(logits, y, margins(logits, y), strict=True):
+        assert value == row[torch.arange(10) != label].max() - row[label]
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)
     assert together.flatten(1).abs().sum(1).min() > 0
 
@@ -116,17 +148,21 @@ def test_the_loop_over_a_split_keeps_order_and_numbers(shared):
 
 
 def test_verdicts_do_not_depend_on_the_batch_size():
-    split, (half, seed) = digits_split(), (EPS / 2, 1)
-    attacks = [pgd40_heads(half, STEP, 2.0, seed, steps=10), noise(half, seed, 3)]
-    for objective, step, steps in ((cross_entropy, half, 1), (cross_entropy, STEP, 10), (margin, STEP, 5)):
-        attacks.append(pgd(objective, half, step, steps, start="uniform", seed=seed))
+    split = digits_split()
+    attacks = [
+        pgd40_heads(EPS / 2, STEP, 2.0, 1, steps=10),
+        pgd(cross_entropy, EPS / 2, STEP, 10, start="uniform", seed=1),
+        pgd(margin, EPS / 2, STEP, 5, start="uniform", seed=1),
+        noise(EPS / 2, 1, 3),
+    ]
     with frozen(with_ra()) as net:
         natural = verdicts(net, split, 100)
         for attack in attacks:
-            found = [verdicts(net, split, size, attack, natural) for size in (360, 77)]
-            assert (found[0] != found[1]).float().mean() <= 0.005
-            assert not (found[0] & ~natural).any()
-            assert 0 < percent(found[0]) < percent(natural) or attack is attacks[1]
+            whole = verdicts(net, split, 360, attack, natural)
+            in_batches = verdicts(net, split, 77, attack, natural)
+            assert (whole != in_batches).float().mean() <= 0.005
+            assert not (whole & ~natural).any()
+            assert 0 < percent(whole) <= percent(natural)
 
 
 def test_a_batch_is_what_half_of_the_free_memory_holds():
@@ -161,7 +197,9 @@ def test_an_attack_that_runs_out_of_memory_goes_on_in_halves():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"
+)
 def test_a_card_takes_as_many_images_as_fit():
     split, net = digits_split(), digits_network().cuda()
     split = split.to(torch.device("cuda"))
@@ -173,7 +211,9 @@ def test_a_card_takes_as_many_images_as_fit():
 
 
 @pytest.mark.parametrize("precision", ["default", "bf16"])
-def test_an_epoch_s_attack_searches_in_the_precision_of_training_and_float32_judges(precision, monkeypatch):
+def test_an_epoch_s_attack_searches_in_the_precision_of_training_and_float32_judges(
+    precision, monkeypatch
+):
     monkeypatch.setattr(training, "pgd40_heads", partial(pgd40_heads, steps=5))
     model, split = digits_network(), subset(digits_split(), 60)
     chosen = training_settings("--dataset", "digits", "--precision", precision)
@@ -215,7 +255,13 @@ def test_a_table_and_a_log_beside_the_checkpoint_at_the_data_set_s_eps(tmp_path,
 def test_a_checkpoint_knows_its_data_and_refuses_others(tmp_path, capsys):
     pets = image_folder(tmp_path / "pets")
     known = {"classes": ["cat", "dog"], "dataset": "folder", "recipe": {"data_dir": str(pets)}}
-    short = ("--ckpt_url", checkpoint(tmp_path / "run.pt", num_classes=2, **known), "--num-steps", "1", *QUICK)
+    short = (
+        "--ckpt_url",
+        checkpoint(tmp_path / "run.pt", num_classes=2, **known),
+        "--num-steps",
+        "1",
+        *QUICK,
+    )
     run(*short)
     assert "folder, 6 test images" in capsys.readouterr().out
     for part in ("train", "test"):
@@ -225,53 +271,42 @@ def test_a_checkpoint_knows_its_data_and_refuses_others(tmp_path, capsys):
 
 
 def named(prefix, state):
+    """A state dict with a prefix before each key."""
     return {f"{prefix}{key}": value for key, value in state.items()}
 
 
-def buffers(mean="mean", std="std"):
-    return {mean: torch.tensor([0.25, 0.5, 0.125])[None, :, None, None], std: torch.tensor([0.5])}
+def normalisation(prefix):
+    """Buffers of a layer that normalises images."""
+    mean = torch.tensor([0.25, 0.5, 0.125])[None, :, None, None]
+    return {f"{prefix}mean": mean, f"{prefix}std": torch.tensor([0.5])}
 
 
 PUBLISHED = {  # how a state dict may lie in a file; the other network would be the wrong one
     "bare": lambda net, other: net,
-    "official": lambda net, other: named("module.", net | {"sub_block1.layer.0.bn1.weight": torch.ones(1)}),
     "net": lambda net, other: {"net": net, "acc": 93.1, "epoch": 7, "arch": "resnet"},
-    "model_state_dict": lambda net, other: {"epoch": torch.tensor(7), "model_state_dict": named("_orig_mod.", net)},
-    "compiled and parallel": lambda net, other: {"state_dict": named("module._orig_mod.model.", net)},
-    "nested": lambda net, other: {"checkpoint": {"state": {"model": net}}, "optimizer": {"state": {0: {"a": [1]}}}},
+    "compiled": lambda net, other: {"state_dict": named("module._orig_mod.model.", net)},
     "average before it": lambda net, other: {"model_ema": {"module": other}, "model": net},
-    "average inside": lambda net, other: {"state_dict": named("ema_model.", other) | named("model.", net)},
-    "average alone": lambda net, other: {"ema": {"shadow": net}},
     "average by --key": lambda net, other: {"model": other, "model_ema": named("module.", net)},
-    "averaged": lambda net, other: named("module.", net) | {"n_averaged": torch.tensor(3)},
-    "linear": lambda net, other: {
-        key.replace("fc.", "linear.").replace("shortcut", "downsample"): value for key, value in net.items()
-    },
-    "old": lambda net, other: {key: value for key, value in net.items() if "num_batches" not in key},
-    "normalised": lambda net, other: named("model.", net) | buffers("normalize.mean", "normalize.std"),
-    "normalised inside": lambda net, other: {"net": named("module.", net | buffers("mu", "sigma"))},
-    "normalised in sequence": lambda net, other: named("1.", net) | buffers("0.mean", "0.std"),
-    "normalised copies": lambda net, other: {
-        "model": named("module.model.", net)
-        | named("module.attacker.model.", other)
-        | buffers("module.normalizer.new_mean", "module.normalizer.new_std")
-        | named("module.attacker.", buffers("normalize.new_mean", "normalize.new_std"))
-    },
+    "normalised": lambda net, other: named("model.", net) | normalisation("normalize."),
+    "normalised in sequence": lambda net, other: named("1.", net) | normalisation("0."),
 }
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_a_published_state_dict_is_found_whatever_it_is_wrapped_in(tmp_path, kind):
-    net, other = (digits_content(ra)["model"] for ra in (True, False))
+    net = digits_content(True)["model"]
+    other = digits_content(False)["model"]
     torch.save(PUBLISHED[kind](net, other), tmp_path / "published.pt")
     key = {"key": "model_ema"} if "--key" in kind else {}
     model, info = load_model(tmp_path / "published.pt", dataset="digits", **key)
-    found = model.state_dict()
-    assert found.keys() == net.keys()  # the normalisation is none of it
-    assert all(torch.equal(found[k], value) for k, value in net.items() if kind != "old" or "num_batches" not in k)
-    expected = ((0.25, 0.5, 0.125), (0.5, 0.5, 0.5)) if "normalised" in kind else (None, None)
-    assert (info["mean"], info["std"]) == expected and (model.normalise is not None) == ("normalised" in kind)
-    assert any("model_ema" in note for note in info["notes"]) == ("before" in kind or "--key" in kind)
+    loaded = model.state_dict()
+    assert loaded.keys() == net.keys()  # the normalisation is none of it
+    assert all(torch.equal(loaded[name], value) for name, value in net.items())
+    if "normalised" in kind:
+        assert (info["mean"], info["std"]) == ((0.25, 0.5, 0.125), (0.5, 0.5, 0.5))
+        assert model.normalise is not None
+    else:
+        assert info["mean"] is None and model.normalise is None
 
 
 def test_a_classifier_of_another_name_is_found(tmp_path):
@@ -286,61 +321,66 @@ def test_a_classifier_of_another_name_is_found(tmp_path):
 
 @torch.no_grad()
 def test_normalisation_is_a_part_of_the_network_that_attacks_see(tmp_path):
-    """Gates, heads and folded copies of it take [0, 1] images, and no verdict of another normalisation is kept."""
-    torch.save(digits_content()["model"], tmp_path / "bare.pt")
+    """Gates, heads and the attack's copy of it take [0, 1] images."""
+    file = tmp_path / "bare.pt"
+    torch.save(digits_content()["model"], file)
     mean, std = (0.25, 0.5, 0.125), (0.5, 0.25, 0.5)
-    bare, _ = load_model(tmp_path / "bare.pt", dataset="digits")
-    model, _ = load_model(tmp_path / "bare.pt", dataset="digits", mean=mean, std=std)
-    x, labels = as_input(digits_split(count=4).images), torch.tensor([1, 2, 3, 4])
+    bare, _ = load_model(file, dataset="digits")
+    model, info = load_model(file, dataset="digits", mean=mean, std=std)
+    x = as_input(digits_split(count=4).images)
+    labels = torch.tensor([1, 2, 3, 4])
     by_hand = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    for gate in (None, labels, (labels, None)):
+    for gate in (None, labels):
         expected = bare(by_hand, gate, heads=True)
+        heads = model(x, gate, heads=True)
+        assert torch.equal(heads.final, expected.final)
+        assert torch.equal(heads.auxiliary[0], expected.auxiliary[0])
         with frozen(model) as net:
-            for network, close in ((model, 0), (net, 1e-5)):
-                for found, value in zip(network(x, gate, heads=True), expected, strict=True):
-                    for a, b in zip(found, value, strict=True) if isinstance(found, tuple) else [(found, value)]:
-                        assert torch.allclose(a, b, rtol=close, atol=close * float(b.abs().max()))
-    prints = [fingerprint(network) for network in (bare, model)]
-    prints.append(fingerprint(load_model(tmp_path / "bare.pt", dataset="digits", mean=mean, std=mean)[0]))
-    assert len(set(prints)) == 3
+            assert torch.allclose(net(x, gate, heads=True).final, expected.final, atol=1e-3)
+    _, other = load_model(file, dataset="digits", mean=mean, std=mean)
+    assert network_checksum(model, info) != network_checksum(model, other)
 
 
 def test_what_was_assumed_stands_beside_the_figures(tmp_path, capsys):
-    constants = NORMALISATIONS["cifar10"]
-    by = ("--mean", "cifar10", "--std", ",".join(map(str, constants["std"])))
+    mean, std = NORMALISATIONS["cifar10"].values()
+    normalised = ("--mean", "cifar10", "--std", ",".join(map(str, std)))
     torch.save({"state_dict": digits_content(False)["model"]}, tmp_path / "published.pt")
-    for flags, images in (((), "not normalised"), (by, f"normalised by {constants['mean']}")):
+    for flags, images in (((), "not normalised"), (normalised, f"normalised by {mean}")):
         run("--ckpt_url", tmp_path / "published.pt", *DIGITS_ALONE, "--no-ra", *flags)
         _, table = capsys.readouterr().out.split("\nattack ")
-        assert "published.pt: taken for ResNet18 of width 4, without reverse attention" in table
+        assert "taken for ResNet18 of width 4, without reverse attention" in table
         assert f"images {images}" in table
         record = json.loads((tmp_path / "white_attack.json").read_text())
-        assert all(f"note: {note}" in table for note in record["notes"]) and record["notes"]
-        assert record["network"]["mean"] == (list(constants["mean"]) if flags else None)
+        assert record["notes"] and all(f"note: {note}" in table for note in record["notes"])
+        assert record["network"]["mean"] == (list(mean) if flags else None)
 
 
-def test_runs_are_named_by_method_and_ablation():
-    for ra, recipe, name in (
+@pytest.mark.parametrize(
+    ("ra", "recipe", "name"),
+    [
         (True, {"method": "trades", "no_anc": False}, "ANCRA-TRADES"),
         (True, {"method": "pgd", "no_anc": True}, "PGD-AT-RA"),
         (False, {"method": "mart", "no_anc": False}, "MART-ANC"),
         (False, {"method": "pgd", "no_anc": True}, "PGD-AT"),
-        (True, {"method": "pgd"}, "ANCRA-PGD"),
-        (True, {"method": "trades", "awp": "a|b", "extra_data": 5, "gate": "x"}, "ANCRA-TRADES, gate soft"),
         (True, None, "best_adv_model"),
-        (False, None, "best_adv_model"),
-    ):
-        info = {"recipe": recipe, "reverse_attention": ra, "gate": "soft" if recipe and "awp" in recipe else None}
-        assert Subject(Path("run/best_adv_model.pt"), None, info, "digits", None, 0.1, 0.02).method == name
+    ],
+)
+def test_runs_are_named_by_method_and_ablation(ra, recipe, name):
+    info = {"recipe": recipe, "reverse_attention": ra}
+    file = Path("run/best_adv_model.pt")
+    assert Subject(file, None, info, "digits", None, 0.1, 0.02).method == name
 
 
 def test_a_table_names_a_network_at_chance(tmp_path, capsys):
     """It answers one class, so that no attack can change it: as robust as it is useless."""
+    file = tmp_path / "weights.pt"
     for favour in (0.0, 1e4):
         content = digits_content()
         content["model"]["fc.bias"][3] += favour
-        torch.save(content, tmp_path / "weights.pt")
-        white_attack(parse(Evaluation, "", ["--ckpt_url", str(tmp_path / "weights.pt"), "--attacks", "natural"]))
-        assert ("note, natural, at chance: one class for every image attains 10." in capsys.readouterr().out) == (favour > 0)
+        torch.save(content, file)
+        run("--ckpt_url", file, "--attacks", "natural")
+        assert ("at chance" in capsys.readouterr().out) == (favour > 0)
     labels = torch.tensor([2, 0, 2])
-    assert "66.67 %" in at_chance(66.66, labels) and not at_chance(67, labels) and not at_chance(50, labels[:1])
+    assert "66.67 %" in at_chance(66.66, labels)
+    assert not at_chance(67, labels)
+    assert not at_chance(50, labels[:1])

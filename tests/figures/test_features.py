@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from models import ARCHS, build_model
-from tests.helpers import checkpoint, digits_checkpoint, digits_split, execute, image_folder, write_tiny_imagenet
+from tests.helpers import (
+    checkpoint,
+    digits_checkpoint,
+    digits_split,
+    execute,
+    image_folder,
+    write_tiny_imagenet,
+)
 from utils.attacks import image_noise
 from utils.data.datasets import Split, as_input, load_split
 from utils.figures.features import (

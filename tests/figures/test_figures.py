@@ -22,8 +22,6 @@ from tests.helpers import (
     image_folder,
     python,
 )
-from utils.data.subject import Subject
-from utils.evaluation import report
 from utils.figures.features import METRICS, NEIGHBOURS, PAIRS, embed, refuse_few
 from utils.figures.plots import (
     BINS,
@@ -421,7 +419,7 @@ def test_few_classes_form_no_clusters():
 
 
 def test_umap_compiles_where_nothing_of_the_installation_can_be_written(tmp_path, monkeypatch):
-    """numba then refuses when umap is imported; its cache goes to a folder that ends with the process."""
+    """Numba then refuses when umap is imported; its cache goes to a folder that ends with the process."""
     stand_in = "import numba\nif not numba.config.CACHE_DIR:\n    raise RuntimeError('no locator available')\n"
     stand_in += "class UMAP:\n    def __init__(self, **how): pass\n    fit_transform = staticmethod(len)\n"
     (tmp_path / "umap.py").write_text(stand_in)
@@ -512,30 +510,6 @@ def test_an_image_that_is_not_fooled_has_neither_perturbation_nor_copy(tmp_path)
     assert said == [[], ["not fooled"], ["wrong\nas it is"]]
     assert not any(axes.texts for axes in grid[:2].flat)
     assert not grid[2, 1].get_xlabel()
-
-
-def test_examples_are_chosen_by_the_share_of_their_kind(tmp_path, monkeypatch):
-    split, shown = digits_split("test", 80), []
-    monkeypatch.setattr(report, "draw_examples", lambda *args: shown.append(args))
-    info = {"arch": "", "reverse_attention": False, "recipe": None}
-    subject = Subject(tmp_path, lambda x: torch.zeros(len(x), 10), info, "digits", split, 8 / 255, 0.01)
-    worst, natural = report.Worst(split), torch.arange(80) >= 20  # 20 wrong without an attack, 40 fooled, 20 right
-    worst.margins[20:60] = 1
-    rows = {name: report.Row(natural, 0.0, []) for name in ("natural", "FGSM", "adaptive: final", "worst case")}
-    report.write_picture(tmp_path / "x.png", subject, worst, rows)
-    (_, _, drawn_fooled, labels, eps, _, title), fooled = shown[0], split.labels[20:60]
-    assert drawn_fooled.tolist() == [True] * 4 + [False] * 4
-    assert torch.equal(labels[:4], fooled[torch.tensor([0, 11, 23, 34])]) and len(labels) == 8 and eps == 8 / 255
-    for said in (
-        "8 of 80",
-        "50.0 % fooled",
-        "25.0 % wrong without",
-        "25.0 % right",
-        "FGSM, adaptive found",
-        "eps 8/255",
-    ):
-        assert said in title
-    assert "worst case" not in title
 
 
 @pytest.mark.parametrize("error", [ValueError("no\nfont"), OSError(28, "No space left on device"), MemoryError()])

@@ -1,0 +1,1 @@
+"""How robust a trained network is: attacks, diagnostics, tables."""

@@ -1,19 +1,20 @@
 """Attacks that know reverse attention: where the decision is made, and what to ascend there.
 
-The final logits of a network with reverse attention repeat the auxiliary prediction with an inflated margin, and their
-gradient at a fixed gate is not the gradient of the decision. So the attacks here ascend a *view* of the network, a
-function of its heads, while every candidate image is judged by the network's real prediction.
+The final logits of a network with reverse attention repeat the auxiliary prediction with an
+inflated margin, and their gradient at a fixed gate is not the gradient of the decision. So the
+attacks here ascend a *view* of the network, a function of its heads, while every candidate image is
+judged by the network's real prediction.
 
-* The decision falls in the first gate: on digits, attacks on `auxiliary 1` are the strongest, and those on the second
-  head stop at the gate before it. README's table has the figures.
-* Targets of APGD come in the order of the view: the final logits, which are inflated, rank badly.
-* Smooth gates, softmax of the auxiliary logits over a temperature of 0.3, fool images that the other views leave.
-* A margin over heads is weak, since the inflated final logits outweigh the others; cross-entropy is not.
+* The decision falls in the first gate. On digits, attacks on `auxiliary 1` are the strongest, and
+  those on the second head stop at the gate before it. The README's table has the figures.
+* APGD's target classes are ranked by the view: the final logits, which are inflated, rank badly.
+* Smooth gates, a softmax of the auxiliary logits over a temperature of 0.3, fool images that the
+  other views leave right.
+* A margin over heads is weak, since the inflated final logits outweigh the others. Cross-entropy
+  over heads is not.
 """
 
-import logging
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,50 +23,53 @@ from torch import Tensor, nn
 
 from models import Heads
 from utils.attacks import Attack, margins, pgd
-from utils.evaluation.autoattack import Keep, Listener, Says, keep_nothing
+from utils.evaluation.autoattack import Monitor, logger_to
 from utils.system.settings import APGD_STEPS
 
-VERSION = 1  # raise it when a view or the attack changes, so that kept results are not reused
+VERSION = 1  # raise it when a view or the attack changes, so that no cached verdict is used
 
-# What a view returns: the real final logits (N, C), and what to attack, logits (N, C) each with its weight in the loss.
-Seen = tuple[Tensor, list[tuple[float, Tensor]]]
-View = Callable[[nn.Module, Tensor], Seen]
+# What to attack: logits (N, C), each with its weight in the loss.
+Targets = list[tuple[float, Tensor]]
+# (network, images) -> the network's real final logits (N, C), and what to attack
+View = Callable[[nn.Module, Tensor], tuple[Tensor, Targets]]
 
 
-def plain(net: nn.Module, x: Tensor) -> Seen:
-    """The one view of a network without reverse attention, or of any classifier."""
+def plain(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
+    """View of any classifier: its answer."""
     logits = net(x)
     return logits, [(1, logits)]
 
 
-def of_heads(attacked: Callable[[Heads], list[tuple[float, Tensor]]], predict: str = "final") -> View:
-    """A view from a function of the heads of one forward. predict: the head that answers."""
+def of_heads(targets: Callable[[Heads], Targets], predict: str = "final") -> View:
+    """Make a view from a function of the heads of one forward. predict: the head that answers."""
 
-    def view(net: nn.Module, x: Tensor) -> Seen:
+    def view(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
         heads = net(x, heads=True)
-        return heads.logits(predict), attacked(heads)
+        return heads.logits(predict), targets(heads)
 
     return view
 
 
 def smooth_gates(predict: str) -> View:
-    """The final logits under gates that mix the rows of W by softmax of the auxiliary logits, for gradients only.
+    """Make a view of the final logits under gates that mix the rows of the classifier's weight.
 
-    The gates' own gradients come along, so that this view attacks both decisions at once. Two forwards a step.
+    They are mixed by a softmax of the auxiliary logits, for gradients only. The gates' own
+    gradients come along, so that the view attacks both decisions at once. Two forwards a step.
     """
 
-    def view(net: nn.Module, x: Tensor) -> Seen:
+    def view(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
         heads = net(x, heads=True)
         gates = tuple((logits / 0.3).softmax(1) for logits in heads.auxiliary)
-        return heads.logits(predict), [(1, net(x, (None, *gates)[-2:], heads=True).final)]
+        last_two = (None, *gates)[-2:]
+        return heads.logits(predict), [(1, net(x, last_two, heads=True).final)]
 
     return view
 
 
 def transfer(surrogate: nn.Module) -> View:
-    """The logits of another network: gradients come from it alone."""
+    """Make a view of another network's logits: gradients come from it alone."""
 
-    def view(net: nn.Module, x: Tensor) -> Seen:
+    def view(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
         with torch.no_grad():
             final = net(x)
         return final, [(1, surrogate(x))]
@@ -82,72 +86,91 @@ def views(
     ra_blocks: int = 2,
     predict: str = "final",
 ) -> dict[str, View]:
-    """Every view of a network by name. auxiliary_weight: lambda of the loss over heads that it was trained with.
+    """Return every view of a network by name.
 
-    gate, ra_blocks, predict: of a network with reverse attention; a gate that is smooth, or none, needs no smoothing.
-    `final` is what the network answers, `final logits` those of its last head where another one answers.
+    auxiliary_weight: lambda of the loss over heads that the network was trained with.
+    gate, ra_blocks, predict: of a network with reverse attention. `final` is what the network
+    answers, `final logits` those of its last head where another one answers.
     """
-    known: dict[str, View] = {"final": plain}
+    views: dict[str, View] = {"final": plain}
 
-    def add(name: str, attacked: Callable[[Heads], list[tuple[float, Tensor]]]) -> None:
-        known[name] = of_heads(attacked, predict)
+    def add(name: str, targets: Callable[[Heads], Targets]) -> None:
+        views[name] = of_heads(targets, predict)
 
     if reverse_attention:
         if predict != "final":
             add("final logits", lambda heads: [(1, heads.final)])
-        for i in range(ra_blocks - (gate == "none")):  # without a gate the last one is the final head
-            if predict != f"auxiliary{i + 1}":  # that is `final`
+
+        # without a gate the last auxiliary head is the final one
+        different = ra_blocks - 1 if gate == "none" else ra_blocks
+        for i in range(different):
+            if predict != f"auxiliary{i + 1}":  # which is `final` already
                 add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
         if ra_blocks > 1:
             add("mean auxiliary", lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))])
+
         weight = auxiliary_weight / ra_blocks
-        add("over heads", lambda heads: [(1, heads.final), *((weight, logits) for logits in heads.auxiliary)])
+        add(
+            "over heads",
+            lambda heads: [(1, heads.final), *((weight, logits) for logits in heads.auxiliary)],
+        )
         if gate in ("label", "predicted"):
-            known["smooth gates"] = smooth_gates(predict)
+            views["smooth gates"] = smooth_gates(predict)
+
     if surrogate is not None:
-        known["surrogate"] = transfer(surrogate)
-    return known
+        views["surrogate"] = transfer(surrogate)
+    return views
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image. logits: (N, C) -> (N,)."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-class Watched:
-    """A view as the library's attacks take a network, with `loss` for what they ascend.
+class ViewedNetwork:
+    """A network under a view, callable as the library's attacks expect, and the view's loss.
 
-    A call with gradients is a step of an attack: it answers with the real logits, by which the library judges. One
-    without asks for the prediction and for classes worth a try: those come in the order of the view's logits, behind
-    the real prediction.
+    A call with gradients is a step of an attack. It returns the real logits, by which the library
+    judges. A call without gradients asks for the prediction and for the classes worth targeting:
+    they come in the order of the view's logits, after the real prediction.
     """
 
     def __init__(self, net: nn.Module, view: View) -> None:
-        self.net, self.view = net, view
-        self.attacked: list[tuple[float, Tensor]] = []
+        """Start before any call, so with nothing to attack."""
+        self.net = net
+        self.view = view
+        self.targets: Targets = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        final, self.attacked = self.view(self.net, x)
+        """Return real logits for steps of an attack, else a ranking of the classes."""
+        final, self.targets = self.view(self.net, x)
         if x.requires_grad:
             return final
         ranked = self.loss(lambda logits: logits)
-        return ranked.scatter(1, final.argmax(1, keepdim=True), ranked.amax(1, keepdim=True) + 1)
+        top = ranked.amax(1, keepdim=True) + 1
+        return ranked.scatter(1, final.argmax(1, keepdim=True), top)
 
     def loss(self, criterion: Callable[[Tensor], Tensor]) -> Tensor:
-        """The view's loss of the images last seen. criterion: logits (N, C) -> (N,)."""
-        return sum(weight * criterion(logits) for weight, logits in self.attacked)
+        """Return the weighted sum of criterion(logits) for the images of the last call."""
+        return sum(weight * criterion(logits) for weight, logits in self.targets)
 
 
 class ViewAPGD(APGDAttack):
-    """APGD on cross-entropy of a view; what the library calls its DLR loss is replaced."""
+    """APGD on cross-entropy of a view, in the place of the library's DLR loss."""
 
     def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each image, (N,)."""
         return self.model.loss(lambda logits: cross_entropies(logits, y))
 
 
 class ViewAPGDTargeted(APGDAttack_targeted):
-    """Targeted APGD on the margin of a view, target's logit less the label's, which any number of classes has."""
+    """Targeted APGD on a margin of a view: the target's logit less the label's.
+
+    Unlike the targeted DLR loss it exists for any number of classes.
+    """
 
     def dlr_loss_targeted(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each image, (N,)."""
         rows = torch.arange(len(y), device=y.device)
         return self.model.loss(lambda logits: logits[rows, self.y_target] - logits[rows, y])
 
@@ -158,31 +181,44 @@ def view_pgd(
     x: Tensor,
     labels: Tensor,
     numbers: Tensor,
-    criterion: Callable[..., Tensor],
-    **how: float,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    seed: int,
+    draw: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """PGD on a view from a uniform start, every iterate judged by the network's real prediction.
+    """Run PGD on a view from a uniform start, and judge every iterate by the real prediction.
 
-    criterion: logits (N, C), labels (N,) -> (N,), to ascend. how: eps, step_size, steps, seed and draw, of `pgd`.
-    Returns of each image the last iterate that fools the network, else the last one; and which iterates do, (n, steps).
+    criterion: logits (N, C), labels (N,) -> (N,), to ascend. seed, draw: of the start's noise.
+
+    Returns the adversarial images, (N, 3, H, W), of each the last iterate that fools the network or
+    else the last one; and which iterates fool it, (N, steps) bool.
     """
-    watched, found, fooled = Watched(net, view), x.clone(), []
+    viewed = ViewedNetwork(net, view)
+    fooling = x.clone()
+    wrong_by_step: list[Tensor] = []
 
     def judge(iterate: Tensor, wrong: Tensor) -> None:
-        nonlocal found
-        if fooled:  # the start itself, which comes first, may lie outside [0, 1]
-            found = torch.where(wrong[:, None, None, None], iterate.detach(), found)
-        fooled.append(wrong)
+        nonlocal fooling
+        if wrong_by_step:  # the start, which comes first, may lie outside of [0, 1]
+            fooling = torch.where(wrong[:, None, None, None], iterate.detach(), fooling)
+        wrong_by_step.append(wrong)
 
-    def ascended(iterate: Tensor) -> Tensor:
-        judge(iterate, watched(iterate).argmax(1) != labels)
-        return watched.loss(lambda logits: criterion(logits, labels)).sum()
+    def objective(iterate: Tensor) -> Tensor:
+        judge(iterate, viewed(iterate).argmax(1) != labels)
+        return viewed.loss(lambda logits: criterion(logits, labels)).sum()
 
-    last = pgd(lambda net, labels: ascended, start="uniform", **how)(net, x, labels, numbers)
+    attack = pgd(
+        lambda net, labels: objective, eps, step_size, steps, start="uniform", seed=seed, draw=draw
+    )
+    last = attack(net, x, labels, numbers)
     with torch.no_grad():
         judge(last, net(last).argmax(1) != labels)
-    iterates = torch.stack(fooled[1:], 1)
-    return torch.where(iterates.any(1)[:, None, None, None], found, last), iterates
+
+    wrong = torch.stack(wrong_by_step[1:], 1)
+    return torch.where(wrong.any(1)[:, None, None, None], fooling, last), wrong
 
 
 def adaptive(
@@ -193,53 +229,69 @@ def adaptive(
     steps: int,
     restarts: int,
     seed: int,
-    warned: Says,
-    says: Says,
     apgd_steps: int = APGD_STEPS,
-    keep: Keep = keep_nothing,
+    monitor: Monitor | None = None,
 ) -> Attack:
-    """The attack on one view, for `evaluation.verdicts`: PGD with restarts, APGD-CE, targeted APGD on the margin.
+    """Make the attack on one view: PGD with restarts, APGD-CE, then targeted APGD on the margin.
 
-    Each goes on with the images that still stand; the returned image fools the network wherever one was found.
-    steps, restarts: of PGD, by turns on cross-entropy and on the margin; the first is the PGD of the README's table
-    moved to this view. warned: is told of the library's warnings. says: of each stage as it begins.
-
-    keep: may answer for a stage that an earlier process has finished; each stage seeds its own draws.
+    Each part attacks the images that are still right. steps, restarts: of PGD, which ascends
+    cross-entropy and the margin in turn; the first start is the PGD of the README's table, moved to
+    this view.
     """
-    logger = logging.Logger("adaptive")
-    logger.addHandler(Listener(warned))
+    monitor = monitor or Monitor()
+    logger = logger_to(monitor)
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        watched = Watched(net, view)
+        viewed = ViewedNetwork(net, view)
         with torch.no_grad():
-            targets = min(9, net(x[:1]).shape[1] - 1)
-        how = dict(eps=eps, step_size=step_size, steps=steps, seed=seed)
-        library = dict(eps=eps, norm="Linf", n_iter=apgd_steps, seed=seed, device=x.device, logger=logger)
+            classes = net(x[:1]).shape[1]
+        targets = min(9, classes - 1)
+        library_arguments = {
+            "eps": eps,
+            "norm": "Linf",
+            "n_iter": apgd_steps,
+            "seed": seed,
+            "device": x.device,
+            "logger": logger,
+        }
+        adversarial = x.clone()
+        right = torch.ones_like(labels, dtype=torch.bool)
 
-        def restart(draw: int) -> Callable[..., Tensor]:
-            criterion = margins if draw % 2 else cross_entropies
-            return lambda *images: view_pgd(net, view, *images, criterion, draw=draw, **how)[0]
-
-        def stage_on(stage: Callable[..., Tensor], numbers: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-            return stage(x, labels, numbers)
-
-        def apgd(attack: type[APGDAttack], **own: object) -> Callable[..., Tensor]:
-            return lambda x, labels, _: attack(watched, **own, **library).perturb(x, labels)
-
-        stages = {f"PGD {draw + 1} of {restarts}": restart(draw) for draw in range(restarts)}
-        stages["APGD-CE"] = apgd(ViewAPGD, loss="dlr")
-        stages[f"APGD to {targets} targets"] = apgd(ViewAPGDTargeted, n_target_classes=targets)
-        found, standing = x.clone(), torch.ones_like(labels, dtype=torch.bool)
-        for name, stage in stages.items():
-            rows = standing.nonzero().squeeze(1)
+        def run_part(name: str, part_attack: Callable[[Tensor, Tensor], Tensor]) -> None:
+            rows = right.nonzero().squeeze(1)
             if not len(rows):
-                break
-            says(f"{name}, {len(rows)} standing")
-            with torch.no_grad():  # without it the library's images keep their graphs
-                attack_stage = partial(stage_on, stage, numbers[rows.cpu()])
-                candidates = keep(name, attack_stage, x[rows], labels[rows])
-                standing[rows] = net(candidates).argmax(1) == labels[rows]
-            found[rows] = candidates
-        return found
+                return
+            monitor.progress(f"{name}, {len(rows)} standing")
+            with torch.no_grad():  # or the library's images would keep their graphs
+                candidates = monitor.run_part(name, part_attack, x[rows], labels[rows])
+                right[rows] = net(candidates).argmax(1) == labels[rows]
+            adversarial[rows] = candidates
+
+        def restart(draw: int) -> Callable[[Tensor, Tensor], Tensor]:
+            def part_attack(x: Tensor, labels: Tensor) -> Tensor:
+                images, _ = view_pgd(
+                    net,
+                    view,
+                    x,
+                    labels,
+                    numbers[right.nonzero().squeeze(1).cpu()],
+                    margins if draw % 2 else cross_entropies,
+                    eps=eps,
+                    step_size=step_size,
+                    steps=steps,
+                    seed=seed,
+                    draw=draw,
+                )
+                return images
+
+            return part_attack
+
+        for draw in range(restarts):
+            run_part(f"PGD {draw + 1} of {restarts}", restart(draw))
+        apgd = ViewAPGD(viewed, loss="dlr", **library_arguments)
+        run_part("APGD-CE", apgd.perturb)
+        targeted = ViewAPGDTargeted(viewed, n_target_classes=targets, **library_arguments)
+        run_part(f"APGD to {targets} targets", targeted.perturb)
+        return adversarial
 
     return attack

@@ -1,68 +1,96 @@
-"""AutoAttack as the literature runs it: the standard version of the official code, packaged as pyautoattack."""
+"""AutoAttack as the literature runs it: the standard version of the official code, pyautoattack."""
 
 import logging
-import re
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from pyautoattack import AutoAttack
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from utils.attacks import Attack
 
-VERSION = 1  # raise it when results change, so that kept ones are not reused
-Says = Callable[[str], None]  # takes a line
-# (name of a part, its attack of images and labels, the images, their labels) -> the part's images, kept or attacked now
-Keep = Callable[[str, Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
-BLOCK = 250  # images a call, whatever --test-batch-size: the start noise of a block is drawn for all of it at once
+VERSION = 1  # raise it when results change, so that no cached verdict of before is used
+BLOCK = 250  # images in a call; the library draws the start noise of all of them at once
 
 
-class Listener(logging.Handler):
-    """Hands the library's warnings to one function and its other lines to another."""
+class Monitor:
+    """Watches an attack of several parts on one block of images; this one only runs the parts.
 
-    def __init__(self, warned: Says, says: Says = lambda line: None) -> None:
-        super().__init__()
-        self.warned, self.says = warned, says
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage().removesuffix(" See flags_doc.md for details.")
-        line = line.replace(' Please use version="rand".', "")  # not offered here
-        (self.warned if record.levelno >= logging.WARNING else self.says)(line)
-
-
-def keep_nothing(name: str, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor) -> Tensor:
-    """A `Keep` that always attacks."""
-    return attack(x, labels)
-
-
-def autoattack(eps: float, seed: int, warned: Says, says: Says, keep: Keep = keep_nothing) -> Attack:
-    """AutoAttack, standard version, L-infinity (Croce & Hein, arXiv 2003.01690): an attack for `evaluation.verdicts`.
-
-    Standard is APGD-CE, targeted APGD-DLR, targeted FAB and Square with 5,000 queries. It targets 9 classes; with fewer
-    than 10 classes it targets all others, and below 4 its targeted DLR loss does not exist and is left out: `warned`
-    is told, as it is of each warning of the library. says: sees the library's progress lines.
-
-    keep: may answer for a part that an earlier process has finished. Each part seeds its own draws, so the parts that
-    follow find what they would have found. The library's own state file cannot do that: it may count a finished part as
-    not run, which is then repeated on fewer images and with other noise, and it forgets the images of earlier parts.
+    A part draws its noise from its own seed, so the parts that follow one whose images are read
+    from a cache find what they would have found. (The library's own state file cannot do that: it
+    forgets the images of earlier parts, and may repeat a finished part on fewer images.)
     """
 
+    def warn(self, line: str) -> None:
+        """Take a warning, which the table shows."""
+
+    def progress(self, line: str) -> None:
+        """Take a line about what is done at the moment."""
+
+    def run_part(
+        self, name: str, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor
+    ) -> Tensor:
+        """Return attack(x, labels), which a subclass may have cached."""
+        return attack(x, labels)
+
+
+class MonitorHandler(logging.Handler):
+    """Hands what the library logs to a monitor."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        """Take lines of any level."""
+        super().__init__()
+        self.monitor = monitor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shorten a line by the advice that does not apply here, and pass it on."""
+        line = record.getMessage().removesuffix(" See flags_doc.md for details.")
+        line = line.replace(' Please use version="rand".', "")
+        if record.levelno >= logging.WARNING:
+            self.monitor.warn(line)
+        else:
+            self.monitor.progress(line)
+
+
+def logger_to(monitor: Monitor) -> logging.Logger:
+    """Make a logger for the library whose lines reach a monitor."""
+    logger = logging.Logger("attack")
+    logger.addHandler(MonitorHandler(monitor))
+    return logger
+
+
+def autoattack(eps: float, seed: int, monitor: Monitor | None = None) -> Attack:
+    """Make AutoAttack, standard version, L-infinity (Croce & Hein, arXiv 2003.01690).
+
+    Its parts are APGD-CE, targeted APGD-DLR, targeted FAB and Square with 5,000 queries. The
+    targeted ones take 9 classes, or all other classes where there are fewer than 10. Below 4
+    classes the targeted DLR loss does not exist, and the part is left out. The monitor is warned
+    of both.
+    """
+    monitor = monitor or Monitor()
+
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        from pyautoattack import AutoAttack
+        library = AutoAttack(
+            net, norm="Linf", eps=eps, seed=seed, version="standard", device=x.device
+        )
 
         with torch.no_grad():
             classes = net(x[:1]).shape[1]
-        library = AutoAttack(net, norm="Linf", eps=eps, seed=seed, version="standard", device=x.device)
         if classes < 10:
-            library.apgd_targeted.n_target_classes = library.fab.n_target_classes = classes - 1
-            warned(f"{classes} classes: APGD-T and FAB-T target {classes - 1} of them, not 9")
+            library.apgd_targeted.n_target_classes = classes - 1
+            library.fab.n_target_classes = classes - 1
+            monitor.warn(f"{classes} classes: APGD-T and FAB-T target {classes - 1} of them, not 9")
         if classes < 4:
-            library.attacks_to_run = [name for name in library.attacks_to_run if name != "apgd-t"]
-            warned(f"{classes} classes: no targeted DLR loss, APGD-T left out")
-        logger = logging.Logger("AutoAttack")
-        logger.addHandler(Listener(warned, says))
-        library.logger = library.apgd.logger = library.apgd_targeted.logger = logger
+            library.attacks_to_run.remove("apgd-t")
+            monitor.warn(f"{classes} classes: no targeted DLR loss, APGD-T left out")
+
+        logger = logger_to(monitor)
+        library.logger = logger
+        library.apgd.logger = logger
+        library.apgd_targeted.logger = logger
+
         parts = {
             "APGD-CE": library.apgd,
             "APGD-T": library.apgd_targeted,
@@ -70,27 +98,28 @@ def autoattack(eps: float, seed: int, warned: Says, says: Says, keep: Keep = kee
             "SQUARE": library.square,
         }
         for name, part in parts.items():
-            part.perturb = partial(keep, name, part.perturb)
+            part.perturb = partial(monitor.run_part, name, part.perturb)
         return library.run_standard_evaluation(x, labels, batch_size=BLOCK)[0]
 
     return attack
 
 
-def square(eps: float, seed: int, queries: int = 5000, **_: Says) -> Attack:
-    """Black-box Square alone (Andriushchenko et al., arXiv 1912.00049), as in AutoAttack: it needs no gradient."""
+def square(eps: float, seed: int, queries: int = 5000, monitor: Monitor | None = None) -> Attack:
+    """Make black-box Square alone (Andriushchenko et al., arXiv 1912.00049), as in AutoAttack."""
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        how = dict(p_init=0.8, n_queries=queries, n_restarts=1, resc_schedule=False)
-        library = SquareAttack(net, norm="Linf", eps=eps, seed=seed, device=x.device, **how)
+        library = SquareAttack(
+            net,
+            norm="Linf",
+            eps=eps,
+            seed=seed,
+            device=x.device,
+            p_init=0.8,
+            n_queries=queries,
+            n_restarts=1,
+            resc_schedule=False,
+        )
         with torch.no_grad():
             return library.perturb(x, labels)
 
     return attack
-
-
-def take_part(line: str, images: int, parts: dict[str, tuple[int, float]]) -> None:
-    """Add a part of AutoAttack where its progress line says how many of the images stand after it, and its seconds."""
-    said = re.fullmatch(r"robust accuracy after (\S+): ([\d.]+)% \(total time ([\d.]+) s\)", line)
-    if said:
-        seconds = float(said[3]) - sum(seconds for _, seconds in parts.values())
-        parts[said[1]] = round(images * float(said[2]) / 100), seconds

@@ -62,7 +62,8 @@ def styled() -> Iterator[None]:
 
 def draw_curves(rows: list[dict], best: dict | None) -> Figure:
     """A run's loss and accuracies by epoch. rows: those of metrics.csv, None where an epoch was not evaluated; best:
-    that of the best checkpoint. It is marked, and where the learning rate falls, between two epochs."""
+    that of the best checkpoint. It is marked, and where the learning rate falls, between two epochs.
+    """
     figure = new_figure(3.8, width=9)
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
@@ -138,7 +139,8 @@ def draw_examples(
 
 def draw_robustness(curve: list[tuple], xlabel: str, trained: object = None) -> Figure:
     """Robust accuracy against eps or steps. curve: (eps or steps, PGD on the answer's logits, adaptive PGD), each of
-    the two (%, the ends of its interval). trained: the eps of training, marked. The axis is logarithmic beyond 0."""
+    the two (%, the ends of its interval). trained: the eps of training, marked. The axis is logarithmic beyond 0.
+    """
     figure = new_figure(3.8, width=4.6)
     axes = figure.subplots()
     x, *both = zip(*curve, strict=True)
@@ -186,7 +188,8 @@ def window(wanted: bool) -> Callable[[], None]:
 
 def save_or_note(draw: Callable[[], Figure], file: Path) -> str:
     """Save what `draw` draws as `file`, a PNG of 200 dpi, and beside it as PDF (vector, fonts embedded), the same bytes
-    for the same figure -> "", or a note of what failed, since no job ends for want of a picture."""
+    for the same figure -> "", or a note of what failed, since no job ends for want of a picture.
+    """
     try:
         with styled():
             figure = draw()
