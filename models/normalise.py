@@ -1,36 +1,51 @@
-"""Normalisation of images as a part of a network, so that whoever attacks it stays on [0, 1] images."""
+"""Normalisation of images as part of a network, so that attacks stay on [0, 1] images."""
 
 import torch
 from torch import Tensor, nn
 
-BUFFERS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}  # what published networks call the two
+BUFFERS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}  # names in published networks
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std of images x (N, 3, H, W), by channel. It adds nothing to a network's state dict."""
+    """(x - mean) / std of images x (N, 3, H, W), by channel, without entries in a state dict."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.mean, self.std = mean, std
-        for name, values in (("shift", mean), ("scale", std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.mean = mean
+        self.std = std
+        self.register_buffer("shift", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.shift) / self.scale
 
 
-def normalisation_in(state: dict[str, Tensor]) -> tuple[list[str], dict[str, tuple[float, ...]]]:
-    """Names of a state dict's buffers that normalise images, and their `mean` and `std`; nothing where there are none.
+def normalisation_in(
+    state: dict[str, Tensor],
+) -> tuple[list[str], dict[str, tuple[float, ...]]]:
+    """Find the buffers of a state dict that normalise images.
 
-    Of several pairs of buffers the outermost counts: others are those of a copy of the network inside.
+    Returns their names, and `mean` and `std`, or nothing of both. Of several pairs the outermost
+    counts; the others belong to copies of the network inside it.
     """
-    names, found = [], {}
-    for name in sorted(state, key=len, reverse=True):
-        stem, dot, last = name.rpartition(".")
-        pair = name, f"{stem}{dot}{BUFFERS.get(last)}"
-        held = [state[key].flatten().tolist() for key in pair if key in state and state[key].numel() in (1, 3)]
-        if len(held) == 2:
-            names = [*pair, *names]
-            rounded = [[float(f"{value:.7g}") for value in values * (3 // len(values))] for values in held]
-            found = {"mean": tuple(rounded[0]), "std": tuple(rounded[1])}
-    return names, found
+    names: list[str] = []
+    normalisation = {}
+    for mean_name in sorted(state, key=len, reverse=True):
+        prefix, dot, last = mean_name.rpartition(".")
+        std_name = f"{prefix}{dot}{BUFFERS.get(last)}"
+        if std_name not in state:
+            continue
+        mean = _by_channel(state[mean_name])
+        std = _by_channel(state[std_name])
+        if mean and std:
+            names = [mean_name, std_name, *names]
+            normalisation = {"mean": mean, "std": std}
+    return names, normalisation
+
+
+def _by_channel(values: Tensor) -> tuple[float, ...]:
+    """Return three numbers from three or one, or none from a tensor of another size."""
+    if values.numel() not in (1, 3):
+        return ()
+    numbers = [float(f"{value:.7g}") for value in values.flatten().tolist()]
+    return tuple(numbers * (3 // len(numbers)))

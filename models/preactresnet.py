@@ -7,9 +7,13 @@ from models.reverse_attention import ReverseAttentionNetwork
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv-BN-ReLU-conv plus shortcut; where shapes change, the shortcut starts behind the first ReLU."""
+    """BN-ReLU-conv-BN-ReLU-conv plus shortcut.
 
-    conv_bn = (("conv1", "bn2"),)  # never bn1: the ReLU behind it works in place, and its input is the shortcut's
+    Where shapes change, the shortcut starts behind the first ReLU. conv_bn: the pair of layers that
+    the copy for attacks folds into one. bn1 follows no convolution.
+    """
+
+    conv_bn = (("conv1", "bn2"),)
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -19,7 +23,8 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.shortcut = None
         if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+            projection = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x), inplace=True)
@@ -27,28 +32,36 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(out)), inplace=True)) + shortcut
 
 
-class PreActResNet(ReverseAttentionNetwork):
-    """PreActResNet-18: channels width * (1, 2, 4, 8), one final BatchNorm, which both RA blocks share.
+def _stage(in_planes: int, planes: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(PreActBlock(in_planes, planes, stride), PreActBlock(planes, planes, 1))
 
-    Pooling is over 4x4 windows as published, so an image of 64x64 (a map of 8x8) has 2x2 cells and F = 4 * 8 * width.
+
+class PreActResNet(ReverseAttentionNetwork):
+    """PreActResNet-18: channels width * (1, 2, 4, 8), one final BatchNorm for both last blocks.
+
+    Pooling is over 4x4 windows as published, so an image of 64x64 (a map of 8x8) has 2x2 cells and
+    F = 4 * 8 * width features.
     """
 
     pool_window = 4
 
-    def __init__(self, num_classes: int, reverse_attention: bool, width: int = 64, image_size: int = 32) -> None:
+    def __init__(
+        self, num_classes: int, reverse_attention: bool, width: int = 64, image_size: int = 32
+    ) -> None:
         super().__init__()
         self.reverse_attention = reverse_attention
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.layer1 = nn.Sequential(PreActBlock(width, width, 1), PreActBlock(width, width, 1))
-        self.layer2 = nn.Sequential(PreActBlock(width, 2 * width, 2), PreActBlock(2 * width, 2 * width, 1))
-        self.layer3 = nn.Sequential(PreActBlock(2 * width, 4 * width, 2), PreActBlock(4 * width, 4 * width, 1))
-        self.layer4 = nn.Sequential(PreActBlock(4 * width, 8 * width, 2), PreActBlock(8 * width, 8 * width, 1))
+        self.layer1 = _stage(width, width, 1)
+        self.layer2 = _stage(width, 2 * width, 2)
+        self.layer3 = _stage(2 * width, 4 * width, 2)
+        self.layer4 = _stage(4 * width, 8 * width, 2)
         self.bn = nn.BatchNorm2d(8 * width)
         cells = max(1, image_size // 8 // self.pool_window) ** 2
         self.linear = nn.Linear(8 * width * cells, num_classes)
 
     @property
     def classifier(self) -> nn.Linear:
+        """The linear layer of all heads, under its published name."""
         return self.linear
 
     def trunk(self, x: Tensor) -> Tensor:

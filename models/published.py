@@ -1,41 +1,54 @@
-"""State dicts of published networks: what they are of, told by names and shapes of their tensors, and other names."""
+"""State dicts of published networks: what network they belong to, and other names of layers."""
 
 import torch
 from torch import Tensor, nn
 
 
 def shape_of(state: dict[str, Tensor]) -> dict:
-    """Arch, width, number of classes and, where they tell, side of the images of a state dict, read off its tensors.
+    """Read arch, width, number of classes and, where it can be told, image size off a state dict.
 
-    Errors: KeyError, or another one where it is of no network here; whoever reads strangers' files takes any.
+    Errors: KeyError or another one where the state dict belongs to no network here.
     """
     classes, features = state[f"{classifier_of(state)}.weight"].shape
     if "bn.weight" in state:
         width = len(state["conv1.weight"])
-        side = round((features / (8 * width)) ** 0.5)  # cells of the pooled map, 1 up to images of 32
-        size = {"image_size": 32 * side} if side > 1 else {}
-        return {"arch": "PreActResNet18", "width": width, "num_classes": classes, **size}
+        shape = {"arch": "PreActResNet18", "width": width, "num_classes": classes}
+        side = round((features / (8 * width)) ** 0.5)  # of the pooled map, 1 for images up to 32
+        if side > 1:
+            shape["image_size"] = 32 * side
+        return shape
     if "layer1.0.conv1.weight" in state:
-        return {"arch": "ResNet18", "width": len(state["conv1.weight"]), "num_classes": classes}
-    blocks = len({key.split(".")[2] for key in state if key.startswith("block1.layer.")})
-    return {"arch": f"WRN-{ {5: 34, 4: 28}[blocks] }-10", "width": features // 64, "num_classes": classes}
+        width = len(state["conv1.weight"])
+        return {"arch": "ResNet18", "width": width, "num_classes": classes}
+    blocks = {key.split(".")[2] for key in state if key.startswith("block1.layer.")}
+    arch = {5: "WRN-34-10", 4: "WRN-28-10"}[len(blocks)]
+    return {"arch": arch, "width": features // 64, "num_classes": classes}
 
 
 def classifier_of(state: dict[str, Tensor]) -> str | None:
-    """The name of the one layer at the top of a state dict whose weight is a matrix, None where there is none such."""
-    found = [name for name, v in state.items() if isinstance(v, Tensor) and v.ndim == 2 and name.count(".") == 1]
-    return found[0].partition(".")[0] if len(found) == 1 else None
+    """Return the name of the only top-level layer whose weight is a matrix, or None."""
+    matrices = []
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.ndim == 2 and name.count(".") == 1:
+            matrices.append(name.partition(".")[0])
+    return matrices[0] if len(matrices) == 1 else None
 
 
 def named_as(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict by a network's own names: classifier and shortcuts may have others, old ones count no batches."""
-    own = model.state_dict()
-    theirs, ours = f"{classifier_of(state)}.", f"{classifier_of(own)}."
+    """Return a state dict with a network's own names of classifier and shortcuts.
 
-    def name(key: str) -> str:
-        if key in own:
-            return key
-        return ours + key.removeprefix(theirs) if key.startswith(theirs) else key.replace(".downsample.", ".shortcut.")
-
-    counts = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")}
-    return counts | {name(key): value for key, value in state.items()}
+    Counts of batches that BatchNorm layers of old files lack are 0.
+    """
+    expected = model.state_dict()
+    their_classifier = f"{classifier_of(state)}."
+    our_classifier = f"{classifier_of(expected)}."
+    renamed = {key: torch.tensor(0) for key in expected if key.endswith("num_batches_tracked")}
+    for key, value in state.items():
+        name = key
+        if key not in expected:
+            if key.startswith(their_classifier):
+                name = our_classifier + key.removeprefix(their_classifier)
+            else:
+                name = key.replace(".downsample.", ".shortcut.")
+        renamed[name] = value
+    return renamed

@@ -1,21 +1,24 @@
-"""Reverse attention (ANCRA, arXiv 2310.03358) and the forward pass that every network here shares."""
+"""Reverse attention (ANCRA, arXiv 2310.03358) and the forward pass that all networks here share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Gate = Tensor | str | None | tuple[Tensor | str | None, Tensor | str | None]
+# What a forward is told of its images: labels (N,), nothing, or for each of the last two blocks by
+# itself labels, weights of classes (N, C), or None for the prediction.
+Gate = Tensor | None | tuple[Tensor | None, Tensor | None]
 
 
 class Heads(NamedTuple):
     """What `model(x, gate, heads=True)` returns.
 
     final: (N, C) logits the network answers with.
-    auxiliary: one (N, C) of logits per reverse-attention block, in order; empty for a plain network.
+    auxiliary: (N, C) logits of each reverse-attention block, in order; empty for a plain network.
     features: (N, F) pooled input of the classifier behind `final`.
-    unweighted: (N, F) the last map pooled before reverse attention weights it; a plain network's are its `features`.
+    unweighted: (N, F) the last map pooled before reverse attention weights it; `features` in a
+    plain network.
     """
 
     final: Tensor
@@ -23,36 +26,79 @@ class Heads(NamedTuple):
     features: Tensor
     unweighted: Tensor | None = None
 
-    def of(self, name: str) -> Tensor:
-        """The logits of a head by its name: `final`, `auxiliary1`, `auxiliary2`."""
-        return self.final if name == "final" else self.auxiliary[int(name.removeprefix("auxiliary")) - 1]
+    def logits(self, name: str) -> Tensor:
+        """Return the logits of a head: `final`, `auxiliary1`, `auxiliary2`."""
+        if name == "final":
+            return self.final
+        return self.auxiliary[int(name.removeprefix("auxiliary")) - 1]
+
+    def rows(self, rows: slice) -> "Heads":
+        """Return the heads of some images of the batch, without `unweighted`."""
+        auxiliary = tuple(logits[rows] for logits in self.auxiliary)
+        return Heads(self.final[rows], auxiliary, self.features[rows])
+
+
+def label_gate(auxiliary: Tensor, labels: Tensor | None) -> Tensor:
+    """Gate by the labels in training, and by the prediction where there are none, as published."""
+    return auxiliary.argmax(1) if labels is None else labels
+
+
+def predicted_gate(auxiliary: Tensor, labels: Tensor | None) -> Tensor:
+    """Gate by the prediction, in training too."""
+    return auxiliary.argmax(1)
+
+
+def soft_gate(auxiliary: Tensor, labels: Tensor | None) -> Tensor:
+    """Gate by all classes, weighted by their probabilities."""
+    return auxiliary.softmax(1)
+
+
+def no_gate(auxiliary: Tensor, labels: Tensor | None) -> None:
+    """Leave the map as it is: auxiliary heads without weighting."""
+
+
+# Each takes the auxiliary logits (N, C) and labels (N,) or None, and returns classes (N,), weights
+# of classes (N, C) of float, or None for a map that is not weighted.
+GATES: dict[str, Callable[[Tensor, Tensor | None], Tensor | None]] = {
+    "label": label_gate,
+    "predicted": predicted_gate,
+    "soft": soft_gate,
+    "none": no_gate,
+}
 
 
 def pool(z: Tensor, window: int | None = None) -> Tensor:
-    """Average-pool a map (N, D, h, w) and flatten it to (N, F); window None, or larger than the map, pools globally."""
+    """Average-pool a map (N, D, h, w) and flatten it to (N, F).
+
+    window: side of the pooling window; None, or one larger than the map, pools globally.
+    """
     if window is None or window >= z.shape[-1]:
         return z.mean((2, 3))
     return F.avg_pool2d(z, window).flatten(1)
 
 
 def reverse_attention(
-    z: Tensor, classifier: nn.Linear, gate: Tensor | str | None = None, window: int | None = None
+    z: Tensor,
+    classifier: nn.Linear,
+    labels: Tensor | None = None,
+    window: int | None = None,
+    gate: Callable[[Tensor, Tensor | None], Tensor | None] = label_gate,
 ) -> tuple[Tensor, Tensor]:
-    """Weight a feature map by the classifier's own row of one class: z' = z * W[c], broadcast over space.
+    """Weight a map by the classifier's row of one class: z' = z * W[c], broadcast over space.
 
-    z: (N, D, h, w), after its last ReLU. classifier: the network's one linear layer, (C, F).
-    gate: which class c: None the most probable one, labels (N,) of int64, or weights over classes (N, C) of float,
-    which mix the rows of W; `soft`: the probabilities are these weights; `none`: z' is z.
-    window: side of the pooling window, None for global pooling.
-    Returns z' and the auxiliary logits (N, C) of the unweighted map. W learns through both uses; there is no gradient
-    through an argmax.
+    z: (N, D, h, w), after its last ReLU. classifier: the network's only linear layer, (C, F).
+    labels: (N,), for training forwards. window: of `pool`. gate: which class c, a value of `GATES`.
+    Returns z' and the auxiliary logits (N, C) of the map before it is weighted. W learns through
+    both uses; there is no gradient through an argmax.
     """
     auxiliary = classifier(pool(z, window))
-    if isinstance(gate, str) and gate == "none":
+    classes = gate(auxiliary, labels)
+    if classes is None:
         return z, auxiliary
-    if not isinstance(gate, Tensor):
-        gate = auxiliary.argmax(1) if gate is None else auxiliary.softmax(1)
-    rows = gate @ classifier.weight if gate.is_floating_point() else classifier.weight[gate]
+    if classes.is_floating_point():
+        rows = classes @ classifier.weight
+    else:
+        rows = classifier.weight[classes]
     side = int((rows.shape[1] // z.shape[1]) ** 0.5)  # of the pooled map
     weights = rows.view(*z.shape[:2], side, side)
     if side > 1:
@@ -61,70 +107,78 @@ def reverse_attention(
 
 
 class ReverseAttentionNetwork(nn.Module):
-    """Base of the three networks: `trunk`, two last blocks with or without reverse attention, pooling, classifier.
+    """Base of all networks: a trunk, two last blocks that may carry reverse attention, pooling.
 
-    A network says what its blocks are by four hooks: `trunk(x)` (all before the last two blocks), `last_blocks()`,
-    `activate(z)` (what a pre-activation network applies to the map of a last block) and `classifier`.
-    normalise: what is done to images first, None for nothing; of published networks that were trained so.
+    A network defines `trunk(x)` (all before the last two blocks), `last_blocks()`, the linear
+    classifier `fc`, and where it needs to `activate(z)`, which is applied to the map of a last
+    block. gate: a name of `GATES`. ra_blocks: how many of the last two blocks carry reverse
+    attention. predict: the head that answers. normalise: what is done to images first.
     """
 
     pool_window: int | None = None
     reverse_attention: bool
-    gate = "label"  # how maps are weighted, see `gate_of`
-    ra_blocks = 2  # of the last two blocks; 1: the last one alone
-    predict = "final"  # the head that answers: `final`, `auxiliary1`, `auxiliary2`
+    gate = "label"
+    ra_blocks = 2
+    predict = "final"
 
     def __init__(self) -> None:
         super().__init__()
         self.normalise: nn.Module | None = None
 
     def trunk(self, x: Tensor) -> Tensor:
+        """Return the map before the last two blocks."""
         raise NotImplementedError
 
     def last_blocks(self) -> Sequence[nn.Module]:
+        """Return the last two blocks."""
         raise NotImplementedError
 
     def activate(self, z: Tensor) -> Tensor:
+        """Return the map of a last block with what a pre-activation network applies to it."""
         return z
 
     @property
     def classifier(self) -> nn.Linear:
+        """The linear layer of all heads."""
         return self.fc
 
-    def gate_of(self, gate: Tensor | None) -> Tensor | str | None:
-        """The gate of a forward that was given labels or None: as it was, or the network's own rule.
-
-        `label`: labels where there are some, else by prediction, as published. `predicted`: by prediction, in training
-        too. `soft`: rows mixed by softmax. `none`: auxiliary heads without any weighting.
-        """
-        if self.gate == "label" or (gate is not None and gate.is_floating_point()):
-            return gate
-        return None if self.gate == "predicted" else self.gate
-
     def forward(self, x: Tensor, gate: Gate = None, heads: bool = False) -> Tensor | Heads:
-        """Classify images x (N, 3, H, W), in [0, 1] whatever `normalise` is, into logits (N, C), or `Heads`.
+        """Classify images x (N, 3, H, W) in [0, 1] into logits (N, C), or return `Heads`.
 
-        gate: the class whose row of W weights the maps: None by prediction (attacks, evaluation), labels (N,) (training
-        forwards), weights over classes (N, C), or a pair of these, one for each block. A plain network ignores it.
-        A network whose own `gate` is another takes that one instead of a prediction or labels. Whether the network is
-        in train or eval mode is left as it is.
+        gate: labels (N,) in training forwards, None in attacks and evaluation; the network's own
+        gate decides what becomes of them. A pair gives each block its labels, weights of classes
+        (N, C) or None for its prediction, whatever the network's own gate is. A plain network
+        ignores it. Whether the network is in train or eval mode is left as it is.
         """
-        z = self.trunk(x if self.normalise is None else self.normalise(x))
-        first, last = self.last_blocks()
-        auxiliary = []
-        if self.reverse_attention:
-            blocks, gates = (first, last), gate if isinstance(gate, tuple) else (self.gate_of(gate),) * 2
-            if self.ra_blocks == 1:
-                z, blocks, gates = first(z), (last,), gates[-1:]
-            for block, block_gate in zip(blocks, gates, strict=True):
-                before = self.activate(block(z))
-                z, logits = reverse_attention(before, self.classifier, block_gate, self.pool_window)
-                auxiliary.append(logits)
+        if isinstance(gate, tuple):
+            rule = label_gate
+            gates = gate
         else:
-            before = z = self.activate(last(first(z)))
+            rule = GATES[self.gate]
+            gates = (gate, gate)
+
+        if self.normalise is not None:
+            x = self.normalise(x)
+        z = self.trunk(x)
+        blocks = list(self.last_blocks())
+        plain_blocks = 2 - self.ra_blocks if self.reverse_attention else 2
+        for block in blocks[:plain_blocks]:
+            z = block(z)
+        if not self.reverse_attention:
+            z = self.activate(z)
+
+        unweighted = z
+        auxiliary = []
+        for block, labels in zip(blocks[plain_blocks:], gates[plain_blocks:], strict=True):
+            unweighted = self.activate(block(z))
+            z, logits = reverse_attention(
+                unweighted, self.classifier, labels, self.pool_window, rule
+            )
+            auxiliary.append(logits)
+
         features = pool(z, self.pool_window)
         final = self.classifier(features)
         if not heads:
-            return Heads(final, tuple(auxiliary), features).of(self.predict)
-        unweighted = features if before is z else pool(before, self.pool_window)
-        return Heads(final, tuple(auxiliary), features, unweighted)
+            return Heads(final, tuple(auxiliary), features).logits(self.predict)
+        pooled = features if unweighted is z else pool(unweighted, self.pool_window)
+        return Heads(final, tuple(auxiliary), features, pooled)

@@ -1,4 +1,4 @@
-"""WideResNet-d-k (Zagoruyko and Komodakis, arXiv 1605.07146), dropout 0, modules named as in the TRADES release."""
+"""WideResNet-d-k (Zagoruyko and Komodakis, arXiv 1605.07146), named as in the TRADES release."""
 
 import math
 
@@ -9,9 +9,13 @@ from models.reverse_attention import ReverseAttentionNetwork
 
 
 class WideBlock(nn.Module):
-    """BN-ReLU-conv-BN-ReLU-conv plus shortcut; where channels change, the shortcut starts behind the first ReLU."""
+    """BN-ReLU-conv-BN-ReLU-conv plus shortcut.
 
-    conv_bn = (("conv1", "bn2"),)  # never bn1: the ReLU behind it works in place, and its input is the shortcut's
+    Where channels change, the shortcut starts behind the first ReLU. conv_bn: the pair of layers
+    that the copy for attacks folds into one. bn1 follows no convolution.
+    """
+
+    conv_bn = (("conv1", "bn2"),)
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -19,7 +23,9 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.convShortcut = None if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+        self.convShortcut = None
+        if in_planes != planes:
+            self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x), inplace=True)
@@ -32,19 +38,28 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: int, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
-        self.layer = nn.Sequential(
-            WideBlock(in_planes, planes, stride), *(WideBlock(planes, planes, 1) for _ in range(blocks - 1))
-        )
+        self.layer = nn.Sequential(WideBlock(in_planes, planes, stride))
+        for _ in range(blocks - 1):
+            self.layer.append(WideBlock(planes, planes, 1))
 
 
 class WideResNet(ReverseAttentionNetwork):
-    """WideResNet: three stages of (depth - 4) / 6 blocks, channels 16 * width * (1, 2, 4), one final BatchNorm.
+    """WideResNet: three stages of (depth - 4) / 6 blocks, one final BatchNorm.
 
-    The last two blocks of the last stage carry RA. width: the widen factor. With width 1 the first block has as many
-    channels as the stem, so no shortcut convolution.
+    Channels are 16 * width * (1, 2, 4). The last two blocks of the last stage carry reverse
+    attention. With width 1 the first block has as many channels as the stem, so no shortcut
+    convolution.
     """
 
-    def __init__(self, num_classes: int, reverse_attention: bool, width: int = 10, image_size: int = 32, *, depth: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        reverse_attention: bool,
+        width: int = 10,
+        image_size: int = 32,
+        *,
+        depth: int,
+    ) -> None:
         super().__init__()
         self.reverse_attention = reverse_attention
         blocks = (depth - 4) // 6

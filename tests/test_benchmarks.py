@@ -8,7 +8,8 @@ from torch import nn
 
 from tests.helpers import digits_network, digits_split, python
 from tests.tools import benchmarks, card
-from utils.attacks import cross_entropy_over_heads, frozen, linf_pgd
+from utils.attacks import cross_entropy_over_heads, linf_pgd
+from utils.system.attack_copy import frozen
 
 QUICK = (
     "step",

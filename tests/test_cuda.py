@@ -17,7 +17,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import utils.step as page
 from models import build_model
 from tests.conftest import shorten_runs
 from tests.golden_numbers import FOLDER, GoldenNetwork, assert_near
@@ -33,27 +32,20 @@ from tests.helpers import (
     train,
 )
 from tests.training.test_companions import EVERYTHING, extra_file
-from utils.attacks import (
-    Standing,
-    ToAttack,
-    cross_entropy,
-    cross_entropy_over_heads,
-    frozen,
-    linf_pgd,
-    linf_pgd_together,
-    pgd,
-    pgd40_heads,
-)
+from utils import step
+from utils.attacks import ToAttack, cross_entropy, cross_entropy_over_heads, linf_pgd, linf_pgd_together, pgd, pgd40_heads
 from utils.data.subject import verdicts
 from utils.evaluation.adaptive import adaptive, views
 from utils.losses import asymmetric_negative_contrast, mart_loss, over_heads, trades_loss
 from utils.negatives import choose_negatives
-from utils.step import attack_batch, away_from_labels, backward, towards_labels, training_loss
+from utils.step import away_from_labels, towards_labels, training_loss
 from utils.system import distributed
+from utils.system.attack_copy import AttackCopy, frozen
 from utils.system.devices import computing
 from utils.system.graphs import Graphed
 from utils.system.provenance import in_one_line, provenance
 from utils.training.companions import Average, adversarial_weights
+from utils.training.loop import attack_batch, backward
 
 CUDA, EPS = torch.device("cuda"), 8 / 255
 CUDA_IS_OLD = torch.cuda.is_available() and not torch.cuda.is_tf32_supported()
@@ -102,10 +94,10 @@ def test_golden_networks(name):
 def test_training_attacks_end_where_the_official_ones_do(name, graph):
     g = GoldenNetwork(name)
     x, start, y, wrong = (t.to(CUDA) for t in (g.x, g.start, g.y, (g.y + 1) % g.meta["classes"]))
-    standing = Standing(g.model.to(CUDA), graph=graph)
+    attack_copy = AttackCopy(g.model.to(CUDA), graph=graph)
     both = [ToAttack(x, start, away_from_labels, y), ToAttack(x, start, towards_labels, wrong)]
     for _ in range(2):  # a graph is recorded at the second call
-        found = standing.linf_pgd_together(standing.refresh(), both, 2.0, EPS, 0.007, 10)
+        found = attack_copy.pgd(both, 2.0, EPS, 0.007, 10)
     for images, kind in zip(found, ("pgd_untargeted", "pgd_targeted"), strict=True):
         assert ((images.cpu() - g[kind]).abs() <= 1e-5).float().mean() > 0.75
 
@@ -147,7 +139,7 @@ def cpu_draws():
         chosen = choose_negatives(logits, labels.cpu(), strategy, generator, *counts)
         return None if chosen is None else chosen.to(labels.device)
 
-    return mock.patch.multiple(page, gaussian_start=start, choose_negatives=choose)
+    return mock.patch.multiple(step, gaussian_start=start, choose_negatives=choose)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
@@ -168,7 +160,7 @@ def test_three_steps_are_those_of_a_cpu_in_float64(arch, changes, graph):
         torch.manual_seed(0)
         how = {"width": 1 if arch[0] == "W" else 4, "image_size": 16, "gate": s.gate, "ra_blocks": s.ra_blocks}
         model = build_model(arch, 5, **how).double().to(device).train()
-        standing, generator = Standing(model, graph=graph and device == CUDA), torch.Generator().manual_seed(2)
+        attack_copy, generator = AttackCopy(model, graph=graph and device == CUDA), torch.Generator().manual_seed(2)
         optimizer, values = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), []
         average, loss = Average(model), partial(training_loss, model)
         draw = torch.Generator().manual_seed(1)
@@ -176,7 +168,7 @@ def test_three_steps_are_those_of_a_cpu_in_float64(arch, changes, graph):
             x = torch.rand(8, 3, 16, 16, generator=draw, dtype=torch.double).to(device)
             labels = (torch.arange(8) % 5).to(device)
             with cpu_draws():
-                attacked = attack_batch(standing, x, labels, s, generator, 1)
+                attacked = attack_batch(attack_copy, x, labels, s, generator, 1)
             gradients = partial(backward, loss, x, labels, attacked, s)
             with adversarial_weights(model, gradients, s.awp) if s.awp else nullcontext():
                 values += [attacked.adversarial, attacked.negative, gradients()[0]]
@@ -192,16 +184,16 @@ def test_a_graph_replays_what_the_eager_attack_computes_bit_for_bit(precision):
     """Also after an update of the weights, and for a batch of another size, which runs as it is."""
     torch.manual_seed(0)
     model = build_model("ResNet18", 10, width=16).to(CUDA).train()
-    s, standings = replace(settings(), precision=precision), []
+    s, attack_copies = replace(settings(), precision=precision), []
     with computing(precision):
         for graph in (False, True):
-            standings.append(Standing(model, precision, graph=graph))
+            attack_copies.append(AttackCopy(model, precision, graph=graph))
         for count in (16, 16, 12, 16):
             x, labels = torch.rand(count, 3, 32, 32, device=CUDA), torch.arange(count, device=CUDA) % 10
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 one, other = (
-                    attack_batch(standing, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for standing in standings
+                    attack_batch(attack_copy, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for attack_copy in attack_copies
                 )
             assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
             assert (one.adversarial - x).abs().max() > 0.02
@@ -211,16 +203,16 @@ def test_a_graph_replays_what_the_eager_attack_computes_bit_for_bit(precision):
                 model(x)
 
 
-def attacked_by(standings, count, steps=3):
+def attacked_by(attack_copies, count, steps=3):
     """A batch attacked by each of them, the same draws."""
     x, labels = torch.rand(count, 3, 32, 32, device=CUDA), torch.arange(count, device=CUDA) % 10
     s = replace(settings(), num_steps=steps)
-    return [attack_batch(standing, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for standing in standings]
+    return [attack_batch(attack_copy, x, labels, s, torch.Generator(CUDA).manual_seed(3), 1) for attack_copy in attack_copies]
 
 
 def test_an_attack_of_another_number_of_steps_is_recorded_again_in_the_memory_of_the_old_one(monkeypatch):
     model = build_model("ResNet18", 10, width=16).to(CUDA)
-    standings = Standing(model), Standing(model, graph=True)
+    attack_copies = AttackCopy(model), AttackCopy(model, graph=True)
     recorded, held, record = [], [], Graphed._record
 
     def noting(self, args):
@@ -230,7 +222,7 @@ def test_an_attack_of_another_number_of_steps_is_recorded_again_in_the_memory_of
     monkeypatch.setattr(Graphed, "_record", noting)
     for steps in (3, 4, 5, 6):
         for count in (64, 64, 64, 12):
-            one, other = attacked_by(standings, count, steps)
+            one, other = attacked_by(attack_copies, count, steps)
             assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
         held.append(torch.cuda.memory_reserved())
     assert recorded == [3, 4, 5, 6]
@@ -240,11 +232,11 @@ def test_an_attack_of_another_number_of_steps_is_recorded_again_in_the_memory_of
 def test_a_graph_that_replays_nothing_is_not_used(monkeypatch):
     model, lines = build_model("ResNet18", 10, width=8).to(CUDA), []
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
-    standings = Standing(model), Standing(model, graph=True, warned=lines.append)
+    attack_copies = AttackCopy(model), AttackCopy(model, graph=True, warned=lines.append)
     for _ in range(4):
-        one, other = attacked_by(standings, 16)
+        one, other = attacked_by(attack_copies, 16)
         assert torch.equal(one.adversarial, other.adversarial) and torch.equal(one.negative, other.negative)
-    assert len(lines) == 1 and standings[1].linf_pgd_together.graph is None
+    assert len(lines) == 1 and attack_copies[1].pgd.graph is None
 
 
 FEW = ("--dataset=digits", "--width=8", "--limit-train=200", "--limit-test=60", "--num-steps=2", "--batch-size=64")
@@ -326,7 +318,7 @@ def test_float32_and_tf32_are_what_they_say_whatever_is_switched_on(user):
 @pytest.mark.parametrize("arch", ["PreActResNet18", "WRN-28-10"])
 def test_the_attack_copy_of_a_network_of_several_ranks_has_no_batchnorm_left(arch):
     model = build_model(arch, 10, width=4 if arch[0] == "P" else 1).to(CUDA)
-    copy = Standing(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)).net
+    copy = AttackCopy(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)).net
     assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in copy.modules())
     x = torch.rand(8, 3, 32, 32, device=CUDA)
     assert relative(copy(x), model.eval()(x)) < 1e-5
@@ -339,25 +331,25 @@ def test_an_attack_never_waits_for_the_device():
     model = build_model("ResNet18", 10, width=16).to(CUDA)
     x, labels = torch.rand(16, 3, 32, 32, device=CUDA), torch.arange(16, device=CUDA) % 10
     for graph in (False, True):
-        standing = Standing(model, graph=graph)
+        attack_copy = AttackCopy(model, graph=graph)
         both = [ToAttack(x, x, away_from_labels, labels), ToAttack(x, x, towards_labels, labels.roll(1))]
         for _ in range(2):  # a graph is recorded at the second call
-            standing.linf_pgd_together(standing.refresh(), both, 2.0, EPS, 0.007, 3)
+            attack_copy.pgd(both, 2.0, EPS, 0.007, 3)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            standing.linf_pgd_together(standing.refresh(), both, 2.0, EPS, 0.007, 3)
-            linf_pgd(x, cross_entropy_over_heads(standing.net, labels, 2.0), EPS, 0.007, 3, x)
+            attack_copy.pgd(both, 2.0, EPS, 0.007, 3)
+            linf_pgd(x, cross_entropy_over_heads(attack_copy.net, labels, 2.0), EPS, 0.007, 3, x)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def test_memory_does_not_grow_from_step_to_step():
     model, s = build_model("ResNet18", 10, width=16).to(CUDA).train(), replace(settings(), num_steps=2)
-    standing, generator = Standing(model, graph=True), torch.Generator(CUDA).manual_seed(0)
+    attack_copy, generator = AttackCopy(model, graph=True), torch.Generator(CUDA).manual_seed(0)
     x, labels = torch.rand(32, 3, 32, 32, device=CUDA), torch.arange(32, device=CUDA) % 10
     held = []
     for _ in range(12):
-        attacked = attack_batch(standing, x, labels, s, generator, 1)
+        attacked = attack_batch(attack_copy, x, labels, s, generator, 1)
         training_loss(model, x, labels, attacked, s).loss.backward()
         model.zero_grad()
         held.append(torch.cuda.memory_allocated())
@@ -420,7 +412,7 @@ def gradients(images):
     x = torch.rand(images, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.double).to(CUDA)
     labels = (torch.arange(images) % 5).to(CUDA)
     with cpu_draws():
-        attacked = attack_batch(Standing(model), x, labels, s, torch.Generator().manual_seed(2), 1)
+        attacked = attack_batch(AttackCopy(model), x, labels, s, torch.Generator().manual_seed(2), 1)
         figures = backward(distributed.parallel(model, training_loss), x, labels, attacked, s)
     return [figures.cpu(), *(p.grad.cpu() for p in model.parameters())]
 

@@ -11,11 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import build_model
 from tests.helpers import settings
 from tests.tools import full_scale
-from utils.attacks import Standing, frozen, pgd40_heads
+from utils.attacks import pgd40_heads
 from utils.data.datasets import Split
 from utils.data.subject import verdicts
-from utils.step import attack_batch, backward, training_loss
+from utils.step import training_loss
+from utils.system.attack_copy import AttackCopy, frozen
 from utils.training.companions import adversarial_weights
+from utils.training.loop import attack_batch, backward
 
 TINY = ("--dataset", "digits", "--width", 4, "--num-steps", 2, "--batch-size", 8, "--warmup-epochs", 0)
 
@@ -26,10 +28,10 @@ def one_step(job):
     x, labels = torch.rand(8, 3, 16, 16, generator=generator), torch.arange(8) % 4
     how = {"gate": job.gate, "ra_blocks": job.ra_blocks, "reverse_attention": not job.no_ra}
     model = build_model(job.arch, 10, width=job.width, image_size=16, **how).train()
-    standing, loss = Standing(model), partial(training_loss, model)
+    attack_copy, loss = AttackCopy(model), partial(training_loss, model)
 
     def step():
-        gradients = partial(backward, loss, x, labels, attack_batch(standing, x, labels, job, generator, 1), job)
+        gradients = partial(backward, loss, x, labels, attack_batch(attack_copy, x, labels, job, generator, 1), job)
         with adversarial_weights(model, gradients, job.awp) if job.awp else nullcontext():
             gradients()
 

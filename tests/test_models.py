@@ -10,17 +10,11 @@ from models import ARCHS, build_model
 from tests.golden_numbers import GoldenNetwork, assert_near, published_shapes
 from tests.helpers import digits_network, digits_split
 from utils import attacks
-from utils.attacks import (
-    ToAttack,
-    cross_entropy,
-    cross_entropy_over_heads,
-    frozen,
-    linf_pgd_together,
-    pgd40_heads,
-)
+from utils.attacks import ToAttack, cross_entropy, cross_entropy_over_heads, linf_pgd_together, pgd40_heads
 from utils.data.subject import percent, verdicts
 from utils.losses import over_heads
 from utils.step import away_from_labels, towards_labels
+from utils.system.attack_copy import frozen
 
 EPS = 8 / 255
 RA = ["ResNet18_RA", "PreActResNet18_RA", "WRN34_10_RA", "WRN28_10_RA"]

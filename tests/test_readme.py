@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers import ANCRA, ATTACK, ROOT, SCRIPTS, digits_checkpoint, digits_split, execute, folder, python
-from utils.attacks import cross_entropy, frozen, linf_pgd
+from utils.attacks import cross_entropy, linf_pgd
 from utils.data.datasets import as_input, load_split
+from utils.system.attack_copy import frozen
 from utils.system.options import parse, parse_training
 from utils.system.settings import Distances, Evaluation, Histograms, Umap
 
@@ -206,6 +207,8 @@ def pairing_loss(natural: Tensor, adversarial: Tensor, labels: Tensor, beta: flo
     print("USED: a loss")
     return F.cross_entropy(adversarial, labels) + beta * (natural - adversarial).square().mean()
 '''
+PAIRING = '''    "pairing": lambda nat, adv, labels, s: pairing_loss(nat, adv, labels, s.beta),
+'''
 NETWORK = """
 import torch.nn.functional as F
 from torch import nn
@@ -260,23 +263,23 @@ FLAG = """    shift: float = setting(0.0, number(0, 5), "of the anchor's class")
 SHIFTED = """    print("USED: a flag" if settings.shift == 2.5 else settings.shift)
 """
 RADIUS = 'epsilon: float = setting(8 / 255, number(0, 1, of=255), "L-infinity radius", by={'
-MODELS = "from models.reverse_attention import Heads, ReverseAttentionNetwork\n"
+MODELS = "from models.reverse_attention import GATES, Heads, ReverseAttentionNetwork\n"
 BEFORE, AFTER = "before", "after"
 
 # row of the table: (file, BEFORE or AFTER which line or words, what to write there); no place: at the end of the file
 CHANGES = {
     "a loss": [
         ("utils/losses.py", "", "", LOSS),
-        ("utils/step.py", AFTER, "mart_loss, over_heads, ", "pairing_loss, "),
-        ("utils/step.py", AFTER, '"mart": mart_loss', ', "pairing": pairing_loss'),
+        ("utils/step.py", AFTER, "    over_heads,\n", "    pairing_loss,\n"),
+        ("utils/step.py", AFTER, "Callable[..., Tensor]] = {\n", PAIRING),
         ("utils/system/settings.py", AFTER, 'METHODS = ("pgd", ', '"pairing", '),
     ],
     "a strategy": [
         (
             "utils/negatives.py",
             BEFORE,
-            '        "soft": lambda',
-            '        "near": lambda: print("USED: a strategy") or True,\n',
+            '    elif strategy == "hard":',
+            '    elif strategy == "near":\n        print("USED: a strategy")\n',
         ),
         ("utils/negatives.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
         ("utils/system/settings.py", AFTER, 'STRATEGIES = ("random", ', '"near", '),
@@ -286,7 +289,7 @@ CHANGES = {
         (
             "utils/step.py",
             BEFORE,
-            "    own, net = own_slice(",
+            "    auxiliary_weight = settings.cr_beta",
             '    print("USED: a flag") if settings.shift == 2.5 else None\n',
         ),
         ("utils/system/settings.py", AFTER, 'of_anc = ("strategy", ', '"shift", '),
@@ -304,12 +307,12 @@ CHANGES = {
         ("utils/system/settings.py", AFTER, RADIUS, '"stripes": 0.05, '),
     ],
     "a training attack": [
-        ("utils/step.py", BEFORE, "def attack_batch(", TRAINING_ATTACK),
+        ("utils/step.py", BEFORE, "def negative_strategy(", TRAINING_ATTACK),
         (
             "utils/step.py",
             AFTER,
-            '    untargeted = {"ce": (away_from_labels, labels[own]), ',
-            '"margin": (outdone, labels[own]), ',
+            "    untargeted = {\n",
+            '        "margin": ToAttack(x, draws.start, outdone, labels),\n',
         ),
         ("utils/step.py", AFTER, "gaussian_start, ", "margins, "),
         ("utils/system/settings.py", AFTER, 'inner: str = setting("ce", ("ce", ', '"margin", '),

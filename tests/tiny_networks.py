@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import Heads, ReverseAttentionNetwork
-from utils.attacks import cross_entropy, frozen, linf_pgd
+from utils.attacks import cross_entropy, linf_pgd
 from utils.data.datasets import as_input, load_split
+from utils.system.attack_copy import frozen
 
 FILE = Path(__file__).parent / "golden" / "tiny_networks.npz"
 EPS = 0.1  # that of digits

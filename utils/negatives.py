@@ -1,46 +1,9 @@
-"""Choosing negatives: for each anchor of a batch, images of other classes of the same batch, as tensor code."""
+"""Choosing negatives: for each anchor of a batch, images of other classes of the same batch."""
 
 import torch
 from torch import Tensor
 
 STRATEGIES = ("random", "soft", "hard", "easy")
-
-
-def _draw(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` true positions of each row of valid (..., M), evenly -> (..., count) indices.
-
-    Distinct where a row has enough; where it has fewer, all of them come once and the rest is drawn with replacement.
-    """
-    keys = torch.rand(valid.shape, generator=generator, device=valid.device)
-    first = keys.masked_fill_(~valid, -1).topk(min(count, valid.shape[-1]), -1).indices  # valid ones, in random order
-    available = valid.sum(-1, keepdim=True)
-    slots = torch.arange(count, device=valid.device).expand(*valid.shape[:-1], count)
-    again = (torch.rand(slots.shape, generator=generator, device=valid.device) * available).long()
-    return first.gather(-1, torch.where(slots < available, slots, again.clamp(max=available - 1)))
-
-
-def _random_negatives(
-    labels: Tensor,
-    present: Tensor,
-    sizes: Tensor,
-    largest: int,
-    generator: torch.Generator,
-    classes: int,
-    per_class: int,
-) -> Tensor:
-    """(N, classes * per_class) indices: distinct other classes first, then distinct images of each.
-
-    present, sizes: the classes in the batch, sorted, and how many images each has, `largest` at most.
-    """
-    other = labels[:, None] != present
-    rich = other & (sizes >= per_class)
-    eligible = torch.where(rich.sum(1, keepdim=True) >= classes, rich, other)
-    chosen = _draw(eligible, classes, generator)  # (N, classes), indices into present
-    by_class = labels.argsort(stable=True)  # images of one class in a row
-    first = sizes.cumsum(0) - sizes
-    member = torch.arange(largest, device=labels.device) < sizes[chosen][..., None]
-    images = _draw(member, per_class, generator) + first[chosen][..., None]
-    return by_class[images].flatten(1)
 
 
 def choose_negatives(
@@ -53,16 +16,20 @@ def choose_negatives(
 ) -> Tensor | None:
     """Choose K = classes * per_class negatives for each anchor, never of the anchor's class.
 
-    logits: (N, C) of the eval-mode network on natural images; None will do for the random strategy. labels: (N,).
-    strategy: `random`, or for predictions c(.) those images j of another class with
-    `soft` c(j) = c(n), `hard` c(j) = y_n, `easy` c(j) neither; of these the K with the largest logit of class y_n,
-    filled up at random where there are fewer. generator: on the device of the logits and of the answer; where
-    that is not the host but labels are, nothing here waits for it.
-    Random draws `classes` other classes with at least `per_class` images each and `per_class` images of each; where the
-    batch has too few such classes every other class will do, and where it still has too few classes or images, some are
-    drawn again. What fills up may repeat an image that was already taken.
-    Returns (N, K) indices into the batch, or None where it holds one class only. Errors: ValueError for an unknown
-    strategy. Source: arXiv 2310.03358; the rules for too few candidates are ours.
+    `random` draws `classes` other classes and `per_class` images of each. The others prefer images
+    j of another class that are predicted, c(.), in a certain way for an anchor n: `soft` c(j) =
+    c(n), `hard` c(j) = y_n, `easy` c(j) neither. Of these they take the K with the largest logit of
+    class y_n; where there are fewer, random ones, perhaps of the same images, fill up.
+
+    `random` prefers classes with at least `per_class` images, if there are `classes` of them. Where
+    a batch has too few classes or images, some are drawn again.
+
+    logits: (N, C) of the eval-mode network on natural images, not needed for `random`. labels:
+    (N,), best on the host, since counting them waits for their device. generator: on the device of
+    the logits and of the result.
+    Returns (N, K) indices into the batch, or None where it holds one class only. Errors:
+    ValueError for an unknown strategy. Source: arXiv 2310.03358; the rules for too few candidates
+    are ours.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
@@ -70,18 +37,67 @@ def choose_negatives(
     if len(present) < 2:
         return None
     largest = int(sizes.max())
-    labels, present, sizes = (t.to(generator.device, non_blocking=True) for t in (labels, present, sizes))
+    device = generator.device
+    labels = labels.to(device, non_blocking=True)
+    present = present.to(device, non_blocking=True)
+    sizes = sizes.to(device, non_blocking=True)
     chosen = _random_negatives(labels, present, sizes, largest, generator, classes, per_class)
     if strategy == "random":
         return chosen
-    predictions = logits.argmax(1)
-    as_anchor, taken_for_anchor = predictions[:, None], labels[:, None]  # against each candidate's: (N, N)
-    fits = {
-        "soft": lambda: predictions == as_anchor,
-        "hard": lambda: predictions == taken_for_anchor,
-        "easy": lambda: (predictions != as_anchor) & (predictions != taken_for_anchor),
-    }[strategy]() & (labels != labels[:, None])
-    scores = torch.where(fits, logits.T[labels], -torch.inf)  # logit of class y_n for each candidate
+
+    prediction = logits.argmax(1)
+    candidates = labels != labels[:, None]  # (N, N), anchors by images
+    if strategy == "soft":
+        candidates &= prediction == prediction[:, None]
+    elif strategy == "hard":
+        candidates &= prediction == labels[:, None]
+    elif strategy == "easy":
+        candidates &= (prediction != prediction[:, None]) & (prediction != labels[:, None])
+
+    scores = logits.T[labels].masked_fill(~candidates, -torch.inf)  # logits of class y_n
     values, best = scores.topk(min(chosen.shape[1], len(labels)), dim=1)
-    chosen[:, : best.shape[1]] = torch.where(values > -torch.inf, best, chosen[:, : best.shape[1]])
+    filled_up = chosen[:, : best.shape[1]]
+    chosen[:, : best.shape[1]] = torch.where(values > -torch.inf, best, filled_up)
     return chosen
+
+
+def _random_negatives(
+    labels: Tensor,
+    present: Tensor,
+    sizes: Tensor,
+    largest: int,
+    generator: torch.Generator,
+    classes: int,
+    per_class: int,
+) -> Tensor:
+    """Draw distinct other classes for each anchor, and distinct images of each.
+
+    present, sizes: the classes in the batch, sorted, and how many images each has, `largest` at
+    most. Returns (N, classes * per_class) indices into the batch.
+    """
+    other = labels[:, None] != present
+    large = other & (sizes >= per_class)
+    enough = large.sum(1, keepdim=True) >= classes
+    chosen = _draw(torch.where(enough, large, other), classes, generator)  # of `present`
+
+    by_class = labels.argsort(stable=True)  # the images of one class in a row
+    first = sizes.cumsum(0) - sizes
+    valid = torch.arange(largest, device=labels.device) < sizes[chosen][..., None]
+    images = _draw(valid, per_class, generator) + first[chosen][..., None]
+    return by_class[images].flatten(1)
+
+
+def _draw(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` true positions of each row of valid (..., M), evenly.
+
+    They are distinct where a row has enough. Where it has fewer, each comes once, and the rest is
+    drawn with replacement. Returns (..., count) indices.
+    """
+    keys = torch.rand(valid.shape, generator=generator, device=valid.device)
+    keys.masked_fill_(~valid, -1)
+    shuffled = keys.topk(min(count, valid.shape[-1]), -1).indices  # valid positions come first
+    available = valid.sum(-1, keepdim=True)
+    slots = torch.arange(count, device=valid.device).expand(*valid.shape[:-1], count)
+    draws = torch.rand(slots.shape, generator=generator, device=valid.device)
+    again = (draws * available).long().clamp(max=available - 1)
+    return shuffled.gather(-1, torch.where(slots < available, slots, again))

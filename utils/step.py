@@ -1,26 +1,65 @@
-"""One training step, as the method's equations: choose negatives, attack, three forwards, a sum of terms, backward."""
+"""One training step of one process: draw, attack, three forwards, a sum of terms.
+
+    draws = draw(x, labels, logits, strategy, settings, generator)
+    attacked = attack(pgd, x, labels, draws, natural, settings)
+    terms = training_loss(model, x, labels, attacked, settings)
+    terms.loss.backward()
+
+`settings` has the fields of `Training` in utils/system/settings.py. The caller, in
+utils/training/loop.py, draws for the whole batch in every process, and gives each process its slice
+of images and draws.
+"""
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Heads
-from utils.attacks import Bfloat16, Standing, ToAttack, gaussian_start, summed_cross_entropy
-from utils.losses import asymmetric_negative_contrast, kl_divergence, mart_loss, over_heads, pgd_loss, trades_loss
+from utils.attacks import ToAttack, gaussian_start, summed_cross_entropy
+from utils.losses import (
+    asymmetric_negative_contrast,
+    kl_divergence,
+    mart_loss,
+    over_heads,
+    pgd_loss,
+    trades_loss,
+)
 from utils.negatives import choose_negatives
-from utils.system.distributed import joined, own_slice, own_weight, total, world
-from utils.system.settings import Training
+
+Settings = Any  # utils.system.settings.Training, which the method does not import
+
+# What each method minimises over heads. A method takes the logits of natural and of adversarial
+# images, those in ADVERSARIAL_ONLY the logits of adversarial images.
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "pgd": lambda adv, labels, s: pgd_loss(adv, labels, s.label_smoothing),
+    "trades": lambda nat, adv, labels, s: trades_loss(nat, adv, labels, s.beta, s.label_smoothing),
+    "mart": lambda nat, adv, labels, s: mart_loss(nat, adv, labels, s.beta),
+}
+ADVERSARIAL_ONLY = ("pgd",)
+
+
+class Draws(NamedTuple):
+    """What a step draws at random for N images: where attacks start, and K negatives an image.
+
+    start: (N, 3, H, W). negative: (N, K, 3, H, W), and negative_labels: (N, K), their own classes;
+    None in a step without negatives. negative_start: like negative, None where negatives are not
+    attacked.
+    """
+
+    start: Tensor
+    negative: Tensor | None = None
+    negative_labels: Tensor | None = None
+    negative_start: Tensor | None = None
 
 
 class Attacked(NamedTuple):
-    """What a batch is trained on besides itself; negatives are None without ANC, or where one class is all there is.
+    """What a batch of N images is trained on besides itself.
 
-    adversarial: (N, 3, H, W) examples of the batch. negative: (N * K, 3, H, W), the K of each anchor in a row, pushed
-    to look like the anchor's class by the `_adv` strategies. negative_labels: (N * K,), the negatives' own.
+    adversarial: (N, 3, H, W). negative: (N * K, 3, H, W), the K of each image in a row, and
+    negative_labels: (N * K,), their own classes; None in a step without negatives.
     """
 
     adversarial: Tensor
@@ -29,10 +68,11 @@ class Attacked(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Loss of a batch, its contrast before zeta (0 without negatives), and the heads they were computed from.
+    """The loss of a batch, and what it was computed from.
 
-    natural is None where the method needs no natural forward. auxiliary: what the auxiliary heads add to the loss,
-    contrast aside, detached.
+    contrast: ANC over heads, before zeta; 0 without negatives. natural, adversarial: the heads of
+    the two training forwards; natural is None where the method needs no such forward. auxiliary:
+    what the auxiliary heads add to the loss, contrast aside, without gradient.
     """
 
     loss: Tensor
@@ -43,10 +83,11 @@ class Terms(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Of a step over the whole batch: the loss and its terms, and the shares of right predictions of the first head.
+    """What is logged of a step.
 
-    cross_entropy (of trades on natural images, else on adversarial ones) and kl are those of the final logits,
-    auxiliary is what the other heads add. natural is None where the method needs no natural forward.
+    cross_entropy (trades: of natural images, else of adversarial ones) and kl are of the final
+    logits, auxiliary is what the other heads add. robust, natural: shares of right predictions of
+    the first head; natural is None where the method needs no natural forward.
     """
 
     loss: float
@@ -59,107 +100,158 @@ class Figures(NamedTuple):
 
 
 def away_from_labels(heads: Heads, labels: Tensor, auxiliary_weight: float) -> Tensor:
-    """What PGD, TRADES and MART ascend: cross-entropy over heads, summed over images."""
+    """Return what `--inner ce` ascends: cross-entropy over heads, summed over images."""
     return over_heads(summed_cross_entropy(labels), heads, auxiliary_weight=auxiliary_weight)
 
 
 def towards_labels(heads: Heads, labels: Tensor, auxiliary_weight: float) -> Tensor:
-    """What pushes a negative to look like its anchor's class."""
+    """Return what makes a negative look like its anchor's class."""
     return -away_from_labels(heads, labels, auxiliary_weight)
 
 
 def away_from_natural(heads: Heads, natural: Heads, auxiliary_weight: float) -> Tensor:
-    """The other attack of TRADES, `--inner kl`: KL from the heads of the natural images."""
+    """Return what `--inner kl`, TRADES' own attack, ascends: KL over heads from natural images."""
     return over_heads(kl_divergence, natural, heads, auxiliary_weight=auxiliary_weight)
 
 
-def attack_batch(
-    standing: Standing, x: Tensor, labels: Tensor, settings: Training, generator: torch.Generator, epoch: int
-) -> Attacked:
-    """Adversarial examples and negatives of this rank's slice of a batch x (N, 3, H, W), labels (N,), best on the host.
-
-    standing: of the network that is trained. Random draws are those of the whole batch, on every rank the same.
-    """
-    strategy, _, adversarial_negatives = settings.strategy.partition("_")
+def negative_strategy(settings: Settings, epoch: int) -> str | None:
+    """Return how an epoch chooses negatives, a name of `STRATEGIES`, or None without ANC."""
+    if settings.no_anc:
+        return None
     if epoch <= settings.warmup_epochs:
-        strategy = "random"
-    own, net = own_slice(len(x)), standing.refresh()
-    natural, chosen = None, None
-    if settings.inner == "kl" or not (settings.no_anc or strategy == "random"):
-        with torch.no_grad():
-            natural = net(x[own], heads=True)
-    if not settings.no_anc:
-        logits = None if strategy == "random" else joined(natural.final, len(x))
-        count = settings.sample_class_number, settings.sample_number
-        chosen = choose_negatives(logits, labels, strategy, generator, *count)
+        return "random"
+    return settings.strategy.removesuffix("_adv")
 
-    labels = labels.to(x.device, non_blocking=True)
-    untargeted = {"ce": (away_from_labels, labels[own]), "kl": (away_from_natural, natural)}
-    attacks = [ToAttack(x[own], gaussian_start(x, generator)[own], *untargeted[settings.inner])]
+
+def draw(
+    x: Tensor,
+    labels: Tensor,
+    logits: Tensor | None,
+    strategy: str | None,
+    settings: Settings,
+    generator: torch.Generator,
+) -> Draws:
+    """Draw the negatives of a batch, and where the attacks on both start.
+
+    x: (N, 3, H, W). labels: (N,), best on the host, where counting them waits for no device.
+    logits: (N, C) of the attacked network on x, None where the strategy is `random` or None.
+    """
+    chosen = None
+    if strategy is not None:
+        counts = settings.sample_class_number, settings.sample_number
+        chosen = choose_negatives(logits, labels, strategy, generator, *counts)
+    start = gaussian_start(x, generator)
+    if chosen is None:
+        return Draws(start)
+    negative = x[chosen]
+    negative_labels = labels.to(x.device, non_blocking=True)[chosen]
+    if not settings.strategy.endswith("_adv"):
+        return Draws(start, negative, negative_labels)
+    return Draws(start, negative, negative_labels, gaussian_start(negative, generator))
+
+
+def attack(
+    pgd: Callable[..., list[Tensor]],
+    x: Tensor,
+    labels: Tensor,
+    draws: Draws,
+    natural: Heads | None,
+    settings: Settings,
+) -> Attacked:
+    """Attack a batch x (N, 3, H, W), labels (N,), and push its negatives to look like its classes.
+
+    pgd: `linf_pgd_together` on the copy of the network that attacks see. natural: that copy's
+    heads on x, for `--inner kl`.
+    """
+    untargeted = {
+        "ce": ToAttack(x, draws.start, away_from_labels, labels),
+        "kl": ToAttack(x, draws.start, away_from_natural, natural),
+    }
+    batches = [untargeted[settings.inner]]
     negative, negative_labels = None, None
-    if chosen is not None:
-        count, chosen = chosen.shape[1], chosen.flatten()
-        pairs = slice(own.start * count, own.stop * count)  # all those of this rank's anchors
-        candidates = x[chosen]
-        negative, negative_labels = candidates[pairs], labels[chosen[pairs]]
-        if adversarial_negatives:
-            start, anchors_class = gaussian_start(candidates, generator)[pairs], labels.repeat_interleave(count)[pairs]
-            attacks.append(ToAttack(negative, start, towards_labels, anchors_class))
-    how = settings.weight_in_attacks, settings.epsilon, settings.step_size, settings.num_steps
-    adversarial, *pushed = standing.linf_pgd_together(net, attacks, *how)
-    return Attacked(adversarial, pushed[0] if pushed else negative, negative_labels)
+    if draws.negative is not None:
+        negative = draws.negative.flatten(0, 1)
+        negative_labels = draws.negative_labels.flatten()
+    if draws.negative_start is not None:
+        anchor_labels = labels.repeat_interleave(draws.negative.shape[1])
+        start = draws.negative_start.flatten(0, 1)
+        batches.append(ToAttack(negative, start, towards_labels, anchor_labels))
+
+    adversarial, *pushed = pgd(
+        batches,
+        settings.weight_in_attacks,
+        settings.epsilon,
+        settings.step_size,
+        settings.num_steps,
+    )
+    if pushed:
+        negative = pushed[0]
+    return Attacked(adversarial, negative, negative_labels)
 
 
-def training_loss(model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacked, settings: Training) -> Terms:
-    """Loss of a batch by separate training forwards, gated by labels, in the order natural, adversarial, negative."""
-    model = Bfloat16(model) if settings.precision == "bf16" else model
-    over = partial(over_heads, auxiliary_weight=settings.cr_beta)
+def training_loss(
+    model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacked, settings: Settings
+) -> Terms:
+    """Compute the loss of a batch: objective + zeta * ANC, each over heads with weight lambda.
+
+    Natural, adversarial and negative images take separate forwards in this order, since each
+    updates BatchNorm's statistics. Each forward is gated by its images' own labels.
+    """
+    auxiliary_weight = settings.cr_beta  # lambda
+    adversarial_only = settings.method in ADVERSARIAL_ONLY
+
     natural = None
-    if settings.method != "pgd" or attacked.negative is not None:
+    if not adversarial_only or attacked.negative is not None:
         natural = model(x, labels, heads=True)
     adversarial = model(attacked.adversarial, labels, heads=True)
-    smoothing = (settings.label_smoothing,) * bool(settings.label_smoothing)  # never of mart
-    if settings.method == "pgd":
-        heads, objective = (adversarial,), lambda adv: pgd_loss(adv, labels, *smoothing)
-    else:
-        loss_of = {"trades": trades_loss, "mart": mart_loss}[settings.method]
-        heads, objective = (natural, adversarial), lambda nat, adv: loss_of(nat, adv, labels, settings.beta, *smoothing)
-    loss = over(objective, *heads)
+
+    def objective(
+        *logits: Tensor,
+    ) -> Tensor:  # trades: CE(natural) + beta * KL(natural, adversarial)
+        return OBJECTIVES[settings.method](*logits, labels, settings)
+
+    heads = (adversarial,) if adversarial_only else (natural, adversarial)
+    loss = over_heads(objective, *heads, auxiliary_weight=auxiliary_weight)
     with torch.no_grad():
-        auxiliary = loss - objective(*(of.final for of in heads))
+        auxiliary = loss - objective(*(side.final for side in heads))
+
+    def anc(natural: Tensor, negative: Tensor) -> Tensor:
+        return asymmetric_negative_contrast(natural, negative, settings.alpha)
+
     contrast = loss.new_zeros(())
     if attacked.negative is not None:
         negative = model(attacked.negative, attacked.negative_labels, heads=True)
-        contrast = over(lambda nat, neg: asymmetric_negative_contrast(nat, neg, settings.alpha), natural, negative)
+        contrast = over_heads(anc, natural, negative, auxiliary_weight=auxiliary_weight)
         loss = loss + settings.zeta * contrast
     return Terms(loss, contrast, natural, adversarial, auxiliary)
 
 
 def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
-    """The share of right predictions of the first head, a scalar.
+    """Return the share of right predictions of the first head, a scalar.
 
-    The first head is `auxiliary[0]`, the only one a training forward computes without the labels, or a plain network's
-    `final`.
+    That is `auxiliary[0]`, the only head that a training forward computes without the labels, or
+    the `final` one of a plain network.
     """
     logits = heads.auxiliary[0] if heads.auxiliary else heads.final
     return (logits.argmax(1) == labels).float().mean()
 
 
-def backward(loss_of: Callable[..., Terms], x: Tensor, labels: Tensor, attacked: Attacked, settings: Training) -> Tensor:
-    """Gradients of a batch's loss, computed by each rank on its slice and the same on all of them.
-
-    loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of this rank's slice.
-    Returns the values of `Figures`, natural only where there is one, as a tensor on the device: nothing waits here.
-    """
-    own, weight = own_slice(len(x)), own_weight(len(x))
-    terms = loss_of(x[own], labels[own], attacked, settings)
-    (terms.loss * (weight * world())).backward()  # every term is a mean; gradients are averaged over ranks
-    with torch.no_grad():
-        adversarial, kl = terms.adversarial.final, torch.zeros_like(terms.loss)
-        if settings.method != "pgd":
-            kl = kl_divergence(terms.natural.final, adversarial)
-        shown = terms.natural.final if settings.method == "trades" else adversarial
-        parts = [terms.loss.detach(), terms.contrast.detach(), F.cross_entropy(shown, labels[own]), kl, terms.auxiliary]
-        parts += [first_head_right(terms.adversarial, labels[own])]
-    parts += [] if terms.natural is None else [first_head_right(terms.natural, labels[own])]
-    return total(torch.stack(parts) * weight)
+@torch.no_grad()
+def step_figures(terms: Terms, labels: Tensor, settings: Settings) -> Tensor:
+    """Return the values of `Figures` as a tensor on the device, without `natural` where it is None."""
+    adversarial = terms.adversarial.final
+    kl = torch.zeros_like(terms.loss)
+    if settings.method not in ADVERSARIAL_ONLY:
+        kl = kl_divergence(terms.natural.final, adversarial)
+    shown = terms.natural.final if settings.method == "trades" else adversarial
+    figures = [
+        terms.loss,
+        terms.contrast,
+        F.cross_entropy(shown, labels),
+        kl,
+        terms.auxiliary,
+        first_head_right(terms.adversarial, labels),
+    ]
+    if terms.natural is not None:
+        figures.append(first_head_right(terms.natural, labels))
+    return torch.stack(figures)

@@ -13,18 +13,7 @@ from models import build_model
 from tests.helpers import checkpoint, digits_checkpoint, digits_content, digits_network, digits_split, image_folder
 from tests.helpers import settings as training_settings
 from tests.tiny_networks import with_ra
-from utils.attacks import (
-    cross_entropy,
-    cross_entropy_over_heads,
-    frozen,
-    image_noise,
-    linf_pgd,
-    margin,
-    margins,
-    noise,
-    pgd,
-    pgd40_heads,
-)
+from utils.attacks import cross_entropy, cross_entropy_over_heads, image_noise, linf_pgd, margin, margins, noise, pgd, pgd40_heads
 from utils.data.datasets import as_input, subset
 from utils.data.subject import (
     LARGEST,
@@ -38,6 +27,7 @@ from utils.data.subject import (
     verdicts,
 )
 from utils.evaluation.robustness import fingerprint, white_attack
+from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
 from utils.system.errors import UsageError
 from utils.system.options import parse

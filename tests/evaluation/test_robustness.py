@@ -35,7 +35,7 @@ import utils.evaluation.robustness
 from tests import tiny_networks
 from tests.helpers import ATTACK, ROOT, RunsCode, digits_checkpoint, digits_split, environment, execute
 from tests.tiny_networks import robust, scaled, undefended, with_ra
-from utils.attacks import cross_entropy, frozen, image_noise, linf_pgd, noise, pgd
+from utils.attacks import cross_entropy, image_noise, linf_pgd, noise, pgd
 from utils.data.datasets import as_input, load_split, shuffled, subset
 from utils.data.subject import foreign_subject, percent, verdicts
 from utils.evaluation import results
@@ -52,6 +52,7 @@ from utils.evaluation.robustness import (
     planned_attacks,
     white_attack,
 )
+from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
 from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.options import parse

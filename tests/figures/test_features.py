@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from models import ARCHS, build_model
 from tests.helpers import checkpoint, digits_checkpoint, digits_split, execute, image_folder, write_tiny_imagenet
-from utils.attacks import frozen, image_noise
+from utils.attacks import image_noise
 from utils.data.datasets import Split, as_input, load_split
 from utils.figures.features import (
     BLOCK,
@@ -26,6 +26,7 @@ from utils.figures.features import (
     summary,
     target_classes,
 )
+from utils.system.attack_copy import frozen
 from utils.system.errors import RunError, UsageError
 from utils.system.settings import FEATURES
 

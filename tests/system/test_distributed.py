@@ -44,18 +44,20 @@ from tests.helpers import (
     state,
     train,
 )
-from utils.attacks import Standing, frozen, pgd40_heads
+from utils.attacks import pgd40_heads
 from utils.data.datasets import Split, require_same_on_ranks
 from utils.data.subject import verdicts
 from utils.evaluation import robustness
 from utils.figures.features import feature_distance
-from utils.step import attack_batch, backward, training_loss
+from utils.step import training_loss
 from utils.system import distributed, options
+from utils.system.attack_copy import AttackCopy, frozen
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays
 from utils.system.options import parse
 from utils.system.settings import Distances, Evaluation
 from utils.training.companions import Average, adversarial_weights
+from utils.training.loop import attack_batch, backward
 
 SCRIPT = ROOT / ANCRA
 SHORT = (*RUN, "--num-steps=1")
@@ -114,7 +116,7 @@ def step(flags, count, train=False):
     model = network(settings).train(train)
     loss_of = distributed.parallel(model, training_loss)
     x, labels = images_of(settings, count)
-    attacked = attack_batch(Standing(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
+    attacked = attack_batch(AttackCopy(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
     figures = backward(loss_of, x, labels, attacked, settings)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return gradients | dict(model.named_buffers()) | {"figures": counted(figures, count)}
@@ -143,7 +145,7 @@ def companions():
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     x, labels = images_of(settings, 7)
     for _ in range(2):
-        attacked = attack_batch(Standing(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
+        attacked = attack_batch(AttackCopy(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
         gradients = partial(backward, loss_of, x, labels, attacked, settings)
         with adversarial_weights(model, gradients, 0.05):
             figures = gradients()
@@ -172,7 +174,7 @@ def shared():
     settings = some_settings()
     model = network(settings).train()
     x, labels = images_of(settings, 7)
-    attacked = attack_batch(Standing(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
+    attacked = attack_batch(AttackCopy(model), x, labels, settings, torch.Generator().manual_seed(2), 1)
     backward(distributed.parallel(model, training_loss), x, labels, attacked, settings)
 
     def spread():
@@ -190,7 +192,7 @@ def communications():
     counts = {}
     for strategy in ("random_adv", "hard_adv"):
         settings = some_settings("--strategy", strategy)
-        batch = Standing(network(settings)), *images_of(settings, 7), settings, torch.Generator().manual_seed(2), 1
+        batch = AttackCopy(network(settings)), *images_of(settings, 7), settings, torch.Generator().manual_seed(2), 1
         with (
             mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced,
             mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as sent,

@@ -73,24 +73,18 @@ from torch import Tensor, nn
 
 from models import build_model
 from utils import attacks
-from utils.attacks import (
-    Standing,
-    ToAttack,
-    cross_entropy,
-    cross_entropy_over_heads,
-    frozen,
-    linf_pgd,
-    linf_pgd_together,
-)
+from utils.attacks import ToAttack, cross_entropy, cross_entropy_over_heads, linf_pgd, linf_pgd_together
 from utils.data.datasets import Split, as_input, augment, batches, load_split
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
-from utils.step import attack_batch, away_from_labels, backward, towards_labels, training_loss
+from utils.step import away_from_labels, towards_labels, training_loss
+from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.devices import compile_for_training, pick_device
 from utils.system.errors import UsageError, first_line
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import Training, resolve
 from utils.training.companions import Average, adversarial_weights
+from utils.training.loop import attack_batch, backward
 
 ROOT = Path(__file__).parents[2]
 EPS, STEP = 8 / 255, 0.007
@@ -165,13 +159,13 @@ class Step:
         self.x = torch.rand(batch, 3, size, size, generator=generator).to(device)
         self.host_labels = torch.randint(classes, (batch,), generator=generator)
         self.labels = self.host_labels.to(device)
-        self.kept: dict[tuple, Standing] = {}
+        self.attack_copies: dict[tuple, AttackCopy] = {}
 
-    def standing(self, settings: Training) -> Standing:
+    def attack_copy(self, settings: Training) -> AttackCopy:
         how = settings.precision, settings.compile, settings.cuda_graph and self.x.is_cuda
-        if how not in self.kept:
-            self.kept[how] = Standing(self.model, *how)
-        return self.kept[how]
+        if how not in self.attack_copies:
+            self.attack_copies[how] = AttackCopy(self.model, *how)
+        return self.attack_copies[how]
 
     def update(self) -> None:
         self.optimizer.step()
@@ -179,8 +173,8 @@ class Step:
 
     def ours(self, **changes: object) -> None:
         settings = options(**changes)
-        attacked = attack_batch(self.standing(settings), self.x, self.host_labels, settings, self.generator, 1)
-        backward(partial(training_loss, self.model), self.x, self.labels, attacked, settings)
+        attacked = attack_batch(self.attack_copy(settings), self.x, self.host_labels, settings, self.generator, 1)
+        backward(partial(training_loss, in_precision(self.model, settings.precision)), self.x, self.labels, attacked, settings)
         self.update()
 
     def plain(self, steps: int = 10) -> None:
@@ -368,7 +362,7 @@ def companions(device: torch.device, quick: bool) -> Rows:
     variants = {"alone": {}, "--awp 0.005": {"awp": 0.005}, "--ema 0.995": {"ema": 0.995}}
 
     def run(awp: float = 0.0, ema: float = 0.0) -> None:
-        attacked = attack_batch(job.standing(settings), job.x, job.host_labels, settings, job.generator, 1)
+        attacked = attack_batch(job.attack_copy(settings), job.x, job.host_labels, settings, job.generator, 1)
         gradients = partial(backward, partial(training_loss, job.model), job.x, job.labels, attacked, settings)
         with adversarial_weights(job.model, gradients, awp) if awp else nullcontext():
             gradients()

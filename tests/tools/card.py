@@ -70,15 +70,17 @@ import torch
 from torch import nn
 
 from tests.tools.benchmarks import EPS, STEP, Step, forward_flops, options
-from utils.attacks import Standing, cross_entropy_over_heads, frozen, linf_pgd, pgd40_heads
+from utils.attacks import cross_entropy_over_heads, linf_pgd, pgd40_heads
 from utils.data.datasets import Split
 from utils.data.subject import largest_batch, verdicts
-from utils.step import attack_batch, backward, training_loss
+from utils.step import training_loss
+from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.devices import compile_for_training, computing, for_training, pick_device
 from utils.system.errors import Stopped, UsageError, first_line
 from utils.system.options import OneLineParser, parse_training
 from utils.system.provenance import in_one_line, provenance
 from utils.training import loop as training
+from utils.training.loop import attack_batch, backward
 
 ROOT = Path(__file__).parents[2]
 NETWORKS = ("ResNet18", "WRN-34-10")
@@ -203,17 +205,17 @@ def parts(card: Card) -> Iterator[Row]:
                 took, host = card.timed(run)
                 return {"network": arch, "precision": precision, "part": part, "ms": 1e3 * took, "host ms": 1e3 * host}
 
-            standing = Standing(job.model, precision)
+            standing = AttackCopy(job.model, precision)
             attack = partial(attack_batch, standing, job.x, job.host_labels, settings, job.generator, 1)
             attacked = attack()
             yield row("attack", attack)
             if card.cuda:
-                graphed = Standing(job.model, precision, graph=True)
+                graphed = AttackCopy(job.model, precision, graph=True)
                 yield row("attack by graph", partial(attack_batch, graphed, *attack.args[1:]))
-            yield row("refresh of the attack's network", standing.refresh)
-            forwards = partial(training_loss, job.model, job.x, job.labels, attacked, settings)
+            yield row("refresh of the attack's network", standing.sync_weights)
+            forwards = partial(training_loss, in_precision(job.model, precision), job.x, job.labels, attacked, settings)
             yield row("forwards", forwards)
-            loss_of = partial(training_loss, job.model)
+            loss_of = partial(training_loss, in_precision(job.model, precision))
             yield row("forwards and backward", partial(backward, loss_of, job.x, job.labels, attacked, settings))
             yield row("optimiser", job.optimizer.step)
 
@@ -233,7 +235,7 @@ def layouts(card: Card) -> Iterator[Row]:
                 objective = cross_entropy_over_heads(net, labels, 2.0)
                 attack, _ = card.timed(partial(linf_pgd, x, objective, EPS, STEP, steps, x), 3)
                 few = options(precision="fp32", num_steps=1)
-                attacked = attack_batch(Standing(job.model), job.x, job.host_labels, few, job.generator, 1)
+                attacked = attack_batch(AttackCopy(job.model), job.x, job.host_labels, few, job.generator, 1)
                 loss_of = partial(training_loss, job.model)
                 train, _ = card.timed(partial(backward, loss_of, job.x, job.labels, attacked, settings), 3)
             yield {

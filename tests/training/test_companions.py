@@ -17,17 +17,18 @@ import utils.training.loop as training
 from models import GATES, build_model
 from tests.helpers import ANCRA, ATTACK, assert_equal, digits_checkpoint, digits_split, execute, folder, settings, train
 from tests.test_reference import deviation
-from utils.attacks import Standing
 from utils.data.datasets import as_input, load_extra, load_split, with_extra
 from utils.data.subject import load_subject
 from utils.evaluation.adaptive import views
 from utils.losses import pgd_loss, trades_loss
-from utils.step import Attacked, attack_batch, training_loss
+from utils.step import Attacked, training_loss
+from utils.system.attack_copy import AttackCopy
 from utils.system.checkpoints import load_model
 from utils.system.errors import Stopped, UsageError
 from utils.system.options import parse
 from utils.system.settings import Evaluation
 from utils.training.companions import Average, adversarial_weights, learning_rate
+from utils.training.loop import attack_batch
 
 # Adversarial weight perturbation
 
@@ -343,7 +344,7 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
         averages[:] = averages or [dict(model.named_parameters())]
         figures = real(job, batch, epoch)
         x, group = as_input(batch.images), job.optimizer.param_groups[0]
-        attacked = attack_batch(Standing(model), x, batch.labels, job.settings, generator, epoch)
+        attacked = attack_batch(AttackCopy(model), x, batch.labels, job.settings, generator, epoch)
         own, share = len(steps) % 2, 0.05 * (epoch > 1)
         done, decay = epoch - 1 + own / 2, min(0.3, (1 + len(steps)) / (10 + len(steps)))
         lr = 0.03 * (done if done < 1 else (1 + math.cos(math.pi * (done - 1) / 2)) / 2)

@@ -43,7 +43,7 @@ def of_heads(attacked: Callable[[Heads], list[tuple[float, Tensor]]], predict: s
 
     def view(net: nn.Module, x: Tensor) -> Seen:
         heads = net(x, heads=True)
-        return heads.of(predict), attacked(heads)
+        return heads.logits(predict), attacked(heads)
 
     return view
 
@@ -57,7 +57,7 @@ def smooth_gates(predict: str) -> View:
     def view(net: nn.Module, x: Tensor) -> Seen:
         heads = net(x, heads=True)
         gates = tuple((logits / 0.3).softmax(1) for logits in heads.auxiliary)
-        return heads.of(predict), [(1, net(x, (None, *gates)[-2:], heads=True).final)]
+        return heads.logits(predict), [(1, net(x, (None, *gates)[-2:], heads=True).final)]
 
     return view
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models import ReverseAttentionNetwork
 from utils import attacks
-from utils.attacks import NOISE_DRAWS, Attack, Standing, cross_entropy, margin, margins, noise, pgd
+from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, margins, noise, pgd
 from utils.data.datasets import Split, as_input, numbers_of
 from utils.data.subject import Subject, at_home, foreign_subject, load_subject, over_images, right_or_not
 from utils.evaluation import report, results
@@ -34,6 +34,7 @@ from utils.evaluation.diagnostics import doubts
 from utils.evaluation.report import Row, Worst
 from utils.evaluation.results import ADAPTIVE
 from utils.system import distributed
+from utils.system.attack_copy import AttackCopy
 from utils.system.checkpoints import checkpoint_file, load_model, told
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
@@ -365,10 +366,10 @@ def load_surrogate(path: str, subject: Subject) -> nn.Module:
 
 
 def attacked(model: nn.Module) -> nn.Module:
-    """The network that attacks call: that of a `Standing`, or a foreign one itself, which copying might break."""
+    """The network that attacks call: that of an `AttackCopy`, or a foreign one itself, which copying might break."""
     if any(isinstance(module, ReverseAttentionNetwork) for module in model.modules()):
         with suppress(Exception):  # of one of ours in something that cannot be copied, whatever that raises
-            return Standing(model).net
+            return AttackCopy(model).net
     return model
 
 

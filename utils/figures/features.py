@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.attacks import Attack, Objective, cross_entropy, frozen, pgd
+from utils.attacks import Attack, Objective, cross_entropy, pgd
 from utils.data.datasets import Split, numbers_of, shuffled
 from utils.data.subject import Subject, load_subject, over_images
 from utils.figures.plots import (
@@ -39,6 +39,7 @@ from utils.figures.plots import (
 from utils.negatives import choose_negatives
 from utils.step import towards_labels
 from utils.system import distributed
+from utils.system.attack_copy import frozen
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError
 from utils.system.files import read_arrays, require_writable, write_arrays
@@ -89,7 +90,7 @@ def extract(
             x = attack(net, x, labels, numbers)
         with torch.no_grad():
             heads = net(x, heads=True)
-        return heads.features, heads.unweighted, heads.of(net.predict)
+        return heads.features, heads.unweighted, heads.logits(net.predict)
 
     with tqdm(
         total=len(rows), desc=task, unit="img", leave=False, disable=distributed.quiet()

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import build_model
-from utils.attacks import Standing, frozen, pgd40_heads
+from utils.attacks import pgd40_heads
 from utils.data.datasets import (
     Split,
     as_input,
@@ -32,8 +33,19 @@ from utils.data.datasets import (
 )
 from utils.data.subject import at_chance, halving, largest_batch, percent, verdicts
 from utils.figures.plots import draw_curves, save_or_note
-from utils.step import Figures, attack_batch, backward, training_loss
+from utils.step import (
+    Attacked,
+    Draws,
+    Figures,
+    Terms,
+    attack,
+    draw,
+    negative_strategy,
+    step_figures,
+    training_loss,
+)
 from utils.system import distributed
+from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.checkpoints import (
     BEST,
     LAST,
@@ -117,9 +129,10 @@ class Run:
         if settings.compile:
             compile_for_training(self.model, device)
         graph = settings.cuda_graph and device.type == "cuda"
-        self.standing = Standing(self.model, settings.precision, settings.compile, graph, self.note)
+        self.attack_copy = AttackCopy(self.model, settings.precision, settings.compile, graph, self.note)
         self.average = Average(self.model) if settings.ema else None
-        self.training_loss = distributed.parallel(self.model, training_loss)  # without its first argument
+        trained = in_precision(self.model, settings.precision)
+        self.training_loss = distributed.parallel(trained, training_loss)  # without its first argument
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -434,11 +447,59 @@ def train_epoch(job: Run, train: Split, extra: Split | None = None) -> None:
     take_up(job)
 
 
+def attack_batch(
+    attack_copy: AttackCopy,
+    x: Tensor,
+    labels: Tensor,
+    settings: Training,
+    generator: torch.Generator,
+    epoch: int,
+) -> Attacked:
+    """Attack this rank's slice of a batch x (N, 3, H, W), labels (N,), best on the host.
+
+    Every rank draws for the whole batch, so that figures do not depend on the number of ranks.
+    """
+    own = distributed.own_slice(len(x))
+    net = attack_copy.sync_weights()
+    strategy = negative_strategy(settings, epoch)
+    guided = strategy not in (None, "random")
+    natural = None
+    if guided or settings.inner == "kl":
+        with torch.no_grad():
+            natural = net(x[own], heads=True)
+    logits = distributed.joined(natural.final, len(x)) if guided else None
+
+    draws = draw(x, labels, logits, strategy, settings, generator)
+    own_draws = Draws(*(None if values is None else values[own] for values in draws))
+    own_labels = labels.to(x.device, non_blocking=True)[own]
+    return attack(attack_copy.pgd, x[own], own_labels, own_draws, natural, settings)
+
+
+def backward(
+    loss_of: Callable[..., Terms],
+    x: Tensor,
+    labels: Tensor,
+    attacked: Attacked,
+    settings: Training,
+) -> Tensor:
+    """Leave the gradients of a batch's loss in the parameters, the same on each rank.
+
+    loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of
+    this rank's slice. Returns the values of `Figures` of the whole batch, on the device.
+    """
+    own = distributed.own_slice(len(x))
+    weight = distributed.own_weight(len(x))
+    terms = loss_of(x[own], labels[own], attacked, settings)
+    # Each term is a mean over the slice, and gradients are averaged over ranks.
+    (terms.loss * (weight * distributed.world())).backward()
+    return distributed.total(step_figures(terms, labels[own], settings) * weight)
+
+
 def train_step(job: Run, batch: Split, epoch: int) -> Tensor:
     """Attack a batch, train on it -> the values of `Figures` and the norm of all gradients, on the device."""
     settings, labels = job.settings, batch.labels.to(job.device, non_blocking=True)
     x = as_input(augment(batch.images, settings.augmentation, job.generator))
-    attacked = attack_batch(job.standing, x, batch.labels, settings, job.generator, epoch)
+    attacked = attack_batch(job.attack_copy, x, batch.labels, settings, job.generator, epoch)
     gradients = partial(backward, job.training_loss, x, labels, attacked, settings)
     perturbs = settings.awp and epoch > settings.awp_warmup
     with adversarial_weights(job.model, gradients, settings.awp) if perturbs else nullcontext():

@@ -1,0 +1,194 @@
+"""The copy of a network that attacks see: as the network, whatever makes attacks on it fast."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from tests.golden_numbers import assert_near
+from tests.helpers import RUN, a_few_steps, settings, some_batch
+from utils.attacks import cross_entropy, pgd, pgd40_heads
+from utils.data.subject import verdicts
+from utils.step import training_loss
+from utils.system.attack_copy import Affine, AttackCopy, frozen, in_precision
+from utils.system.devices import compile_for_training
+from utils.training.loop import attack_batch
+
+NETWORKS = ("ResNet18", "PreActResNet18", "WRN-28-10")
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def trained_network(arch="ResNet18", *, width=None, size=16, **changes):
+    """Return a small network after a few training steps, and a batch of images and labels."""
+    torch.manual_seed(0)
+    if width is None:
+        width = 1 if arch.startswith("WRN") else 8
+    x, labels = some_batch(size=size)
+    model = build_model(arch, 4, width=width, image_size=size, **changes)
+    return a_few_steps(model, x, labels), x, labels
+
+
+def count(net, kind):
+    """Return how many modules of a kind a network has."""
+    return sum(isinstance(module, kind) for module in net.modules())
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+@pytest.mark.parametrize("reverse_attention", [True, False], ids=["ra", "plain"])
+def test_logits_are_the_network_s(arch, reverse_attention):
+    size = 64 if arch == "PreActResNet18" else 32
+    model, x, _ = trained_network(arch, size=size, reverse_attention=reverse_attention)
+    model.eval()
+    with frozen(model) as net, torch.no_grad():
+        assert count(net, nn.BatchNorm2d) < count(model, nn.BatchNorm2d)
+        expected = model(x, heads=True)
+        heads = net(x, heads=True)
+    assert_near(heads.final, expected.final, 1e-5)
+    for logits, expected_logits in zip(heads.auxiliary, expected.auxiliary, strict=True):
+        assert_near(logits, expected_logits, 1e-5)
+
+
+@pytest.mark.slow
+def test_verdicts_of_attacks_are_those_on_the_network_itself(trained):
+    model, split, _ = trained
+    plain = copy.deepcopy(model).requires_grad_(False)
+    for attack in (
+        pgd40_heads(0.1, 0.02, 2, 1),
+        pgd(cross_entropy, 0.1, 0.02, 40, start="uniform", seed=1),
+    ):
+        with frozen(model) as net:
+            on_copy = verdicts(net, split, 360, attack)
+        on_network = verdicts(plain, split, 360, attack)
+        assert 0 < on_copy.sum() < verdicts(plain, split, 360).sum()
+        assert (on_copy != on_network).float().mean() <= 0.005
+
+
+def test_the_network_stays_as_it_was_when_an_attack_is_interrupted():
+    model, x, _ = trained_network("PreActResNet18")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt), frozen(model) as net:
+        assert not net.training
+        assert not any(p.requires_grad for p in net.parameters())
+        net(x)
+        raise KeyboardInterrupt
+    assert all(module.training for module in model.modules())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.requires_grad
+        assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("arch", ["PreActResNet18", "WRN-28-10"])
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_weights_are_synced_in_place(monkeypatch, arch, on_cuda):
+    """Weights and statistics, folded or not, and in the layers that a CUDA device gets."""
+    model, x, labels = trained_network(arch, size=32)
+    monkeypatch.setattr("utils.system.attack_copy.affine_norms", lambda net: on_cuda)
+    attack_copy = AttackCopy(model)
+    assert (count(attack_copy.net, Affine) > 0) == on_cuda
+    assert (count(attack_copy.net, nn.BatchNorm2d) > 0) != on_cuda
+    addresses = [tensor.data_ptr() for tensor in attack_copy.net.state_dict().values()]
+    for _ in range(2):
+        a_few_steps(model, x, labels, steps=2)
+        with torch.no_grad():
+            assert_near(attack_copy.sync_weights()(x), model.eval()(x), 1e-5)
+    assert [tensor.data_ptr() for tensor in attack_copy.net.state_dict().values()] == addresses
+
+
+def test_batch_norm_of_several_ranks_is_replaced_on_cuda(monkeypatch):
+    model, x, _ = trained_network("PreActResNet18", size=32)
+    monkeypatch.setattr("utils.system.attack_copy.affine_norms", lambda net: True)
+    net = AttackCopy(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).net
+    assert count(net, BATCH_NORMS) == 0
+    with torch.no_grad():
+        assert_near(net(x), model.eval()(x), 1e-5)
+
+
+def test_a_copy_is_freed_when_its_attack_is_over():
+    """By reference counts alone: the garbage collector would let several copies pile up."""
+    model = build_model("ResNet18", 4, width=4, image_size=16)
+    gc.disable()
+    try:
+        for precision in ("default", "bf16"):
+            with frozen(model, precision) as net:
+                reference = weakref.ref(net)
+                net(some_batch()[0])
+            del net
+            assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_in_bfloat16_takes_and_returns_float32():
+    model, x, labels = trained_network()
+    s = settings(*RUN, "--precision", "bf16")
+    with frozen(model, "bf16") as net:
+        convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+        assert {conv.weight.dtype for conv in convolutions} == {torch.bfloat16}
+        heads = net(x, heads=True)
+        for tensor in (heads.final, *heads.auxiliary, heads.features, net(x)):
+            assert tensor.dtype == torch.float32
+    with frozen(model) as net:
+        assert_near(heads.final, net(x), 0.05)
+        assert not torch.equal(heads.final, net(x))
+
+    generator = torch.Generator().manual_seed(0)
+    attacked = attack_batch(AttackCopy(model, "bf16"), x, labels, s, generator, 1)
+    assert attacked.adversarial.dtype == torch.float32
+    assert (attacked.adversarial - x).abs().max() <= s.epsilon + 1e-6
+    losses = []
+    for precision in ("default", "bf16"):
+        network = in_precision(copy.deepcopy(model), precision)
+        losses.append(training_loss(network, x, labels, attacked, s).loss)
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.05)
+    losses[1].backward()
+
+
+def test_a_copy_of_a_compiled_network_is_not_compiled(monkeypatch):
+    model = build_model("ResNet18", 4, width=4, image_size=16)
+    keys = list(model.state_dict())
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+    compile_for_training(model, torch.device("cpu"))
+    assert model._compiled_call_impl is not None
+    assert list(model.state_dict()) == keys
+    with frozen(model) as net:
+        assert net._compiled_call_impl is None
+
+
+def test_each_shape_is_compiled_by_itself(monkeypatch):
+    """An epoch's short last batch changes nothing for the batches after it."""
+    inputs_of_graphs = []
+    real = torch.compile
+
+    def backend(graph, inputs):
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        inputs_of_graphs.append([node.meta["example_value"] for node in placeholders])
+        return graph
+
+    def compile_without_inductor(function, options=None, **kwargs):
+        return real(function, backend=backend, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile_without_inductor)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch.compiler.reset()
+    model, x, labels = trained_network(width=2)
+    compile_for_training(model, torch.device("cpu"))
+    attack_copy = AttackCopy(model, compiled=True)
+    s = settings(*RUN, "--strategy", "hard_adv")
+    graphs = []
+    for count in (8, 8, 5, 8):
+        attacked = attack_batch(attack_copy, x[:count], labels[:count], s, torch.Generator(), 1)
+        training_loss(model, x[:count], labels[:count], attacked, s).loss.backward()
+        graphs.append(len(inputs_of_graphs))
+    torch.compiler.reset()
+    assert graphs[0] == graphs[1] < graphs[2] == graphs[3]
+    sizes = [type(value) for inputs in inputs_of_graphs for value in inputs]
+    assert torch.SymInt not in sizes  # none is a graph for any size

@@ -1,0 +1,108 @@
+"""A training step computes what the method says and no more."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import utils.training.loop as training
+from models import build_model
+from tests.helpers import RUN, python, settings, some_batch, train
+from utils import attacks
+from utils.negatives import choose_negatives
+from utils.system.attack_copy import AttackCopy
+from utils.training.loop import attack_batch
+
+
+class Calls(TorchDispatchMode):
+    """Notes name and arguments of every operator that runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.noted.append((operator.overloadpacket.__name__, args))
+        return operator(*args, **(kwargs or {}))
+
+    def named(self, *names):
+        """Return the arguments of each call of these operators."""
+        return [args for name, args in self.noted if name in names]
+
+
+@pytest.mark.parametrize(
+    ("flags", "small", "forwards", "attacked"),
+    [
+        ((), 0, 3, 4),
+        ((), attacks.SMALL, 3, 2),
+        (("--strategy", "hard_adv"), attacks.SMALL, 3, 3),
+        (("--inner", "kl"), attacks.SMALL, 3, 3),
+        (("--strategy", "random"), attacks.SMALL, 3, 2),
+        (("--no-anc",), attacks.SMALL, 2, 2),
+        (("--no-anc", "--method", "pgd"), attacks.SMALL, 1, 2),
+    ],
+)
+def test_forwards_of_a_step(tmp_path, monkeypatch, short_runs, flags, small, forwards, attacked):
+    """Attacks of two steps, of both batches as one where they are small."""
+    monkeypatch.setattr(attacks, "SMALL", small)
+    called, networks = [], []
+
+    def build(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        model.register_forward_hook(lambda module, inputs, out: called.append(module))
+        networks.append(model)  # attack copies carry the hook, too
+        return model
+
+    monkeypatch.setattr(training, "build_model", build)
+    monkeypatch.setattr(training, "evaluate", lambda *args: (0, 0))
+    train(tmp_path, "--epochs", 1, *flags)
+    of_network = sum(module is networks[0] for module in called)
+    batches = 3
+    assert of_network == batches * forwards
+    assert len(called) - of_network == batches * attacked
+
+
+@pytest.mark.parametrize("precision", ["default", "bf16"])
+def test_an_attack_computes_gradients_of_images_alone(precision):
+    model = build_model("ResNet18", 4, width=8, image_size=16)
+    x, labels = some_batch()
+    s = settings(*RUN, "--precision", precision, "--strategy", "hard_adv")
+    with Calls() as calls:
+        attack_batch(AttackCopy(model, precision), x, labels, s, torch.Generator(), 1)
+    backward = calls.named("convolution_backward")
+    assert backward
+    for args in backward:
+        assert tuple(args[-1]) == (True, False, False)  # of images, weights, bias
+
+
+def test_choosing_negatives_waits_for_the_device_a_fixed_number_of_times():
+    waits = []
+    for count in (16, 128):
+        _, labels = some_batch(count)
+        with Calls() as calls:
+            choose_negatives(torch.randn(count, 4), labels, "hard", torch.Generator())
+        waiting = ("_local_scalar_dense", "_unique2", "unique_dim", "nonzero", "item")
+        waits.append(len(calls.named(*waiting)))
+    assert waits[0] == waits[1] <= 2
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_from_step_to_step():
+    """Also, peak memory is that of the process alone, and counts memory that was freed."""
+    held = b"1" * 1_500_000_000  # by this process
+    code = """
+import torch
+from tests.tools.benchmarks import Step
+from utils.system.devices import peak_memory
+device = torch.device("cpu")
+job = Step("ResNet18", 12, 16, 4, 16, device)
+for step in range(23):
+    job.ours(num_steps=1)
+    if step in (2, 22):
+        print(peak_memory(device))
+torch.ones(10**8)
+print(peak_memory(device))
+"""
+    early, late, after = (int(peak) / 1e6 for peak in python("-c", code).stdout.split())
+    assert early < 1000 < len(held) / 1e6
+    assert late - early < 20  # a copy of the network a step would add 60
+    assert after - late == pytest.approx(400, rel=0.1)

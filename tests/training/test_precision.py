@@ -1,0 +1,123 @@
+"""Runs in bfloat16, in TF32 and through torch.compile."""
+
+import json
+
+import pytest
+import torch
+
+import utils.training.loop as training
+from tests.golden_numbers import assert_near
+from tests.helpers import RUN, python, some_batch, state, train
+from utils import attacks
+from utils.data.subject import right_or_not
+from utils.system.attack_copy import Bfloat16
+from utils.system.errors import RunError, UsageError
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+ONE_EPOCH = ("--epochs", 1)
+
+
+def test_a_run_in_bfloat16_keeps_float32_weights_and_verdicts(tmp_path, monkeypatch):
+    real = training.verdicts
+    judges = []
+
+    def verdicts(net, *args, **kwargs):
+        judges.append(net)
+        return real(net, *args, **kwargs)
+
+    monkeypatch.setattr(training, "verdicts", verdicts)
+    run = train(tmp_path, *ONE_EPOCH, "--amp", "bf16")
+    assert run.name.endswith("-precision-bf16")
+    assert json.loads((run / "run.json").read_text())["precision"].startswith("bfloat16")
+    assert judges
+    for net in judges:
+        assert not isinstance(net, Bfloat16)
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+    content = state(run)
+    assert {v.dtype for v in content["model"].values()} == {torch.float32, torch.int64}
+    momenta = [entry["momentum_buffer"] for entry in content["optimizer"]["state"].values()]
+    assert {momentum.dtype for momentum in momenta} == {torch.float32}
+
+
+def test_what_is_not_finite_is_caught_in_bfloat16_too(tmp_path):
+    with pytest.raises(RunError, match=r"not finite|the loss is"):
+        train(tmp_path, *ONE_EPOCH, "--precision", "bf16", "--lr", "1e20")
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("default", (True, False)), ("fp32", (False, False)), ("tf32", (True, True))],
+)
+def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(
+    tmp_path, monkeypatch, precision, expected
+):
+    """By the switches of a CUDA device, which are set on a CPU, too."""
+
+    def switches():
+        both = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return tuple(switch.fp32_precision == "tf32" for switch in both)
+
+    noted = {"attack": set(), "pgd": set(), "verdict": set()}
+    real_attack, real_pgd = training.attack_batch, attacks.linf_pgd
+
+    def attack_batch(*args):
+        noted["attack"].add(switches())
+        return real_attack(*args)
+
+    def linf_pgd(*args):
+        noted["pgd"].add(switches())
+        return real_pgd(*args)
+
+    def network(x):
+        noted["verdict"].add(switches())
+        return x.flatten(1)[:, :4]
+
+    monkeypatch.setattr(training, "attack_batch", attack_batch)
+    monkeypatch.setattr(attacks, "linf_pgd", linf_pgd)
+    train(tmp_path, *ONE_EPOCH, "--precision", precision)
+    right_or_not(network, None, *some_batch(4), torch.arange(4))
+    assert noted == {"attack": {expected}, "pgd": {expected}, "verdict": {(False, False)}}
+    assert switches() == (True, False)
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_one_clear_line(tmp_path):
+    environment = {
+        "CXX": str(tmp_path / "none"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    command = ("train_CIFAR10_ResNet.py", *RUN, "--compile", "--model-dir", tmp_path / "run")
+    done = python(*command, **environment)
+    assert done.returncode == 2
+    assert "C++ compiler" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_no_compilation_is_wrong_use_before_anything_is_written(tmp_path, monkeypatch):
+    def fail(function, **kwargs):
+        raise RuntimeError("no compiler\nand much else")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UsageError, match="no compiler"):
+        train(tmp_path, "--compile")
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run_up_to_rounding(tmp_path):
+    """Of one step; after it the signs of attacks amplify rounding."""
+    from torch._dynamo.utils import counters
+
+    flags = ("--limit-train", 10, "--eval-interval", 9, *ONE_EPOCH)
+    eager = train(tmp_path / "1", *flags)
+    counters.clear()
+    compiled = train(tmp_path / "2", *flags, "--compile")
+    assert eager.name == compiled.name  # what is computed is the same
+    expected = state(compiled)["model"]
+    for key, value in state(eager)["model"].items():
+        assert_near(expected[key].double(), value.double(), 1e-4)
+    graphs = counters["stats"]["unique_graphs"]
+    train(tmp_path / "2", *flags, "--epochs", 2, "--resume")  # a second step needs no other graphs
+    assert counters["stats"]["unique_graphs"] == graphs > 0

@@ -1,0 +1,164 @@
+"""The copy of a network that attacks see, and everything that makes attacks on it fast."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models import Heads, ReverseAttentionNetwork
+from models.reverse_attention import Gate
+from utils.attacks import linf_pgd_together
+from utils.system.graphs import Graphed
+
+# SyncBatchNorm is not a subclass of BatchNorm2d.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Bfloat16(nn.Module):
+    """A network under bfloat16 autocast; it returns float32, so that losses are float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, gate: Gate = None, heads: bool = False) -> Tensor | Heads:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out = self.network(x, gate, heads)
+        if not heads:
+            return out.float()
+        auxiliary = tuple(logits.float() for logits in out.auxiliary)
+        return Heads(out.final.float(), auxiliary, out.features.float(), out.unweighted.float())
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """Return the network as it computes with `--precision`: in bfloat16, or as it is."""
+    return Bfloat16(model) if precision == "bf16" else model
+
+
+class Affine(nn.Module):
+    """A BatchNorm in eval mode: x * weight + bias, by channel.
+
+    On CUDA, PyTorch's own BatchNorm returns gradients in another memory format.
+    """
+
+    def __init__(self, channels: int, like: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(like.new_zeros(channels, 1, 1), requires_grad=False)
+        self.bias = nn.Parameter(like.new_zeros(channels, 1, 1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, x, self.weight)
+
+
+class AttackCopy:
+    """A copy of a network in eval mode, without gradients of parameters, that attacks call.
+
+    `net` is the copy, and `sync_weights` updates it in place. The network itself, its mode,
+    statistics and gradients stay untouched. In copies of networks of `models`, each BatchNorm
+    behind a convolution is folded into it, and the memory format is channels-last; logits agree
+    with the network's up to rounding. Other networks are copied as they are.
+
+    precision: `bf16` for bfloat16 convolutions. compiled: through torch.compile. graph: `pgd` is
+    replayed as a CUDA graph. warned: gets a line where that does not work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: str = "default",
+        compiled: bool = False,
+        graph: bool = False,
+        warned: Callable[[str], None] = print,
+    ) -> None:
+        net = copy.deepcopy(model).eval().requires_grad_(False)
+        # (convolution of the network or None, BatchNorm behind it, the copy's layer for both)
+        self._folded: list[tuple[nn.Module | None, nn.Module, nn.Module]] = []
+        self._fold_batch_norms(model, net)
+        if isinstance(net, ReverseAttentionNetwork):
+            if affine_norms(net):
+                self._replace_batch_norms(model, net)
+            _to_channels_last(net)
+        if precision == "bf16":  # cast once, not in every forward
+            for module in net.modules():
+                if isinstance(module, nn.Conv2d | Affine):
+                    module.to(torch.bfloat16)
+
+        folded = {id(tensor) for *_, layer in self._folded for tensor in layer.parameters()}
+        originals = model.state_dict(keep_vars=True)
+        self._copies: list[Tensor] = []
+        self._originals: list[Tensor] = []
+        for name, tensor in net.state_dict(keep_vars=True).items():
+            if id(tensor) not in folded:
+                self._copies.append(tensor)
+                self._originals.append(originals[name])
+
+        if compiled:
+            net.compile(
+                dynamic=False, options={"layout_optimization": next(net.parameters()).is_cuda}
+            )
+        self.net = in_precision(net, precision)
+        self.sync_weights()
+        pgd = partial(linf_pgd_together, self.net)
+        self.pgd = Graphed(pgd, warned) if graph else pgd
+
+    def _fold_batch_norms(self, model: nn.Module, net: nn.Module) -> None:
+        """Make one convolution of each pair of layers that a block lists in `conv_bn`."""
+        for name, block in list(net.named_modules()):
+            for conv_name, norm_name in getattr(block, "conv_bn", ()):
+                original = model.get_submodule(name)
+                try:
+                    norm = original.get_submodule(norm_name)
+                except AttributeError:  # the shortcut of this block is the identity
+                    continue
+                conv = block.get_submodule(conv_name)
+                conv.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
+                block.set_submodule(norm_name, nn.Identity())
+                self._folded.append((original.get_submodule(conv_name), norm, conv))
+
+    def _replace_batch_norms(self, model: nn.Module, net: nn.Module) -> None:
+        """Make each BatchNorm that is left an `Affine` layer."""
+        for name, module in list(net.named_modules()):
+            if isinstance(module, BATCH_NORMS):
+                affine = Affine(module.num_features, module.running_mean)
+                net.set_submodule(name, affine)
+                self._folded.append((None, model.get_submodule(name), affine))
+
+    @torch.no_grad()
+    def sync_weights(self) -> nn.Module:
+        """Take over the network's present weights and statistics, and return the copy."""
+        for conv, norm, layer in self._folded:
+            inverse = torch.rsqrt(norm.running_var + norm.eps)
+            weight = norm.weight * inverse
+            bias = norm.bias - norm.running_mean * inverse * norm.weight
+            if conv is not None:
+                weight = conv.weight * weight[:, None, None, None]
+            layer.weight.copy_(weight.view_as(layer.weight))
+            layer.bias.copy_(bias.view_as(layer.bias))
+        torch._foreach_copy_(self._copies, self._originals)
+        return self.net
+
+
+def affine_norms(net: ReverseAttentionNetwork) -> bool:
+    """Return whether each BatchNorm that no convolution absorbs becomes an `Affine`."""
+    return net.classifier.weight.is_cuda
+
+
+def _to_channels_last(net: ReverseAttentionNetwork) -> None:
+    net.to(memory_format=torch.channels_last)
+    if net.classifier.weight.device.type == "cpu":
+        # On a CPU, channels-last convolutions of maps as small as the last blocks' are slow.
+        for block in net.last_blocks():
+            block.to(memory_format=torch.contiguous_format)
+        first = net.last_blocks()[0]
+        first.register_forward_pre_hook(lambda block, inputs: (inputs[0].contiguous(),))
+
+
+@contextmanager
+def frozen(
+    model: nn.Module, precision: str = "default", compiled: bool = False
+) -> Iterator[nn.Module]:
+    """Yield the network that attacks call: a copy of the network with its present weights."""
+    yield AttackCopy(model, precision, compiled).net
