@@ -241,22 +241,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["figures.json"] and file.read_text() == "old"
 
 
-def test_only_what_is_open_for_writing_is_flushed_or_missed(tmp_path, monkeypatch):
-    """As on Windows, which has no fcntl either."""
-    fcntl, flush, flushed = pytest.importorskip("fcntl"), os.fsync, []
-
-    def fsync(opened):
-        if fcntl.fcntl(opened, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        flushed.append(flush(opened))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("utils.system.files.fcntl", None)
-    with locked(tmp_path / ".lock", wait=False):
-        write_atomically(tmp_path / "figures.json", lambda file: file.write_text("new"))
-    assert (tmp_path / "figures.json").read_text() == "new" and len(flushed) == 1
-
-
 def test_a_lock_is_released_by_death(tmp_path):
     file = tmp_path / ".lock"
     script = (
@@ -266,7 +250,7 @@ def test_a_lock_is_released_by_death(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(TimeoutError, match="held by another process"), locked(file, wait=False):
+        with pytest.raises(TimeoutError), locked(file, wait=False):
             pass
         other.kill()
     assert file.exists()

@@ -41,8 +41,6 @@ from tests.helpers import (
     folder_flags,
     image_folder,
     metrics,
-    pixels,
-    png,
     python,
 )
 from tests.helpers import state as state_of
@@ -280,60 +278,6 @@ def test_a_missing_or_truncated_archive_says_what_to_get(refused, no_network, tm
     store.mkdir(exist_ok=True)
     (store / mentions[0]).write_bytes(b"\x1f\x8b\x08\x00 or PK, cut off")
     refused(ANCRA, *flags, mentions=(*mentions, store))
-
-
-def test_a_data_folder_that_is_a_file_or_not_there_is_named(refused, no_network, tmp_path):
-    (tmp_path / "data").write_text("a file")
-    for dataset in ("cifar10", "tiny-imagenet", "folder"):
-        flags = ("--dataset", dataset, "--data-dir", tmp_path / "data", "--model-dir", tmp_path / "run")
-        refused(ANCRA, *flags, mentions=(tmp_path / "data",))
-    refused(ANCRA, *folder_flags(tmp_path / "no"), "--model-dir", tmp_path / "run", mentions=(tmp_path / "no",))
-
-
-@pytest.mark.parametrize(
-    "counts, mentions",
-    [
-        ({"train": {"cat": 2}, "test": {"cat": 2}}, ("train", "at least 2")),
-        ({"train": {}, "test": {}}, ("train",)),
-        ({"train": {"cat": 2, "dog": 0}, "test": {"cat": 2, "dog": 2}}, ("train/dog",)),
-        ({"train": {"cat": 2, "dog": 2}, "test": {"cat": 0, "dog": 2}}, ("test/cat",)),
-        ({"train": {"cat": 2, "dog": 2}, "test": {"cat": 2, "emu": 2}}, ("train", "test", "dog", "emu")),
-        ({"train": {"cat": 2, "dog": 2}, "val": {"cat": 2}}, ("train", "val", "dog")),
-        ({"test": {"cat": 2, "dog": 2}}, ("train",)),
-        ({"train": {"cat": 2, "dog": 2}}, ("test", "val", "--val-size")),
-        ({"train": {"cat": 2, "dog": 2}, "val": {"cat": 1, "dog": 1}, "Valid": {"cat": 1, "dog": 1}}, ("Valid", "val")),
-        ({"train": {"cat": 2, "dog": 2}, "val": {"cat": 1, "emu": 1}, "test": {"cat": 1, "dog": 1}}, ("val", "emu")),
-    ],
-)
-def test_a_folder_of_another_layout_is_named(refused, tmp_path, counts, mentions):
-    root = image_folder(tmp_path / "pictures", counts)
-    for part in counts:
-        (root / part).mkdir(parents=True, exist_ok=True)
-    refused(ANCRA, *folder_flags(root), "--model-dir", tmp_path / "run", mentions=mentions)
-
-
-def test_a_file_that_is_no_image_or_a_truncated_one_is_named(refused, tmp_path):
-    root = image_folder(tmp_path / "pictures")
-    for ending in ("png", "jpg", "bmp", "webp", "ppm", "tif", "gif"):
-        file = root / "train" / "dog" / f"broken.{ending}"
-        png(file, pixels(0, 40, 40, 3))
-        whole = file.read_bytes()
-        lengths = (0, 3, 12, 20, 50, len(whole) // 2, len(whole) - 40)
-        for content in (*(whole[:n] for n in lengths), b"no image at all", b"<html>404</html>", bytes(300)):
-            file.write_bytes(content)
-            flags = (*folder_flags(root), "--model-dir", tmp_path / "run")
-            assert "replace or remove" in refused(ANCRA, *flags, mentions=(file,))
-        file.unlink()
-
-
-def test_all_unreadable_images_are_named_at_once(refused, tmp_path):
-    root = image_folder(tmp_path / "pictures", {part: {"cat": 8, "dog": 8} for part in ("train", "val", "test")})
-    for i in range(4):
-        for part in ("train", "val", "test"):
-            (root / part / "dog" / f"{i}.png").write_bytes(b"no image")
-    flags = (*folder_flags(root), "--limit-test", 16, "--model-dir", tmp_path / "run")
-    line = refused(ANCRA, *flags, mentions=("12 of 48", "and 2 more", root / "train" / "dog" / "0.png"))
-    assert line.count("not a readable image") == line.count(".png") == 10
 
 
 @pytest.mark.parametrize("size", ["1436", "1437", "5000"])

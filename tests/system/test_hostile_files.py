@@ -19,15 +19,12 @@ import json
 import os
 import pathlib
 import resource
-import shutil
 import signal
 import struct
 import sys
-import tarfile
 import traceback
 import warnings
 import zipfile
-import zlib
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,32 +40,18 @@ from tests.helpers import (
     ANCRA,
     DIGITS,
     RA,
-    TINY_IMAGENET_COUNTS,
     RunsCode,
-    announce_cifar,
-    announce_tiny_imagenet,
     checkpoint,
     digits_split,
     execute,
     folder,
-    folder_flags,
-    image_folder,
-    pixels,
-    png,
     tree,
-    write_cifar,
-    write_tiny_imagenet,
 )
-from utils.data import datasets as data
-from utils.data.datasets import load_split
 from utils.system.checkpoints import Unread, load_model, read
 from utils.system.errors import RunError, UsageError
-from utils.system.files import locked, write_record
 from utils.system.options import parse_training
 from utils.system.provenance import provenance
-from utils.system.settings import stored
 from utils.training import loop as training
-from utils.training.runs import run_folder, run_to_resume
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 SEED = 0 if TIMES == 1 else 1000 + TIMES
@@ -478,280 +461,3 @@ def test_weights_of_other_precisions_load(tmp_path):
         state = build_model("ResNet18", 10, width=4, image_size=16).to(kind).state_dict()
         model, _ = load_model(checkpoint(tmp_path / "weights.pt", model=state))
         assert model.conv1.weight.dtype == torch.float32
-
-
-# data sets
-
-
-@some_mutations
-def test_mutated_cifar_files_are_never_read(monkeypatch, no_network, tmp_path, numbers):
-    written, contents = write_cifar(monkeypatch, tmp_path, train_files=1)
-    file = tmp_path / "cifar-10-batches-py" / next(iter(contents))
-    whole = file.read_bytes()
-
-    def load():
-        return load_split("cifar10", "train", str(tmp_path), 32)
-
-    assert load().labels.tolist() == written["train"][1]
-    refused = in_child(lambda: try_all(numbers, lambda rng: file.write_bytes(mutated(whole, rng)), load))
-    assert refused > 0.9 * len(numbers)
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"labels": [0, 1, 10]}, "image 2 has label 10, of 10 classes"),
-        ({"labels": [0, -1, 2]}, "image 1 has label -1"),
-        ({"labels": [0, 1]}, "one for each of 3"),
-        ({"labels": [0.5, 1, 2]}, "labels are torch.float32"),
-        ({"labels": None}, "no intact copy"),
-        ({"data": np.full((3, 3072), np.nan)}, "images are torch.float64"),
-        ({"data": np.zeros((0, 3072), np.uint8), "labels": []}, "one for each of 0"),
-        ({"data": np.zeros((3, 100), np.uint8)}, "no intact copy"),
-    ],
-)
-def test_numbers_that_are_no_images_or_labels_are_named(monkeypatch, no_network, tmp_path, change, said):
-    """Even in files whose MD5 is the expected one."""
-    _, contents = write_cifar(monkeypatch, tmp_path, train_files=1)
-    name = next(iter(contents))
-    announce_cifar(monkeypatch, tmp_path, contents | {name: contents[name] | change})
-    with pytest.raises(UsageError, match=said) as caught:
-        load_split("cifar10", "train", str(tmp_path), 32)
-    assert "cifar10" in str(caught.value)
-
-
-def tiny(root, part="train"):
-    return load_split("tiny-imagenet", part, str(root), 64)
-
-
-@some_mutations
-def test_mutated_zips_whose_checksum_fits_are_unpacked_or_refused(monkeypatch, no_network, tmp_path, numbers):
-    archive, _ = write_tiny_imagenet(monkeypatch, tmp_path / "data")
-    whole = archive.read_bytes()
-
-    def write(rng):
-        shutil.rmtree(tmp_path / "data" / "tiny-imagenet-200", ignore_errors=True)
-        archive.write_bytes(mutated(whole, rng))
-        announce_tiny_imagenet(monkeypatch, archive)
-
-    assert in_child(lambda: try_all(numbers, write, lambda: tiny(tmp_path / "data"))) > len(numbers) // 2
-    found = {path for path in tree(tmp_path) if "tiny-imagenet-200/" not in path}
-    assert found <= {"data", "data/tiny-imagenet-200.zip", "data/tiny-imagenet-200"}
-
-
-def test_a_zip_never_leaves_its_folder(monkeypatch, no_network, tmp_path):
-    """Not even one of the expected checksum, whatever its entries are called."""
-    link = zipfile.ZipInfo("tiny-imagenet-200/train")
-    link.external_attr = 0o120777 << 16
-    names = ("../outside.txt", "tiny-imagenet-200/../../outside.txt", str(tmp_path / "outside.txt"), link)
-    for i, name in enumerate(names):
-        root = tmp_path / f"{i}" / "data"
-        write_tiny_imagenet(monkeypatch, root, [(name, str(tmp_path).encode())])
-        with contextlib.suppress(UsageError):
-            tiny(root)
-        paths = tree(tmp_path / f"{i}")
-        assert all(path == "data" or path.startswith("data/tiny-imagenet-200") for path in paths), name
-        assert not any(path.is_symlink() for path in root.rglob("*")), name
-        assert not (tmp_path / "outside.txt").exists(), name
-
-
-def test_a_tar_of_another_checksum_is_not_unpacked(no_network, tmp_path):
-    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as out:
-        for name in ("../outside", "/tmp/outside", "cifar-10-batches-py/data_batch_1"):
-            out.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
-    with pytest.raises(UsageError, match="no intact copy"):
-        load_split("cifar10", "train", str(tmp_path), 32)
-    assert tree(tmp_path) == ["cifar-10-python.tar.gz"]
-
-
-def test_annotations_do_not_lead_out_of_their_folder(monkeypatch, no_network, tmp_path):
-    write_tiny_imagenet(monkeypatch, tmp_path)
-    tiny(tmp_path)
-    notes = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
-    for name in ("../../../secret.JPEG", "/etc/passwd", "a\0b"):
-        notes.write_text(f"{name}\tn01\t0\t0\t63\t63\n")
-        with pytest.raises(UsageError):
-            tiny(tmp_path, "test")
-
-
-def forked(job):
-    """Run `job` in a child, in silence -> its process id; its status is 1 where `job` fails."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        signal.alarm(120)  # a hang is a failure
-        with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
-            job()
-            status = 0
-        os._exit(status)
-    return pid
-
-
-def status_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.parametrize("at", ["before", "download", "unpack"])
-def test_data_cut_off_by_death_are_got_anew(monkeypatch, no_network, tmp_path, at):
-    """A process killed while it downloads or unpacks leaves nothing that the next one trips over."""
-    source, _ = write_tiny_imagenet(monkeypatch, tmp_path / "server")
-    root = tmp_path / "data"
-    root.mkdir()
-    whole, dies_at = source.read_bytes(), [at]
-
-    def download(url, folder, name, md5):
-        with open(Path(folder) / name, "wb") as out:
-            out.write(whole[:500])
-            if "download" in dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            out.write(whole[500:])
-
-    def unpack(archive, folder, original=zipfile.ZipFile.extractall):
-        if "unpack" in dies_at:
-            (Path(folder) / "half").mkdir(parents=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(archive, folder)
-
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
-    monkeypatch.setattr(zipfile.ZipFile, "extractall", unpack)
-    if at == "before":
-        (root / ".tiny-imagenet.lock").touch()
-    else:
-        assert status_of(forked(lambda: tiny(root))) == -signal.SIGKILL
-        assert (root / ".tiny-imagenet-200.part").exists() == (at == "unpack")
-    dies_at.clear()
-    assert len(tiny(root).labels) == TINY_IMAGENET_COUNTS["train"]
-    assert [f.name for f in sorted(root.iterdir())] == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
-
-
-def test_two_processes_at_once_unpack_and_decode_once(monkeypatch, no_network, tmp_path):
-    """One waits for the other, and both end with the whole data set."""
-    _, expected = write_tiny_imagenet(monkeypatch, tmp_path / "data")
-
-    def counting(kind, original):
-        def call(*args):
-            (tmp_path / f"{kind}-by-{os.getpid()}").touch()
-            return original(*args)
-
-        return call
-
-    def use():
-        assert tiny(tmp_path / "data").labels.tolist() == expected["train"][1]
-
-    monkeypatch.setattr(zipfile.ZipFile, "extractall", counting("unpacked", zipfile.ZipFile.extractall))
-    monkeypatch.setattr(data, "_decode", counting("decoded", data._decode))
-    with locked(tmp_path / "data" / ".tiny-imagenet.lock", wait=False):  # held until both stand before it
-        children = [forked(use) for _ in range(2)]
-    assert [status_of(child) for child in children] == [0, 0]
-    assert [len(list(tmp_path.glob(f"{kind}-by-*"))) for kind in ("unpacked", "decoded")] == [1, 1]
-    assert not [f for f in tmp_path.rglob("*") if f.name.startswith(".")]
-
-
-# images and their caches
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-@some_mutations
-@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "ppm", "tif", "gif"])
-def test_mutated_images_are_read_or_named(tmp_path, ending, numbers):
-    """Anywhere, or some bytes of the beginning, where formats keep their sizes."""
-    file = tmp_path / f"picture.{ending}"
-    png(file, pixels(0, 24, 24, 3))
-    whole = file.read_bytes()
-
-    def write(rng):
-        damaged = bytearray(whole)
-        for place in rng.integers(0, min(len(whole), 120), 3):
-            damaged[place] = rng.integers(0, 256)
-        file.write_bytes(damaged if rng.integers(2) else mutated(whole, rng))
-
-    def use():
-        try:
-            assert data._decode(file, 16).shape == (3, 16, 16)
-        except UsageError as error:
-            assert str(file) in str(error)
-            raise
-
-    assert in_child(lambda: try_all(numbers, write, use))
-
-
-def png_of(width, height):
-    """A PNG of this size that holds nearly nothing: a bomb."""
-
-    def chunk(kind, content):
-        checksum = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    end = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + end
-
-
-@pytest.mark.parametrize("side", [8193, 9500, 12000, 2**31 - 1])
-def test_an_image_bomb_is_refused_before_it_is_decoded(refused, tmp_path, side):
-    """Pillow itself only warns, or says nothing, between 67 and 179 million pixels."""
-    root = image_folder(tmp_path / "pictures")
-    file = root / "train" / "cat" / "bomb.png"
-    file.write_bytes(png_of(side, side))
-    refused(ANCRA, *folder_flags(root), "--model-dir", tmp_path / "run", mentions=(file, "pixel"))
-
-
-def test_an_image_of_another_format_than_those_listed_is_refused(tmp_path):
-    """Pillow goes by content: for an EPS file under a PNG's name it would start Ghostscript."""
-    file = tmp_path / "picture.png"
-    for content in (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n",
-        b"PF\n2 2\n-1.0\n" + struct.pack("<12f", *[float("nan")] * 12),
-        b"Pf\n2 2\n-1.0\n" + struct.pack("<4f", *[float("nan")] * 4),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(UsageError, match="not a readable image"):
-            data._decode(file, 16)
-
-
-def test_a_pipe_with_an_images_name_is_refused_and_not_waited_for(refused, tmp_path):
-    root = image_folder(tmp_path / "pictures")
-    pipe = root / "train" / "cat" / "pipe.png"
-    os.mkfifo(pipe)
-    refused(ANCRA, *folder_flags(root), "--model-dir", tmp_path / "run", mentions=(pipe, "not a file"))
-
-
-@some_mutations
-def test_mutated_caches_are_read_or_made_anew(tmp_path, numbers):
-    root = image_folder(tmp_path / "pictures")
-    expected = load_split("folder", "train", str(root), 16).images
-    cache = root / "decoded-train-16.pt"
-    whole = cache.read_bytes()
-
-    def use():
-        assert torch.equal(load_split("folder", "train", str(root), 16).images, expected)
-
-    in_child(lambda: try_all(numbers, lambda rng: cache.write_bytes(mutated(whole, rng)), use))
-    key = torch.load(io.BytesIO(whole), weights_only=True)["key"]
-    for images in (expected.float(), expected.long(), expected[:, :1].expand(-1, 3, -1, -1)[..., :8], None, [1]):
-        torch.save({"key": key, "images": images}, cache)
-        use()
-
-
-# a run's record
-
-
-@some_mutations
-def test_mutated_records_of_a_run_never_stop_it(tmp_path, numbers):
-    """run.json is copied into the next one, and says which run a bare --resume means; the others are never read."""
-    file, command = tmp_path / "run-1" / "run.json", parse_training("", RA, ["--model-dir", str(tmp_path / "run")])
-    file.parent.mkdir()
-    (file.parent / "last_state.pt").touch()
-    known = stored(command.settings)
-    whole = json.dumps({"command": "python", "earlier": [{"seed": 1}], "settings": known}).encode()
-
-    def use():
-        with contextlib.suppress(UsageError):  # a run of other settings
-            assert run_to_resume(command) in (file.parent, run_folder(command))
-        write_record(file, {"seed": 2})
-        assert isinstance(json.loads(file.read_text())["earlier"], list)
-
-    in_child(lambda: try_all(numbers, lambda rng: file.write_bytes(mutated(whole, rng)), use))
-    for content in (b'{"earlier": 3}', b"[" * 10**5, b"null", b"\xff\xfe", b'{"a": 1e999}', b"9" * 5000, b'"\\ud800"'):
-        file.write_bytes(content)
-        use()

@@ -666,7 +666,7 @@ def test_without_a_test_folder_nothing_reports_and_the_log_says_so(tmp_path, cap
     of_pets(tmp_path, "--val-size", 3)
     said = capsys.readouterr().out
     assert "on 3 held-out training images (3 images)" in said and "no test folder" in said
-    assert f"note       left out 1 .heic in {tmp_path}" in said and "best epoch on" not in said
+    assert f"skipped 1 non-image files in {tmp_path}" in said and "best epoch on" not in said
 
 
 def test_a_stop_in_the_final_report_leaves_the_last_state_as_it_is(tmp_path, monkeypatch):

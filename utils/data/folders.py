@@ -1,0 +1,152 @@
+"""Folders of image files: which images they hold, and decoding those into one uint8 tensor."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import make_dataset
+from tqdm import tqdm
+
+from utils.system import distributed
+from utils.system.errors import UsageError, first_line
+
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+ENDINGS += (".ppm", ".pgm", ".pbm", ".pnm")
+# Pillow goes by content and would start Ghostscript for an EPS file that is named .png.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+PART_NAMES = {
+    "train": "train(ing)?([ _-]?set)?",
+    "val": "val(id|idation)?([ _-]?set)?",
+    "test": "test(ing)?([ _-]?set)?",
+}
+LAYOUT = "--data-dir needs train/<class>/ and test/<class>/ (or val/<class>/, or --val-size)"
+
+
+def find_parts(data_dir: Path) -> dict[str, Path]:
+    """Find the folders of the train, val and test parts, in any usual spelling.
+
+    Errors: UsageError where data_dir is not a folder, or where two folders are the same part.
+    """
+    if not data_dir.is_dir():
+        raise UsageError(f"{data_dir} is not a folder; {LAYOUT}")
+    names = visible_folders(data_dir)
+    parts = {}
+    for part, pattern in PART_NAMES.items():
+        matches = [name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
+        if len(matches) > 1:
+            raise UsageError(f"{data_dir} has several {part} parts: {', '.join(matches)}")
+        if matches:
+            parts[part] = data_dir / matches[0]
+    return parts
+
+
+def visible_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _visible(path.name))
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def list_part(part: str, data_dir: Path) -> tuple[list[str], list[tuple[str, int]], str]:
+    """List a part of a folder of images -> names of the classes, files with labels, a note.
+
+    The val part is the test part where there is no other.
+    Errors: UsageError where the part is missing or its classes are not those of the train part.
+    """
+    parts = find_parts(data_dir)
+    root = parts.get(part)
+    notes = []
+    if root is None and part == "test" and "val" in parts:
+        root = parts["val"]
+        notes.append(f"{root} taken as test part")
+    if root is None:
+        raise UsageError(f"{data_dir} has no {part} part; {LAYOUT}")
+
+    train = parts.get("train", root)
+    classes = visible_folders(train)
+    different = set(classes) ^ set(visible_folders(root))
+    if different or len(classes) < 2:
+        names = ", ".join(sorted(different)[:5])
+        raise UsageError(
+            f"{train} and {root} need the same folders of classes, at least 2; in one only: {names}"
+        )
+
+    files, skipped = list_images(root, classes)
+    if skipped:
+        notes.append(f"skipped {len(skipped)} non-image files in {root}, such as {skipped[0]}")
+    return classes, files, "; ".join(notes)
+
+
+def list_images(root: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int]], list[str]]:
+    """List the images in and below the folder of each class, by class and then by path.
+
+    Returns (file, label) of each image, and the names of other files, which are skipped.
+    Errors: UsageError that names the classes without an image.
+    """
+    skipped = []
+
+    def is_image(file: str) -> bool:
+        path = Path(file).relative_to(root)
+        if not all(_visible(name) for name in path.parts):
+            return False
+        if path.suffix.lower() not in ENDINGS:
+            skipped.append(path.name)
+            return False
+        return True
+
+    labels = {name: label for label, name in enumerate(classes)}
+    try:
+        files = make_dataset(str(root), labels, is_valid_file=is_image)
+    except FileNotFoundError as error:
+        raise UsageError(f"{root}: {first_line(error)}") from error
+    return sorted(files, key=lambda file: (file[1], Path(file[0]).parts)), skipped
+
+
+def decode(files: Sequence[str], size: int) -> tuple[Tensor, list[str]]:
+    """Decode image files -> (N, 3, size, size) uint8, and a line for each that is not an image."""
+    if distributed.first():
+        megabytes = len(files) * 3 * size**2 / 1e6
+        print(f"{len(files):,} images of side {size} take {megabytes:,.1f} MB of memory")
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    unreadable = []
+
+    def decode_row(row: int) -> None:
+        try:
+            images[row] = decode_image(files[row], size)
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            unreadable.append(f"{files[row]}: not a readable image ({first_line(error)})")
+
+    with ThreadPoolExecutor(4) as pool:
+        rows = pool.map(decode_row, range(len(files)))
+        for _ in tqdm(rows, "decoding", len(files), unit="img", disable=None):
+            pass
+    return images, unreadable
+
+
+def decode_image(file: str, size: int) -> Tensor:
+    """Decode an image file -> (3, size, size) uint8.
+
+    It is scaled to size x size, whatever its proportions, bilinear; EXIF rotation is not applied.
+    Transparency is blended over black, grey becomes three equal channels, 16 bits become 8, and of
+    several frames the first is taken.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        if image.mode[0] in "IF":  # 16-bit grey, which convert() would clip at 255
+            pixels = np.asarray(image)
+            if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+                raise ValueError("pixels of more than 16 bits")
+            image = Image.fromarray((pixels >> 8).astype(np.uint8))
+        if image.mode[-1] in "Aa" or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
