@@ -1,19 +1,38 @@
-"""How robust is a network? The standard attacks, and those of somebody who knows the defence, in one table.
+"""How robust is a network? The standard attacks and those that know the defence, in one table.
 
-    python test_white_attack.py --ckpt_url PATH                    a checkpoint file or a run folder
-    python test_white_attack.py --ckpt_url PATH --attacks all --diagnostics      before a figure is believed
-    python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra     a published bare state dict, plain network
-    python test_white_attack.py --ckpt_url F --dataset cifar10 --no-ra --mean cifar10 --std cifar10    normalised images
-    python test_white_attack.py --model package.module:function --dataset cifar10      any classifier of [0, 1] images,
-                                                                   also FILE.py:function; written to ./evaluated
-    python test_white_attack.py --ckpt_url RUN RUN RUN             of several runs, also side by side
+    python test_white_attack.py --ckpt_url PATH
+        a checkpoint file or a run folder
+    python test_white_attack.py --ckpt_url PATH --attacks all --diagnostics
+        what to run before a figure is believed
+    python test_white_attack.py --ckpt_url FILE --dataset cifar10 --no-ra
+        a published bare state dict of a plain network
+    python test_white_attack.py --ckpt_url FILE --dataset cifar10 --mean cifar10 --std cifar10
+        one that takes normalised images
+    python test_white_attack.py --model package.module:function --dataset cifar10
+        any classifier of images in [0, 1], also FILE.py:function; writes to ./evaluated
+    python test_white_attack.py --ckpt_url RUN RUN RUN
+        several runs, also side by side
 
-Attacks on the final logits alone overestimate the robustness of a network with reverse attention: add `adaptive`.
-README's first table says what it finds for digits, `python -m tests.tools.study --commands` by which commands.
+Attacks on the final logits alone overestimate the robustness of a network with reverse attention:
+add `adaptive`. `python -m tests.tools.study --commands` prints the commands behind the README's
+first table.
 """
 
-from utils.system.command import main
+import sys
+
+from utils.system.command import guarded
+from utils.system.options import parse
 from utils.system.settings import Evaluation
 
+
+def main() -> None:
+    """Attack the networks that the command line names."""
+    settings = parse(Evaluation, __doc__, sys.argv[1:])
+
+    from utils.evaluation.robustness import white_attack  # loads PyTorch; --help does not
+
+    guarded(lambda: white_attack(settings))
+
+
 if __name__ == "__main__":
-    main("utils.evaluation.robustness:white_attack", Evaluation, __doc__)
+    main()

@@ -27,7 +27,7 @@ from utils.figures.plots import (
 )
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays, write_arrays
-from utils.system.options import eps_text
+from utils.system.values import eps_text
 
 HIST = "draw_hist.py"
 UMAP = "draw_umap.py"

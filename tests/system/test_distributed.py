@@ -50,7 +50,7 @@ from utils.data.subject import verdicts
 from utils.evaluation import robustness
 from utils.figures.features import feature_distance
 from utils.step import training_loss
-from utils.system import distributed, options
+from utils.system import distributed
 from utils.system.attack_copy import AttackCopy, frozen
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays
@@ -611,17 +611,6 @@ def test_a_restart_continues_its_own_run_and_no_other(short_runs, tmp_path, monk
     monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun's, given the same --rdzv-id and refused before
     with pytest.raises(UsageError, match="holds a run already"):
         run_alone(tmp_path)
-
-
-def test_wrong_use_is_said_by_the_first_rank_alone(monkeypatch, capsys):
-    monkeypatch.setattr(options, "GRACE", 0)
-    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(key, value)
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stop:
-            settings("--lr=-1")
-        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_variables_that_torchrun_left_behind_are_named(monkeypatch):

@@ -77,7 +77,7 @@ from utils.step import training_loss
 from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.devices import compile_for_training, computing, for_training, pick_device
 from utils.system.errors import Stopped, UsageError, first_line
-from utils.system.options import OneLineParser, parse_training
+from utils.system.options import parse_training
 from utils.system.provenance import in_one_line, provenance
 from utils.training import loop as training
 from utils.training.loop import attack_batch, backward
@@ -583,7 +583,7 @@ def answer(card: Card, name: str, part: Part, write: Callable[[list[Row], str], 
 
 def main(argv: list[str] | None = None) -> None:
     usage = __doc__.partition("\nMeasured before")[0]
-    parser = OneLineParser(
+    parser = argparse.ArgumentParser(
         prog="python -m tests.tools.card", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

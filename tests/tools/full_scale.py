@@ -16,7 +16,7 @@ card attains. Nobody has run these rows here.
 """
 
 import argparse
-import ast
+import runpy
 import shlex
 import sys
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from models import Heads, build_model
 from utils.losses import over_heads
 from utils.step import away_from_labels
-from utils.system.options import OneLineParser, parse_training
+from utils.system.options import parse_training
 from utils.system.settings import CLASSES, Training, dataset_defaults
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +57,9 @@ ROWS = [
 
 
 def settings_of(script: str, *flags: str) -> Training:
-    """The settings of a training command: the script's own, by reading it, and its flags."""
-    call = next(node for node in ast.walk(ast.parse((ROOT / script).read_text())) if isinstance(node, ast.Call))
-    return parse_training("", {word.arg: ast.literal_eval(word.value) for word in call.keywords}, list(flags)).settings
+    """The settings of a training command: the script's own recipe and its flags."""
+    recipe = runpy.run_path(str(ROOT / script))["RECIPE"]
+    return parse_training("", recipe, list(flags)).settings
 
 
 class Passes(NamedTuple):
@@ -136,7 +136,7 @@ def hours_of(operations: float, share: float) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = OneLineParser(
+    parser = argparse.ArgumentParser(
         prog="python -m tests.tools.full_scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _, flags = parser.parse_known_args(argv)

@@ -48,8 +48,8 @@ import numpy as np
 
 from utils.evaluation.results import FILE, Groups, read, table, verdicts, worst_of
 from utils.system.errors import UsageError, stop_signals
-from utils.system.options import OneLineParser, parse, parse_training
-from utils.system.settings import Evaluation, of_today, stored
+from utils.system.options import parse, parse_training
+from utils.system.settings import Evaluation, stored
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--width=8", "--epochs=6", "--milestones=5,6", "--warmup-epochs=2", "--eval-interval=6")
@@ -272,7 +272,7 @@ def record_of(run: Run) -> dict | None:
     if not files:
         return None
     record = read(str(files[0]))
-    recipe, looked = of_today(record["network"]["recipe"]), record["settings"]
+    recipe, looked = record["network"]["recipe"], record["settings"]
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said:  # of flags without an effect the run has told
             wanted = stored(parse_training("", {}, run.train[1:]).settings)
@@ -421,7 +421,7 @@ def work(wanted: list[Run], jobs: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
+    parser = argparse.ArgumentParser(
         prog="python -m tests.tools.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))

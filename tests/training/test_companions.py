@@ -244,20 +244,16 @@ def test_extra_data_that_is_no_npz(tmp_path, refused):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--extra-data=x.npz", "--extra-fraction=0"), "not a number above 0 and below 1"),
-        (("--extra-data=x.npz", "--extra-fraction=1"), "not a number above 0 and below 1"),
-        (("--extra-data=x.npz", "--extra-fraction=0.999"), "takes 128 of 128 images a batch"),
-        (("--awp=-0.1",), "not a number of at least 0"),
-        (("--ema=1",), "below 1"),
-        (("--ema=-0.5",), "at least 0"),
-        (("--label-smoothing=1",), "below 1"),
-        (("--method=mart", "--label-smoothing=0.1"), "mart has another"),
-        (("--warmup-lr=16",), "leaves no epoch"),
-        (("--awp-warmup=3",), "--awp-warmup is of --awp, which is off"),
-        (("--extra-fraction=0.5",), "--extra-fraction is of --extra-data, which is off"),
-        (("--no-ra", "--gate=soft"), "--gate is of reverse attention, which is off"),
-        (("--no-ra", "--ra_blocks=1"), "--ra-blocks is of reverse attention, which is off"),
-        (("--awp=0.005", "--epochs=10"), "--awp never acts: all 10 epochs are its warm-up; lower --awp-warmup"),
+        (("--extra-data=x.npz", "--extra-fraction=0"), "(0, 1)"),
+        (("--extra-data=x.npz", "--extra-fraction=1"), "(0, 1)"),
+        (("--extra-data=x.npz", "--extra-fraction=0.999"), "128 of 128 images"),
+        (("--awp=-0.1",), "[0, inf)"),
+        (("--ema=1",), "[0, 1)"),
+        (("--label-smoothing=1",), "[0, 1)"),
+        (("--method=mart", "--label-smoothing=0.1"), "--label-smoothing"),
+        (("--no-ra", "--gate=soft"), "reverse attention"),
+        (("--no-ra", "--ra_blocks=1"), "reverse attention"),
+        (("--awp=0.005", "--epochs=10"), "--awp never acts"),
         (("--gate=hard",), "invalid choice"),
         (("--ra-blocks=3",), "from 1 to 2"),
     ],
@@ -266,13 +262,12 @@ def test_wrong_companions(refused, flags, said):
     refused(ANCRA, "--dataset=digits", *flags, mentions=(said,))
 
 
-def test_what_a_flag_belongs_to_may_be_the_resumed_run_s_own(capsys):
+def test_what_a_flag_belongs_to_may_be_the_resumed_run_s_own():
     """So may a default that is given, and one of a list of runs of which the first is without."""
     assert settings("--resume=run", "--awp-warmup=3", "--extra-fraction=0.5").awp_warmup == 3
     assert settings("--resume", "--awp=0.1", "--epochs=8").awp_warmup == 10
     assert settings("--awp=0", "--awp-warmup=3").awp_warmup == 3
     assert settings("--no-ra", "--gate=label").gate == "label"
-    assert "accepted, no effect here" in capsys.readouterr().err
 
 
 def test_label_smoothing_is_of_cross_entropy_alone():
@@ -438,8 +433,8 @@ def test_predictions_by_a_head_under_every_attack(tmp_path, refused):
         load_model(file, predicts="auxiliary1")
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
     refused(ATTACK, "--ckpt_url", plain, "--predict=auxiliary1", mentions=("has final alone",))
-    refused(ATTACK, "--ckpt_url", file, "--no-ra", "--gate=soft", mentions=("--gate and --no-ra contradict",))
-    refused(ATTACK, "--model", "x:f", "--predict=auxiliary1", mentions=("--predict and --model contradict",))
+    refused(ATTACK, "--ckpt_url", file, "--no-ra", "--gate=soft", mentions=("contradict --no-ra",))
+    refused(ATTACK, "--model", "x:f", "--predict=auxiliary1", mentions=("contradict --model",))
 
 
 WRAPPED = """

@@ -13,7 +13,7 @@ from utils.data.datasets import Split
 from utils.data.subject import Work, over_images, percent
 from utils.evaluation.adaptive import View, cross_entropies, plain, view_pgd
 from utils.evaluation.autoattack import Says, square
-from utils.system.options import eps_text
+from utils.system.values import eps_text
 
 RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # in units of the evaluation's eps; 0 and the whole range are added
 STEPS = (1, 2, 5, 10, 20, 40, 100, 200)

@@ -24,8 +24,8 @@ from utils.system import distributed
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError
 from utils.system.files import require_writable, write_atomically, write_record
-from utils.system.options import eps_text
 from utils.system.settings import Evaluation
+from utils.system.values import eps_text
 
 THREAT = "Linf, eps {} on images in [0, 1]"
 CURVES = ("PGD on the answer's logits", "PGD on every view")  # columns of the curves, besides eps or steps

@@ -32,14 +32,13 @@ from typing import Any
 import numpy as np
 
 from utils.system.errors import UsageError
-from utils.system.options import OneLineParser, fitting
-from utils.system.settings import APGD_STEPS, Training, described, idle, of_today, restored
+from utils.system.options import fitting
+from utils.system.settings import APGD_STEPS, FREE, idle, restored
 
 FORMAT = 1
 FILE = "white_attack.json"
 TOGETHER = ("worst case", "adaptive, worst case")  # lines that are made of others
 ADAPTIVE = "adaptive: "
-SETTINGS = described(Training)
 Groups = dict[str, list[dict]]  # records by the name of their row
 
 
@@ -79,9 +78,8 @@ def identity(record: dict) -> dict[str, Any]:
     file = str(record.get("checkpoint"))
     own: dict[str, Any] = {"file": file, "gate": network.get("gate"), "ra_blocks": network.get("ra_blocks")}
     if isinstance(recipe, dict):  # a run's
-        trained = restored(fitting(of_today(recipe)))
-        away = {name for name, about in SETTINGS.items() if about.free and name != "epochs"}
-        away |= {"seed", "model_dir", "data_dir", "device", "no_cuda", "ckpt_url", *idle(trained)}
+        trained = restored(fitting(recipe))
+        away = FREE - {"epochs"} | {"seed", "model_dir", "data_dir", "device", "no_cuda", "ckpt_url", *idle(trained)}
         own = {name: value for name, value in asdict(trained).items() if name not in away}
         own |= {name: os.path.basename(getattr(trained, name) or "") for name in ("extra_data", "ckpt_url")}
         best = os.path.basename(file) == "best_adv_model.pt"
@@ -266,7 +264,7 @@ def explained(groups: Groups, columns: list[str], common: list[str], lacking: se
 
 
 def main(argv: list[str]) -> int:
-    parser = OneLineParser(
+    parser = argparse.ArgumentParser(
         prog="python -m utils.evaluation.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a folder that holds {FILE}, or such a file")

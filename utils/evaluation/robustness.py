@@ -40,9 +40,9 @@ from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import read_arrays, require_writable, write_arrays
 from utils.system.log import open_log
-from utils.system.options import eps_text
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import APGD_STEPS, BLIND, Evaluation
+from utils.system.values import eps_text
 
 FEW, SOME = 16, 64  # images whose answers tell a foreign network; those that are looked at for doubts
 WORTH_KEEPING = 10  # seconds of attacks in a block under way, after which what its parts have found is written

@@ -43,9 +43,9 @@ from utils.system.attack_copy import frozen
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError
 from utils.system.files import read_arrays, require_writable, write_arrays
-from utils.system.options import eps_text
 from utils.system.provenance import provenance
 from utils.system.settings import FEATURES, Distances, Histograms, Umap
+from utils.system.values import eps_text
 
 BLOCK = 200  # negatives come from the same 200 images, whatever --test-batch-size is
 NEIGHBOURS = 12

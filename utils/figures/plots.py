@@ -17,7 +17,7 @@ from torch import Tensor
 
 from utils.system.errors import UsageError, first_line
 from utils.system.files import write_atomically
-from utils.system.options import eps_text
+from utils.system.values import eps_text
 
 # matplotlib is imported where it draws, since training goes on where its installation is broken.
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a user is told when something goes wrong, and which process says it."""
+"""What a user is told when something goes wrong, and which signals stop a job."""
 
 import os
 import signal
@@ -6,20 +6,28 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells a process of several
-GRACE = 5  # seconds that a rank waits for the launcher to end it after another rank has said why the job ends
+# What torchrun tells each process of several.
+TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Seconds that a rank waits for the launcher to end it after another rank has said why the job ends.
+GRACE = 5
+
+# Ctrl-C, an order to end, a closed terminal, and the warning of Slurm before it ends a job.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class UsageError(Exception):
-    """Something the user can mend; one line on standard error, exit status 2."""
+    """A mistake that the user can correct; a line on standard error, exit status 2."""
 
 
 class RunError(Exception):
-    """The run failed; one line on standard error, exit status 1."""
+    """The run failed; a line on standard error, exit status 1."""
 
 
 class Stopped(BaseException):
-    """Stopped by a signal, resumable. args: the signal's number and a line; exit status 128 + signal."""
+    """Stopped by a signal, resumable; exit status 128 + signal.
+
+    args: the number of the signal, and a line that says how to continue.
+    """
 
 
 def several_processes() -> bool:
@@ -27,33 +35,28 @@ def several_processes() -> bool:
     return os.environ.keys() >= set(TOLD) and os.environ["WORLD_SIZE"] != "1"
 
 
-def first_process() -> bool:
-    """Whether this process speaks: the first rank under torchrun, or the only process."""
-    return not several_processes() or os.environ["RANK"] == "0"
-
-
 def first_line(error: BaseException) -> str:
-    """What an exception says, its first line; its type where it says nothing."""
+    """The first line of an exception's message; its type if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Inside the context signals that ask for a stop call handler(signum, frame); then they do as before.
+    """Inside the context, signals that ask for a stop call handler(signum, frame).
 
-    They are Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning), as far as the system has them.
-    One that is ignored stays ignored, as SIGHUP under nohup; but a shell ignores Ctrl-C for all that it starts in the
-    background, which nobody has asked for. Outside the main thread Python allows no handlers, and nothing changes.
+    One that is ignored stays ignored, as SIGHUP under nohup, except for Ctrl-C, which shells ignore
+    for whatever they start in the background. Outside the main thread nothing changes, since Python
+    allows no handlers there.
     """
     before = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            signum = getattr(signal, name, None)
-            if signum is None:  # Windows
-                continue
-            earlier = signal.getsignal(signum)
-            if earlier is None or (earlier == signal.SIG_IGN and name != "SIGINT"):  # None: not set from Python
-                continue
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    for name in STOP_SIGNALS if in_main_thread else ():
+        signum = getattr(signal, name, None)
+        if signum is None:  # Windows
+            continue
+        earlier = signal.getsignal(signum)
+        ignored = earlier == signal.SIG_IGN and name != "SIGINT"
+        if earlier is not None and not ignored:  # None: it was not set from Python
             before[signum] = signal.signal(signum, handler)
     try:
         yield
@@ -64,5 +67,8 @@ def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 def stop_word(signum: int) -> str:
     """What a signal has done to a run, in words."""
-    words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-    return words.get(signum) or f"stopped by {signal.Signals(signum).name}"
+    if signum == signal.SIGINT:
+        return "interrupted"
+    if signum == signal.SIGTERM:
+        return "terminated"
+    return f"stopped by {signal.Signals(signum).name}"

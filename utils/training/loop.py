@@ -61,9 +61,10 @@ from utils.system.devices import Sent, compile_for_training, computing, for_trai
 from utils.system.errors import RunError, Stopped, UsageError, stop_signals, stop_word
 from utils.system.files import write_atomically, write_record
 from utils.system.log import open_log
-from utils.system.options import Command, as_given, eps_text
+from utils.system.options import Command
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import Training, combined, dataset_defaults, stored
+from utils.system.values import as_given, eps_text
 from utils.training import runs
 from utils.training.companions import Average, adversarial_weights, learning_rate
 from utils.training.runs import Start, prepare
@@ -717,5 +718,5 @@ def report(job: Run, data: Data) -> None:
 
 def script_beside(name: str) -> Path:
     """The path by which a script of this repository is started from the current folder."""
-    script = Path(__file__).resolve().parents[1] / name
+    script = Path(__file__).resolve().parents[2] / name
     return script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script

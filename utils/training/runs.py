@@ -17,9 +17,9 @@ from utils.system import distributed
 from utils.system.checkpoints import BEST, LAST, STATE, check_state, described, ordinary, outline, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
-from utils.system.options import Command, as_given, fits
-from utils.system.settings import PATH, Training, idle, of_today, resolve, restored, stored
-from utils.system.settings import described as known_settings
+from utils.system.options import Command, flag
+from utils.system.settings import FREE, Training, idle, resolve, restored, stored
+from utils.system.values import as_given
 
 VERSION = 1  # of last_state.pt; raised when an older one can no longer be continued. The first release wrote none.
 
@@ -70,8 +70,8 @@ class Start(NamedTuple):
 
 def results(settings: Training) -> dict[str, Any]:
     """The settings on which a run's results depend, by which folders are named."""
-    about, unused = known_settings(Training), {"model_dir", "ckpt_url", *idle(settings)}
-    found = {key: value for key, value in stored(settings).items() if not about[key].free and key not in unused}
+    unused = {"model_dir", "ckpt_url", *idle(settings)}
+    found = {key: value for key, value in stored(settings).items() if key not in FREE and key not in unused}
     found |= {"epochs": settings.epochs} if settings.lr_schedule != "milestones" else {}
     return found | ({"data_dir": os.path.realpath(settings.data_dir)} if settings.dataset == "folder" else {})
 
@@ -90,7 +90,7 @@ def run_folder(command: Command) -> Path:
     usual = stored(resolve(Training, {key: getattr(s, key) for key in ("dataset", "method", "arch")}, command.script))
     for key, value in sorted(found.items(), key=lambda item: item[0] == "tag"):
         if key not in (*PUBLISHED, *OWN, "data_dir") and value != usual[key]:
-            value = Path(value).stem if known_settings(Training)[key].kind is PATH and value else value
+            value = Path(value).stem if key == "extra_data" and value else value
             name += f"-{key}-{','.join(map(str, value)) if isinstance(value, list) else value}"
     folder, own = Path(name), os.fsencode(Path(name).name)
     if len(own) > LONGEST_NAME:  # of a file, 255 bytes on most systems
@@ -120,22 +120,12 @@ def known_runs(command: Command) -> list[str]:
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged
             its = results(restored(json.loads((file.parent / "run.json").read_text(encoding="utf-8"))["settings"]))
             differing = [
-                f"{flag(key)} {shown(its[key])}, here {shown(wanted[key])}"
+                f"{flag(key)} {as_given(its[key])}, here {as_given(wanted[key])}"
                 for key in its.keys() & wanted.keys()
                 if its[key] != wanted[key]
             ]
         runs.append((len(differing), f"{file.parent} ({'; '.join(sorted(differing)) or 'the same settings'})"))
     return [run for _, run in sorted(runs)[:5]]
-
-
-def flag(name: str) -> str:
-    """A setting as a command names it."""
-    return f"--{name.replace('_', '-')}"
-
-
-def shown(value: object) -> str:
-    """A stored setting's value as a command says it."""
-    return as_given(tuple(value) if isinstance(value, list) else value)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -198,8 +188,6 @@ def prepare(command: Command, held: ExitStack) -> Start:
         raise UsageError(f"--resume: {file} does not exist; start the run without --resume, or name its folder")
     take_folder(file.parent, held)  # before reading, so that no other process writes a newer state in between
     state = read(file)
-    if isinstance(state.get("recipe"), dict):
-        state["recipe"] = of_today(state["recipe"])
     require_state(state, file)
     with suppress(TypeError, AttributeError, KeyError, RuntimeError):  # damaged: `usable` will say so
         state["progress"]["rows"] = [row | {k: row.get(k) for k in TERMS} for row in state["progress"]["rows"]]
@@ -227,7 +215,6 @@ def require_state(state: dict, file: Path) -> None:
     wrong = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
     wrong += ["average_steps"] if "average_steps" in needed and state.get("average_steps", 0) < 0 else []
     wrong += [key for key in ("checksums", "provenance") if not isinstance(state.get(key, {}), dict)]
-    wrong = wrong or [key for key, value in state["recipe"].items() if not fits(key, value)]
     if wrong:
         raise UsageError(f"{file} cannot be resumed, it has no usable {', '.join(wrong)}; name a run's {STATE}")
 
@@ -240,7 +227,7 @@ def resumed_settings(command: Command, recipe: dict[str, Any]) -> tuple[Training
     """
     run = restored(recipe)
     bare = command.settings.resume is True
-    free = {name for name, about in known_settings(Training).items() if about.free}
+    free = set(FREE)
     if run.lr_schedule != "milestones":
         free.remove("epochs")  # the rate of every step depends on them
     if run.extra_data:
@@ -251,14 +238,14 @@ def resumed_settings(command: Command, recipe: dict[str, Any]) -> tuple[Training
     before, now = stored(run), stored(command.settings)
     differing = [name for name in before if before[name] != now[name] and name not in ("model_dir", *idle(run))]
     if wrong := [name for name in differing if name not in free and (bare or name in given)]:
-        said = ", ".join(f"{flag(name)} {shown(now[name])}, the run has {shown(before[name])}" for name in wrong)
+        said = ", ".join(f"{flag(name)} {as_given(now[name])}, the run has {as_given(before[name])}" for name in wrong)
         runs = ", ".join(known_runs(command)) or "none"
         mend = "name the run by --resume PATH alone, or start one of its own without --resume"
         raise UsageError(f"--resume: {said}; {mend}; runs of this --model-dir: {runs}")
     changed = [name for name in differing if name in given]
     values = {name: getattr(command.settings, name) for name in changed}
     settings = replace(run, other_data=command.settings.other_data, **values)
-    return settings, tuple(f"{flag(name)} {shown(now[name])}, before {shown(before[name])}" for name in changed)
+    return settings, tuple(f"{flag(name)} {as_given(now[name])}, before {as_given(before[name])}" for name in changed)
 
 
 def alike(value: object, template: object) -> bool:
