@@ -303,7 +303,7 @@ SETTINGS_FILE = "utils/system/settings.py"
 CHANGES = {
     "a loss": [
         ("utils/losses.py", None, LOSS),
-        ("utils/step.py", "    pgd_loss,\n", "    pairing_loss,\n"),
+        ("utils/step.py", "    mart_loss,\n", "    pairing_loss,\n"),
         (
             "utils/step.py",
             '    "pgd": lambda',
@@ -364,16 +364,17 @@ CHANGES = {
         (
             "utils/evaluation/adaptive.py",
             '        if gate in ("label", "predicted"):',
-            '        add("two", lambda heads: print("USED: a view") or [(1, heads.auxiliary[0])])\n',
+            '        print("USED: a view")\n'
+            '        add("two", lambda heads: [(1, heads.final), (1, heads.auxiliary[0])])\n',
         ),
     ],
     "an attack of the evaluation": [
         ("utils/attacks.py", None, BLUR),
-        ("utils/evaluation/robustness.py", "cross_entropy,", "blur, "),
+        ("utils/evaluation/robustness.py", "cross_entropy, margin", "blur, "),
         (
             "utils/evaluation/robustness.py",
-            '        ("square", "Square"',
-            '        ("blur", "blur", blur, {"eps": eps}),\n',
+            '        "natural": {"natural": ',
+            '        "blur": {"blur": quick(blur, eps=eps)},\n',
         ),
         (SETTINGS_FILE, '    "natural",\n    "fgsm",', '    "blur",\n'),
     ],
