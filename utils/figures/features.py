@@ -224,10 +224,10 @@ def find_classes(wanted: str, split: Split) -> list[int]:
     matches = by_name or [k for k in range(len(split.classes)) if str(k) == wanted]
     targets = [k for k in matches if k in present]
     if not targets:
-        first = ", ".join(class_names(split)[:5])
         raise UsageError(
             f"no test image is of a class {wanted!r}: give a number from 0 to "
-            f"{len(split.classes) - 1}, a name such as {first}, or all; or raise --n-examples"
+            f"{len(split.classes) - 1}, a name such as {class_names(split)[0]}, or all; "
+            "or raise --n-examples"
         )
     return targets
 
@@ -431,7 +431,7 @@ def draw_hist(settings: Histograms) -> None:
 def load_entries(settings: Histograms) -> list[Entry]:
     """Read the files that `--distances` and `--dataset` choose.
 
-    They come by class, baselines first, or with `--labels` in the order of the labels.
+    They come by class, networks with a gate last, or with `--labels` in the order of the labels.
     """
     files = []
     for path in map(Path, settings.distances or [Distances.out]):
@@ -455,14 +455,8 @@ def load_entries(settings: Histograms) -> list[Entry]:
     if not entries:
         raise UsageError(f"none of the {len(files)} files of distances is of {settings.dataset}")
     if settings.labels is None:
-        entries.sort(key=by_class_and_method)
+        entries.sort(key=lambda entry: (entry.settings["target"], has_gate(entry.settings)))
     return entries
-
-
-def by_class_and_method(entry: Entry) -> tuple[int, bool]:
-    """Return a key that sorts entries by class, networks with a part of ANCRA last."""
-    about = entry.settings
-    return about["target"], "ANC" in about["method"] or about.get("reverse_attention") is True
 
 
 def note_differences(entries: list[Entry]) -> None:
@@ -565,23 +559,14 @@ def draw_umap(settings: Umap) -> None:
         require_display()
     distributed.from_first(lambda: require_own([file], subjects))
 
-    extracted = []
+    panels = []
     for subject, name in zip(subjects, names, strict=True):
-        extracted.append(extract_kinds(subject, name, settings))
+        by_kind = extract_kinds(subject, name, settings)
+        if distributed.first():
+            panels.append(embed_run(subject, name, by_kind, settings))
     if not distributed.first():
         return
-
-    panels = []
-    for subject, name, by_kind in zip(subjects, names, extracted, strict=True):
-        print(f"{name}: {subject.file}, {subject.described()}")
-        clusters = print_clusters(by_kind, labels, has_gate(subject.info))
-        print(f"  embedding {len(by_kind) * len(labels)} points by UMAP", flush=True)
-        chosen = [getattr(features, settings.features) for features in by_kind.values()]
-        points = embed(torch.cat(chosen), settings.seed)
-        if not np.isfinite(points).all():
-            raise RunError(f"UMAP cannot place every image of {name}; raise --n-examples")
-        panels.append(Panel(name, points, clusters))
-    kinds = list(extracted[0])
+    kinds = list(by_kind)
     save_embedding(file, panels, kinds, subjects, settings)
 
     gated = any(has_gate(subject.info) for subject in subjects)
@@ -635,6 +620,19 @@ def extract_kinds(subject: Subject, name: str, settings: Umap) -> dict[str, Feat
                 net, subject.split, rows, settings.test_batch_size, attack, task
             )
     return by_kind
+
+
+def embed_run(subject: Subject, name: str, by_kind: dict[str, Features], settings: Umap) -> Panel:
+    """Embed the features of one run, and print what is measured on them."""
+    labels = subject.split.labels.cpu()
+    print(f"{name}: {subject.file}, {subject.described()}")
+    clusters = print_clusters(by_kind, labels, has_gate(subject.info))
+    print(f"  embedding {len(by_kind) * len(labels)} points by UMAP", flush=True)
+    chosen = [getattr(features, settings.features) for features in by_kind.values()]
+    points = embed(torch.cat(chosen), settings.seed)
+    if not np.isfinite(points).all():
+        raise RunError(f"UMAP cannot place every image of {name}; raise --n-examples")
+    return Panel(name, points, clusters)
 
 
 def print_clusters(by_kind: dict[str, Features], labels: Tensor, gated: bool) -> list[Clusters]:

@@ -7,6 +7,7 @@ apart. Figures for a paper are as wide as one of its columns.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,14 +84,6 @@ class Panel(NamedTuple):
     name: str
     points: np.ndarray
     clusters: Sequence[Clusters]
-
-
-class ClassStyle(NamedTuple):
-    """How the points of a class look; markers: one for each kind of images."""
-
-    name: str
-    colour: str
-    markers: str
 
 
 def save_or_note(draw: Callable[[], Figure], file: Path) -> str:
@@ -218,7 +211,7 @@ def draw_examples(
     for axes, name in zip(grid[:, 0], names, strict=True):
         axes.set_ylabel(name)
     for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], box_aspect=1)
 
     for i, (top, middle, bottom) in enumerate(grid.T):
         top.set_title(f"true class\n{classes[labels[i]][:14]}")
@@ -227,9 +220,8 @@ def draw_examples(
             middle.imshow(perturbation[i].permute(1, 2, 0).numpy(), interpolation="none")
             shown.append((bottom, adversarial[i], adversarial_answers[i]))
         else:
-            for axes in (middle, bottom):
-                axes.set(box_aspect=1)
-                axes.spines[:].set_visible(False)
+            middle.spines[:].set_visible(False)
+            bottom.spines[:].set_visible(False)
             is_right = natural_answers[i].argmax() == labels[i]
             text = "not fooled" if is_right else "wrong\nas it is"
             place = {"ha": "center", "va": "center", "transform": bottom.transAxes}
@@ -242,10 +234,7 @@ def draw_examples(
             axes.set_xlabel(text, color=colour)
 
     figure.suptitle(title, fontsize=8, wrap=True)
-    handles = [
-        _marker(grid[0, 0], "right", RIGHT, "s"),
-        _marker(grid[0, 0], "wrong", WRONG, "s"),
-    ]
+    handles = [_marker("right", RIGHT, "s"), _marker("wrong", WRONG, "s")]
     _legend(figure, handles, ncols=2, title="the network's answer and its probability")
     return figure
 
@@ -300,7 +289,7 @@ def draw_histogram(
 
     longest_label = max(len(label) for label, _ in values)
     columns = min(len(values), 2 if longest_label <= 24 else 1)
-    legend_rows = -(-len(values) // columns)
+    legend_rows = math.ceil(len(values) / columns)
     figure = new_figure(2.0 + 0.14 * legend_rows, show=show)
     axes = figure.subplots()
     handles = []
@@ -337,22 +326,33 @@ def draw_embedding(
     if len(present) > 20:
         coloured = present[np.linspace(0, len(present) - 1, 10).round().astype(int)]
     styles = {}
+    handles = []
     for i, label in enumerate(coloured):
-        styles[label] = ClassStyle(classes[label], CLASS_COLOURS[i % 10], ("ox", "^+")[i // 10])
+        markers = ("ox", "^+")[i // 10]
+        styles[label] = (CLASS_COLOURS[i % 10], markers)
+        handles.append(_marker(classes[label], CLASS_COLOURS[i % 10], markers[0]))
+    legend_title = f"UMAP of {features}"
+    if len(kinds) > 1:
+        legend_title += f"; {kinds[0]} / {kinds[1]}"
+        handles.append(_marker(kinds[0], "black", "o"))
+        handles.append(_marker(kinds[1], "black", "x"))
+    legend_title += "\nlabel agreement: share of the 12 nearest neighbours of the same class"
+    if len(coloured) < len(present):
+        legend_title += f"\n{len(coloured)} of {len(present)} classes, the others grey"
+
+    # As many legend entries in a row as fit; a letter takes 4.2 points
+    longest_name = max(len(classes[label]) for label in coloured)
+    fitting = int(COLUMN * 72 / (4.2 * longest_name + 18))
+    legend_columns = max(1, min(fitting, 20 if len(kinds) == 1 else 6))
+    legend_rows = math.ceil(len(handles) / legend_columns)
 
     columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
+    rows = math.ceil(len(panels) / columns)
     titles = [_panel_title(panel) for panel in panels]
     title_lines = max(len(title) for title in titles)
-    longest_name = max(len(style.name) for style in styles.values())
-    fitting = int(COLUMN * 72 / (4.2 * longest_name + 18))  # a letter takes 4.2 points
-    legend_columns = max(1, min(fitting, 20 if len(kinds) == 1 else 6))
-    entries = len(styles) + (len(kinds) if len(kinds) > 1 else 0)
-    legend_rows = -(-entries // legend_columns)
     height = rows * (COLUMN / columns + 0.12 * title_lines) + 0.14 * legend_rows + 0.5
     figure = new_figure(height, show=show)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
-
     size = float(np.clip(4000 / columns / len(panels[0].points), 1.5, 8))
     for axes, panel, title in zip(grid, panels, titles, strict=False):
         _draw_panel(axes, panel.points, labels, styles, size)
@@ -360,24 +360,10 @@ def draw_embedding(
         axes.set_title("\n".join(padding + title), fontsize=6)
     for axes in grid[len(panels) :]:
         axes.remove()
-
-    handles = [
-        _marker(grid[0], style.name, style.colour, style.markers[0]) for style in styles.values()
-    ]
-    legend_title = f"UMAP of {features}"
-    if len(kinds) > 1:
-        legend_title += f"; {kinds[0]} / {kinds[1]}"
-        handles += [
-            _marker(grid[0], kinds[0], "black", "o"),
-            _marker(grid[0], kinds[1], "black", "x"),
-        ]
-    legend_title += "\nlabel agreement: share of the 12 nearest neighbours of the same class"
-    if len(coloured) < len(present):
-        legend_title += f"\n{len(coloured)} of {len(present)} classes, the others grey"
     _legend(
         figure,
         handles,
-        ncols=-(-entries // legend_rows),
+        ncols=math.ceil(len(handles) / legend_rows),
         title=legend_title,
         title_fontsize=6,
         alignment="center",
@@ -401,19 +387,25 @@ def _panel_title(panel: Panel) -> list[str]:
 
 
 def _draw_panel(
-    axes: Axes, points: np.ndarray, labels: np.ndarray, styles: dict[int, ClassStyle], size: float
+    axes: Axes,
+    points: np.ndarray,
+    labels: np.ndarray,
+    styles: dict[int, tuple[str, str]],
+    size: float,
 ) -> None:
-    """Draw one run's points; classes without a style are grey."""
+    """Draw one run's points.
+
+    styles: by class its colour, and a marker for each kind of images; other classes are grey.
+    """
     is_grey = ~np.isin(labels, list(styles))
     for kind, (x, y) in enumerate(points.reshape(-1, len(labels), 2).transpose(0, 2, 1)):
         if is_grey.any():
             marker = ".x"[kind]
             axes.scatter(x[is_grey], y[is_grey], size, GREY, marker=marker, linewidths=0.4)
         edge = {"linewidths": 0.6} if kind else {"linewidths": 0, "alpha": 0.8}
-        for label, style in styles.items():
+        for label, (colour, markers) in styles.items():
             chosen = labels == label
-            marker = style.markers[kind]
-            axes.scatter(x[chosen], y[chosen], size, style.colour, marker=marker, **edge)
+            axes.scatter(x[chosen], y[chosen], size, colour, marker=markers[kind], **edge)
     axes.set(xticks=[], yticks=[])
     axes.margins(0.12)
     axes.spines[:].set_visible(True)
@@ -424,7 +416,8 @@ def _legend(figure: Figure, handles: Sequence[Line2D], **style: object) -> None:
     figure.legend(handles=handles, loc="outside lower center", frameon=False, **style)
 
 
-def _marker(axes: Axes, label: str, colour: str, marker: str) -> Line2D:
+def _marker(label: str, colour: str, marker: str) -> Line2D:
     """Make an entry of a legend that is a marker without a line."""
-    line = {"color": colour, "linestyle": "none", "markersize": 3.5, "label": label}
-    return axes.plot([], [], marker=marker, **line)[0]
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker=marker, ls="none", markersize=3.5, label=label)
