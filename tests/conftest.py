@@ -1,46 +1,45 @@
 """Fixtures of several test files, and what has to hold before PyTorch is loaded."""
 
-import functools
 import os
 import re
-
-# One thread a process: pytest runs a process for each core already, and some tests start further ones.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import urllib.error
 import urllib.request
-import warnings
+from functools import cache, partial
+
+# pytest runs a process for each core already, and some tests start further ones.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import sklearn.datasets
 import torch
 
 from tests.helpers import digits_checkpoint, digits_network, digits_split, execute, files
+from utils.training import loop, records
 
 
 def pytest_configure(config):
-    """Hide CUDA devices unless `-m cuda` asks for them: figures are those of a CPU on every machine."""
+    """Hide CUDA devices unless `-m cuda` asks for them."""
     if not re.search(r"(?<!not )\bcuda\b", config.getoption("markexpr", "")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def digits_read_once():
-    """scikit-learn parses its file of digits at each call, in hundreds of short runs."""
+    """Let scikit-learn parse its file of digits once, not in each of hundreds of runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sklearn.datasets.load_digits", functools.cache(sklearn.datasets.load_digits))
+        patch.setattr("sklearn.datasets.load_digits", cache(sklearn.datasets.load_digits))
         yield
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same numbers, whichever ran before it in this process."""
+    """Seed every test, whichever ran before it in this process."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every download fails as it does without a network."""
+    """Let every download fail as it does without a network."""
 
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no network")
@@ -50,30 +49,24 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty folder, which is the current one."""
+    """Return an empty folder, which is the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """Run a script that must refuse its input, with status 2 and no file touched -> what it says.
-
-    That is one line, or several in tyro's frame where the command line itself is wrong.
-    """
+    """Run a script that must refuse its input, with status 2 and no file touched."""
 
     def run(script, *argv, mentions=()):
+        """Return what the script says, without tyro's frame; it must mention some words."""
         before = files(tmp_path)
         capsys.readouterr()
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always", UserWarning)  # they would be further lines on standard error
-            status = execute(script, *argv)
-        lines = capsys.readouterr().err.splitlines() + [str(w.message) for w in said if w.category is UserWarning]
-        assert status == 2, lines
-        message = " ".join(word for line in lines for word in line.split(" ") if word not in ("", "│"))
-        if not message.startswith("╭"):
-            assert len(lines) == 1, lines
-            assert message.startswith(f"{script}: error: ")
+        status = execute(script, *argv)
+        words = [word for word in capsys.readouterr().err.split() if word != "│"]
+        message = " ".join(words)
+        assert status == 2, message
+        assert message.startswith((f"{script}: error: ", "╭"))
         for word in mentions:
             assert str(word) in message
         assert files(tmp_path) == before
@@ -83,26 +76,25 @@ def refused(tmp_path, capsys):
 
 
 def shorten_runs(patch):
-    """See `short_runs`; patch: a monkeypatch."""
-    from utils.training import loop as training
-    from utils.training import records
+    """Shorten runs as `short_runs` does, by a monkeypatch."""
+    patch.setattr(loop, "pgd40_heads", partial(loop.pgd40_heads, steps=2))
+    patch.setattr(records, "save_or_note", draw_nothing)
 
-    real = training.pgd40_heads
-    patch.setattr(training, "pgd40_heads", lambda *args, **kwargs: real(*args, **kwargs | {"steps": 2}))
-    patch.setattr(records, "save_or_note", lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and "")
+
+def draw_nothing(draw, file):
+    """Write a file that begins like a picture."""
+    file.write_bytes(b"\x89PNG" + bytes(2000))
+    return ""
 
 
 @pytest.fixture
 def short_runs(monkeypatch):
-    """Training selects by 2 steps instead of 40, and draws no curves, which take half of a short run's time.
-
-    For tests of the loop; test_evaluation.py looks at the attack, test_figures.py at the curves.
-    """
+    """Select epochs by 2 steps instead of 40, and draw no curves, in tests of the loop."""
     shorten_runs(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small network that knows digits, with reverse attention; the test images; the network as a checkpoint file."""
+    """Return a small network that knows digits, the test images, and the network's checkpoint."""
     file = digits_checkpoint(tmp_path_factory.mktemp("run") / "best_adv_model.pt")
     return digits_network(), digits_split(), file

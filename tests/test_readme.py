@@ -303,7 +303,7 @@ SETTINGS_FILE = "utils/system/settings.py"
 CHANGES = {
     "a loss": [
         ("utils/losses.py", None, LOSS),
-        ("utils/step.py", "    pgd_loss,\n", "    pairing_loss,\n"),
+        ("utils/step.py", "    mart_loss,\n", "    pairing_loss,\n"),
         (
             "utils/step.py",
             '    "pgd": lambda',
@@ -364,7 +364,8 @@ CHANGES = {
         (
             "utils/evaluation/adaptive.py",
             '        if gate in ("label", "predicted"):',
-            '        add("two", lambda heads: print("USED: a view") or [(1, heads.auxiliary[0])])\n',
+            '        print("USED: a view")\n'
+            '        add("two", lambda heads: [(1, heads.final), (1, heads.auxiliary[0])])\n',
         ),
     ],
     "an attack of the evaluation": [

@@ -49,7 +49,9 @@ def card(monkeypatch):
         ((7, 0), ["sm_80", "compute_80"], False),
     ],
 )
-def test_code_runs_on_cards_of_its_major_number_or_is_compiled_for_later_ones(capability, architectures, runs):
+def test_code_runs_on_cards_of_its_major_number_or_is_compiled_for_later_ones(
+    capability, architectures, runs
+):
     assert has_kernels(capability, architectures) == runs
 
 
@@ -57,7 +59,9 @@ def test_the_device_that_is_picked_is_the_current_one(card):
     """Streams, events and CUDA graphs are those of the current device."""
     assert pick_device("cuda:1", False) == torch.device("cuda:1")
     assert card.current == 1
-    assert pick_device("cuda", False) == torch.device("cuda")  # which is the current one, by definition
+    assert pick_device("cuda", False) == torch.device(
+        "cuda"
+    )  # which is the current one, by definition
     assert card.current == 1
 
 
@@ -104,7 +108,10 @@ def test_tf32_is_not_recorded_for_a_card_that_has_none(card):
 def own_state():
     """PyTorch's switches, newer and older, each by itself; None where an older one cannot be read."""
     backends = torch.backends
-    state = [s.fp32_precision for s in (backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)]
+    state = [
+        s.fp32_precision
+        for s in (backends, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)
+    ]
     state += [s.fp32_precision for s in (backends.cuda.matmul, backends.mkldnn.matmul)]
     older = (
         lambda: backends.cudnn.allow_tf32,
@@ -146,18 +153,27 @@ def untouched():
     yield
     torch.backends.cudnn.allow_tf32 = True
     torch.set_float32_matmul_precision("highest")
-    for switch in (torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+    for switch in (
+        torch.backends,
+        torch.backends.cudnn,
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,
+    ):
         switch.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("user", USERS)
-def test_what_is_computed_in_does_not_depend_on_a_user_s_switches_and_leaves_them_alone(untouched, user):
+def test_what_is_computed_in_does_not_depend_on_a_user_s_switches_and_leaves_them_alone(
+    untouched, user
+):
     USERS[user]()
     before = own_state()
     inside = {}
     for name in ("fp32", "default", "tf32"):
         with computing(name):
-            inside[name] = [s.fp32_precision for s in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+            inside[name] = [
+                s.fp32_precision for s in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+            ]
             with computing("fp32"):
                 nested = torch.backends.cudnn.conv.fp32_precision
         assert own_state() == before
@@ -165,13 +181,19 @@ def test_what_is_computed_in_does_not_depend_on_a_user_s_switches_and_leaves_the
     assert inside == {"fp32": ["ieee"] * 2, "tf32": ["tf32"] * 2, "default": [before[2], before[4]]}
 
 
-@pytest.mark.parametrize("user", ["nothing", *(user for user in USERS if "older" in user or "oldest" in user)])
+@pytest.mark.parametrize(
+    "user", ["nothing", *(user for user in USERS if "older" in user or "oldest" in user)]
+)
 def test_networks_that_read_the_older_switches_can_do_so_inside(untouched, user):
     """As `torch.backends.cudnn.flags` does, and torch.compile of PyTorch 2.9."""
     USERS[user]()
     for name in ("fp32", "tf32"):
         with computing(name):
-            assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (name == "tf32")
+            assert (
+                torch.backends.cudnn.allow_tf32
+                == torch.backends.cuda.matmul.allow_tf32
+                == (name == "tf32")
+            )
             assert torch.get_float32_matmul_precision() == ("high" if name == "tf32" else "highest")
 
 
@@ -181,6 +203,8 @@ def test_figures_under_way_wait_for_the_device_that_computes_them(monkeypatch):
     event = SimpleNamespace(record=streams.append, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
-    values = SimpleNamespace(is_cuda=True, device="cuda:1", to=lambda *args, **kwargs: torch.tensor([1.5]))
+    values = SimpleNamespace(
+        is_cuda=True, device="cuda:1", to=lambda *args, **kwargs: torch.tensor([1.5])
+    )
     assert Sent(values).arrived() == [1.5]
     assert streams == ["stream of cuda:1"]

@@ -1,0 +1,1 @@
+"""Programs beside the tests: benchmarks, the study, the card."""

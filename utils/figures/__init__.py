@@ -1,0 +1,1 @@
+"""Figures: features, distances, embeddings, and how they are drawn."""

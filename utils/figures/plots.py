@@ -1,17 +1,17 @@
-"""Figures, drawn without a display. They share one style: matplotlib's own settings and a few more, colours that the
-colour-blind tell apart, PNG of 200 dpi and PDF with embedded fonts. Those for a paper are as wide as a column.
+"""Figures, drawn from numbers and saved as PNG and PDF, without a display.
+
+All share one style: matplotlib's defaults and `STYLE`, with colours that the colour-blind tell
+apart. Figures for a paper are as wide as one of its columns.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -20,75 +20,168 @@ from utils.system.errors import UsageError, first_line
 from utils.system.files import write_atomically
 from utils.system.values import eps_text
 
-if TYPE_CHECKING:  # imported where it draws, since a broken installation or matplotlibrc is no reason not to train
+# matplotlib is imported where it draws, since training goes on where its installation is broken.
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-COLUMN = 3.3  # inches
+COLUMN = 3.3  # width in inches
 STYLE = {
-    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8),
-    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7),
-    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    "pdf.fonttype": 42,  # TrueType, embedded: what submission systems ask for
-    "text.parse_math": False,  # names of classes and runs are no formulas, whatever $ they hold
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,  # TrueType, embedded: submission systems ask for it
+    "text.parse_math": False,  # the names of classes and runs are not formulas, even with a $
 }
-# Methods: Okabe and Ito, "Color Universal Design" (2008), the dark ones first.
+# Okabe and Ito, "Color Universal Design" (2008), the dark colours first
 METHOD_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-# Classes: Petroff, "Accessible color sequences for data visualization", arXiv 2107.02270, ten colours.
+METHOD_STYLES = tuple(itertools.product(("-", ":", "-."), METHOD_COLOURS))
+# Petroff, "Accessible color sequences for data visualization", arXiv 2107.02270, ten colours
 CLASS_COLOURS = (
-    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
-)  # fmt: skip
-GREY, DARK_GREY = "#d9d9d9", "#717581"
-RIGHT, WRONG = "#009e73", "#d55e00"
+    "#3f90da",
+    "#ffa90e",
+    "#bd1f01",
+    "#94a4a2",
+    "#832db6",
+    "#a96b59",
+    "#e76300",
+    "#b9ac70",
+    "#717581",
+    "#92dadd",
+)
+GREY = "#d9d9d9"
+DARK_GREY = "#717581"
+RIGHT = "#009e73"
+WRONG = "#d55e00"
 BINS = 20
-# Of an embedding: the run's name; points (kinds * N, 2), the N images of one kind after the other; for the title, what
-# was measured: (layer, kind, silhouette, neighbours' agreement)
-Panel = tuple[str, np.ndarray, Sequence[tuple[str, str, float, float]]]
 
 
-@contextmanager
-def styled() -> Iterator[None]:
-    """Inside, matplotlib has its own settings and STYLE, whatever MPLBACKEND and the user's matplotlibrc ask for."""
-    asked = {key: os.environ.pop(key) for key in ("MPLBACKEND",) if key in os.environ}  # an unknown one would end it
-    import matplotlib
+class Clusters(NamedTuple):
+    """How far classes are clusters in one kind of features of one kind of images.
 
-    os.environ |= asked
-    own = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-    with matplotlib.rc_context(own | STYLE):
-        yield
+    layer: `weighted`, `unweighted` or `plain`. images: such as `natural`. silhouette: the mean, in
+    [-1, 1]. agreement: the share of nearest neighbours of the same class, in [0, 1].
+    """
+
+    layer: str
+    images: str
+    silhouette: float
+    agreement: float
+
+
+class Panel(NamedTuple):
+    """The embedding of one run: points (kinds * N, 2), the N images of one kind in a row."""
+
+    name: str
+    points: np.ndarray
+    clusters: Sequence[Clusters]
+
+
+def save_or_note(draw: Callable[[], Figure], file: Path) -> str:
+    """Save the figure that `draw` returns as `file`, a PNG, and beside it as a PDF.
+
+    The same figure gives the same bytes. Returns "", or a line on what failed: no job ends because
+    a picture could not be drawn.
+    """
+    try:
+        import matplotlib.style
+
+        with matplotlib.style.context(["default", STYLE]):  # not the user's matplotlibrc
+            figure = draw()
+            for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+                save = partial(figure.savefig, format=kind, dpi=200, metadata=metadata)
+                write_atomically(file.with_suffix(f".{kind}"), save)
+    except Exception as error:
+        return f"note: {file} is not drawn ({type(error).__name__}: {first_line(error)})"
+    return ""
+
+
+def new_figure(height: float, width: float = COLUMN, show: bool = False) -> Figure:
+    """Make an empty figure, height and width in inches; show: one that gets a window."""
+    if show:
+        import matplotlib.pyplot as plt
+
+        return plt.figure(figsize=(width, height), layout="constrained")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def require_display() -> None:
+    """Raise UsageError where no window can be opened, with `--show`."""
+    import matplotlib.pyplot as plt
+
+    if plt.get_backend().lower() == "agg":
+        raise UsageError("--show: there is no display to open a window on; leave it out")
+
+
+def show_windows() -> None:
+    """Open a window for each figure that was made to be shown, and wait until they are closed."""
+    import matplotlib.pyplot as plt
+
+    plt.show()
 
 
 def draw_curves(rows: list[dict], best: dict | None) -> Figure:
-    """A run's loss and accuracies by epoch. rows: those of metrics.csv, None where an epoch was not evaluated; best:
-    that of the best checkpoint. It is marked, and where the learning rate falls, between two epochs.
+    """Draw a run's loss and accuracies by epoch.
+
+    rows: those of metrics.csv, with None where an epoch was not evaluated. best: the row of the
+    best checkpoint, which is marked. So are the epochs before which the learning rate falls.
     """
     figure = new_figure(3.8, width=9)
     loss, accuracy = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    loss.plot(epochs, [row["loss"] for row in rows], color="#0072b2", marker=".")
+    _plot_column(loss, rows, "loss", color="#0072b2")
+
     evaluated = [row for row in rows if row["natural_accuracy"] is not None]
-    for rows_, key, label, style in (
-        (rows, "train_natural_accuracy_first_head", "train natural (first head)", dict(color="#56b4e9", ls="--")),
-        (rows, "train_robust_accuracy_first_head", "train robust (first head)", dict(color="#e69f00", ls="--")),
-        (evaluated, "natural_accuracy", "natural", dict(color="#0072b2")),
-        (evaluated, "pgd40_heads_accuracy", "PGD-40 over heads", dict(color="#d55e00")),
-    ):
-        accuracy.plot([row["epoch"] for row in rows_], [row[key] for row in rows_], marker=".", label=label, **style)
+    plot = partial(_plot_column, accuracy)
+    natural, robust = "train_natural_accuracy_first_head", "train_robust_accuracy_first_head"
+    plot(rows, natural, label="train natural (first head)", color="#56b4e9", ls="--")
+    plot(rows, robust, label="train robust (first head)", color="#e69f00", ls="--")
+    plot(evaluated, "natural_accuracy", label="natural", color="#0072b2")
+    plot(evaluated, "pgd40_heads_accuracy", label="PGD-40 over heads", color="#d55e00")
     if best is not None:
-        ring = dict(color="black", marker="o", ms=9, mfc="none", ls="", label=f"best checkpoint: epoch {best['epoch']}")
-        accuracy.plot(best["epoch"], best["pgd40_heads_accuracy"], **ring)
+        accuracy.plot(
+            best["epoch"],
+            best["pgd40_heads_accuracy"],
+            color="black",
+            marker="o",
+            ms=9,
+            mfc="none",
+            ls="",
+            label=f"best checkpoint: epoch {best['epoch']}",
+        )
     accuracy.set_ylim(0, 100)
     handles = list(accuracy.get_lines())
-    falls = [after["epoch"] - 0.5 for before, after in itertools.pairwise(rows) if after["lr"] < before["lr"] / 5]
+
+    falls = []
+    for before, after in itertools.pairwise(rows):
+        if after["lr"] < before["lr"] / 5:
+            falls.append(after["epoch"] - 0.5)
     for axes, name in ((loss, "training loss"), (accuracy, "accuracy in %")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        lines = [axes.axvline(x, color=DARK_GREY, ls=":", label="learning rate is divided by 10") for x in falls]
-    _legend(figure, [*handles, *lines[:1]], ncols=3)
+        lines = [axes.axvline(epoch, color=DARK_GREY, ls=":") for epoch in falls]
+    if falls:
+        lines[0].set_label("learning rate is divided by 10")
+        handles.append(lines[0])
+    _legend(figure, handles, ncols=3)
     return figure
+
+
+def _plot_column(axes: Axes, rows: list[dict], column: str, **style: object) -> None:
+    """Plot a column of metrics.csv against the epoch."""
+    epochs = [row["epoch"] for row in rows]
+    axes.plot(epochs, [row[column] for row in rows], marker=".", **style)
 
 
 def draw_examples(
@@ -100,206 +193,231 @@ def draw_examples(
     classes: Sequence[str],
     title: str,
 ) -> Figure:
-    """Natural image, perturbation (scaled to use the whole range) and adversarial image, a column each, with answers.
+    """Draw images, a column each: natural, perturbation, adversarial, with the network's answers.
 
-    images: natural and adversarial ones, (n, 3, S, S) in [0, 1]. probabilities: of both, (n, C). fooled: (n,) bool;
-    of the others there is no adversarial image, which is said in its place. labels: (n,).
+    images: natural and adversarial ones, (n, 3, S, S) in [0, 1]. probabilities: of both, (n, C).
+    fooled: (n,) bool; the others have no adversarial image, and the figure says so. labels: (n,).
+    The perturbation is scaled to use the whole range.
     """
-    (natural, adversarial), count = images, len(labels)
+    natural, adversarial = images
+    natural_answers, adversarial_answers = probabilities
+    scale = 0.5 / max(eps, 1e-12)
+    perturbation = ((adversarial - natural) * scale + 0.5).clamp(0, 1)
+
+    count = len(labels)
     figure = new_figure(5.6, width=max(1.1 * count + 0.4, 4))
     grid = figure.subplots(3, count, squeeze=False)
-    scale = 0.5 / max(eps, 1e-12)
-    shown = natural, ((adversarial - natural) * scale + 0.5).clamp(0, 1), adversarial
-    names = "natural", f"perturbation x{scale:.3g}", "adversarial"
-    answers = probabilities[0], None, probabilities[1]
-    for axes, name, row, found in zip(grid, names, shown, answers, strict=True):
-        axes[0].set_ylabel(name)
-        for i, (ax, image) in enumerate(zip(axes, row, strict=True)):
-            ax.set(xticks=[], yticks=[])
-            if row is not natural and not fooled[i]:
-                ax.set(box_aspect=1)
-                ax.spines[:].set_visible(False)
-                if row is adversarial:
-                    right = probabilities[0][i].argmax() == labels[i]
-                    instead = "not fooled" if right else "wrong\nas it is"
-                    ax.text(0.5, 0.5, instead, ha="center", va="center", transform=ax.transAxes, color=DARK_GREY)
-                continue
-            ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
-            if found is not None:
-                confidence, predicted = found[i].max(0)
-                colour = RIGHT if predicted == labels[i] else WRONG
-                ax.set_xlabel(f"{classes[predicted][:14]}\n{100 * confidence:.1f} %", color=colour)
-    for ax, label in zip(grid[0], labels, strict=True):
-        ax.set_title(f"true class\n{classes[label][:14]}")
+    names = ("natural", f"perturbation x{scale:.3g}", "adversarial")
+    for axes, name in zip(grid[:, 0], names, strict=True):
+        axes.set_ylabel(name)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], box_aspect=1)
+
+    for i, (top, middle, bottom) in enumerate(grid.T):
+        top.set_title(f"true class\n{classes[labels[i]][:14]}")
+        shown = [(top, natural[i], natural_answers[i])]
+        if fooled[i]:
+            middle.imshow(perturbation[i].permute(1, 2, 0).numpy(), interpolation="none")
+            shown.append((bottom, adversarial[i], adversarial_answers[i]))
+        else:
+            middle.spines[:].set_visible(False)
+            bottom.spines[:].set_visible(False)
+            is_right = natural_answers[i].argmax() == labels[i]
+            text = "not fooled" if is_right else "wrong\nas it is"
+            place = {"ha": "center", "va": "center", "transform": bottom.transAxes}
+            bottom.text(0.5, 0.5, text, color=DARK_GREY, **place)
+        for axes, image, answer in shown:
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
+            confidence, predicted = answer.max(0)
+            colour = RIGHT if predicted == labels[i] else WRONG
+            text = f"{classes[predicted][:14]}\n{100 * confidence:.1f} %"
+            axes.set_xlabel(text, color=colour)
+
     figure.suptitle(title, fontsize=8, wrap=True)
-    keys = [_marker(grid[0, 0], *key, "s") for key in (("right", RIGHT), ("wrong", WRONG))]
-    _legend(figure, keys, ncols=2, title="the network's answer and its probability")
+    handles = [_marker("right", RIGHT, "s"), _marker("wrong", WRONG, "s")]
+    _legend(figure, handles, ncols=2, title="the network's answer and its probability")
     return figure
 
 
 def draw_robustness(curve: list[tuple], xlabel: str, trained: object = None) -> Figure:
-    """Robust accuracy against eps or steps. curve: (eps or steps, PGD on the answer's logits, adaptive PGD), each of
-    the two (%, the ends of its interval). trained: the eps of training, marked. The axis is logarithmic beyond 0.
+    """Draw robust accuracy against eps or the number of steps, on an axis logarithmic beyond 0.
+
+    curve: (eps or steps, PGD on the answer's logits, adaptive PGD), where each of the two is
+    (accuracy in %, low and high end of its interval). trained: the eps of training, marked where it
+    is a number.
     """
     figure = new_figure(3.8, width=4.6)
     axes = figure.subplots()
-    x, *both = zip(*curve, strict=True)
-    final = dict(color="#0072b2", marker=".", label="PGD on the answer's logits")
-    adaptive = dict(color="#d55e00", marker="s", ms=4, ls="--", label="adaptive: PGD on every view, worst case")
-    for style, shares in zip((final, adaptive), both, strict=True):
-        middle, low, high = zip(*shares, strict=True)
-        axes.plot(x, middle, **style)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    if isinstance(trained, float):  # as a checkpoint of ours says it
-        axes.axvline(trained, color=DARK_GREY, ls=":", label=f"training eps, {eps_text(trained)}")
+    x, final, adaptive = zip(*curve, strict=True)
+    _plot_band(axes, x, final, "#0072b2", marker=".", label="PGD on the answer's logits")
+    label = "adaptive: PGD on every view, worst case"
+    _plot_band(axes, x, adaptive, "#d55e00", marker="s", ms=4, ls="--", label=label)
+    if isinstance(trained, float):
+        label = f"training eps, {eps_text(trained)}"
+        axes.axvline(trained, color=DARK_GREY, ls=":", label=label)
+
     axes.set_xscale("symlog", linthresh=min(value for value in x if value > 0), linscale=0.5)
     axes.set_xticks(x, [eps_text(value) for value in x], rotation=90)
     axes.minorticks_off()
-    limits = {"xlim": (x[0], 1.1 * x[-1]), "ylim": (-2, 102)}
-    axes.set(xlabel=xlabel, ylabel="robust accuracy in % (band: 95 % interval)", **limits)
+    axes.set(xlim=(x[0], 1.1 * x[-1]), ylim=(-2, 102))
+    axes.set(xlabel=xlabel, ylabel="robust accuracy in % (band: 95 % interval)")
     axes.grid(alpha=0.3)
     _legend(figure, axes.get_legend_handles_labels()[0])
     return figure
 
 
-def new_figure(height: float, show: bool = False, width: float = COLUMN) -> Figure:
-    """An empty figure; height and width in inches. show: one that `window` opens a window for."""
-    from matplotlib.figure import Figure as make
-
-    if show:
-        from matplotlib.pyplot import figure as make
-    return make(figsize=(width, height), layout="constrained")
-
-
-def window(wanted: bool) -> Callable[[], None]:
-    """What opens a window for each figure, with --show; UsageError where it could not."""
-    if not wanted:
-        return lambda: None
-    try:
-        with styled():  # outside of which an unknown MPLBACKEND would not let pyplot be imported
-            import matplotlib.pyplot as plt
-        plt.switch_backend(os.environ.get("MPLBACKEND") or plt.get_backend())
-        if plt.get_backend().lower() in ("agg", "cairo", "pdf", "pgf", "ps", "svg", "template"):
-            raise RuntimeError("there is no display")
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--show: no window can be opened here ({first_line(error)}); leave it out") from error
-    return plt.show
+def _plot_band(
+    axes: Axes, x: Sequence[float], shares: Sequence[tuple], colour: str, **style: object
+) -> None:
+    """Plot a curve and its intervals. shares: (accuracy, low, high) at each x."""
+    accuracy, low, high = zip(*shares, strict=True)
+    axes.plot(x, accuracy, color=colour, **style)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def save_or_note(draw: Callable[[], Figure], file: Path) -> str:
-    """Save what `draw` draws as `file`, a PNG of 200 dpi, and beside it as PDF (vector, fonts embedded), the same bytes
-    for the same figure -> "", or a note of what failed, since no job ends for want of a picture.
+def draw_histogram(
+    values: list[tuple[str, np.ndarray]], xlabel: str, title: str, show: bool = False
+) -> Figure:
+    """Draw the distances of several methods over the same 20 bins, in percent of the images.
+
+    values: (method, distances (M,)). A dashed line marks the mean of each.
     """
-    try:
-        with styled():
-            figure = draw()
-            for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-                save = partial(figure.savefig, format=kind, dpi=200, metadata=metadata)
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always", UserWarning)
-                    write_atomically(file.with_suffix(f".{kind}"), save)
-                if said:  # of letters that the font lacks there is one a letter; one a file says enough
-                    print(f"note: {file.stem}.{kind}: {said[0].message}")
-        return ""
-    except Exception as error:
-        return f"note: {file} is not drawn ({type(error).__name__}: {first_line(error)})"
-
-
-def draw_histogram(values: dict[str, np.ndarray], xlabel: str, title: str, show: bool = False) -> Figure:
-    """Images of several methods over the same 20 equal bins, in percent, each mean as a dashed line.
-
-    values: (M,) by method.
-    """
-    everything = np.concatenate(list(values.values()))
-    high = everything.max()
-    low = min(everything.min(), high - 1e-3 * max(1, abs(high)))  # where all are equal it is still a figure
+    every_value = np.concatenate([distances for _, distances in values])
+    high = every_value.max()
+    low = min(every_value.min(), high - 1e-3 * max(1, abs(high)))  # all values may be equal
     edges = np.linspace(low, high, BINS + 1)
-    columns = 2 if max(map(len, values)) <= 24 else 1
-    rows = -(-len(values) // columns)
-    figure = new_figure(2.0 + 0.14 * rows, show)
+
+    longest_label = max(len(label) for label, _ in values)
+    columns = min(len(values), 2 if longest_label <= 24 else 1)
+    legend_rows = math.ceil(len(values) / columns)
+    figure = new_figure(2.0 + 0.14 * legend_rows, show=show)
     axes = figure.subplots()
     handles = []
-    for i, (label, found) in enumerate(values.items()):
-        turn, colour = divmod(i, len(METHOD_COLOURS))
-        line = {"color": METHOD_COLOURS[colour], "linestyle": ("-", ":", "-.")[turn % 3], "linewidth": 1.2}
-        share = 100 * np.histogram(found, edges)[0] / len(found)
-        axes.stairs(share, edges, fill=True, color=line["color"], alpha=0.2)
+    for i, (label, distances) in enumerate(values):
+        line_style, colour = METHOD_STYLES[i % len(METHOD_STYLES)]
+        share = 100 * np.histogram(distances, edges)[0] / len(distances)
+        line = {"color": colour, "linestyle": line_style, "linewidth": 1.2}
+        axes.stairs(share, edges, fill=True, color=colour, alpha=0.2)
         axes.stairs(share, edges, **line)
-        axes.axvline(found.mean(), color=line["color"], linewidth=1, linestyle="--", zorder=3)
+        axes.axvline(distances.mean(), color=colour, linewidth=1, linestyle="--", zorder=3)
         handles += axes.plot([], [], label=label, **line)
-    axes.set(xlabel=f"{xlabel} (dashed: mean)", ylabel="images in %", xlim=(edges[0], edges[-1]), title=title)
-    _legend(figure, handles, ncols=min(columns, len(values)))
+    axes.set(xlabel=f"{xlabel} (dashed: mean)", ylabel="images in %", title=title)
+    axes.set_xlim(edges[0], edges[-1])
+    _legend(figure, handles, ncols=columns)
     return figure
 
 
 def draw_embedding(
-    panels: list[Panel], labels: np.ndarray, classes: Sequence[str], kinds: list[str], features: str, show: bool = False
+    panels: list[Panel],
+    labels: np.ndarray,
+    classes: Sequence[str],
+    kinds: list[str],
+    features: str,
+    show: bool = False,
 ) -> Figure:
-    """Scatter plots of embeddings, one panel a run, coloured by class.
+    """Draw embeddings as scatter plots coloured by class, one panel a run.
 
-    labels: (N,). kinds: `natural` and perhaps a second one, drawn as crosses. features: what was embedded, for the
-    legend's title. Up to 20 classes have a colour and a legend entry, beyond 10 with a second marker; of more classes,
-    10 evenly chosen ones have, and the others are grey.
+    labels: (N,). kinds: of images, `natural` and perhaps a second one, which is drawn as crosses.
+    features: what was embedded, for the legend's title. Up to 20 classes have a colour, beyond 10
+    with a second marker; of more classes 10 evenly chosen ones have a colour, and others are grey.
     """
     present = np.unique(labels)
-    named = present if len(present) <= 20 else present[np.linspace(0, len(present) - 1, 10).round().astype(int)]
-    looks = [(CLASS_COLOURS[i % 10], "o^"[i // 10], "x+"[i // 10]) for i in range(len(named))]
-    styles = {label: (classes[label], *look) for label, look in zip(named, looks, strict=True)}
-    entries = [style[:3] for style in styles.values()]
-    entries += [(kind, "black", marker) for kind, marker in zip(kinds, "ox", strict=False) if len(kinds) > 1]
-    fitting = int(COLUMN * 72 / (4.2 * max(len(name) for name, *_ in styles.values()) + 18))
-    legend_rows = -(-len(entries) // max(1, min(fitting, len(entries) if len(kinds) == 1 else 6)))
+    coloured = present
+    if len(present) > 20:
+        coloured = present[np.linspace(0, len(present) - 1, 10).round().astype(int)]
+    styles = {}
+    handles = []
+    for i, label in enumerate(coloured):
+        markers = ("ox", "^+")[i // 10]
+        styles[label] = (CLASS_COLOURS[i % 10], markers)
+        handles.append(_marker(classes[label], CLASS_COLOURS[i % 10], markers[0]))
+    legend_title = f"UMAP of {features}"
+    if len(kinds) > 1:
+        legend_title += f"; {kinds[0]} / {kinds[1]}"
+        handles.append(_marker(kinds[0], "black", "o"))
+        handles.append(_marker(kinds[1], "black", "x"))
+    legend_title += "\nlabel agreement: share of the 12 nearest neighbours of the same class"
+    if len(coloured) < len(present):
+        legend_title += f"\n{len(coloured)} of {len(present)} classes, the others grey"
+
+    # As many legend entries in a row as fit; a letter takes 4.2 points
+    longest_name = max(len(classes[label]) for label in coloured)
+    fitting = int(COLUMN * 72 / (4.2 * longest_name + 18))
+    legend_columns = max(1, min(fitting, 20 if len(kinds) == 1 else 6))
+    legend_rows = math.ceil(len(handles) / legend_columns)
+
     columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    heads = ["\n".join([name, *_measured(measured)]) for name, _, measured in panels]
-    lines = 1 + max(head.count("\n") for head in heads)
-    figure = new_figure(rows * (COLUMN / columns + 0.12 * lines) + 0.14 * legend_rows + 0.5, show)
+    rows = math.ceil(len(panels) / columns)
+    titles = [_panel_title(panel) for panel in panels]
+    title_lines = max(len(title) for title in titles)
+    height = rows * (COLUMN / columns + 0.12 * title_lines) + 0.14 * legend_rows + 0.5
+    figure = new_figure(height, show=show)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    size = float(np.clip(4000 / columns / len(panels[0][1]), 1.5, 8))
-    for axes, (_, points, _), head in zip(grid, panels, heads, strict=False):
-        _draw_panel(axes, points, labels, styles, size)
-        axes.set_title("\n" * (lines - 1 - head.count("\n")) + head, fontsize=6)  # of equal height, so panels are too
+    size = float(np.clip(4000 / columns / len(panels[0].points), 1.5, 8))
+    for axes, panel, title in zip(grid, panels, titles, strict=False):
+        _draw_panel(axes, panel.points, labels, styles, size)
+        padding = [""] * (title_lines - len(title))  # titles of one height give panels of one size
+        axes.set_title("\n".join(padding + title), fontsize=6)
     for axes in grid[len(panels) :]:
         axes.remove()
-    title = f"UMAP of {features}{f'; {kinds[0]} / {kinds[1]}' if len(kinds) > 1 else ''}\n"
-    title += "label agreement: share of the 12 nearest neighbours of the same class"
-    title += f"\n{len(named)} of {len(present)} classes, the others grey" if len(named) < len(present) else ""
-    narrow = dict(handlelength=1, handletextpad=0.2, columnspacing=0.8, title_fontsize=6, alignment="center")
-    handles = [_marker(grid[0], *entry) for entry in entries]
-    _legend(figure, handles, ncols=-(-len(handles) // legend_rows), title=title, **narrow)
+    _legend(
+        figure,
+        handles,
+        ncols=math.ceil(len(handles) / legend_rows),
+        title=legend_title,
+        title_fontsize=6,
+        alignment="center",
+        handlelength=1,
+        handletextpad=0.2,
+        columnspacing=0.8,
+    )
     return figure
 
 
-def _draw_panel(axes: Axes, points: np.ndarray, labels: np.ndarray, styles: dict[int, tuple[str, ...]], size: float) -> None:
-    """One run's points. styles: of each class that has one, its name, its colour, and a marker for each kind."""
-    other = ~np.isin(labels, list(styles))
+def _panel_title(panel: Panel) -> list[str]:
+    """Return the lines of a panel's title: the run's name, and its clusters in each layer."""
+    lines = [panel.name]
+    for layer, measured in itertools.groupby(panel.clusters, key=lambda clusters: clusters.layer):
+        by_kind = list(measured)
+        silhouettes = " / ".join(f"{clusters.silhouette:.2f}" for clusters in by_kind)
+        agreements = " / ".join(f"{100 * clusters.agreement:.1f}" for clusters in by_kind)
+        lines.append(f"{layer}: silhouette {silhouettes}")
+        lines.append(f"label agreement {agreements} %")
+    return lines
+
+
+def _draw_panel(
+    axes: Axes,
+    points: np.ndarray,
+    labels: np.ndarray,
+    styles: dict[int, tuple[str, str]],
+    size: float,
+) -> None:
+    """Draw one run's points.
+
+    styles: by class its colour, and a marker for each kind of images; other classes are grey.
+    """
+    is_grey = ~np.isin(labels, list(styles))
     for kind, (x, y) in enumerate(points.reshape(-1, len(labels), 2).transpose(0, 2, 1)):
-        if other.any():
-            axes.scatter(x[other], y[other], size, GREY, marker=".x"[kind], linewidths=0.4)
+        if is_grey.any():
+            marker = ".x"[kind]
+            axes.scatter(x[is_grey], y[is_grey], size, GREY, marker=marker, linewidths=0.4)
         edge = {"linewidths": 0.6} if kind else {"linewidths": 0, "alpha": 0.8}
-        for label, (_, colour, *markers) in styles.items():
-            own = labels == label
-            axes.scatter(x[own], y[own], size, colour, marker=markers[kind], **edge)
+        for label, (colour, markers) in styles.items():
+            chosen = labels == label
+            axes.scatter(x[chosen], y[chosen], size, colour, marker=markers[kind], **edge)
     axes.set(xticks=[], yticks=[])
     axes.margins(0.12)
     axes.spines[:].set_visible(True)
 
 
-def _measured(measured: Sequence[tuple[str, str, float, float]]) -> list[str]:
-    """Two lines for each layer, the kinds' numbers between slashes."""
-    lines = []
-    for layer, rows in itertools.groupby(measured, key=lambda row: row[0]):
-        silhouettes, agreements = zip(*((f"{row[2]:.2f}", f"{100 * row[3]:.1f}") for row in rows), strict=True)
-        lines += [f"{layer}: silhouette {' / '.join(silhouettes)}", f"label agreement {' / '.join(agreements)} %"]
-    return lines
+def _legend(figure: Figure, handles: Sequence[Line2D], **style: object) -> None:
+    """Put a legend below the axes, where it covers nothing."""
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, **style)
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D], **how: object) -> None:
-    """A legend below the axes, where it covers nothing; matplotlib 3.8 leaves names out that begin with _."""
-    legend = figure.legend(handles, [" "] * len(handles), loc="outside lower center", frameon=False, **how)
-    for text, handle in zip(legend.get_texts(), handles, strict=True):
-        text.set_text(handle.get_label())
+def _marker(label: str, colour: str, marker: str) -> Line2D:
+    """Make an entry of a legend that is a marker without a line."""
+    from matplotlib.lines import Line2D
 
-
-def _marker(axes: Axes, label: str, colour: str, marker: str) -> Line2D:
-    return axes.plot([], [], color=colour, marker=marker, linestyle="none", markersize=3.5, label=label)[0]
+    return Line2D([], [], color=colour, marker=marker, ls="none", markersize=3.5, label=label)

@@ -1,0 +1,1 @@
+"""Settings, command lines, checkpoints, files, devices and processes."""

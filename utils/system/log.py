@@ -21,7 +21,9 @@ def open_log(file: Path) -> Callable[[str], None]:
         with suppress(OSError):
             tqdm.write(line)
         try:
-            with open(file, "a", encoding="utf-8", errors="backslashreplace") as out:  # a path may hold any bytes
+            with open(
+                file, "a", encoding="utf-8", errors="backslashreplace"
+            ) as out:  # a path may hold any bytes
                 out.write(line + "\n")
         except OSError as error:  # a full disk, which Python reports without the file's name
             raise OSError(error.errno, error.strerror, str(file)) from error
