@@ -1,8 +1,8 @@
-"""A process that imports torch once and then runs training commands in forked children, each with faults to come.
+"""A process that imports torch once and runs training commands, with faults, in forked children.
 
-Started by `Nursery`; by hand: one job, a line of JSON, on standard input, one answer on standard output.
-Forking saves the seconds that importing torch takes. It is done from here, where nothing has computed yet, and not from
-the tests' own process, whose threads a fork would not carry over.
+`Nursery` starts it: a job is a line of JSON on standard input, and its answer one on standard
+output. Forking saves the seconds that importing torch takes. It is done from here, where nothing
+has computed yet, since a fork does not carry over the threads of the tests' own process.
 """
 
 import io
@@ -42,11 +42,12 @@ class Nursery:
         self.process.wait(20)
 
     def run(self, argv, faults=(), out=None, user=None):
-        """-> (exit status, minus the signal that ended it; standard error's lines; calls by point).
+        """Run a command and return its exit status, its lines of standard error, calls by point.
 
-        faults: dictionaries, each waiting for those before it. {"at": a key of `points`, "call": n} says where, counted
-        from 1 on and for a later one from the fault before; "when": before or after that call; and one of: "signal" its
-        number, "errno" what to raise, "remove" or "lock" (against writing) a folder, "largest" size of a file.
+        The status is minus the signal that ended the command. faults: dictionaries, each waiting
+        for those before it. {"at": a key of `points`, "call": n} says where, counted from 1 on, or
+        from the fault before; "when": before or after that call; and one of: "signal" its number,
+        "errno" what to raise, "remove" or "lock" (against writing) a folder, "largest" file size.
         user: id to become.
         """
         job = {"argv": list(map(str, argv)), "faults": list(faults), "out": str(out), "user": user}
@@ -58,7 +59,7 @@ class Nursery:
 
 
 def points():
-    """Where faults can strike: name -> (object, attribute); besides them "write", each piece of a checkpoint."""
+    """Return where faults can strike, (object, attribute) by name; another is "write"."""
     import csv
 
     import torch
@@ -127,7 +128,7 @@ class Faults:
         setattr(holder, attribute, patched)
 
     def open(self, path, mode="r", **kwargs):
-        """`open` for `utils.system.checkpoints`: a fault at a "write" finds half of its bytes on the disk."""
+        """Open a file for `checkpoints`: a fault at a "write" leaves half of its bytes on disk."""
         file = open(path, mode, **kwargs)  # noqa: SIM115
         return Writer(file, self) if "w" in mode else file
 
@@ -214,7 +215,7 @@ def main():
 
 
 def draw_moments(calls, count, seed):
-    """`count` moments, (point, call, when), drawn evenly over the points, from the calls of an undisturbed run."""
+    """Draw moments, (point, call, when), evenly over the points of an undisturbed run."""
     rng, names, drawn = random.Random(seed), sorted(calls), []
     for i in range(count):
         name = names[i % len(names)]

@@ -218,9 +218,8 @@ def test_cluster_numbers_against_their_definitions():
     agreements = []
     for i, label in enumerate(labels.tolist()):
         is_other_image = np.arange(60) != i
-        means = []
-        for k in range(3):
-            means.append(distance[i, (labels == k).numpy() & is_other_image].mean())
+        of_class = [(labels == k).numpy() & is_other_image for k in range(3)]
+        means = [distance[i, others].mean() for others in of_class]
         within = means.pop(label)
         silhouettes.append((min(means) - within) / max(min(means), within))
         nearest = [j for j in np.argsort(distance[i]) if j != i][:12]

@@ -100,9 +100,7 @@ def histograms(monkeypatch):
 
 @pytest.mark.parametrize("methods", [1, 9])
 def test_a_histogram_has_the_same_bins_for_all_methods(tmp_path, methods):
-    values = []
-    for i in range(methods):
-        values.append((f"method {i}", np.random.default_rng(i).normal(i, 1, 200)))
+    values = [(f"method {i}", np.random.default_rng(i).normal(i, 1, 200)) for i in range(methods)]
     figure = drawn(tmp_path, draw_histogram, values, "cosine similarity", "some title")
     (axes,) = figure.axes
     assert axes.get_title() == "some title"

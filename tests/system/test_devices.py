@@ -1,4 +1,4 @@
-"""Which device is picked, and what computes there: with a made-up card, so that no test needs one."""
+"""Which device is picked, and what computes there, with a made-up card."""
 
 from types import SimpleNamespace
 
@@ -106,7 +106,7 @@ def test_tf32_is_not_recorded_for_a_card_that_has_none(card):
 
 
 def own_state():
-    """PyTorch's switches, newer and older, each by itself; None where an older one cannot be read."""
+    """Return PyTorch's switches, newer and older; None where an older one cannot be read."""
     backends = torch.backends
     state = [
         s.fp32_precision

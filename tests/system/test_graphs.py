@@ -1,4 +1,4 @@
-"""When a CUDA graph is recorded, recorded again, and not trusted: with a stand-in for it, which needs no card."""
+"""When a CUDA graph is recorded, recorded again, and not trusted, with a stand-in for it."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from utils.system.graphs import WARM_UP, Graphed
 
 
 class Recorder:
-    """What PyTorch does on a card: while a graph is recorded, `traced` notes what it is called with and returns.
+    """What PyTorch does on a card: while a graph is recorded, `traced` notes its calls.
 
     broken: a replay computes nothing, as that of a graph that was recorded on another device.
     """
@@ -118,7 +118,7 @@ def test_a_short_batch_an_epoch_runs_as_it_is(recorder):
 
 
 def test_calls_that_settle_on_other_arguments_are_recorded_again(recorder):
-    """A training attack whose number of steps rises; the old graph's memory is free before the new one takes any."""
+    """A training attack whose number of steps rises; the old graph is gone before the new one."""
     graphed = Graphed(recorder.traced)
     for epoch, factor in enumerate((2.0, 2.0, 3.0, 5.0)):
         graph = graphed.graph

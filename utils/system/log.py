@@ -10,9 +10,9 @@ from utils.system import distributed
 
 
 def open_log(file: Path) -> Callable[[str], None]:
-    """A function that prints a line above any progress bar and appends it to the log, on the first rank only.
+    """Return a function that prints a line above any progress bar and appends it to the log.
 
-    Nothing ends because nobody can read the line any more, as in a terminal that was closed.
+    Ranks other than the first do neither. A terminal that was closed stops nothing.
     """
     if not distributed.first():
         return lambda line: None
@@ -21,9 +21,8 @@ def open_log(file: Path) -> Callable[[str], None]:
         with suppress(OSError):
             tqdm.write(line)
         try:
-            with open(
-                file, "a", encoding="utf-8", errors="backslashreplace"
-            ) as out:  # a path may hold any bytes
+            # A line may hold a path of any bytes, which UTF-8 lacks.
+            with open(file, "a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(line + "\n")
         except OSError as error:  # a full disk, which Python reports without the file's name
             raise OSError(error.errno, error.strerror, str(file)) from error
