@@ -139,6 +139,7 @@ USERS = {
     "the newer one of all": lambda: newer(torch.backends, "tf32"),
     "the newer one of all, strict": lambda: newer(torch.backends, "ieee"),
     "the newer one of CUDA": lambda: newer(torch.backends.cudnn, "ieee"),
+    "the newer one of CPUs": lambda: newer(torch.backends.mkldnn, "bf16"),
     "the newer one of convolutions": lambda: newer(torch.backends.cudnn.conv, "ieee"),
     "the newer one of convolutions, none": lambda: newer(torch.backends.cudnn.conv, "none"),
     "the newer one of products": lambda: newer(torch.backends.cuda.matmul, "tf32"),
@@ -156,6 +157,7 @@ def untouched():
     for switch in (
         torch.backends,
         torch.backends.cudnn,
+        torch.backends.mkldnn,
         torch.backends.cuda.matmul,
         torch.backends.mkldnn.matmul,
     ):

@@ -160,10 +160,12 @@ def computing(precision: str) -> Iterator[None]:
     except RuntimeError:
         older = None
     operations = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-    newer = []
-    for switch in (backends, backends.cudnn, *operations, backends.mkldnn.matmul):
-        newer.append((switch, switch.fp32_precision))
-        switch.fp32_precision = "none"  # else those inside it would report its value as their own
+    # Outer switches first. All are read before any is set: one that is not set reports the value of
+    # the one around it.
+    newer = (backends, backends.cudnn, backends.mkldnn, *operations, backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in newer]
+    for switch in newer:
+        switch.fp32_precision = "none"
     try:
         if older is not None:
             backends.cudnn.allow_tf32 = precision == "tf32"
@@ -175,7 +177,7 @@ def computing(precision: str) -> Iterator[None]:
         if older is not None:
             backends.cudnn.allow_tf32 = older[0]
             torch.set_float32_matmul_precision(older[1])
-        for switch, value in newer:
+        for switch, value in zip(newer, before, strict=True):
             switch.fp32_precision = value
 
 
