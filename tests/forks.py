@@ -1,8 +1,8 @@
-"""A process that imports torch once and runs training commands, with faults, in forked children.
+"""Runs training commands in forked children, with faults to come, after importing torch once.
 
-`Nursery` starts it: a job is a line of JSON on standard input, and its answer one on standard
-output. Forking saves the seconds that importing torch takes. It is done from here, where nothing
-has computed yet, since a fork does not carry over the threads of the tests' own process.
+Started by `Nursery`; by hand: one job, a line of JSON, on standard input, one answer on standard
+output. Forking saves the seconds that importing torch takes. The process that forks has computed
+nothing yet: the threads of the tests' own process would not be there in a fork.
 """
 
 import io
@@ -17,18 +17,20 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tests.helpers import ANCRA, RA, digits_split, end_forked, environment
+from tests.helpers import ANCRA, RA, digits_split, end_forked, environment, settings
+
+PIECES = 300  # in which a checkpoint is written
 
 
 class Nursery:
     """Runs jobs in children of one process. A context; `run` answers when the child has ended."""
 
     def __enter__(self):
+        """Start the process."""
         alone = environment()
         alone.pop("RANK", None)
-        command = [sys.executable, "-m", "tests.forks"]
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "tests.forks"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -38,17 +40,18 @@ class Nursery:
         return self
 
     def __exit__(self, *error):
+        """End the process."""
         self.process.stdin.close()
         self.process.wait(20)
 
     def run(self, argv, faults=(), out=None, user=None):
-        """Run a command and return its exit status, its lines of standard error, calls by point.
+        """Run a command -> (exit status, standard error's lines, calls by point).
 
-        The status is minus the signal that ended the command. faults: dictionaries, each waiting
-        for those before it. {"at": a key of `points`, "call": n} says where, counted from 1 on, or
-        from the fault before; "when": before or after that call; and one of: "signal" its number,
-        "errno" what to raise, "remove" or "lock" (against writing) a folder, "largest" file size.
-        user: id to become.
+        The exit status is minus the signal that ended the child. faults: dictionaries, each of
+        which waits for those before it. {"at": a key of `points`, "call": n} says where, counted
+        from 1, for a later one from the fault before; "when": before or after that call; and one
+        of: "signal" its number, "errno" what to raise, "remove" or "lock" (against writing) a
+        folder, "largest" size of a file. user: id to become.
         """
         job = {"argv": list(map(str, argv)), "faults": list(faults), "out": str(out), "user": user}
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -59,26 +62,25 @@ class Nursery:
 
 
 def points():
-    """Return where faults can strike, (object, attribute) by name; another is "write"."""
+    """Return where faults can strike: name -> (object, attribute). `write` is a piece of a file."""
     import csv
 
     import torch
 
     from utils import attacks
-    from utils.training import job, records
-    from utils.training import loop as training
+    from utils.training import job, loop, records
 
     return {
-        "attack": (training, "attack_batch"),
+        "attack": (loop, "attack_batch"),
         "loss": (job, "training_loss"),
         "update": (torch.optim.SGD, "step"),
-        "evaluation": (training, "verdicts"),
+        "evaluation": (loop, "verdicts"),
         "evaluation attack": (attacks, "linf_pgd"),
         "table": (csv.DictWriter, "writerows"),
         "curves": (records, "save_or_note"),
         "save": (torch, "save"),
         "flush": (os, "fsync"),
-        "rename": (os, "replace"),
+        "rename": (Path, "replace"),
     }
 
 
@@ -86,9 +88,13 @@ class Faults:
     """Counts the calls of every point and strikes at the one that comes next."""
 
     def __init__(self, faults):
-        self.pending, self.calls, self.since = list(faults), {}, {}
+        """Wait for the first fault."""
+        self.pending = list(faults)
+        self.calls = {}
+        self.since = {}  # the calls since the last fault
 
     def passing(self, name, when):
+        """Count a call of a point, and strike where it is time."""
         if when == "before":
             self.calls[name] = self.calls.get(name, 0) + 1
             self.since[name] = self.since.get(name, 0) + 1
@@ -105,6 +111,7 @@ class Faults:
             self.strike(fault)
 
     def strike(self, fault):
+        """Do what a fault says."""
         if "signal" in fault:
             os.kill(os.getpid(), fault["signal"])
         elif "errno" in fault:
@@ -117,6 +124,7 @@ class Faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest"], resource.RLIM_INFINITY))
 
     def patch(self, holder, attribute, name):
+        """Let every call of a point pass here."""
         real = getattr(holder, attribute)
 
         def patched(*args, **kwargs):
@@ -127,67 +135,45 @@ class Faults:
 
         setattr(holder, attribute, patched)
 
-    def open(self, path, mode="r", **kwargs):
-        """Open a file for `checkpoints`: a fault at a "write" leaves half of its bytes on disk."""
-        file = open(path, mode, **kwargs)  # noqa: SIM115
-        return Writer(file, self) if "w" in mode else file
-
-
-class Writer:
-    """A file that writes in halves and tells the faults between them."""
-
-    def __init__(self, file, faults):
-        self.file, self.faults = file, faults
-
-    def write(self, content):
-        half = len(content) // 2
-        self.file.write(memoryview(content)[:half])
-        self.file.flush()
-        self.faults.passing("write", "before")
-        return half + self.file.write(memoryview(content)[half:])
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
+    def write_bytes(self, path, content):
+        """Write a file piece by piece, instead of `Path.write_bytes`; faults strike in between."""
+        size = -(-len(content) // PIECES)
+        with open(path, "wb", buffering=0) as file:
+            for start in range(0, len(content), size):
+                self.passing("write", "before")
+                file.write(content[start : start + size])
 
 
 def child(job):
     """Run the job's command with its faults, in a forked child that ends with it."""
     sys.stdin.close()
-    from utils.system import checkpoints
     from utils.system.command import guarded
     from utils.system.options import parse_training
-    from utils.training import loop as training
-    from utils.training import records
+    from utils.training import loop, records
 
-    quick = training.pgd40_heads
-    training.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs | {"steps": 2})
-    records.save_or_note = lambda draw, file: file.write_bytes(b"\x89PNG" + bytes(2000)) and ""
+    quick = loop.pgd40_heads
+    loop.pgd40_heads = lambda *args, **kwargs: quick(*args, **kwargs | {"steps": 2})
+    records.save_or_note = lambda draw, file: file.write_text("a picture") and ""
     faults = Faults(job["faults"])
     for name, (holder, attribute) in points().items():
         faults.patch(holder, attribute, name)
-    checkpoints.open = faults.open
+    Path.write_bytes = lambda path, content: faults.write_bytes(path, content)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if job["user"] is not None:
         os.setuid(job["user"])
     sys.argv = [ANCRA, *job["argv"]]
     try:
-        guarded(lambda: training.run(parse_training("", RA, job["argv"])))
+        guarded(lambda: loop.run(parse_training("", RA, job["argv"])))
     finally:
         if job["user"] is None:
-            resource.setrlimit(
-                resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-            )
+            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         Path(f"{job['out']}.calls").write_text(json.dumps(faults.calls))
 
 
 def main():
+    """Answer jobs until standard input ends."""
     import sklearn.datasets
     import torch
 
@@ -196,8 +182,9 @@ def main():
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user
-    digits_split("train")  # what is imported only now is imported once, here
-    parse_training("", RA, [])
+    # What Python imports only when it is needed is imported once, here.
+    digits_split("train")
+    settings()
     saved = io.BytesIO()
     torch.save({}, saved)
     torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
@@ -215,8 +202,10 @@ def main():
 
 
 def draw_moments(calls, count, seed):
-    """Draw moments, (point, call, when), evenly over the points of an undisturbed run."""
-    rng, names, drawn = random.Random(seed), sorted(calls), []
+    """Draw moments, (point, call, when), evenly over the points of an undisturbed run's calls."""
+    rng = random.Random(seed)
+    names = sorted(calls)
+    drawn = []
     for i in range(count):
         name = names[i % len(names)]
         when = rng.choice(("before", "after")) if name != "write" else "before"

@@ -431,7 +431,7 @@ def test_a_stop_in_the_final_report_leaves_the_last_state_as_it_is(tmp_path, mon
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_what_is_not_finite_names_its_own_batch(tmp_path, monkeypatch, wrong):
-    """Figures are read a step late; a finite loss may have a gradient of NaN, as a root of 0."""
+    """Figures are read a step late. A finite loss may have a gradient of NaN: the root of 0."""
     run = train(tmp_path, *ONE_EPOCH)
     before = (run / "last_state.pt").read_bytes()
     real = job.training_loss

@@ -49,6 +49,9 @@ def announce(job: Job, start: Start) -> None:
     job.log(f"resumed    {where}")
     for change in start.changes:
         job.log(f"changed    {change}")
+    ranks = start.state["ranks"]
+    if ranks != distributed.world():  # which decides the slices that BatchNorm sees
+        job.log(f"ranks      {ranks} before, {distributed.world()} now")
     if job.checksums != start.state["checksums"]:
         job.log("data       other images than before, by --other-data")
     if progress.epoch > settings.epochs:

@@ -79,9 +79,8 @@ def prepare(command: Command, lock: ExitStack) -> Start:
     take_folder(file.parent, lock)  # before reading, since another process may write
     state = read(file)
     if state.get("version") != VERSION:
-        raise UsageError(
-            f"{file} is no {STATE} of this version; resume by the version that wrote it"
-        )
+        hint = "name a run's folder, or use the version that wrote it"
+        raise UsageError(f"{file} cannot be resumed: it is no {STATE} of this version; {hint}")
     settings, changes = resumed_settings(command, state["recipe"])
     return Start(settings, file.parent, state, file, changes)
 
