@@ -1,4 +1,4 @@
-"""ResNet-18 for small images (He et al., arXiv 1512.03385): 3x3 stem of stride 1, no max-pooling."""
+"""ResNet-18 for small images (He et al., arXiv 1512.03385): a 3x3 stem, no max-pooling."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

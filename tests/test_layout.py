@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-METHOD = {"utils.losses", "utils.negatives"}
+METHOD = {"utils.losses", "utils.negatives", "utils.attacks", "utils.step"}
 # Modules of a folder import the method, the models, their own folder and the folders after it.
 FOLDERS = ["training", "evaluation", "figures", "data", "system"]
 
@@ -30,7 +30,9 @@ def imported_by(file: Path) -> set[str]:
     return names
 
 
-PACKAGES = [file for package in ("utils", "models") for file in sorted((ROOT / package).rglob("*.py"))]
+PACKAGES = [
+    file for package in ("utils", "models") for file in sorted((ROOT / package).rglob("*.py"))
+]
 FILES = {module_name(file): file for file in PACKAGES}
 IMPORTS = {name: imported_by(file) & FILES.keys() - {name} for name, file in FILES.items()}
 

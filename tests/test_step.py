@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import utils.training.loop as training
 from models import build_model
-from tests.helpers import RUN, python, settings, some_batch, train
+from tests.helpers import RUN, python, settings, some_batch
 from utils import attacks
 from utils.negatives import choose_negatives
+from utils.step import training_loss
 from utils.system.attack_copy import AttackCopy
 from utils.training.loop import attack_batch
 
@@ -41,24 +41,19 @@ class Calls(TorchDispatchMode):
         (("--no-anc", "--method", "pgd"), attacks.SMALL, 1, 2),
     ],
 )
-def test_forwards_of_a_step(tmp_path, monkeypatch, short_runs, flags, small, forwards, attacked):
+def test_forwards_of_a_step(monkeypatch, flags, small, forwards, attacked):
     """Attacks of two steps, of both batches as one where they are small."""
     monkeypatch.setattr(attacks, "SMALL", small)
-    called, networks = [], []
-
-    def build(*args, **kwargs):
-        model = build_model(*args, **kwargs)
-        model.register_forward_hook(lambda module, inputs, out: called.append(module))
-        networks.append(model)  # attack copies carry the hook, too
-        return model
-
-    monkeypatch.setattr(training, "build_model", build)
-    monkeypatch.setattr(training, "evaluate", lambda *args: (0, 0))
-    train(tmp_path, "--epochs", 1, *flags)
-    of_network = sum(module is networks[0] for module in called)
-    batches = 3
-    assert of_network == batches * forwards
-    assert len(called) - of_network == batches * attacked
+    s = settings(*RUN, *flags)
+    model = build_model("ResNet18", 4, width=4, image_size=16, reverse_attention=not s.no_ra)
+    attack_copy = AttackCopy(model)
+    called = []
+    for network in (model, attack_copy.net):
+        network.register_forward_hook(lambda module, inputs, out: called.append(module))
+    x, labels = some_batch()
+    images = attack_batch(attack_copy, x, labels, s, torch.Generator(), 1)
+    training_loss(model, x, labels, images, s)
+    assert called == [attack_copy.net] * attacked + [model] * forwards
 
 
 @pytest.mark.parametrize("precision", ["default", "bf16"])

@@ -238,7 +238,7 @@ def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step_figures(terms: Terms, labels: Tensor, settings: Settings) -> Tensor:
-    """Return the values of `Figures` as a tensor on the device, without `natural` where it is None."""
+    """Return the values of `Figures` on the device, without `natural` where it is None."""
     adversarial = terms.adversarial.final
     kl = torch.zeros_like(terms.loss)
     if settings.method not in ADVERSARIAL_ONLY:
