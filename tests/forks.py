@@ -177,7 +177,6 @@ def main():
     import sklearn.datasets
     import torch
 
-    from utils.system.options import parse_training
     from utils.training import loop  # noqa: F401
 
     digits = sklearn.datasets.load_digits()
