@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -69,16 +70,16 @@ def over_images(
     ranks = distributed.world() if shared else 1
     answers = []
     for positions in batches(torch.arange(len(rows)), batch_size * ranks):
-        own = positions[distributed.rank() :: ranks] if shared else positions
-        if len(own):
-            batch = split.take(rows[own].to(device))
-            parts = work(as_input(batch.images), batch.labels, numbers[rows[own]])
-            answers.append((own, *(part.cpu() for part in parts)))
+        share = positions[distributed.rank() :: ranks] if shared else positions
+        if len(share):
+            batch = split.take(rows[share].to(device))
+            answer = work(as_input(batch.images), batch.labels, numbers[rows[share]])
+            answers.append((share, *(values.cpu() for values in answer)))
         if progress is not None:
             progress(len(positions))
 
     if shared:
-        answers = [answer for of_rank in distributed.gathered(answers) for answer in of_rank]
+        answers = list(chain.from_iterable(distributed.gathered(answers)))
     positions, *results = (torch.cat(parts) for parts in zip(*answers, strict=True))
     order = positions.argsort()
     return tuple(result[order] for result in results)

@@ -107,11 +107,12 @@ def read(path: Path) -> dict:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch and pickle raise nearly anything
-        reason = "is no checkpoint, or a truncated one"
         if "GLOBAL" in str(error):
-            reason = "is refused, since reading it would run code"
-        hint = "if you trust the file, write its state dict to a new one by torch.save"
-        raise UsageError(f"{path} {reason}; {hint}") from error
+            raise UsageError(
+                f"{path} is refused, since reading it would run code; if you trust it, save only "
+                "its state dict to a new file by torch.save"
+            ) from error
+        raise UsageError(f"{path} is no checkpoint, or a truncated one") from error
     if isinstance(content, Unread):
         content = _state_dict(content)
     if not isinstance(content, dict):
@@ -178,8 +179,8 @@ def _unpickle(path: Path) -> object:
 def _state_dict(module: Unread, prefix: str = "") -> dict[str, Tensor]:
     """Return the state dict of a module that was saved whole; it is empty for other objects."""
     attributes = module.state if isinstance(module.state, dict) else {}
-    own = attributes.get("_parameters", {}) | attributes.get("_buffers", {})
-    tensors = {f"{prefix}{name}": value for name, value in own.items() if value is not None}
+    entries = attributes.get("_parameters", {}) | attributes.get("_buffers", {})
+    tensors = {f"{prefix}{name}": value for name, value in entries.items() if value is not None}
     for name, child in attributes.get("_modules", {}).items():
         if isinstance(child, Unread):
             tensors |= _state_dict(child, f"{prefix}{name}.")
@@ -259,6 +260,8 @@ def load_model(
         state = content["model"]
         notes = []
         info = {name: content.get(name) for name in DESCRIPTION} | {"mean": None, "std": None}
+        if info["gate"] is None:  # written before there were others
+            info |= {"gate": "label", "ra_blocks": 2}
     else:
         state, normalisation, notes = find_weights(content, path, key)
         info = dict.fromkeys((*DESCRIPTION, "mean", "std")) | _read_shape(state, path)

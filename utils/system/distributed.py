@@ -154,8 +154,8 @@ def own_weight(count: int) -> float:
     """Return the weight of a mean over this rank's slice of `count` things in the mean over all."""
     if count < world():
         return 1 / world()
-    own = own_slice(count)
-    return (own.stop - own.start) / count
+    part = own_slice(count)
+    return (part.stop - part.start) / count
 
 
 def total(values: Tensor) -> Tensor:
