@@ -529,7 +529,7 @@ def foreign_fingerprint(subject: Subject) -> str:
     digest = hashlib.sha256(Path(subject.info["file"]).read_bytes())
     values = dict(subject.model.state_dict())
     with torch.no_grad():
-        values["logits"] = subject.model(as_input(subject.split.images[:PROBE]))
+        values["logits"] = subject.model(as_input(subject.split.images[:8]))
     for name, value in values.items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
