@@ -38,7 +38,7 @@ IMPORTS = {name: imported_by(file) & FILES.keys() - {name} for name, file in FIL
 
 
 def folder_of(name: str) -> str | None:
-    """The folder of utils that a module lies in; None for the method and for packages themselves."""
+    """The folder of utils that a module lies in; None for the method and for packages."""
     parts = name.split(".")
     return parts[1] if len(parts) == 3 else None
 
