@@ -119,6 +119,22 @@ def test_a_smaller_evaluation_keeps_what_an_earlier_one_found(tmp_path, capsys):
     assert f"**{accuracy(again, 'worst case'):.2f}**" in capsys.readouterr().out
 
 
+def test_what_was_weaker_is_said_as_long_as_its_rows_are_there(tmp_path):
+    weak = ("--restarts", "1", "--num-steps", "3", "--apgd-steps", "5", "--n-examples", "10")
+    evaluate(tmp_path, "robust", *weak, "--attacks", "adaptive")
+    again = evaluate(tmp_path, "robust", "--n-examples", "10", "--attacks", "natural")
+    (note,) = (note for note in again["notes"] if "weaker adaptive attack" in note)
+    assert "restarts 1 for 5, steps 3 for 40, apgd_steps 5 for 100" in note
+
+
+def test_a_quick_look_at_few_images_does_not_hide_a_whole_table(tmp_path):
+    whole = evaluate(tmp_path, "robust", "--attacks", "fgsm", "--n-examples", "30")
+    evaluate(tmp_path, "robust", "--attacks", "natural", "--n-examples", "10")
+    assert results.read(str(tmp_path))["attacks"] == whole["attacks"]
+    evaluate(tmp_path, "with_ra", "--attacks", "natural", "--n-examples", "10")
+    assert len(results.read(str(tmp_path))["labels"]) == 10
+
+
 def test_a_weaker_search_does_not_hide_a_stronger_one(tmp_path):
     flags = ("--attacks", "pgd", "--n-examples", "40", "--num-steps", "5", "--epsilon", "0.2")
     strong = evaluate(tmp_path, "robust", *flags)

@@ -67,12 +67,14 @@ def test_objects_beside_the_weights_do_not_stop_them_from_loading(tmp_path):
         "optimizer": torch.optim.SGD(net.parameters(), 0.1),
         "log": collections.defaultdict(list, loss=[1.0]),
         "best": np.float64(3.5),
+        "recent": collections.deque([1.0, 2.0], maxlen=5),
     }
     torch.save({**beside, "net": net.state_dict()}, file)
     content = read(file)
     assert torch.equal(load_model(file, image_size=16)[0](x), net(x))
     assert content["config"] == {"lr": 0.1, "nested": {"depth": 2}}
     assert content["log"] == {"loss": [1.0]}
+    assert content["recent"] == [1.0, 2.0]
     for key in ("args", "elsewhere", "colour", "optimizer", "best"):
         assert isinstance(content[key], Unread), key
 
@@ -116,7 +118,11 @@ OTHER_KINDS = {
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"something")), "unpack"),
     "tar": (write_tar, "unpack"),
     "zip": (write_zip, "unpack"),
-    "text": (lambda path: path.write_text("weights"), "no checkpoint"),
+    "short text": (lambda path: path.write_text("weights"), "no checkpoint"),
+    "configuration": (lambda path: path.write_text("lr: 0.1\nepochs: 120\n"), "text"),
+    "empty file": (lambda path: path.touch(), "empty"),
+    "array": (lambda path: np.save(path.open("wb"), np.zeros(3)), "numpy"),
+    "picture": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "no checkpoint"),
     "tensor": (lambda path: torch.save(torch.zeros(3), path), "state_dict"),
     "another object": (lambda path: torch.save(Colour.RED, path), "nothing"),
     "folder": (lambda path: path.mkdir(), "does not exist"),

@@ -782,7 +782,7 @@ def figures(device: torch.device, quick: bool) -> Rows:
     The network is a random ResNet-18. Passes through it are measured on 500 images and scaled;
     cluster numbers and UMAP see all 10,000 features.
     """
-    from utils.figures.features import clusters, embed, extract
+    from utils.figures.features import embed, extract, measure_clusters
 
     whole, count = (100, 4) if quick else (10_000, 500)
     labels = torch.arange(whole) % 10
@@ -795,7 +795,7 @@ def figures(device: torch.device, quick: bool) -> Rows:
         jobs = {
             "features": (whole / count, lambda: extract(net, split, rows, 200)),
             "PGD-10 and features": (whole / count, lambda: extract(net, split, rows, 200, attack)),
-            "silhouette and neighbours": (1, lambda: clusters(features, labels)),
+            "silhouette and neighbours": (1, lambda: measure_clusters(features, labels)),
             "UMAP's compilation, on 100": (1, lambda: embed(features[:100], 42)),
             "UMAP": (1, lambda: embed(features, 42)),
         }

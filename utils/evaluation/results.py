@@ -49,6 +49,8 @@ NOT_OF_THE_RECIPE = FREE - {"epochs"} | {"seed", "model_dir", "ckpt_url"}
 def read(path: str) -> dict:
     """Read the record of an evaluation. path: a run's folder, or its white_attack.json.
 
+    Of the evaluations of the newest one's network, in the same ball, that is the newest of those
+    with the most images: a quick look at a few does not hide a whole table.
     Errors: UsageError where there is none, or none that this version reads.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
@@ -62,7 +64,15 @@ def read(path: str) -> dict:
         raise UsageError(f"{file}: {error.strerror}; {hint}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file} is no {FILE} of this version; evaluate the run anew") from error
-    return record
+    newest_first = [record, *reversed(record.get("earlier", []))]
+    same_subject = [one for one in newest_first if _subject(one) == _subject(record)]
+    return max(same_subject, key=lambda one: len(one["labels"]))
+
+
+def _subject(record: dict) -> tuple:
+    """Return what tells the network and the ball of an evaluation, if the record says it."""
+    identity = record.get("identity") or {}
+    return record.get("format"), identity.get("network"), identity.get("eps")
 
 
 def images_of(record: dict) -> list:

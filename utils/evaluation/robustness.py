@@ -115,14 +115,13 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         require_writable(saved_file.resolve().parent, f"not --save-adversarial {saved_file}")
     require_writable(log_file.parent, "name another folder by --log_path")
 
-    notes = [*subject.notes, *weaker_than_usual(settings)]
     if settings.model:
         checksum = foreign_fingerprint(subject)
     else:
         checksum = network_checksum(subject.model, subject.info)
     identity = {"network": checksum, "images": images_checksum(split), "eps": subject.eps}
 
-    subject = subject._replace(model=attack_copy(subject.model), notes=notes)
+    subject = subject._replace(model=attack_copy(subject.model))
     surrogate_copy = attack_copy(surrogate.model) if surrogate else None
     origin = provenance(split.labels.device, settings.seed, [PACKAGE])
     made = f"{origin['started']}, {origin['device']}"
@@ -161,6 +160,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     attacked = [name for name in rows if name != "natural"]
     rows |= earlier_rows(log_file.with_name(FILE), identity, rows, warnings)
     rows |= worst_cases(rows, subject.info)
+    subject = subject._replace(notes=[*subject.notes, *weaker_than_usual(rows)])
 
     record = report.record(rows, subject, warnings, recorded_settings, made)
     record["provenance"] = origin
@@ -687,17 +687,24 @@ def attack_copy(model: nn.Module) -> nn.Module:
     return AttackCopy(model).net if isinstance(model, ReverseAttentionNetwork) else model
 
 
-def weaker_than_usual(settings: Evaluation) -> list[str]:
+def weaker_than_usual(rows: dict[str, Row]) -> list[str]:
     """Return a note where settings of the adaptive attack are below the defaults."""
-    weaker = []
-    for name in ("restarts", "num_steps", "apgd_steps"):
-        value = getattr(settings, name)
-        usual = getattr(Evaluation, name)
-        if value < usual:
-            weaker.append(f"{name} {value} for {usual}")
-    if weaker and "adaptive" in settings.attacks:
-        return [f"a weaker adaptive attack than usual: {', '.join(weaker)}"]
-    return []
+    usual_settings = {
+        "restarts": Evaluation.restarts,
+        "steps": Evaluation.num_steps,
+        "apgd_steps": Evaluation.apgd_steps,
+    }
+    weaker = {}
+    for name, row in rows.items():
+        if not name.startswith(ADAPTIVE):
+            continue
+        for key, usual in usual_settings.items():
+            value = row.settings.get(key, usual)
+            if value < usual:
+                weaker[key] = f"{key} {value} for {usual}"
+    if not weaker:
+        return []
+    return [f"a weaker adaptive attack than usual: {', '.join(weaker.values())}"]
 
 
 def stop(signum: int, frame: object) -> None:

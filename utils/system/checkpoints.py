@@ -47,6 +47,9 @@ OTHER_KINDS = {
     rb"version https://git-lfs": "a git-lfs pointer; `git lfs pull` fetches the file itself",
     rb"\s*<": "a web page, as of a failed download; fetch the file itself",
     rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|.{257}ustar": "an archive; unpack it and name the weights",
+    rb"\Z": "empty; get it anew",
+    rb"[\t-\r -~]{16}": "text, such as a configuration; name the file of the weights",
+    rb"\x93NUMPY": "a numpy array; save a state dict of tensors by torch.save",
 }
 
 
@@ -75,6 +78,14 @@ class Unread:
     def __setstate__(self, state: object) -> None:
         """Keep what the object would have been restored from."""
         self.state = state
+
+
+class UnreadList(Unread):
+    """Stands for an object that the file appends to, such as a deque."""
+
+    def __new__(cls, *args: object) -> list:
+        """Return a plain list, which gets the items."""
+        return []
 
 
 class UnreadDict(Unread):
@@ -151,8 +162,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> object:
     """Read what torch.save wrote, with an `Unread` for each object whose class is not torch's.
 
-    torch's own reader refuses the name of such a class, or the stand-in for a dictionary, and says
-    which one. The file is then read again, with a stand-in under that name.
+    torch's own reader refuses the name of such a class, or the stand-in for a dictionary or a list,
+    and says which one. The file is then read again, with a stand-in under that name.
     """
     stand_ins: dict[str, type] = {}
     while True:
@@ -163,13 +174,15 @@ def _unpickle(path: Path) -> object:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            no_dict = re.search(rf"Can only SETITEM.* got <class '{__name__}\.(\S+)'>", str(error))
+            wrong_kind = re.search(
+                rf"Can only (SETITEM|append).* got <class '{__name__}\.(\S+)'>", str(error)
+            )
             if unknown and unknown[1] not in stand_ins:
                 name = unknown[1]
                 stand_in = type(name, (Unread,), {})
-            elif no_dict and stand_ins[no_dict[1]] is not UnreadDict:
-                name = no_dict[1]
-                stand_in = UnreadDict
+            elif wrong_kind and issubclass(stand_ins[wrong_kind[2]], Unread):
+                name = wrong_kind[2]
+                stand_in = UnreadDict if wrong_kind[1] == "SETITEM" else UnreadList
             else:
                 raise
             stand_ins[name] = stand_in

@@ -104,7 +104,8 @@ def _require_precision(device: torch.device, precision: str) -> None:
     if not supported:
         raise UsageError(
             f"--precision {precision}: {torch.cuda.get_device_name(device)} does not compute in it "
-            "(NVIDIA's cards of compute capability 8.0 and more do); leave it out, or use fp32"
+            "(NVIDIA's cards of compute capability 8.0 and more do); leave it out or use fp32, and "
+            "resume a run that was started with it on another card or by --device cpu"
         )
 
 
