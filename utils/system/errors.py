@@ -1,15 +1,9 @@
 """What a user is told when something goes wrong, and which signals stop a job."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-# What torchrun tells each process of several.
-TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Seconds that a rank waits for the launcher to end it after another rank has said why the job ends.
-GRACE = 5
 
 # Ctrl-C, an order to end, a closed terminal, and the warning of Slurm before it ends a job.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -28,11 +22,6 @@ class Stopped(BaseException):
 
     args: the number of the signal, and a line that says how to continue.
     """
-
-
-def several_processes() -> bool:
-    """Whether torchrun has started this process as one of several ranks."""
-    return os.environ.keys() >= set(TOLD) and os.environ["WORLD_SIZE"] != "1"
 
 
 def first_line(error: BaseException) -> str:
