@@ -113,6 +113,8 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         raise UsageError(f"--save-adversarial {saved_file} is a folder; name a file in it")
     if saved_file:
         require_writable(saved_file.resolve().parent, f"not --save-adversarial {saved_file}")
+    if log_file.is_dir():
+        raise UsageError(f"--log_path {log_file} is a folder; name a file in it")
     require_writable(log_file.parent, "name another folder by --log_path")
 
     if settings.model:
