@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a forward is told of its images: labels (N,), nothing, or for each of the last two blocks by
-# itself labels, weights of classes (N, C), or None for the prediction.
+# What a forward may be given to gate by: labels (N,); None, for no labels; or a pair, one entry for
+# each of the last two blocks, which is labels, weights of the classes (N, C), or None for the
+# predicted class.
 Gate = Tensor | None | tuple[Tensor | None, Tensor | None]
 
 

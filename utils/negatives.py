@@ -24,9 +24,9 @@ def choose_negatives(
     `random` prefers classes with at least `per_class` images, if there are `classes` of them. Where
     a batch has too few classes or images, some are drawn again.
 
-    logits: (N, C) of the eval-mode network on natural images, not needed for `random`. labels:
-    (N,), best on the host, since counting them waits for their device. generator: on the device of
-    the logits and of the result.
+    logits: (N, C) of the eval-mode network on natural images, not needed for `random`.
+    labels: (N,), preferably on the CPU, since counting them on a device waits for it.
+    generator: on the device of the logits and of the result.
     Returns (N, K) indices into the batch, or None where it holds one class only. Errors:
     ValueError for an unknown strategy. Source: arXiv 2310.03358; the rules for too few candidates
     are ours.

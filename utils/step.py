@@ -31,8 +31,8 @@ from utils.negatives import choose_negatives
 
 Settings = Any  # utils.system.settings.Training, which the method does not import
 
-# What each method minimises over heads. A method takes the logits of natural and of adversarial
-# images, those in ADVERSARIAL_ONLY the logits of adversarial images.
+# What each method minimises over heads, from the logits of natural and of adversarial images. The
+# methods in ADVERSARIAL_ONLY take the logits of adversarial images alone.
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "pgd": lambda adv, labels, s: pgd_loss(adv, labels, s.label_smoothing),
     "trades": lambda nat, adv, labels, s: trades_loss(nat, adv, labels, s.beta, s.label_smoothing),
@@ -72,7 +72,7 @@ class Terms(NamedTuple):
 
     contrast: ANC over heads, before zeta; 0 without negatives. natural, adversarial: the heads of
     the two training forwards; natural is None where the method needs no such forward. auxiliary:
-    what the auxiliary heads add to the loss, contrast aside, without gradient.
+    the part of the loss that comes from auxiliary heads, without that of ANC; it has no gradient.
     """
 
     loss: Tensor
@@ -133,7 +133,7 @@ def draw(
 ) -> Draws:
     """Draw the negatives of a batch, and where the attacks on both start.
 
-    x: (N, 3, H, W). labels: (N,), best on the host, where counting them waits for no device.
+    x: (N, 3, H, W). labels: (N,); on the CPU, since counting them on a device waits for it.
     logits: (N, C) of the attacked network on x, None where the strategy is `random` or None.
     """
     chosen = None
@@ -205,9 +205,8 @@ def training_loss(
         natural = model(x, labels, heads=True)
     adversarial = model(attacked.adversarial, labels, heads=True)
 
-    def objective(
-        *logits: Tensor,
-    ) -> Tensor:  # trades: CE(natural) + beta * KL(natural, adversarial)
+    # For trades this is CE(natural) + beta * KL(natural || adversarial).
+    def objective(*logits: Tensor) -> Tensor:
         return OBJECTIVES[settings.method](*logits, labels, settings)
 
     heads = (adversarial,) if adversarial_only else (natural, adversarial)

@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import settings
 from utils.system import distributed
-from utils.system.devices import Sent, computing, has_kernels, pick_device, precision
+from utils.system.devices import Sent, computing, has_kernels, pick_device, precision_name
 from utils.system.errors import UsageError
 
 WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # PyTorch 2.14 for CUDA 13.0
@@ -96,10 +96,10 @@ def test_a_precision_that_a_card_has_no_units_for_is_refused(card, name):
 
 def test_tf32_is_not_recorded_for_a_card_that_has_none(card):
     cuda = torch.device("cuda")
-    assert precision(settings("--precision", "tf32"), cuda) == "TF32"
-    assert precision(settings(), cuda).startswith("TF32 in convolutions")
+    assert precision_name(settings("--precision", "tf32"), cuda) == "TF32"
+    assert precision_name(settings(), cuda).startswith("TF32 in convolutions")
     card.capability = (7, 5)
-    assert precision(settings(), cuda) == "float32"
+    assert precision_name(settings(), cuda) == "float32"
 
 
 # What float32 is computed in: these switches can be set on a CPU, too

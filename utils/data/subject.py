@@ -104,7 +104,7 @@ def largest_batch(net: nn.Module, split: Split, attack: Attack) -> int:
         left, _ = torch.cuda.mem_get_info(device)
     torch.cuda.empty_cache()
     images = images_that_fit(free, max(free - left, 1) / count)
-    return LARGEST - distributed.agreed(LARGEST - images)  # the smallest of all ranks'
+    return min(distributed.gathered(images))
 
 
 def images_that_fit(free: int, bytes_per_image: float) -> int:

@@ -89,8 +89,8 @@ def views(
     """Return every view of a network by name.
 
     auxiliary_weight: lambda of the loss over heads that the network was trained with.
-    gate, ra_blocks, predict: of a network with reverse attention. `final` is what the network
-    answers, `final logits` those of its last head where another one answers.
+    gate, ra_blocks, predict: of a network with reverse attention. The view `final` is the head that
+    answers. Where that is an auxiliary head, `final logits` is the last head.
     """
     views: dict[str, View] = {"final": plain}
 
@@ -101,7 +101,7 @@ def views(
         if predict != "final":
             add("final logits", lambda heads: [(1, heads.final)])
 
-        # without a gate the last auxiliary head is the final one
+        # Without a gate the last auxiliary head has the same logits as the final one.
         different = ra_blocks - 1 if gate == "none" else ra_blocks
         for i in range(different):
             if predict != f"auxiliary{i + 1}":  # which is `final` already
@@ -130,9 +130,10 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 class ViewedNetwork:
     """A network under a view, callable as the library's attacks expect, and the view's loss.
 
-    A call with gradients is a step of an attack. It returns the real logits, by which the library
-    judges. A call without gradients asks for the prediction and for the classes worth targeting:
-    they come in the order of the view's logits, after the real prediction.
+    The library calls a network with gradients in each step of an attack: it then gets the real
+    logits, by which it judges. It calls without gradients to learn the prediction, and which
+    classes to target: it then gets scores whose largest is that of the real prediction, and which
+    rank the other classes as the view does.
     """
 
     def __init__(self, net: nn.Module, view: View) -> None:
@@ -235,8 +236,8 @@ def adaptive(
     """Make the attack on one view: PGD with restarts, APGD-CE, then targeted APGD on the margin.
 
     Each part attacks the images that are still right. steps, restarts: of PGD, which ascends
-    cross-entropy and the margin in turn; the first start is the PGD of the README's table, moved to
-    this view.
+    cross-entropy and the margin in turn. Its first restart is the row PGD of the table, but on this
+    view.
     """
     monitor = monitor or Monitor()
     logger = logger_to(monitor)
@@ -288,6 +289,7 @@ def adaptive(
 
         for draw in range(restarts):
             run_part(f"PGD {draw + 1} of {restarts}", restart(draw))
+        # The library calls `dlr_loss` for this name; ours is the cross-entropy of the view.
         apgd = ViewAPGD(viewed, loss="dlr", **library_arguments)
         run_part("APGD-CE", apgd.perturb)
         targeted = ViewAPGDTargeted(viewed, n_target_classes=targets, **library_arguments)

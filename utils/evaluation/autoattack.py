@@ -18,8 +18,8 @@ BLOCK = 250  # images in a call; the library draws the start noise of all of the
 class Monitor:
     """Watches an attack of several parts on one block of images; this one only runs the parts.
 
-    A part draws its noise from its own seed, so the parts that follow one whose images are read
-    from a cache find what they would have found. (The library's own state file cannot do that: it
+    Each part draws its noise from its own seed. So a part finds the same images, whether the parts
+    before it were run or read from a cache. (The library's own state file cannot do that: it
     forgets the images of earlier parts, and may repeat a finished part on fewer images.)
     """
 

@@ -157,8 +157,8 @@ def record(
     """Return what white_attack.json holds of an evaluation, as plain values.
 
     `utils.evaluation.results` describes it. Verdicts are in the order of the test set, or of the
-    shuffle of --n-examples. settings: those of
-    the command that are recorded. made: when and where this evaluation's rows were found.
+    shuffle of --n-examples. settings: those of the command that are recorded. made: when and where
+    this evaluation's rows were found.
     """
     info = subject.info
     network = {"method": subject.method}

@@ -596,8 +596,8 @@ def earlier_rows(
 ) -> dict[str, Row]:
     """Return the rows of earlier evaluations on the same network and images, in the same ball.
 
-    A row with the name of one of `rows`, but found with other settings, is named after what
-    differs: a weaker search must not hide what a stronger one has found.
+    An attack of `rows` may have been run before with other settings. That row stays beside the new
+    one, and its name says which settings differ: a weaker search must not hide a stronger one.
     """
     try:
         newest = json.loads(file.read_text(encoding="utf-8"))
@@ -635,8 +635,7 @@ def earlier_rows(
 def worst_cases(rows: dict[str, Row], network: dict) -> dict[str, Row]:
     """Return the worst case, image by image, over the adaptive attack's views and over all rows.
 
-    There is none where attacks on the final logits overestimate the network, and no row is of the
-    adaptive attack.
+    A network whose gate hides gradients has a worst case only if the adaptive attack has been run.
     """
     if report.overestimated(rows, network):
         return {}
@@ -649,7 +648,7 @@ def worst_cases(rows: dict[str, Row], network: dict) -> dict[str, Row]:
     of_views = {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
     if len(of_views) > 1:
         worst["adaptive, worst case"] = together(of_views)
-    if len(rows) + len(worst) > 2:
+    if len(rows) > 2:
         worst["worst case"] = together(rows)
     return worst
 

@@ -61,8 +61,8 @@ class AttackCopy:
     behind a convolution is folded into it, and the memory format is channels-last; logits agree
     with the network's up to rounding. Other networks are copied as they are.
 
-    precision: `bf16` for bfloat16 convolutions. compiled: through torch.compile. graph: `pgd` is
-    replayed as a CUDA graph. warned: gets a line where that does not work.
+    precision: `bf16` for bfloat16 convolutions. compiled: whether torch.compile compiles the copy.
+    graph: whether `pgd` is replayed as a CUDA graph; warned is called with a line if that fails.
     """
 
     def __init__(

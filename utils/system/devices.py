@@ -122,8 +122,8 @@ def for_training(model: nn.Module, device: torch.device, precision: str) -> nn.M
 def compile_for_training(model: nn.Module, device: torch.device) -> None:
     """Run a network's forwards through torch.compile, in place; keys of its state dict stay.
 
-    Each shape is compiled by itself. PyTorch makes a graph for any batch size of an epoch's short
-    last batch, and it would be slower for all batches from then on.
+    Each shape is compiled by itself. Otherwise an epoch's short last batch would make PyTorch
+    compile for batches of any size, which is slower for all batches from then on.
     On a CPU inductor must not choose channels-last: PyTorch 2.14's weight gradient of a
     channels-last 1x1 convolution of stride 2 with 8 to 12 channels and an odd batch writes outside
     its memory there. Errors: UsageError without a compiler.
@@ -182,7 +182,7 @@ def computing(precision: str) -> Iterator[None]:
             switch.fp32_precision = value
 
 
-def precision(settings: Training, device: torch.device) -> str:
+def precision_name(settings: Training, device: torch.device) -> str:
     """Say what training computes in; evaluation judges in float32 whatever it is."""
     if settings.precision == "bf16":
         return "bfloat16 autocast over float32 weights"

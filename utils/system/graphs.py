@@ -17,10 +17,10 @@ AGREEMENT = 0.75  # share of equal values of a replay and an eager call; roundin
 class Graphed:
     """A function of nested tuples of tensors, replayed as a CUDA graph.
 
-    The second of two calls in a row with equal arguments, of which tensors need equal shapes only,
-    is recorded; further such calls are replayed. Two calls in a row with other arguments, such as
-    another number of steps, are recorded instead. A single other call, such as an epoch's smaller
-    last batch, runs as it is.
+    Calls are alike if their tensors have the same shapes and all other arguments are equal. The
+    second of two like calls in a row is recorded, and like calls after it are replayed. When two
+    calls in a row are alike in another way, as with another number of steps, they replace the
+    recording. A single other call, such as an epoch's smaller last batch, runs as it is.
 
     What the function reads besides its arguments, such as weights, must stay where it is in memory;
     new values there count. The function may neither draw random numbers nor wait for the device.

@@ -195,7 +195,8 @@ class Job:
     def read_figures(self) -> None:
         """Add the figures of the last step to the sums of the epoch.
 
-        That is one step later than they were computed, so that the device never waits for the host.
+        They are read one step late, when they have arrived. Reading them at once would leave the
+        device idle until the host has started the next step.
         Errors: RunError where they are not finite.
         """
         if self.pending is None:

@@ -192,7 +192,7 @@ def attack_batch(
     generator: torch.Generator,
     epoch: int,
 ) -> Attacked:
-    """Attack this rank's slice of a batch x (N, 3, H, W), labels (N,), best on the host.
+    """Attack this rank's slice of a batch x (N, 3, H, W), labels (N,) on the CPU.
 
     Every rank draws for the whole batch, so that figures do not depend on the number of ranks.
     """
@@ -227,7 +227,8 @@ def backward(
     own = distributed.own_slice(len(x))
     weight = distributed.own_weight(len(x))
     terms = loss_of(x[own], labels[own], attacked, settings)
-    # Each term is a mean over the slice, and gradients are averaged over ranks.
+    # The loss is a mean over the slice, and gradients are averaged over ranks. So the slice's share
+    # of the batch, times the number of ranks, makes it a part of the mean over the batch.
     (terms.loss * (weight * distributed.world())).backward()
     return distributed.total(step_figures(terms, labels[own], settings) * weight)
 
@@ -244,10 +245,10 @@ def train_step(job: Job, batch: Split) -> Tensor:
     attacked = attack_batch(job.attack_copy, x, batch.labels, settings, job.generator, epoch)
 
     gradients = partial(backward, job.training_loss, x, labels, attacked, settings)
-    weights = nullcontext()
+    perturbation = nullcontext()
     if settings.awp and epoch > settings.awp_warmup:
-        weights = adversarial_weights(job.model, gradients, settings.awp)
-    with weights:
+        perturbation = adversarial_weights(job.model, gradients, settings.awp)
+    with perturbation:
         figures = gradients()
         norms = torch._foreach_norm([p.grad for p in job.model.parameters() if p.grad is not None])
         job.optimizer.step()
@@ -284,6 +285,7 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
             batch_size = largest_batch(attacked_net, split, pgd40(steps=1))
             attack = halving(attack)
 
+        # `verdicts` would attack the network that judges; this one may be in another precision.
         def search(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
             return attack(attacked_net, x, labels, numbers)
 

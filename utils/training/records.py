@@ -13,7 +13,7 @@ from utils.data.subject import at_chance
 from utils.figures.plots import draw_curves, save_or_note
 from utils.system import distributed
 from utils.system.checkpoints import BEST
-from utils.system.devices import peak_memory, precision
+from utils.system.devices import peak_memory, precision_name
 from utils.system.files import write_atomically, write_record
 from utils.system.options import flag
 from utils.system.provenance import in_one_line
@@ -33,7 +33,7 @@ def announce(job: Job, start: Start) -> None:
     record = {
         **job.provenance,
         "settings": stored(settings),
-        "precision": precision(settings, job.device),
+        "precision": precision_name(settings, job.device),
         "parameters": count_parameters(job),
         "classes": list(job.data.train.classes),
         "training_images": len(job.data.train.labels),
@@ -86,7 +86,7 @@ def describe(job: Job) -> str:
         "data": f"{settings.dataset}, {sum(counts)} training images, {images}",
         "note": "; ".join(dict.fromkeys(split.note for split in data[:3] if split and split.note)),
         "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
-        "device": f"{job.device}, {precision(settings, job.device)}",
+        "device": f"{job.device}, {precision_name(settings, job.device)}",
         "ranks": str(distributed.world()),
         "settings": ", ".join(f"{name} {as_given(v)}" for name, v in stored_settings.items()),
         "output": f"{job.folder}/",

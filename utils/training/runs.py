@@ -85,7 +85,7 @@ def prepare(command: Command, lock: ExitStack) -> Start:
     return Start(settings, file.parent, state, file, changes)
 
 
-def results(settings: Training) -> dict:
+def defining_settings(settings: Training) -> dict:
     """Return the settings on which a run's results depend, as they are stored."""
     excluded = {"model_dir", "ckpt_url", *FREE, *idle(settings)}
     chosen = {name: value for name, value in stored(settings).items() if name not in excluded}
@@ -104,7 +104,7 @@ def run_folder(command: Command) -> Path:
     """
     settings = command.settings
     script = resolve(Training, {}, command.script)
-    chosen = results(settings)
+    chosen = defining_settings(settings)
     published = [name for name in PUBLISHED if name in chosen or not settings.no_anc]
     parts = [settings.model_dir.rstrip("/\\")]
     parts += [f"{name}-{getattr(settings, name)}" for name in published]
@@ -164,14 +164,14 @@ def known_runs(command: Command) -> list[str]:
 
     The most similar come first.
     """
-    wanted = results(command.settings)
+    wanted = defining_settings(command.settings)
     pattern = f"{glob.escape(Path(command.settings.model_dir).name)}-*/{STATE}"
     runs = []
     for file in run_folder(command).parent.glob(pattern):
         changes = ["unknown settings"]
         with suppress(OSError, ValueError, LookupError, TypeError):  # of another version
             record = json.loads((file.parent / "run.json").read_text(encoding="utf-8"))
-            present = results(restored(record["settings"]))
+            present = defining_settings(restored(record["settings"]))
             changes = differences(wanted, present, wanted.keys() & present.keys())
         text = "; ".join(changes) or "the same settings"
         runs.append((len(changes), f"{file.parent} ({text})"))
