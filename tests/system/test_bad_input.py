@@ -1,20 +1,16 @@
 """Wrong use and bad input: a clear message, exit status 2, nothing written or overwritten."""
 
-import gzip
 import math
 import os
 import pickle
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from models import build_model
 from tests.helpers import (
     ANCRA,
     ATTACK,
@@ -349,36 +345,6 @@ def test_a_file_that_is_no_checkpoint_is_named(refused, restart, tmp_path, kind)
     refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file,))
     refused(*restart(file), mentions=(file,))
     refused(ANCRA, "--resume", file, mentions=(file,))
-
-
-OTHER_KINDS = {  # how files of other kinds begin, and what is said of them
-    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
-    "a web page": (b"\n<!DOCTYPE html>\n<html><title>404</title>" + bytes(2000), "web page"),
-    "a gzip archive": (gzip.compress(b"something"), "unpack"),
-}
-
-
-@pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_a_file_of_another_kind_is_told_what_it_is(refused, tmp_path, kind):
-    content, advice = OTHER_KINDS[kind]
-    file = tmp_path / "weights.pt"
-    file.write_bytes(content)
-    refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file, advice))
-
-
-def test_safetensors_are_read_where_the_package_is_installed(refused, monkeypatch, tmp_path):
-    file = tmp_path / "weights.safetensors"
-    header = b'{"bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
-    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    refused(ATTACK, "--ckpt_url", file, *EVALUATE, mentions=(file, "pip install safetensors"))
-
-    network = build_model("ResNet18", 10, width=4, image_size=16).eval()
-    package = SimpleNamespace(load=lambda content: network.state_dict())
-    monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
-    x = torch.rand(2, 3, 16, 16)
-    assert torch.equal(load_model(file, image_size=16)[0](x), network(x))
 
 
 @pytest.mark.parametrize("how", ["torch", "legacy", "pickle"])
