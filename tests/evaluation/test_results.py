@@ -125,6 +125,9 @@ def test_what_was_weaker_is_said_as_long_as_its_rows_are_there(tmp_path):
     again = evaluate(tmp_path, "robust", "--n-examples", "10", "--attacks", "natural")
     (note,) = (note for note in again["notes"] if "weaker adaptive attack" in note)
     assert "restarts 1 for 5, steps 3 for 40, apgd_steps 5 for 100" in note
+    adaptive = ("--attacks", "adaptive", "--n-examples", "10")
+    strong = evaluate(tmp_path, "robust", *adaptive)
+    assert not any("weaker adaptive attack" in note for note in strong["notes"])
 
 
 def test_a_quick_look_at_few_images_does_not_hide_a_whole_table(tmp_path):

@@ -1056,6 +1056,16 @@ def test_a_repository_with_models_and_utils_of_its_own(
     assert all(ROOT in Path(module.__file__).parents for module in now.values())
 
 
+def test_a_file_may_import_from_the_current_folder(here, no_pictures):
+    """The file lies in another folder than what it imports, and imports it by the folder's name."""
+    (here / "nets").mkdir()
+    (here / "common.py").write_text("import torch\nNET = torch.nn.Flatten()\n")
+    code = "import torch, common\ndef build(): return torch.nn.Sequential(common.NET, LINEAR)\n"
+    (here / "nets" / "a.py").write_text(code.replace("LINEAR", "torch.nn.Linear(768, 10)"))
+    flags = ("--dataset=digits", "--n-examples=4", "--attacks=natural", "--device=cpu")
+    assert execute(ATTACK, "--model", "nets/a.py:build", *flags) == 0
+
+
 def modules_of_ours():
     """Our own packages and their modules, as far as they are imported."""
     return {

@@ -155,6 +155,16 @@ def test_resume_alone_does_not_take_a_run_that_was_restarted_from_weights(run, t
         train(tmp_path, *TWO, "--resume")
 
 
+@pytest.mark.parametrize("setting", [{"shift": 2.5}, {"method": "pairing"}])
+def test_a_run_of_a_changed_copy_of_the_code_is_named(run, setting):
+    content = state(run)
+    content["recipe"] |= setting
+    torch.save(content, run / "last_state.pt")
+    ((name, value),) = setting.items()
+    with pytest.raises(UsageError, match=name):
+        resume(run)
+
+
 def test_a_damaged_record_of_another_run_does_no_harm(run, tmp_path):
     (run / "run.json").write_text("[]")
     with pytest.raises(UsageError, match="unknown settings"):

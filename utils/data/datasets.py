@@ -314,7 +314,7 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Undeco
             files = _list_tiny_validation(root / "val", wnids)
         if len(files) != TINY_IMAGES[part]:
             raise ValueError(f"{len(files):,} images in its {part} part")
-    except (OSError, ValueError, UsageError) as error:
+    except (OSError, ValueError, LookupError, UsageError) as error:
         raise UsageError(
             f"{root} is incomplete ({first_line(error)}); remove it, "
             "and it is unpacked anew from the zip"
@@ -323,7 +323,7 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Undeco
     words = {}
     if (root / "words.txt").is_file():  # only people need it
         lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
-        words = dict(line.split("\t", 1) for line in lines)
+        words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     return _undecoded(files, wnids, [words.get(wnid, wnid).strip() for wnid in wnids])
 
 
@@ -335,6 +335,8 @@ def _list_tiny_validation(folder: Path, wnids: list[str]) -> list[tuple[str, int
         return sorted(files, key=lambda file: (len(file[0]), Path(file[0]).name))
     files = []
     for line in (folder / "val_annotations.txt").read_text().splitlines():
+        if not line.strip():
+            continue
         name, wnid = line.split()[:2]
         files.append((str(folder / "images" / name), wnids.index(wnid)))
     return files

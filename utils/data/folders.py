@@ -72,11 +72,11 @@ def list_part(part: str, data_dir: Path) -> tuple[list[str], list[tuple[str, int
     train = parts.get("train", root)
     classes = visible_folders(train)
     different = set(classes) ^ set(visible_folders(root))
-    if different or len(classes) < 2:
+    if len(classes) < 2:
+        raise UsageError(f"{train} needs a folder for each class, at least 2")
+    if different:
         names = ", ".join(sorted(different)[:5])
-        raise UsageError(
-            f"{train} and {root} need the same folders of classes, at least 2; in one only: {names}"
-        )
+        raise UsageError(f"{train} and {root} need the same classes; in one only: {names}")
 
     files, skipped = list_images(root, classes)
     if skipped:

@@ -416,7 +416,7 @@ def _imports_from(folder: Path) -> Iterator[None]:
     hidden = _remove_modules(names)
     path = sys.path[:]
     others = [entry for entry in path if not names or Path(entry).resolve() != ours]
-    sys.path[:] = [str(folder), *others]
+    sys.path[:] = list(dict.fromkeys([str(folder), str(Path.cwd()), *others]))
     try:
         yield
     finally:
@@ -509,6 +509,11 @@ def _try_images(model: str, network: nn.Module, split: Split) -> tuple[Split, ob
                 x = as_input(images[:count]).requires_grad_()
                 answer = network(x)
             return split._replace(images=images), answer
+        except ImportError as error:
+            raise UsageError(
+                f"--model {model}: {first_line(error)}; import it where the file is imported, not "
+                "in the network's forward"
+            ) from error
         except Exception as error:  # whatever the user's own code raises
             message = f"{type(error).__name__}: {first_line(error)}"
             failure = failure or f"float32 images {tuple(x.shape)}: {message}"

@@ -112,7 +112,8 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     if saved_file and saved_file.is_dir():
         raise UsageError(f"--save-adversarial {saved_file} is a folder; name a file in it")
     if saved_file:
-        require_writable(saved_file.resolve().parent, f"not --save-adversarial {saved_file}")
+        hint = f"name another file by --save-adversarial than {saved_file}"
+        require_writable(saved_file.resolve().parent, hint)
     if log_file.is_dir():
         raise UsageError(f"--log_path {log_file} is a folder; name a file in it")
     require_writable(log_file.parent, "name another folder by --log_path")
@@ -143,7 +144,10 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
         f"eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, "
         f"{'random' if settings.random else 'natural'} start, seed {settings.seed}"
     )
-    log(f"blocks of {BLOCK} images, each cached in {cache.folder} when an attack has finished it")
+    log(
+        f"blocks of {BLOCK} images, each cached in {cache.folder} when an attack has finished it; "
+        "AutoAttack and adaptive attacks take long, and --n-examples N takes fewer images"
+    )
 
     with stop_signals(stop), computing(settings.precision):
         warnings = sanity_warnings(subject.model, split, by_gradient)
@@ -695,17 +699,19 @@ def weaker_than_usual(rows: dict[str, Row]) -> list[str]:
         "steps": Evaluation.num_steps,
         "apgd_steps": Evaluation.apgd_steps,
     }
-    weaker = {}
+    weaker_by_view: dict[str, list[list[str]]] = {}  # of each row of a view
     for name, row in rows.items():
-        if not name.startswith(ADAPTIVE):
-            continue
-        for key, usual in usual_settings.items():
-            value = row.settings.get(key, usual)
-            if value < usual:
-                weaker[key] = f"{key} {value} for {usual}"
-    if not weaker:
-        return []
-    return [f"a weaker adaptive attack than usual: {', '.join(weaker.values())}"]
+        if name.startswith(ADAPTIVE):
+            weaker = [
+                f"{key} {row.settings[key]} for {usual}"
+                for key, usual in usual_settings.items()
+                if row.settings.get(key, usual) < usual
+            ]
+            weaker_by_view.setdefault(name.partition(" (")[0], []).append(weaker)
+    for of_rows in weaker_by_view.values():
+        if all(of_rows):
+            return [f"a weaker adaptive attack than usual: {', '.join(of_rows[0])}"]
+    return []
 
 
 def stop(signum: int, frame: object) -> None:

@@ -371,6 +371,9 @@ def find_weights(
         elif not name.startswith(prefixes):
             beside[name] = value
     buffers, normalisation = normalisation_in(state | beside)
+    for mean, std in zip(*normalisation.values(), strict=True):
+        if not (0 <= mean <= 1 and 0 < std <= 1):
+            raise UsageError(f"{path}: {buffers[0]} and {buffers[1]} are not of images in [0, 1]")
     for name, value in beside.items():
         if value.numel() > 1 and name not in buffers:
             raise UsageError(f"{path} holds {name} beside its {chosen[0]}, as no network here does")

@@ -78,7 +78,8 @@ def set_up(start: Start, lock: ExitStack) -> Job:
         raise UsageError("--tensorboard needs the package tensorboard; install it, or leave it out")
     device = pick_device(settings.device, settings.no_cuda, settings.precision)
     if settings.sync_bn and device.type != "cuda":
-        raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; leave it out")
+        hint = "leave it out" if state is None else "continue this run on such devices"
+        raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; {hint}")
 
     # Load the images, and compare them between ranks and with those of a resumed run.
     with distributed.first_of_the_node_first():
@@ -91,6 +92,8 @@ def set_up(start: Start, lock: ExitStack) -> Job:
     source = f"{settings.dataset} in {settings.data_dir}"
     checksums = dict(zip(splits, require_same_on_ranks(source, *splits.values()), strict=True))
     if state is not None:
+        if state["classes"] != list(data.train.classes):
+            raise UsageError(f"{source} has other classes than {start.file} was trained on")
         others = [name for name in splits if checksums[name] != state["checksums"].get(name)]
         if others and not settings.other_data:
             hint = "name the run's own --data-dir, or go on with these by --other-data"

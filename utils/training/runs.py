@@ -14,7 +14,18 @@ from utils.system.checkpoints import BEST, LAST, STATE, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
 from utils.system.options import Command, flag
-from utils.system.settings import FREE, Training, idle, resolve, restored, stored
+from utils.system.settings import (
+    ARCHS,
+    DATASETS,
+    FREE,
+    GATES,
+    METHODS,
+    Training,
+    idle,
+    resolve,
+    restored,
+    stored,
+)
 from utils.system.values import as_given
 
 VERSION = 2  # of last_state.pt; other versions are not resumed
@@ -81,8 +92,25 @@ def prepare(command: Command, lock: ExitStack) -> Start:
     if state.get("version") != VERSION:
         hint = "name a run's folder, or use the version that wrote it"
         raise UsageError(f"{file} cannot be resumed: it is no {STATE} of this version; {hint}")
+    refuse_unknown(state["recipe"], file)
     settings, changes = resumed_settings(command, state["recipe"])
     return Start(settings, file.parent, state, file, changes)
+
+
+def refuse_unknown(recipe: dict, file: Path) -> None:
+    """Raise UsageError where a run has settings, methods or the like that this code does not know.
+
+    They are those of a copy of this code that was changed for an idea.
+    """
+    known = stored(Training())
+    registries = {"method": METHODS, "dataset": DATASETS, "arch": ARCHS, "gate": GATES}
+    unknown = sorted(recipe.keys() - known.keys())
+    unknown += [
+        f"{key} {recipe[key]}" for key, names in registries.items() if recipe[key] not in names
+    ]
+    if unknown:
+        hint = "resume it by the code that wrote it"
+        raise UsageError(f"{file} has settings unknown here: {', '.join(unknown)}; {hint}")
 
 
 def defining_settings(settings: Training) -> dict:
@@ -223,9 +251,10 @@ def refuse_existing(folder: Path) -> None:
     """Raise UsageError where a folder holds a run, unless it ended before its first step."""
     files = [*folder.glob("*.pt"), *folder.glob("metrics.csv")]
     if files == [folder / STATE]:
-        progress = read(folder / STATE).get("progress", {})
-        if progress.get("order", 0) is None:
-            return
+        with suppress(UsageError):  # a truncated state is somebody's, too
+            progress = read(folder / STATE).get("progress", {})
+            if progress.get("order", 0) is None:
+                return
     if files:
         hint = "continue it by --resume, or name another --model-dir or a --tag"
         raise UsageError(f"{folder} holds a run already; {hint}; --overwrite replaces it")
