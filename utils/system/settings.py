@@ -128,7 +128,7 @@ class Training:
     epochs: Count = 120
     """epochs to train"""
     milestones: Epochs = (75, 90, 100)
-    """epochs after which the learning rate is divided by 10"""
+    """epochs at whose start the learning rate is divided by 10"""
     lr: Positive = 0.01
     """learning rate of SGD"""
     momentum: Share = 0.9
