@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,9 @@ WRONG_VALUES = [
     "--image-size=2048",
     "--milestones=9,3",
     "--milestones=0",
+    "--milestones=-1,3",
+    "--milestones=3,",
+    "--epochs=1.0",
     "--method=TRADES",
     "--strategy=hard-adv",
     "--compile=maybe",
@@ -87,6 +91,20 @@ def test_a_wrong_value_is_refused(capsys, argument):
 
 
 @pytest.mark.parametrize(
+    "cls, flags",
+    [
+        (Training, "--resume a b"),
+        (Training, "--compile x y"),
+        (Evaluation, "--ckpt_url=x --random True False"),
+    ],
+)
+def test_several_values_of_a_flag_that_takes_one_are_refused(capsys, cls, flags):
+    message = refusal(capsys, cls, *flags.split())
+    assert "takes one value" in message
+    assert "argument" not in message.partition("Argument helptext")[0]
+
+
+@pytest.mark.parametrize(
     "argument", ["--mean=0.5", "--mean=1,2", "--std=0,0.1,0.1", "--mean=cifar"]
 )
 def test_a_wrong_normalisation_is_refused(capsys, argument):
@@ -111,6 +129,10 @@ def test_an_unknown_flag_is_told_the_nearest_one(capsys):
         (Training, "--extra-data images.npz --extra-fraction 0.999", "--extra-fraction"),
         (Training, "--no-ra --gate soft", "--gate"),
         (Training, "--awp 0.005 --epochs 5", "--awp-warmup"),
+        (Training, "--awp-warmup 3", "--awp-warmup delays --awp,"),
+        (Training, "--extra-fraction 0.5", "--extra-fraction is a share of --extra-data"),
+        (Training, "--epochs 5 --warmup-lr 5", "--warmup-lr 5 leaves no epoch"),
+        (Training, "--dataset digits --warmup-lr 16", "--warmup-lr 16 leaves no epoch"),
         (Evaluation, "", "--ckpt_url"),
         (Evaluation, "--ckpt_url", "--ckpt-url"),
         (Evaluation, "--ckpt_url x --model m:f", "--model"),
@@ -127,6 +149,20 @@ def test_an_unknown_flag_is_told_the_nearest_one(capsys):
 )
 def test_flags_that_are_missing_or_contradict_each_other_are_named(capsys, cls, flags, mentioned):
     assert mentioned in refusal(capsys, cls, *flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--resume run --awp-warmup 3 --extra-fraction 0.5 --warmup-lr 120",
+        "--resume --awp 0.1 --epochs 8",
+        "--awp 0 --awp-warmup 3",
+        "--epochs 5 --warmup-lr 4",
+    ],
+)
+def test_flags_that_may_be_of_use_are_accepted(flags):
+    """A run that is resumed has settings of its own; --awp 0 may come from a sweep."""
+    parse_training("", RA, flags.split())
 
 
 PUBLISHED = [
@@ -195,6 +231,46 @@ def test_other_spellings_and_forms_of_flags_parse():
     assert parse(Distances, "", ["--ckpt_url", "x", "--target_label", "0"]).model_dir == "x"
     assert parse(Umap, "", ["--ckpt-url", "x", "y"]).model_dir == ("x", "y")
     assert parse(Histograms, "", ["--distances", "x", "y", "--show"]).distances == ("x", "y")
+
+
+def test_numbers_may_have_spaces_signs_and_underscores():
+    argv = ["--milestones", "75, 90", "--epochs", " 7", "--seed", "+5", "--log-interval", "1_000"]
+    assert parse_training("", {}, [*argv, "--lr", " 0.5 ", "--epsilon=8 / 255"]).given == {
+        "milestones": (75, 90),
+        "epochs": 7,
+        "seed": 5,
+        "log_interval": 1000,
+        "lr": 0.5,
+        "epsilon": 8 / 255,
+    }
+    assert parse_training("", {}, ["--milestones", " none"]).given == {"milestones": ()}
+
+    argv = ["--attacks", " pgd, natural", "--mean", "0.5, 0.5, 0.5", "--std", " cifar10 "]
+    settings = parse(Evaluation, "", ["--ckpt_url=x", *argv])
+    assert settings.attacks == ("pgd", "natural")
+    assert settings.mean == (0.5, 0.5, 0.5)
+    assert settings.std == (0.2471, 0.2435, 0.2616)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("train_*_baseline.py")), ids=lambda s: s.stem)
+def test_baselines_accept_switches_that_their_recipe_has_on(capsys, script):
+    recipe = runpy.run_path(script)["RECIPE"]
+    assert recipe["no_ra"] and recipe["no_anc"]
+    for argv in (["--no-ra", "--no-anc"], ["--no_ra", "--no_anc"]):
+        command = parse_training("", recipe, argv)
+        assert command.settings == parse_training("", recipe, []).settings
+        assert command.given == {"no_ra": True, "no_anc": True}
+        assert parse_training("", RA, argv).settings.no_ra
+
+    with pytest.raises(SystemExit) as stop:
+        parse_training("", recipe, ["--no-no-ra"])
+    assert stop.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        parse_training("", recipe, ["--help"])
+    answer = capsys.readouterr().out
+    assert "--no-ra " in answer and "--no-anc " in answer
+    assert "--no-no" not in answer
 
 
 def test_a_default_given_on_the_command_counts_as_given():

@@ -486,6 +486,17 @@ def test_one_process_has_no_group():
     assert distributed.own_slice(5) == slice(0, 5)
 
 
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_variables_that_are_not_all_of_torchrun_start_no_group(monkeypatch, missing):
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=AssertionError))
+    with distributed.started():
+        assert distributed.world() == 1
+
+
 def test_ranks_of_an_evaluation_may_share_a_device_and_those_of_a_training_may_not(monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -47,6 +47,9 @@ TIMEOUT = timedelta(days=7)
 # Errors of communication that have no type of their own read like this.
 CONNECTION_LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
 
+# What torchrun tells each rank. Clusters and shells set some of these for their own purposes.
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @contextmanager
 def started() -> Iterator[None]:
@@ -55,7 +58,8 @@ def started() -> Iterator[None]:
     CPU tensors go by gloo, CUDA tensors by NCCL. A stop, on which all ranks agree, is reported by
     the first one alone. Errors: RunError where another rank has ended.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    by_torchrun = all(name in os.environ for name in TORCHRUN)
+    if not by_torchrun or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     backend = "gloo"

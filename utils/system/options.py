@@ -44,7 +44,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     parsed = _parsed(Training, doc + _other_defaults(), argv, default=defaults)
     given = {name: getattr(parsed, name) for name in _given(Training, argv)}
     settings = resolve(Training, given, script)
-    _refuse_any(_contradictions_in_training(settings))
+    _refuse_any(_contradictions_in_training(settings, given))
     return Command(settings, given, script)
 
 
@@ -82,7 +82,7 @@ def _parsed(cls: type[S], doc: str, argv: list[str], default: Any = tyro.MISSING
         description=doc,
         args=argv,
         default=default,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+        config=(tyro.conf.DisallowNone,),
     )
 
 
@@ -116,7 +116,7 @@ def _refuse_any(contradictions: Iterator[str]) -> None:
         sys.exit(2)
 
 
-def _contradictions_in_training(settings: Training) -> Iterator[str]:
+def _contradictions_in_training(settings: Training, given: Mapping[str, Any]) -> Iterator[str]:
     resumed = settings.resume is not None
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):
         yield "--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other"
@@ -137,6 +137,13 @@ def _contradictions_in_training(settings: Training) -> Iterator[str]:
     gate_or_blocks = (settings.gate, settings.ra_blocks)
     if settings.no_ra and gate_or_blocks != (Training.gate, Training.ra_blocks):
         yield "--gate and --ra-blocks are of reverse attention, which is off; leave them out"
+    if "extra_fraction" in given and not settings.extra_data:
+        yield "--extra-fraction is a share of --extra-data, which is missing; leave it out"
+    if "awp_warmup" in given and "awp" not in given and not settings.awp:
+        yield "--awp-warmup delays --awp, which is missing; leave it out"
+    if settings.warmup_lr >= settings.epochs:
+        warmup = f"--warmup-lr {settings.warmup_lr}"
+        yield f"{warmup} leaves no epoch after the warm-up; --epochs is {settings.epochs}"
     if settings.awp and settings.awp_warmup >= settings.epochs:
         warmup = f"all {settings.epochs} epochs are its warm-up"
         yield f"--awp never acts: {warmup}; lower --awp-warmup"

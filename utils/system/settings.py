@@ -27,6 +27,7 @@ from utils.system.values import (
     PositiveShare,
     Share,
     ShareBelowOne,
+    Switch,
     Truth,
     Whole,
     also,
@@ -115,9 +116,9 @@ class Training:
     """data set"""
     arch: Arch = "ResNet18"
     """network"""
-    no_ra: bool = False
+    no_ra: Switch = False
     """train without reverse attention"""
-    no_anc: bool = False
+    no_anc: Switch = False
     """train without asymmetric negative contrast"""
 
     # Length and optimiser
@@ -211,7 +212,7 @@ class Training:
     """evaluate every N epochs, and after the last"""
     log_interval: Count = 100
     """log every N batches"""
-    tensorboard: bool = False
+    tensorboard: Switch = False
     """write the content of metrics.csv for TensorBoard, too"""
     save_freq: Annotated[Count, also("-s")] = 10
     """keep a checkpoint every N epochs"""
@@ -233,9 +234,9 @@ class Training:
     """end of the name of the run's folder; tells runs of changed code apart"""
     resume: PathOrFlagAlone = None
     """continue this run, or the one of PATH, a run folder or last_state.pt"""
-    other_data: bool = False
+    other_data: Switch = False
     """let --resume go on with other images than those that the run had"""
-    overwrite: bool = False
+    overwrite: Switch = False
     """replace the run that the folder holds; says what is lost"""
 
     # Device
@@ -248,9 +249,9 @@ class Training:
     """replay the training attack as one CUDA graph; same images"""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N"""
-    no_cuda: bool = False
+    no_cuda: Switch = False
     """use the CPU"""
-    sync_bn: bool = False
+    sync_bn: Switch = False
     """under torchrun, compute BatchNorm over the batches of all ranks; CUDA only"""
 
     @property
@@ -325,7 +326,7 @@ class Checkpoint:
     """network; if unset, the checkpoint's own"""
     width: Annotated[int | None, whole(1, 1024)] = None
     """channels of the first stage, or the widen factor of a WRN"""
-    no_ra: bool = False
+    no_ra: Switch = False
     """a network without reverse attention"""
     gate: Annotated[Gate | None, UNSET] = None
     """row of W that weights a map, as in training"""
@@ -355,7 +356,7 @@ class Checkpoint:
     float32 in any case"""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N"""
-    no_cuda: bool = False
+    no_cuda: Switch = False
     """use the CPU"""
 
 
@@ -390,7 +391,7 @@ class Evaluation(Checkpoint):
     """steps of the adaptive attack's APGD; fewer for a first look"""
     surrogate: Annotated[str | None, PATH] = None
     """checkpoint whose gradients `transfer` and the adaptive attack take"""
-    diagnostics: bool = False
+    diagnostics: Switch = False
     """look for signs of gradient masking; draws two pictures"""
     save_adversarial: Annotated[str | None, PATH] = None
     """npz file for the worst adversarial example of each image"""
@@ -433,7 +434,7 @@ class Histograms:
     """which of the two features of a file; if unset, the file's own choice"""
     out: Path = "./plots"
     """folder of the figures"""
-    show: bool = False
+    show: Switch = False
     """also open a window"""
 
 
@@ -445,7 +446,7 @@ class Umap(Checkpoint):
     """run folders or checkpoint files, a panel for each"""
     labels: Annotated[tuple[str, ...] | None, NAMES] = None
     """titles of the panels; if unset, the methods"""
-    adversarial: bool = False
+    adversarial: Switch = False
     """embed the images' PGD examples together with them"""
     num_steps: Count = 10
     """steps of PGD"""
@@ -457,7 +458,7 @@ class Umap(Checkpoint):
     """first part of the files' names; if unset, what is drawn"""
     out: Path = "./plots"
     """folder of the figures"""
-    show: bool = False
+    show: Switch = False
     """also open a window"""
 
 

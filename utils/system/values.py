@@ -46,10 +46,16 @@ def _values(
     metavar: str, read: Callable[..., Any], words: int | tuple[int, ...] | Literal["*"] = 1
 ) -> PrimitiveConstructorSpec:
     """A kind of value. words: how many words follow the flag; `read` takes them as arguments."""
+
+    def read_words(texts: list[str]) -> Any:
+        if words != "*" and len(texts) > 1:  # tyro gives an optional word all that follow
+            raise ValueError(f"the flag takes one value, not {len(texts)}: {' '.join(texts)}")
+        return read(*texts)
+
     return PrimitiveConstructorSpec(
         nargs=words,
         metavar=metavar,
-        instance_from_str=lambda texts: read(*texts),
+        instance_from_str=read_words,
         is_instance=lambda value: True,
         str_from_instance=lambda value: ["unset" if value is None else as_given(value)],
     )
@@ -75,15 +81,19 @@ def number(interval: str) -> PrimitiveConstructorSpec:
 
 
 def whole(low: int = 0, high: int = 2**31 - 1, multiple_of: int = 1) -> PrimitiveConstructorSpec:
-    """Whole numbers from low to high."""
+    """Whole numbers from low to high, written as int() reads them."""
     allowed = f"whole number from {low} to {high}"
     if multiple_of > 1:
         allowed = f"multiple of {multiple_of} from {low} to {high}"
 
     def read(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high or int(text) % multiple_of:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is no {allowed}") from None
+        if not low <= value <= high or value % multiple_of:
             raise ValueError(f"{text!r} is no {allowed}")
-        return int(text)
+        return value
 
     return _values("N", read)
 
@@ -92,7 +102,9 @@ def names_of(known: Sequence[str], all_of_them: Sequence[str]) -> PrimitiveConst
     """Some of the known names, separated by commas; `all` for all_of_them."""
 
     def read(text: str) -> tuple[str, ...]:
-        chosen = all_of_them if text == "all" else [part.strip() for part in text.split(",")]
+        chosen = [part.strip() for part in text.split(",")]
+        if chosen == ["all"]:
+            chosen = all_of_them
         for name in chosen:
             if name not in known:
                 raise ValueError(f"{name!r} is none of {', '.join(known)}, all")
@@ -106,8 +118,8 @@ def channels(known: Mapping[str, tuple[float, ...]], interval: str) -> Primitive
     read_number = number(interval).instance_from_str
 
     def read(text: str) -> tuple[float, ...]:
-        if text in known:
-            return known[text]
+        if text.strip() in known:
+            return known[text.strip()]
         parts = text.strip("()[] ").split(",")
         if len(parts) != 3:
             names = ", ".join(known)
@@ -118,11 +130,13 @@ def channels(known: Mapping[str, tuple[float, ...]], interval: str) -> Primitive
 
 
 def _read_epochs(text: str) -> tuple[int, ...]:
-    parts = [] if text == "none" else text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{text!r} is no list of epochs, such as 75,90,100 or none")
-    numbers = [int(part) for part in parts]
-    if 0 in numbers or numbers != sorted(set(numbers)):
+    if text.strip() == "none":
+        return ()
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is no list of epochs, such as 75,90,100 or none") from None
+    if min(numbers) < 1 or numbers != sorted(set(numbers)):
         raise ValueError(f"{text!r} is no list of rising epochs, such as 75,90,100")
     return tuple(numbers)
 
@@ -184,6 +198,8 @@ PositiveShare = Annotated[float, number("(0, 1]")]
 ShareBelowOne = Annotated[float, number("[0, 1)")]
 Epochs = Annotated[tuple[int, ...], _values("E,E", _read_epochs)]
 Truth = tyro.conf.FlagConversionOff[Annotated[bool, _values("[BOOL]", _read_truth, words=(0, 1))]]
+# A flag alone, which switches something on whatever the default is
+Switch = tyro.conf.FlagConversionOff[Annotated[bool, _values("", lambda: True, words=0)]]
 Path = Annotated[str, PATH]
 PathOrFlagAlone = Annotated[
     str | bool | None, _values("[PATH]", _read_path_or_flag_alone, words=(0, 1))
