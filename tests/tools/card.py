@@ -45,6 +45,7 @@ from utils.system.errors import Stopped, UsageError, first_line
 from utils.system.options import parse_training
 from utils.system.provenance import in_one_line, provenance
 from utils.training import loop as training
+from utils.training.job import Job
 from utils.training.loop import attack_batch, backward
 
 ROOT = Path(__file__).parents[2]
@@ -331,11 +332,10 @@ def evaluated(card: Card, arch: str, job: Step, precision: str, batch: int) -> R
 BLOCKS = """
 import utils.evaluation.autoattack
 import utils.evaluation.robustness
-from utils.system.command import main
-from utils.system.settings import Evaluation
+import test_white_attack
 
 utils.evaluation.autoattack.BLOCK = utils.evaluation.robustness.BLOCK = {block}
-main("utils.evaluation.robustness:white_attack", Evaluation, "")
+test_white_attack.main()
 """
 
 
@@ -492,16 +492,16 @@ def stopped_at(call: int) -> Iterator[list[int]]:
     """Stop a training run at the given call of `check_stop`; yields a list, empty until then."""
     calls = []
     stopped = []
-    real = training.Run.check_stop
+    real = Job.check_stop
 
-    def check(job: training.Run) -> None:
+    def check(job: Job) -> None:
         calls.append(1)
         if len(calls) == call:
             stopped.append(call)
-            job.stop = signal.SIGTERM
+            job.stop_signal = signal.SIGTERM
         real(job)
 
-    with mock.patch.object(training.Run, "check_stop", check):
+    with mock.patch.object(Job, "check_stop", check):
         yield stopped
 
 

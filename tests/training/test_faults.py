@@ -182,7 +182,7 @@ def assert_failed(status, errors, run, cause):
     assert os.strerror(cause) in line
 
 
-MOMENTS = [("write", 500), ("table", 1), ("save", 4), ("rename", 3), ("write", 1), ("flush", 2)]
+MOMENTS = [("write", 500), ("table", 1), ("rename", 3), ("write", 1), ("flush", 2)]
 
 
 @pytest.mark.parametrize("moment", quick_first(MOMENTS, 2))
