@@ -1,16 +1,18 @@
 """What the scripts share; `load_model` and `frozen` may be imported from here.
 
-Import it before PyTorch, since it settles how OpenMP's threads wait for work. By default they spin,
-which costs a step many times its own time as soon as another process needs a core. OpenMP reads its
-environment while PyTorch is loaded; later a value would change nothing.
+Import it before PyTorch, since it settles how OpenMP's threads wait for work. By default they spin
+for long, which costs a step many times its own time as soon as another process needs a core. Here
+they spin for a moment, and then sleep: to sleep at once would make each step slower. GNU's OpenMP,
+which PyTorch brings on Linux, reads its environment while PyTorch is loaded; later a value would
+change nothing.
 """
 
 import os
 import sys
 from typing import Any
 
-if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:
