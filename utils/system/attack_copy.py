@@ -129,16 +129,34 @@ class AttackCopy:
     @torch.no_grad()
     def sync_weights(self) -> nn.Module:
         """Take over the network's present weights and statistics, and return the copy."""
-        for conv, norm, layer in self._folded:
-            inverse = torch.rsqrt(norm.running_var + norm.eps)
-            weight = norm.weight * inverse
-            bias = norm.bias - norm.running_mean * inverse * norm.weight
-            if conv is not None:
-                weight = conv.weight * weight[:, None, None, None]
-            layer.weight.copy_(weight.view_as(layer.weight))
-            layer.bias.copy_(bias.view_as(layer.bias))
+        self._sync_folded()
         torch._foreach_copy_(self._copies, self._originals)
         return self.net
+
+    def _sync_folded(self) -> None:
+        """Write each BatchNorm, with its convolution if any, into its layer of the copy.
+
+        All layers go together in each operation: on a card, launching one operation after the other
+        for each of them would take longer than the operations.
+        """
+        if not self._folded:
+            return
+        norms = [norm for _, norm, _ in self._folded]
+        norm_weights = [norm.weight for norm in norms]
+        inverse = torch._foreach_add([norm.running_var for norm in norms], [n.eps for n in norms])
+        torch._foreach_rsqrt_(inverse)
+        scales = torch._foreach_mul(norm_weights, inverse)
+        shifts = torch._foreach_mul([norm.running_mean for norm in norms], inverse)
+        torch._foreach_mul_(shifts, norm_weights)
+        biases = torch._foreach_sub([norm.bias for norm in norms], shifts)
+
+        weights = []
+        for (conv, _, _), scale in zip(self._folded, scales, strict=True):
+            weights.append(scale if conv is None else conv.weight * scale[:, None, None, None])
+        for name, values in (("weight", weights), ("bias", biases)):
+            tensors = [getattr(layer, name) for _, _, layer in self._folded]
+            shaped = [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)]
+            torch._foreach_copy_(tensors, shaped)
 
 
 def affine_norms(net: ReverseAttentionNetwork) -> bool:

@@ -27,7 +27,7 @@ from utils.data.datasets import (
 from utils.data.subject import halving, largest_batch, percent, verdicts
 from utils.step import Attacked, Draws, Terms, attack, draw, negative_strategy, step_figures
 from utils.system import distributed
-from utils.system.attack_copy import AttackCopy, frozen
+from utils.system.attack_copy import AttackCopy
 from utils.system.checkpoints import BEST, LAST, load_model, save, weights_after
 from utils.system.devices import Sent, computing, pick_device
 from utils.system.errors import UsageError, stop_signals
@@ -280,8 +280,11 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
     pgd40 = partial(
         pgd40_heads, settings.epsilon, settings.step_size, settings.cr_beta, settings.seed
     )
-    bar = tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet())
-    with frozen(model) as net, frozen(model, settings.precision) as attacked_net, bar:
+    net = AttackCopy(model).net
+    attacked_net = net
+    if settings.precision == "bf16":
+        attacked_net = AttackCopy(model, "bf16").net
+    with tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
         batch_size = settings.test_batch_size
         attack = pgd40()
         if batch_size is None:
