@@ -175,9 +175,9 @@ def assert_same_loss(logits, labels, o):
             return Heads(final, tuple(auxiliary), torch.empty(0))
 
         attacked = Attacked("adversarial", "negative", negative_labels)
-        terms = training_loss(model, "natural", labels, attacked, o)
+        stats = training_loss(model, "natural", labels, attacked, o)
         assert forwards == ["natural", "adversarial", "negative"]
-        return terms.loss, terms.contrast
+        return stats.loss, stats.contrast
 
     def reference(**sides):
         return objective(**sides, labels=labels, o=o)
@@ -437,13 +437,13 @@ def assert_same_steps(
         contrasts.append(contrast.item())
 
         attacked = attack_batch(attack_copy, x, y, o, generator, epoch)
-        terms = training_loss(model, x, y, attacked, o)
+        stats = training_loss(model, x, y, attacked, o)
         optimizer.zero_grad()
-        terms.loss.backward()
+        stats.loss.backward()
         pairs = {
             "adversarial images": (attacked.adversarial, adversarial),
-            "loss": (terms.loss, loss),
-            "contrast": (terms.contrast, contrast),
+            "loss": (stats.loss, loss),
+            "contrast": (stats.contrast, contrast),
         }
         assert (attacked.negative is None) == (negative is None)
         if negative is not None:

@@ -2,8 +2,8 @@
 
     draws = draw(x, labels, logits, strategy, settings, generator)
     attacked = attack(pgd, x, labels, draws, natural, settings)
-    terms = training_loss(model, x, labels, attacked, settings)
-    terms.loss.backward()
+    stats = training_loss(model, x, labels, attacked, settings)
+    stats.loss.backward()
 
 `settings` has the fields of `Training` in utils/system/settings.py. The caller, in
 utils/training/loop.py, draws for the whole batch in every process, and gives each process its slice
@@ -67,36 +67,22 @@ class Attacked(NamedTuple):
     negative_labels: Tensor | None = None
 
 
-class Terms(NamedTuple):
-    """The loss of a batch, and what it was computed from.
+class StepStats(NamedTuple):
+    """The numbers of a step: scalar tensors, means over a batch. Only `loss` has a gradient.
 
-    contrast: ANC over heads, before zeta; 0 without negatives. natural, adversarial: the heads of
-    the two training forwards; natural is None where the method needs no such forward. auxiliary:
-    the part of the loss that comes from auxiliary heads, without that of ANC; it has no gradient.
+    contrast: ANC over heads, before zeta; 0 without negatives. cross_entropy (trades: of natural
+    images, else of adversarial ones) and kl are of the final logits. auxiliary: what the other
+    heads add to the loss, without their ANC. robust, natural: shares of right predictions of the
+    first head. kl is 0 and natural is NaN where the method needs no natural forward.
     """
 
     loss: Tensor
     contrast: Tensor
-    natural: Heads | None
-    adversarial: Heads
+    cross_entropy: Tensor
+    kl: Tensor
     auxiliary: Tensor
-
-
-class Figures(NamedTuple):
-    """What is logged of a step.
-
-    cross_entropy (trades: of natural images, else of adversarial ones) and kl are of the final
-    logits, auxiliary is what the other heads add. robust, natural: shares of right predictions of
-    the first head; natural is None where the method needs no natural forward.
-    """
-
-    loss: float
-    contrast: float
-    cross_entropy: float
-    kl: float
-    auxiliary: float
-    robust: float
-    natural: float | None = None
+    robust: Tensor
+    natural: Tensor
 
 
 def away_from_labels(heads: Heads, labels: Tensor, auxiliary_weight: float) -> Tensor:
@@ -189,9 +175,19 @@ def attack(
     return Attacked(adversarial, negative, negative_labels)
 
 
+def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
+    """Return the share of right predictions of the first head, a scalar.
+
+    That is `auxiliary[0]`, the only head that a training forward computes without the labels, or
+    the `final` one of a plain network.
+    """
+    logits = heads.auxiliary[0] if heads.auxiliary else heads.final
+    return (logits.argmax(1) == labels).float().mean()
+
+
 def training_loss(
     model: nn.Module, x: Tensor, labels: Tensor, attacked: Attacked, settings: Settings
-) -> Terms:
+) -> StepStats:
     """Compute the loss of a batch: objective + zeta * ANC, each over heads with weight lambda.
 
     Natural, adversarial and negative images take separate forwards in this order, since each
@@ -210,47 +206,32 @@ def training_loss(
         return OBJECTIVES[settings.method](*logits, labels, settings)
 
     heads = (adversarial,) if adversarial_only else (natural, adversarial)
-    loss = over_heads(objective, *heads, auxiliary_weight=auxiliary_weight)
-    with torch.no_grad():
-        auxiliary = loss - objective(*(side.final for side in heads))
+    objective_over_heads = over_heads(objective, *heads, auxiliary_weight=auxiliary_weight)
 
     def anc(natural: Tensor, negative: Tensor) -> Tensor:
         return asymmetric_negative_contrast(natural, negative, settings.alpha)
 
+    loss = objective_over_heads
     contrast = loss.new_zeros(())
     if attacked.negative is not None:
         negative = model(attacked.negative, attacked.negative_labels, heads=True)
         contrast = over_heads(anc, natural, negative, auxiliary_weight=auxiliary_weight)
         loss = loss + settings.zeta * contrast
-    return Terms(loss, contrast, natural, adversarial, auxiliary)
 
-
-def first_head_right(heads: Heads, labels: Tensor) -> Tensor:
-    """Return the share of right predictions of the first head, a scalar.
-
-    That is `auxiliary[0]`, the only head that a training forward computes without the labels, or
-    the `final` one of a plain network.
-    """
-    logits = heads.auxiliary[0] if heads.auxiliary else heads.final
-    return (logits.argmax(1) == labels).float().mean()
-
-
-@torch.no_grad()
-def step_figures(terms: Terms, labels: Tensor, settings: Settings) -> Tensor:
-    """Return the values of `Figures`, but for a `natural` of None, as a tensor on the device."""
-    adversarial = terms.adversarial.final
-    kl = torch.zeros_like(terms.loss)
-    if settings.method not in ADVERSARIAL_ONLY:
-        kl = kl_divergence(terms.natural.final, adversarial)
-    shown = terms.natural.final if settings.method == "trades" else adversarial
-    figures = [
-        terms.loss,
-        terms.contrast,
-        F.cross_entropy(shown, labels),
-        kl,
-        terms.auxiliary,
-        first_head_right(terms.adversarial, labels),
-    ]
-    if terms.natural is not None:
-        figures.append(first_head_right(terms.natural, labels))
-    return torch.stack(figures)
+    with torch.no_grad():
+        shown = natural if settings.method == "trades" else adversarial
+        kl = loss.new_zeros(())
+        if not adversarial_only:
+            kl = kl_divergence(natural.final, adversarial.final)
+        natural_right = loss.new_full((), torch.nan)
+        if natural is not None:
+            natural_right = first_head_right(natural, labels)
+        return StepStats(
+            loss,
+            contrast.detach(),
+            F.cross_entropy(shown.final, labels),
+            kl,
+            objective_over_heads - objective(*(side.final for side in heads)),
+            first_head_right(adversarial, labels),
+            natural_right,
+        )

@@ -438,13 +438,13 @@ def test_what_is_not_finite_names_its_own_batch(tmp_path, monkeypatch, wrong):
     calls = []
 
     def failing(model, *args):
-        terms = real(model, *args)
+        stats = real(model, *args)
         calls.append(1)
         if len(calls) != 2:
-            return terms
+            return stats
         zero = 0 * model.classifier.bias.sum()
         added = zero + math.nan if wrong == "loss" else zero.sqrt()
-        return terms._replace(loss=terms.loss + added)
+        return stats._replace(loss=stats.loss + added)
 
     monkeypatch.setattr(job, "training_loss", failing)
     name = {"loss": "the loss", "gradient": "the norm of its gradients"}[wrong]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from utils.step import Figures, training_loss
+from utils.step import StepStats, training_loss
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy, in_precision
 from utils.system.checkpoints import STATE, load_state, load_weights, save
@@ -26,7 +26,7 @@ from utils.training import runs
 from utils.training.companions import Average
 from utils.training.splits import Data
 
-TERMS = ("loss", "contrast", "cross_entropy", "kl", "auxiliary")  # of `Figures`, averaged in a row
+TERMS = ("loss", "contrast", "cross_entropy", "kl", "auxiliary")  # averaged in a row
 SUMS = (*TERMS, "robust", "natural", "natural_images", "seconds")
 
 
@@ -47,14 +47,14 @@ class Progress:
 
 
 class Pending(NamedTuple):
-    """A step whose figures are on their way from the device.
+    """A step whose numbers are on their way from the device.
 
     done: the images of the epoch up to and with this step; images: those of this step.
     """
 
     done: int
     images: int
-    figures: Sent
+    stats: Sent
 
 
 class Job:
@@ -192,8 +192,8 @@ class Job:
         except (RuntimeError, TypeError):
             self.log("note       saved on another kind of device: random draws do not carry over")
 
-    def read_figures(self) -> None:
-        """Add the figures of the last step to the sums of the epoch.
+    def read_stats(self) -> None:
+        """Add the numbers of the last step to the sums of the epoch.
 
         They are read one step late, when they have arrived. Reading them at once would leave the
         device idle until the host has started the next step.
@@ -204,26 +204,26 @@ class Job:
         done, images, sent = self.pending
         self.pending = None
         *values, norm = sent.arrived()
-        figures = Figures(*values)
+        stats = StepStats(*values)
 
         epoch = self.progress.epoch
         batch = math.ceil(done / self.own_images)
-        checked = {"the loss": figures.loss, "the norm of its gradients": norm}
+        checked = {"the loss": stats.loss, "the norm of its gradients": norm}
         for name, value in checked.items():
             if not math.isfinite(value):
                 raise self.failure(f"{name} is {value} in epoch {epoch}, batch {batch}")
 
         sums = self.progress.sums
         for name in TERMS:
-            sums[name] += getattr(figures, name) * images
-        sums["robust"] += round(figures.robust * images)
-        if figures.natural is not None:
-            sums["natural"] += round(figures.natural * images)
+            sums[name] += getattr(stats, name) * images
+        sums["robust"] += round(stats.robust * images)
+        if not math.isnan(stats.natural):
+            sums["natural"] += round(stats.natural * images)
             sums["natural_images"] += images
 
         if batch % self.settings.log_interval == 0:
             where = f"epoch {epoch} [{done}/{len(self.progress.order)}]"
-            self.log(f"{where} loss {figures.loss:.4f} contrast {figures.contrast:.4f}")
+            self.log(f"{where} loss {stats.loss:.4f} contrast {stats.contrast:.4f}")
 
     def note_stop(self, signum: int, frame: object) -> None:
         """Handle a signal: the first waits for the next step, a second Ctrl-C or SIGTERM does not.
@@ -243,7 +243,7 @@ class Job:
         signum = distributed.agreed(self.stop_signal)
         if not signum:
             return
-        self.read_figures()
+        self.read_stats()
         command = shlex.join([sys.argv[0], "--resume", str(self.folder)])
         line = f"{stop_word(signum)}; continue by: {distributed.launcher()} {command}"
 

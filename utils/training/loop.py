@@ -25,7 +25,7 @@ from utils.data.datasets import (
     with_extra,
 )
 from utils.data.subject import halving, largest_batch, percent, verdicts
-from utils.step import Attacked, Draws, Terms, attack, draw, negative_strategy, step_figures
+from utils.step import Attacked, Draws, StepStats, attack, draw, negative_strategy
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy
 from utils.system.checkpoints import BEST, LAST, load_model, save, weights_after
@@ -147,18 +147,18 @@ def train_epoch(job: Job) -> None:
             if data.extra is not None:
                 seeds = (settings.seed, progress.epoch, progress.done)
                 batch = with_extra(batch, data.extra, settings.extra_images, seeds)
-            figures = train_step(job, batch)
+            stats = train_step(job, batch)
 
-            # The figures of the step before have arrived by now.
-            job.read_figures()
+            # The numbers of the step before have arrived by now.
+            job.read_stats()
             progress.done += len(indices)
-            job.pending = Pending(progress.done, len(indices), Sent(figures))
+            job.pending = Pending(progress.done, len(indices), Sent(stats))
             sums["seconds"] += time.perf_counter() - started
             started = time.perf_counter()
             bar.update(len(indices))
             bar.set_postfix_str(bar_text(job), refresh=False)
             job.check_stop()
-    job.read_figures()
+    job.read_stats()
 
 
 def set_learning_rate(job: Job) -> None:
@@ -216,7 +216,7 @@ def attack_batch(
 
 
 def backward(
-    loss_of: Callable[..., Terms],
+    loss_of: Callable[..., StepStats],
     x: Tensor,
     labels: Tensor,
     attacked: Attacked,
@@ -225,21 +225,21 @@ def backward(
     """Leave the gradients of a batch's loss in the parameters, the same on each rank.
 
     loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of
-    this rank's slice. Returns the values of `Figures` of the whole batch, on the device.
+    this rank's slice. Returns the values of `StepStats` of the whole batch, on the device.
     """
     own = distributed.own_slice(len(x))
     weight = distributed.own_weight(len(x))
-    terms = loss_of(x[own], labels[own], attacked, settings)
+    stats = loss_of(x[own], labels[own], attacked, settings)
     # The loss is a mean over the slice, and gradients are averaged over ranks. So the slice's share
     # of the batch, times the number of ranks, makes it a part of the mean over the batch.
-    (terms.loss * (weight * distributed.world())).backward()
-    return distributed.total(step_figures(terms, labels[own], settings) * weight)
+    (stats.loss * (weight * distributed.world())).backward()
+    return distributed.total(torch.stack(stats).detach() * weight)
 
 
 def train_step(job: Job, batch: Split) -> Tensor:
     """Attack a batch, and train on it.
 
-    Returns the values of `Figures` and the norm of all gradients, on the device.
+    Returns the values of `StepStats` and the norm of all gradients, on the device.
     """
     settings = job.settings
     epoch = job.progress.epoch
@@ -252,13 +252,13 @@ def train_step(job: Job, batch: Split) -> Tensor:
     if settings.awp and epoch > settings.awp_warmup:
         perturbation = adversarial_weights(job.model, gradients, settings.awp)
     with perturbation:
-        figures = gradients()
+        stats = gradients()
         norms = torch._foreach_norm([p.grad for p in job.model.parameters() if p.grad is not None])
         job.optimizer.step()
     job.optimizer.zero_grad()  # frees the gradients' memory for the next attack
     if job.average is not None:
         job.average.update(job.model, settings.ema)
-    return torch.cat([figures, torch.stack(norms).sum()[None]])
+    return torch.cat([stats, torch.stack(norms).sum()[None]])
 
 
 def natural_accuracy(sums: dict[str, float]) -> float | None:
