@@ -6,10 +6,14 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a forward may be given to gate by: labels (N,); None, for no labels; or a pair, one entry for
-# each of the last two blocks, which is labels, weights of the classes (N, C), or None for the
+# A gate says which rows of the classifier weight a map. It takes the auxiliary logits (N, C) and
+# labels (N,) or None, and returns classes (N,), weights of classes (N, C) of float, or None for a
+# map that is not weighted.
+Gate = Callable[[Tensor, Tensor | None], Tensor | None]
+# What the argument `gate` of a forward may be: labels (N,); None, for no labels; or a pair, one
+# entry for each of the last two blocks, which is labels, weights of classes (N, C), or None for the
 # predicted class.
-Gate = Tensor | None | tuple[Tensor | None, Tensor | None]
+GateInput = Tensor | None | tuple[Tensor | None, Tensor | None]
 
 
 class Heads(NamedTuple):
@@ -58,9 +62,8 @@ def no_gate(auxiliary: Tensor, labels: Tensor | None) -> None:
     """Leave the map as it is: auxiliary heads without weighting."""
 
 
-# Each takes the auxiliary logits (N, C) and labels (N,) or None, and returns classes (N,), weights
-# of classes (N, C) of float, or None for a map that is not weighted.
-GATES: dict[str, Callable[[Tensor, Tensor | None], Tensor | None]] = {
+# Each takes the auxiliary logits and labels or None.
+GATES: dict[str, Gate] = {
     "label": label_gate,
     "predicted": predicted_gate,
     "soft": soft_gate,
@@ -83,12 +86,13 @@ def reverse_attention(
     classifier: nn.Linear,
     labels: Tensor | None = None,
     window: int | None = None,
-    gate: Callable[[Tensor, Tensor | None], Tensor | None] = label_gate,
+    gate: Gate = label_gate,
 ) -> tuple[Tensor, Tensor]:
     """Weight a map by the classifier's row of one class: z' = z * W[c], broadcast over space.
 
     z: (N, D, h, w), after its last ReLU. classifier: the network's only linear layer, (C, F).
-    labels: (N,), for training forwards. window: of `pool`. gate: which class c, a value of `GATES`.
+    labels: (N,), for training forwards. window: of `pool`. gate: a value of `GATES`, which
+    chooses the class c.
     Returns z' and the auxiliary logits (N, C) of the map before it is weighted. W learns through
     both uses; there is no gradient through an argmax.
     """
@@ -143,7 +147,7 @@ class ReverseAttentionNetwork(nn.Module):
         """The linear layer of all heads."""
         return self.fc
 
-    def forward(self, x: Tensor, gate: Gate = None, heads: bool = False) -> Tensor | Heads:
+    def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
         """Classify images x (N, 3, H, W) in [0, 1] into logits (N, C), or return `Heads`.
 
         gate: labels (N,) in training forwards, None in attacks and evaluation; the network's own
@@ -151,12 +155,11 @@ class ReverseAttentionNetwork(nn.Module):
         (N, C) or None for its prediction, whatever the network's own gate is. A plain network
         ignores it. Whether the network is in train or eval mode is left as it is.
         """
+        network_gate = GATES[self.gate]
+        labels_by_block = (gate, gate)
         if isinstance(gate, tuple):
-            rule = label_gate
-            gates = gate
-        else:
-            rule = GATES[self.gate]
-            gates = (gate, gate)
+            network_gate = label_gate
+            labels_by_block = gate
 
         if self.normalise is not None:
             x = self.normalise(x)
@@ -170,16 +173,15 @@ class ReverseAttentionNetwork(nn.Module):
 
         unweighted = z
         auxiliary = []
-        for block, labels in zip(blocks[plain_blocks:], gates[plain_blocks:], strict=True):
+        weighted = zip(blocks[plain_blocks:], labels_by_block[plain_blocks:], strict=True)
+        for block, labels in weighted:
             unweighted = self.activate(block(z))
             z, logits = reverse_attention(
-                unweighted, self.classifier, labels, self.pool_window, rule
+                unweighted, self.classifier, labels, self.pool_window, network_gate
             )
             auxiliary.append(logits)
 
         features = pool(z, self.pool_window)
         final = self.classifier(features)
-        if not heads:
-            return Heads(final, tuple(auxiliary), features).logits(self.predict)
-        pooled = features if unweighted is z else pool(unweighted, self.pool_window)
-        return Heads(final, tuple(auxiliary), features, pooled)
+        out = Heads(final, tuple(auxiliary), features, pool(unweighted, self.pool_window))
+        return out if heads else out.logits(self.predict)

@@ -188,7 +188,7 @@ def test_stored_networks_attain_what_their_table_says(reverse_attention, natural
     [
         ("ResNet50", {}, "ResNet18"),
         ("ResNet18", {"image_size": 20}, "multiple of 8"),
-        ("PreActResNet18", {"image_size": 48}, "64"),
+        ("PreActResNet18", {"image_size": 48}, "multiple of 32"),
         ("ResNet18", {"gate": "hard"}, "predicted"),
     ],
 )

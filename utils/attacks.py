@@ -83,33 +83,27 @@ def linf_pgd_together(
     training forwards that follow. No image's gradient depends on another image, so only rounding
     can differ. Returns the adversarial images of each batch.
     """
-    pixels = sum(batch.x[:, 0].numel() for batch in batches)
-    parameters = sum(p.numel() for p in net.parameters())
-    as_one = batches[0].x.is_cuda or pixels * parameters <= SMALL
-    groups = [batches] if as_one else [[batch] for batch in batches]
+    x = torch.cat([batch.x for batch in batches])
+    work = x[:, 0].numel() * sum(p.numel() for p in net.parameters())
+    if len(batches) > 1 and work > SMALL and not x.is_cuda:
+        attacked = []
+        for batch in batches:
+            attacked += linf_pgd_together(net, [batch], auxiliary_weight, eps, step_size, steps)
+        return attacked
 
-    adversarial = []
-    for group in groups:
-        x = torch.cat([batch.x for batch in group])
-        start = torch.cat([batch.start for batch in group])
-        objective = partial(_added_objectives, net, group, auxiliary_weight)
-        attacked = linf_pgd(x, objective, eps, step_size, steps, start)
-        adversarial += attacked.split([len(batch.x) for batch in group])
-    return adversarial
+    def objective(x: Tensor) -> Tensor:
+        heads = net(x, heads=True)
+        total = 0
+        first = 0
+        for batch in batches:
+            rows = slice(first, first + len(batch.x))
+            total = total + batch.objective(heads.rows(rows), batch.target, auxiliary_weight)
+            first = rows.stop
+        return total
 
-
-def _added_objectives(
-    net: nn.Module, batches: list[ToAttack], auxiliary_weight: float, x: Tensor
-) -> Tensor:
-    """Return the sum of the batches' objectives on x, their images in a row."""
-    heads = net(x, heads=True)
-    total = 0
-    first = 0
-    for batch in batches:
-        rows = slice(first, first + len(batch.x))
-        total = total + batch.objective(heads.rows(rows), batch.target, auxiliary_weight)
-        first = rows.stop
-    return total
+    start = torch.cat([batch.start for batch in batches])
+    attacked = linf_pgd(x, objective, eps, step_size, steps, start)
+    return list(attacked.split([len(batch.x) for batch in batches]))
 
 
 def summed_cross_entropy(labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -157,16 +151,15 @@ def image_noise(x: Tensor, numbers: Tensor, seed: int, kind: str, draw: int = 0)
     The noise of an image depends on the seed, on its number in the test set and on the draw, not
     on the batch or the device.
     """
-    noise = np.empty(x.shape, np.float32)
-    for row, number in zip(noise, numbers.tolist(), strict=True):
-        seeds = (seed, number, draw) if draw else (seed, number)
-        rng = np.random.default_rng(seeds)
+    noise = torch.empty(x.shape)
+    for image, number in zip(noise, numbers.tolist(), strict=True):
+        rng = np.random.default_rng((seed, number, draw) if draw else (seed, number))
         if kind == "normal":
-            row[:] = rng.standard_normal(row.shape, np.float32)
+            values = rng.standard_normal(image.shape, np.float32)
         else:
-            row[:] = rng.random(row.shape, np.float32)
-    noise = torch.from_numpy(noise).to(x.device)
-    return noise if kind == "normal" else 2 * noise - 1
+            values = 2 * rng.random(image.shape, np.float32) - 1
+        image.copy_(torch.from_numpy(values))
+    return noise.to(x.device)
 
 
 def pgd(

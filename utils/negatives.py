@@ -33,18 +33,11 @@ def choose_negatives(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
-    present, sizes = labels.unique(return_counts=True)
-    if len(present) < 2:
-        return None
-    largest = int(sizes.max())
-    device = generator.device
-    labels = labels.to(device, non_blocking=True)
-    present = present.to(device, non_blocking=True)
-    sizes = sizes.to(device, non_blocking=True)
-    chosen = _random_negatives(labels, present, sizes, largest, generator, classes, per_class)
-    if strategy == "random":
+    chosen = _random_negatives(labels, generator, classes, per_class)
+    if chosen is None or strategy == "random":
         return chosen
 
+    labels = labels.to(chosen.device, non_blocking=True)
     prediction = logits.argmax(1)
     candidates = labels != labels[:, None]  # (N, N), anchors by images
     if strategy == "soft":
@@ -62,19 +55,21 @@ def choose_negatives(
 
 
 def _random_negatives(
-    labels: Tensor,
-    present: Tensor,
-    sizes: Tensor,
-    largest: int,
-    generator: torch.Generator,
-    classes: int,
-    per_class: int,
-) -> Tensor:
+    labels: Tensor, generator: torch.Generator, classes: int, per_class: int
+) -> Tensor | None:
     """Draw distinct other classes for each anchor, and distinct images of each.
 
-    present, sizes: the classes in the batch, sorted, and how many images each has, `largest` at
-    most. Returns (N, classes * per_class) indices into the batch.
+    Returns (N, classes * per_class) indices into the batch, or None where it holds one class only.
     """
+    present, sizes = labels.unique(return_counts=True)  # the classes in the batch, sorted
+    if len(present) < 2:
+        return None
+    largest = int(sizes.max())
+    device = generator.device
+    labels = labels.to(device, non_blocking=True)
+    present = present.to(device, non_blocking=True)
+    sizes = sizes.to(device, non_blocking=True)
+
     other = labels[:, None] != present
     large = other & (sizes >= per_class)
     enough = large.sum(1, keepdim=True) >= classes
@@ -82,7 +77,7 @@ def _random_negatives(
 
     by_class = labels.argsort(stable=True)  # the images of one class in a row
     first = sizes.cumsum(0) - sizes
-    valid = torch.arange(largest, device=labels.device) < sizes[chosen][..., None]
+    valid = torch.arange(largest, device=device) < sizes[chosen][..., None]
     images = _draw(valid, per_class, generator) + first[chosen][..., None]
     return by_class[images].flatten(1)
 
@@ -99,5 +94,5 @@ def _draw(valid: Tensor, count: int, generator: torch.Generator) -> Tensor:
     available = valid.sum(-1, keepdim=True)
     slots = torch.arange(count, device=valid.device).expand(*valid.shape[:-1], count)
     draws = torch.rand(slots.shape, generator=generator, device=valid.device)
-    again = (draws * available).long().clamp(max=available - 1)
+    again = (draws * available).long()
     return shuffled.gather(-1, torch.where(slots < available, slots, again))

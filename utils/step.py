@@ -154,25 +154,23 @@ def attack(
         "kl": ToAttack(x, draws.start, away_from_natural, natural),
     }
     batches = [untargeted[settings.inner]]
-    negative, negative_labels = None, None
-    if draws.negative is not None:
-        negative = draws.negative.flatten(0, 1)
-        negative_labels = draws.negative_labels.flatten()
     if draws.negative_start is not None:
-        anchor_labels = labels.repeat_interleave(draws.negative.shape[1])
+        negative = draws.negative.flatten(0, 1)
         start = draws.negative_start.flatten(0, 1)
+        anchor_labels = labels.repeat_interleave(draws.negative.shape[1])
         batches.append(ToAttack(negative, start, towards_labels, anchor_labels))
 
     adversarial, *pushed = pgd(
         batches,
-        settings.weight_in_attacks,
+        settings.attack_auxiliary_weight,
         settings.epsilon,
         settings.step_size,
         settings.num_steps,
     )
-    if pushed:
-        negative = pushed[0]
-    return Attacked(adversarial, negative, negative_labels)
+    if draws.negative is None:
+        return Attacked(adversarial)
+    negative = pushed[0] if pushed else draws.negative.flatten(0, 1)
+    return Attacked(adversarial, negative, draws.negative_labels.flatten())
 
 
 def first_head_right(heads: Heads, labels: Tensor) -> Tensor:

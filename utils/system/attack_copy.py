@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Heads, ReverseAttentionNetwork
-from models.reverse_attention import Gate
+from models.reverse_attention import GateInput
 from utils.attacks import linf_pgd_together
 from utils.system.graphs import Graphed
 
@@ -24,7 +24,7 @@ class Bfloat16(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, gate: Gate = None, heads: bool = False) -> Tensor | Heads:
+    def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
         with torch.autocast(x.device.type, torch.bfloat16):
             out = self.network(x, gate, heads)
         if not heads:

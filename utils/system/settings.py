@@ -255,7 +255,7 @@ class Training:
     """under torchrun, compute BatchNorm over the batches of all ranks; CUDA only"""
 
     @property
-    def weight_in_attacks(self) -> float:
+    def attack_auxiliary_weight(self) -> float:
         """Weight of the auxiliary heads in what training attacks ascend."""
         return self.cr_beta if self.attack_cr_beta is None else self.attack_cr_beta
 
