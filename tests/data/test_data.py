@@ -52,7 +52,7 @@ def write_published(monkeypatch, folder, dataset):
 
 
 def test_an_unknown_data_set_is_an_error(tmp_path):
-    with pytest.raises(UsageError, match=r"'CIFAR10'.*cifar10"):
+    with pytest.raises(UsageError, match="CIFAR10.*cifar10"):
         load_split("CIFAR10", "train", str(tmp_path), 32)
 
 
@@ -399,12 +399,12 @@ def test_limits_and_held_out_images_are_taken_in_one_order(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"cut off"])
 def test_all_unreadable_images_are_named_at_once(tmp_path, content):
-    write_folder(tmp_path, "train", "test")
-    broken = [tmp_path / part / "dog" / "0.png" for part in ("train", "test")]
+    write_folder(tmp_path, "train")
+    broken = [tmp_path / "train" / "dog" / name for name in ("0.png", "1.png")]
     for file in broken:
         file.write_bytes(file.read_bytes()[:200] if content == b"cut off" else content)
-    with pytest.raises(UsageError, match="replace or remove 2 images") as caught:
-        datasets.load_splits("folder", {"train": None, "test": None}, str(tmp_path), 16)
+    with pytest.raises(UsageError, match="replace or remove 2") as caught:
+        load_folder(tmp_path)
     for file in broken:
         assert str(file) in str(caught.value)
 
@@ -479,7 +479,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_pixels_of_more_bits_are_refused(tmp_path, kind):
     array = (np.arange(256).reshape(16, 16) * 2**20).astype(kind)
-    with pytest.raises(UsageError, match=r"0\.tif: .*16 bits"):
+    with pytest.raises(UsageError, match=r"0\.tif .*16 bits"):
         load_first(tmp_path, array, "0.tif", "TIFF")
 
 

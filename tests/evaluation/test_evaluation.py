@@ -33,12 +33,9 @@ from utils.attacks import (
 )
 from utils.data.datasets import as_input, subset
 from utils.data.subject import (
-    LARGEST,
     Subject,
     at_chance,
     halving,
-    images_that_fit,
-    largest_batch,
     over_images,
     percent,
     verdicts,
@@ -165,13 +162,6 @@ def test_verdicts_do_not_depend_on_the_batch_size():
             assert 0 < percent(whole) <= percent(natural)
 
 
-def test_a_batch_is_what_half_of_the_free_memory_holds():
-    assert images_that_fit(8e10, 2e7) == LARGEST
-    assert images_that_fit(16e9, 26e6) == 300  # 307.7
-    assert images_that_fit(16e9, 5e8) == 16
-    assert images_that_fit(0, 5e8) == 1
-
-
 def test_an_attack_that_runs_out_of_memory_goes_on_in_halves():
     """Verdicts stay, sizes stay halved, and a smaller last batch halves nothing."""
     split, sizes = subset(digits_split(), 90), []
@@ -194,20 +184,6 @@ def test_an_attack_that_runs_out_of_memory_goes_on_in_halves():
 
         with pytest.raises(torch.cuda.OutOfMemoryError):
             verdicts(net, split, 40, halving(hopeless))
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"
-)
-def test_a_card_takes_as_many_images_as_fit():
-    split, net = digits_split(), digits_network().cuda()
-    split = split.to(torch.device("cuda"))
-    attack = pgd40_heads(EPS, STEP, 2.0, 1, steps=1)
-    with frozen(net) as net:
-        count = largest_batch(net, split, attack)
-        assert 0 < count <= LARGEST
-        assert len(verdicts(net, split, count, halving(attack))) == 360
 
 
 @pytest.mark.parametrize("precision", ["default", "bf16"])
@@ -263,7 +239,7 @@ def test_a_checkpoint_knows_its_data_and_refuses_others(tmp_path, capsys):
         *QUICK,
     )
     run(*short)
-    assert "folder, 6 test images" in capsys.readouterr().out
+    assert "folder, 6 of 6 test images" in capsys.readouterr().out
     for part in ("train", "test"):
         (pets / part / "dog").rename(pets / part / "eel")
     with pytest.raises(UsageError, match="other classes"):

@@ -32,7 +32,7 @@ from tests.helpers import ATTACK, ROOT, digits_checkpoint, digits_split, execute
 from tests.tiny_networks import robust, scaled, undefended, with_ra
 from utils.attacks import cross_entropy, image_noise, linf_pgd, noise, pgd
 from utils.data.datasets import as_input, load_split, shuffled, subset
-from utils.data.subject import foreign_subject, percent, verdicts
+from utils.data.subject import load_subject, percent, verdicts
 from utils.evaluation import results
 from utils.evaluation.adaptive import views
 from utils.evaluation.diagnostics import Probe, diagnose
@@ -396,7 +396,7 @@ def test_cached_verdicts_belong_to_network_images_and_settings(
         settings = settings_of(
             "with_ra", "--surrogate", "x", "--attacks", attacks, "--n-examples", "10", *flags
         )
-        subject = foreign_subject(settings)
+        subject = load_subject(settings)
         subject = subject._replace(info={**subject.info, "recipe": {"cr_beta": weight}})
         plans = planned_attacks(
             settings, subject, views(True, weight, undefended()), Surrogate(undefended(), surrogate)
@@ -955,7 +955,7 @@ def test_every_attack_takes_logits_of_any_type_and_torchscript(
 
 def test_a_network_that_wants_images_of_another_type_is_told_of_it(beside_foreign, refused):
     flags = ("--dataset", "digits", "--n-examples", "4", "--attacks", "fgsm", "--device", "cpu")
-    refused(ATTACK, "--model", "foreign_nets:wants_double", *flags, mentions=["float32", "float64"])
+    refused(ATTACK, "--model", "foreign_nets:wants_double", *flags, mentions=["float32", "Double"])
 
 
 FOREIGN = """
@@ -994,7 +994,6 @@ from torch.nn.utils import weight_norm
 from utils.blocks import block
 
 def plain(): return block(3)
-def grey(): return block(1)
 
 def normed():  # neither its weight nor what its hook keeps can be copied
     net = block(3)
@@ -1018,26 +1017,22 @@ def block(channels):
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
-        ("models.nets:grey", (1, 16, 16)),
+        ("models.nets:plain", (3, 16, 16)),
         ("models.nets:normed", (3, 28, 28)),
-        ("../theirs/models/nets.py:plain", (3, 9, 9)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_a_repository_with_models_and_utils_of_its_own(
-    model, shape, tmp_path, monkeypatch, request
+    model, shape, tmp_path, monkeypatch, no_pictures
 ):
     """One folder lands there, and afterwards our own names are ours again."""
     for name, source in THEIRS.items():
         (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "theirs" / name).write_text(source)
-    (tmp_path / "elsewhere").mkdir()
-    folder = tmp_path / ("elsewhere" if model.startswith("..") else "theirs")
+    folder = tmp_path / "theirs"
     before = {*folder.iterdir()}
     path = [*sys.path]
     ours = modules_of_ours()
-    if shape != (1, 16, 16):  # the picture of grey images is drawn
-        request.getfixturevalue("no_pictures")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     flags = ("--dataset", "digits", "--image-size", shape[-1], "--n-examples", "6")

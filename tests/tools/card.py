@@ -37,7 +37,7 @@ from torch import nn
 from tests.tools.benchmarks import EPS, STEP, Step, forward_flops, options, show
 from utils.attacks import cross_entropy_over_heads, linf_pgd, pgd40_heads
 from utils.data.datasets import Split
-from utils.data.subject import largest_batch, verdicts
+from utils.data.subject import verdicts
 from utils.step import training_loss
 from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.devices import compile_for_training, computing, for_training, pick_device
@@ -291,10 +291,6 @@ def evaluation(card: Card) -> Iterator[Row]:
     """The PGD-40 over heads after an epoch, by batch and precision; verdicts in strict float32."""
     for arch in card.networks:
         job = card.job(arch)
-        split = random_split(card, job, 200)
-        with frozen(job.model) as net:
-            fits = largest_batch(net, split, pgd40_heads(EPS, STEP, 2.0, 1, steps=1))
-        yield {"network": arch, "searched in": "default", "batch": f"{fits} by default"}
         batches = (250, 500, 1000, 2000) if arch == "ResNet18" else (250, 1000)
         for precision in ("default", "bf16", "fp32"):
             for batch in batches if precision != "fp32" else batches[:1]:

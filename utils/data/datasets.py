@@ -1,7 +1,7 @@
 """Data sets as uint8 tensors: decoded once, held on the device, augmented there by tensor code."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -21,6 +21,7 @@ TINY_IMAGENET = (
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
     "90528d7ca1a48142e341f4ef8d21d0de",
 )
+TINY_FOLDER = "tiny-imagenet-200"
 TINY_IMAGES = {"train": 100_000, "test": 10_000}
 
 
@@ -33,6 +34,7 @@ class Split(NamedTuple):
     numbers: (N,) places of the images in the whole part, where this is a subset of it; otherwise
     None. whole: how many images that part has, then.
     note: what to know of a folder: files left out, another part taken, copies.
+    files: image files that `load_split` decodes; until then images holds places among them.
     """
 
     images: Tensor
@@ -42,6 +44,12 @@ class Split(NamedTuple):
     numbers: Tensor | None = None
     whole: int = 0
     note: str = ""
+    files: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """How many images the whole part has."""
+        return self.whole or len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
         """Move images and labels to a device."""
@@ -59,76 +67,59 @@ class Split(NamedTuple):
         )
 
 
-class Undecoded(NamedTuple):
-    """A split whose images are still files; `split.images` holds their places in `files`."""
-
-    split: Split
-    files: list[str]
-
-
-def _undecoded(
-    files: list[tuple[str, int]], classes: list[str], words: Sequence[str] = (), note: str = ""
-) -> Undecoded:
-    names, labels = zip(*files, strict=True)
-    places = torch.arange(len(names))
-    split = Split(places, torch.tensor(labels), tuple(classes), tuple(words), note=note)
-    return Undecoded(split, names)
-
-
 def load_split(
     dataset: str, part: str, data_dir: str, image_size: int, limit: int | None = None
 ) -> Split:
     """Load a part of a data set (a name of `LOADERS`) from data_dir; download it where it can be.
 
     part: `train` or `test`; of a `folder` also `val`, which is its test part where it has no other.
-    limit: how many images of `subset` to take.
+    limit: how many images of `subset` to take; no other image is decoded.
     Errors: UsageError that says what is missing, damaged or of another size, and how to get it.
     """
-    return load_splits(dataset, {part: limit}, data_dir, image_size)[part]
+    if dataset not in LOADERS:
+        raise UsageError(f"--dataset {dataset} is unknown; name one of {', '.join(LOADERS)}")
+    split = LOADERS[dataset](dataset, part, Path(data_dir).expanduser(), image_size)
+    split = subset(split, limit)
+    if split.files:
+        images = decode([split.files[place] for place in split.images], image_size)
+        split = split._replace(images=images, files=())
+    return split
 
 
 def load_splits(
     dataset: str, limits: Mapping[str, int | None], data_dir: str, image_size: int
 ) -> dict[str, Split]:
-    """Load each part that `limits` names, as `load_split` does.
-
-    Images that cannot be read are named together, those of all parts.
-    """
-    if dataset not in LOADERS:
-        raise UsageError(f"unknown data set {dataset!r}; known: {', '.join(LOADERS)}")
-    splits = {}
-    unreadable = []
-    for part, limit in limits.items():
-        content = LOADERS[dataset](dataset, part, Path(data_dir).expanduser(), image_size)
-        if isinstance(content, Undecoded):
-            split = subset(content.split, limit)
-            files = [content.files[place] for place in split.images]
-            images, failures = decode(files, image_size)
-            split = split._replace(images=images)
-            unreadable += failures
-        else:
-            split = subset(content, limit)
-        splits[part] = split
-
-    if unreadable:
-        first = "; ".join(sorted(unreadable)[:10])
-        raise UsageError(f"replace or remove {len(unreadable)} images: {first}")
-    if dataset == "folder" and "train" in splits:
+    """Load each part that `limits` names, and note which images of a folder are copies."""
+    splits = {
+        part: load_split(dataset, part, data_dir, image_size, limit)
+        for part, limit in limits.items()
+    }
+    if dataset == "folder":
+        known = set(_pixels(splits["train"]))
         for part in splits.keys() - {"train"}:
-            splits[part] = _note_copies(splits[part], splits["train"], part)
+            split = splits[part]
+            copies = sum(pixels in known for pixels in _pixels(split))
+            note = (
+                f"{copies} of {len(split.labels)} images of the {part} part are copies of training "
+                "images"
+            )
+            if copies:
+                splits[part] = split._replace(note=f"{split.note}; {note}".lstrip("; "))
     return splits
 
 
-def _note_copies(split: Split, train: Split, part: str) -> Split:
-    """Note how many images of a split are copies of training images, pixel by pixel."""
-    known = {hash(image.numpy().tobytes()) for image in train.images}
-    copies = sum(hash(image.numpy().tobytes()) in known for image in split.images)
-    if copies == 0:
-        return split
-    note = (
-        f"{copies} of {len(split.images)} images of the {part} part are copies of training images"
-    )
-    return split._replace(note="; ".join(filter(None, [split.note, note])))
+def _pixels(split: Split) -> list[int]:
+    """Return a hash of each image's pixels."""
+    return [hash(image.numpy().tobytes()) for image in split.images]
+
+
+def checksum_of(tensors: Iterable[Tensor]) -> str:
+    """Return a checksum of tensors, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def require_same_on_ranks(where: str, *splits: Split) -> tuple[str, ...]:
@@ -138,11 +129,8 @@ def require_same_on_ranks(where: str, *splits: Split) -> tuple[str, ...]:
     """
     checksums = []
     for split in splits:
-        digest = hashlib.sha256(repr(split.classes).encode())
-        for tensor in (split.images, split.labels):
-            for chunk in tensor.split(10_000):  # making one contiguous copies it
-                digest.update(chunk.contiguous().numpy())
-        checksums.append(digest.hexdigest()[:32])
+        values = checksum_of([split.images, split.labels])
+        checksums.append(hashlib.sha256(f"{split.classes} {values}".encode()).hexdigest())
     if any(others != checksums for others in distributed.gathered(checksums)):
         raise UsageError(f"{where} differs between ranks; give each node the same files")
     return tuple(checksums)
@@ -178,7 +166,7 @@ def load_extra(path: str, like: Split) -> Split:
     side = like.images.shape[-1]
     classes = len(like.classes)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             images = file["image"]
             labels = file["label"]
     except Exception as error:  # damaged archives make numpy raise nearly anything
@@ -186,19 +174,13 @@ def load_extra(path: str, like: Split) -> Split:
             f"--extra-data {path} is not an npz of two arrays, `image` and `label` "
             f"({first_line(error)})"
         ) from error
-    well_formed = (
-        images.dtype == np.uint8
-        and images.shape[1:] == (side, side, 3)
-        and labels.dtype.kind in "iu"
-        and labels.shape == images.shape[:1]
-    )
-    if not well_formed:
+    right_shape = images.dtype == np.uint8 and images.shape == (*labels.shape, side, side, 3)
+    if not right_shape or not np.array_equal(np.unique(labels), np.arange(classes)):
         raise UsageError(
-            f"--extra-data {path}: image is {images.dtype} {images.shape} and label is "
-            f"{labels.dtype} {labels.shape}, not uint8 (M, {side}, {side}, 3) and int (M,)"
+            f"--extra-data {path}: image is {images.dtype} {images.shape} and label "
+            f"{labels.shape}; they must be uint8 (M, {side}, {side}, 3) and (M,), of all {classes} "
+            "classes"
         )
-    if set(labels.tolist()) != set(range(classes)):
-        raise UsageError(f"--extra-data {path}: its labels are not those of {classes} classes")
     return like._replace(
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
         labels=torch.from_numpy(labels.astype(np.int64)),
@@ -266,10 +248,8 @@ def _require_size(dataset: str, size: int, actual: int) -> None:
 
 def _outside(data_dir: Path, inner: str) -> Path:
     """Return the folder that holds `inner`: data_dir, or its parent where data_dir is `inner`."""
-    for path in (data_dir.absolute(), data_dir.resolve()):
-        if path.name == inner:
-            return path.parent
-    return data_dir
+    data_dir = data_dir.resolve()
+    return data_dir.parent if data_dir.name == inner else data_dir
 
 
 def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
@@ -297,15 +277,21 @@ def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     return Split(images, torch.tensor(data.targets), tuple(data.classes))
 
 
-def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Undecoded:
+def _of_files(
+    files: list[tuple[str, int]], classes: list[str], words: Sequence[str] = (), note: str = ""
+) -> Split:
+    """Make a split of files and their labels."""
+    names, labels = zip(*files, strict=True)
+    places = torch.arange(len(names))
+    return Split(places, torch.tensor(labels), tuple(classes), tuple(words), note=note, files=names)
+
+
+def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """List Tiny-ImageNet: 200 classes by sorted wnid; its validation part is the test part."""
     _require_size(dataset, size, 64)
-    data_dir = _outside(data_dir, "tiny-imagenet-200")
-    root = data_dir / "tiny-imagenet-200"
-    if (data_dir / "wnids.txt").is_file():  # a copy under another name
-        root = data_dir
+    root = _outside(data_dir, TINY_FOLDER) / TINY_FOLDER
     if not root.is_dir():
-        _get_tiny_imagenet(data_dir)
+        _get_tiny_imagenet(root.parent)
     try:
         wnids = sorted((root / "wnids.txt").read_text().split())
         if part == "train":
@@ -314,29 +300,24 @@ def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Undeco
             files = _list_tiny_validation(root / "val", wnids)
         if len(files) != TINY_IMAGES[part]:
             raise ValueError(f"{len(files):,} images in its {part} part")
-    except (OSError, ValueError, LookupError, UsageError) as error:
+        lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError, UsageError) as error:
         raise UsageError(
             f"{root} is incomplete ({first_line(error)}); remove it, "
             "and it is unpacked anew from the zip"
         ) from error
-
-    words = {}
-    if (root / "words.txt").is_file():  # only people need it
-        lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
-        words = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    return _undecoded(files, wnids, [words.get(wnid, wnid).strip() for wnid in wnids])
+    words = dict(line.split("\t", 1) for line in lines)
+    return _of_files(files, wnids, [words[wnid] for wnid in wnids])
 
 
 def _list_tiny_validation(folder: Path, wnids: list[str]) -> list[tuple[str, int]]:
     """List the validation images, in the order of the annotations."""
-    if (folder / wnids[0]).is_dir():  # moved into a folder for each class, as many people do
+    if not (folder / "images").is_dir():  # moved into a folder for each class, as many people do
         files, _ = list_images(folder, wnids)
         # Names have lengths that differ: val_9 comes before val_10.
         return sorted(files, key=lambda file: (len(file[0]), Path(file[0]).name))
     files = []
     for line in (folder / "val_annotations.txt").read_text().splitlines():
-        if not line.strip():
-            continue
         name, wnid = line.split()[:2]
         files.append((str(folder / "images" / name), wnids.index(wnid)))
     return files
@@ -347,27 +328,26 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
     from torchvision.datasets.utils import download_and_extract_archive
 
     url, md5 = TINY_IMAGENET
-    name = "tiny-imagenet-200"
+    archive = f"{TINY_FOLDER}.zip"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with locked(data_dir / ".tiny-imagenet.lock", wait=True):
-            if (data_dir / name).is_dir():  # another process was faster
+            if (data_dir / TINY_FOLDER).is_dir():  # another process was faster
                 return
             with TemporaryDirectory(dir=data_dir) as scratch:
-                download_and_extract_archive(url, data_dir, scratch, f"{name}.zip", md5=md5)
-                (Path(scratch) / name).rename(data_dir / name)
+                download_and_extract_archive(url, data_dir, scratch, archive, md5=md5)
+                (Path(scratch) / TINY_FOLDER).rename(data_dir / TINY_FOLDER)
     except Exception as error:  # networks and archives raise nearly anything
         raise UsageError(
             f"tiny-imagenet: no intact copy in {data_dir} and none could be downloaded "
-            f"({first_line(error)}); put {name}.zip (248,100,043 bytes, MD5 {md5}) from {url} "
-            f"into {data_dir}"
+            f"({first_line(error)}); put {archive} (MD5 {md5}) from {url} into {data_dir}"
         ) from error
 
 
-def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Undecoded:
+def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """List the images of DIR/train/<class>/, DIR/val/<class>/ or DIR/test/<class>/."""
     classes, files, note = list_part(part, data_dir)
-    return _undecoded(files, classes, note=note)
+    return _of_files(files, classes, note=note)
 
 
 LOADERS = {

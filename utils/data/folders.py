@@ -34,14 +34,14 @@ def find_parts(data_dir: Path) -> dict[str, Path]:
     """
     if not data_dir.is_dir():
         raise UsageError(f"{data_dir} is not a folder; {LAYOUT}")
-    names = visible_folders(data_dir)
     parts = {}
-    for part, pattern in PART_NAMES.items():
-        matches = [name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
-        if len(matches) > 1:
-            raise UsageError(f"{data_dir} has several {part} parts: {', '.join(matches)}")
-        if matches:
-            parts[part] = data_dir / matches[0]
+    for name in visible_folders(data_dir):
+        for part, pattern in PART_NAMES.items():
+            if not re.fullmatch(pattern, name, re.IGNORECASE):
+                continue
+            if part in parts:
+                raise UsageError(f"{data_dir} has two {part} parts: {parts[part].name}, {name}")
+            parts[part] = data_dir / name
     return parts
 
 
@@ -61,14 +61,14 @@ def list_part(part: str, data_dir: Path) -> tuple[list[str], list[tuple[str, int
     Errors: UsageError where the part is missing or its classes are not those of the train part.
     """
     parts = find_parts(data_dir)
-    root = parts.get(part)
-    notes = []
-    if root is None and part == "test" and "val" in parts:
-        root = parts["val"]
-        notes.append(f"{root} taken as test part")
-    if root is None:
+    note = ""
+    if part == "test" and "test" not in parts and "val" in parts:
+        part = "val"
+        note = f"{parts[part]} taken as test part; "
+    if part not in parts:
         raise UsageError(f"{data_dir} has no {part} part; {LAYOUT}")
 
+    root = parts[part]
     train = parts.get("train", root)
     classes = visible_folders(train)
     different = set(classes) ^ set(visible_folders(root))
@@ -77,11 +77,10 @@ def list_part(part: str, data_dir: Path) -> tuple[list[str], list[tuple[str, int
     if different:
         names = ", ".join(sorted(different)[:5])
         raise UsageError(f"{train} and {root} need the same classes; in one only: {names}")
-
     files, skipped = list_images(root, classes)
     if skipped:
-        notes.append(f"skipped {len(skipped)} non-image files in {root}, such as {skipped[0]}")
-    return classes, files, "; ".join(notes)
+        note += f"skipped {len(skipped)} non-image files in {root}, such as {skipped[0]}"
+    return classes, files, note.removesuffix("; ")
 
 
 def list_images(root: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int]], list[str]]:
@@ -106,11 +105,14 @@ def list_images(root: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int
         files = make_dataset(str(root), labels, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise UsageError(f"{root}: {first_line(error)}") from error
-    return sorted(files, key=lambda file: (file[1], Path(file[0]).parts)), skipped
+    return sorted(files, key=lambda file: (file[1], Path(file[0]))), skipped
 
 
-def decode(files: Sequence[str], size: int) -> tuple[Tensor, list[str]]:
-    """Decode image files -> (N, 3, size, size) uint8, and a line for each that is not an image."""
+def decode(files: Sequence[str], size: int) -> Tensor:
+    """Decode image files -> (N, 3, size, size) uint8.
+
+    Errors: UsageError that names the files that are not images.
+    """
     if distributed.first():
         megabytes = len(files) * 3 * size**2 / 1e6
         print(f"{len(files):,} images of side {size} take {megabytes:,.1f} MB of memory")
@@ -121,13 +123,16 @@ def decode(files: Sequence[str], size: int) -> tuple[Tensor, list[str]]:
         try:
             images[row] = decode_image(files[row], size)
         except Exception as error:  # Pillow raises nearly anything on damaged files
-            unreadable.append(f"{files[row]}: not a readable image ({first_line(error)})")
+            unreadable.append(f"{files[row]} ({first_line(error)})")
 
     with ThreadPoolExecutor(4) as pool:
         rows = pool.map(decode_row, range(len(files)))
         for _ in tqdm(rows, "decoding", len(files), unit="img", disable=None):
             pass
-    return images, unreadable
+    if unreadable:
+        first = "; ".join(sorted(unreadable)[:10])
+        raise UsageError(f"replace or remove {len(unreadable)} unreadable images: {first}")
+    return images
 
 
 def decode_image(file: str, size: int) -> Tensor:

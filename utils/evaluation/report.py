@@ -111,9 +111,9 @@ def _notes(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Itera
     for made in dict.fromkeys(row.made for row in rows.values() if row.made):
         names = [name for name, row in rows.items() if row.made == made]
         yield f"note: from an earlier evaluation of this network ({made}): {'; '.join(names)}"
-    if subject.total_images > len(subject.split.labels):
+    if subject.split.total > len(subject.split.labels):
         yield (
-            f"note: {len(subject.split.labels)} of {subject.total_images} test images, "
+            f"note: {len(subject.split.labels)} of {subject.split.total} test images, "
             "the first after a fixed shuffle"
         )
     for note in subject.notes:

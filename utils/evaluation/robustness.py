@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
@@ -26,15 +26,9 @@ from tqdm import tqdm
 from models import ReverseAttentionNetwork
 from utils import attacks
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, margins, noise, pgd
-from utils.data.datasets import Split, as_input, numbers_of
-from utils.data.subject import (
-    Subject,
-    foreign_fingerprint,
-    foreign_subject,
-    load_subject,
-    over_images,
-    right_or_not,
-)
+from utils.data.datasets import Split, as_input, checksum_of, numbers_of
+from utils.data.foreign import foreign_checksum
+from utils.data.subject import Subject, load_subject, over_images, right_or_not
 from utils.evaluation import report, results
 from utils.evaluation.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.evaluation.adaptive import View, adaptive, views
@@ -88,7 +82,7 @@ def subjects(settings: Evaluation) -> Iterator[tuple[Subject, Path]]:
     """Yield each network with its test images, and the folder of its evaluation."""
     if settings.model:
         name = re.sub(r"\W+", "-", settings.model).strip("-") or "network"
-        yield foreign_subject(settings), Path("evaluated") / name
+        yield load_subject(settings), Path("evaluated") / name
     for path in settings.ckpt_url or ():
         subject = load_subject(settings, path)
         yield subject, subject.file.parent
@@ -119,7 +113,7 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
     require_writable(log_file.parent, "name another folder by --log_path")
 
     if settings.model:
-        checksum = foreign_fingerprint(subject)
+        checksum = foreign_checksum(subject.model, subject.info, split)
     else:
         checksum = network_checksum(subject.model, subject.info)
     identity = {"network": checksum, "images": images_checksum(split), "eps": subject.eps}
@@ -492,15 +486,6 @@ class CachingMonitor(Monitor):
                 write_arrays(self.file, self.seconds, **self.arrays)
         self.runs.append((name, len(x), self.seconds[key]))
         return torch.from_numpy(self.arrays[key]).to(x)
-
-
-def checksum_of(tensors: Iterable[Tensor]) -> str:
-    """Return a checksum of tensors, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def images_checksum(split: Split) -> str:

@@ -288,7 +288,7 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
         batch_size = settings.test_batch_size
         attack = pgd40()
         if batch_size is None:
-            batch_size = largest_batch(attacked_net, split, pgd40(steps=1))
+            batch_size = largest_batch(split.labels.device)
             attack = halving(attack)
 
         # `verdicts` would attack the network that judges; this one may be in another precision.

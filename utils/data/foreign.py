@@ -1,0 +1,134 @@
+"""Networks of --model: functions of the user's own that return a classifier."""
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from models import ReverseAttentionNetwork
+from utils.data.datasets import Split, as_input, checksum_of
+from utils.system.errors import UsageError, first_line
+from utils.system.settings import BLIND, Evaluation
+
+OURS = Path(__file__).resolve().parents[2]
+
+
+class Foreign(nn.Module):
+    """A network or function of the user's, whose logits are cast to float32."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (N, C)."""
+        return self.network(x).float()
+
+
+def load_foreign(model: str, device: torch.device) -> tuple[nn.Module, dict]:
+    """Call the function that --model names -> its network in eval mode, and what is known of it.
+
+    Errors: UsageError where the function cannot be imported or called.
+    """
+    module_name, _, function = model.rpartition(":")
+    folder = Path.cwd()
+    if module_name.endswith(".py"):
+        folder = Path(module_name).resolve().parent
+        module_name = Path(module_name).stem
+    try:
+        with _imports_from(folder):
+            module = importlib.import_module(module_name)
+            network = getattr(module, function)()
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        raise UsageError(
+            f"--model {model}: {type(error).__name__}: {first_line(error)}; name "
+            "package.module:function or FILE.py:function, no arguments"
+        ) from error
+
+    info = {
+        "arch": model,
+        "dataset": None,
+        "image_size": None,
+        "reverse_attention": False,
+        "recipe": None,
+        "notes": [],
+        "module": module.__name__,
+        "file": module.__file__,
+    }
+    if isinstance(network, ReverseAttentionNetwork):
+        info["reverse_attention"] = network.reverse_attention
+        info["gate"] = network.gate
+        info["ra_blocks"] = network.ra_blocks
+    else:
+        network = Foreign(network)
+    return network.to(device).requires_grad_(False).eval(), info
+
+
+@contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    """Let imports find the user's packages, also those called `models` and `utils` as ours are."""
+    names = set()
+    if folder != OURS:
+        names = {"models", "utils"} & {path.stem for path in folder.iterdir()}
+    ours = _remove_modules(names)
+    path = sys.path[:]
+    others = [entry for entry in path if not names or Path(entry).resolve() != OURS]
+    sys.path[:] = [str(folder), str(Path.cwd()), *others]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        _remove_modules(names)
+        sys.modules.update(ours)
+
+
+def _remove_modules(packages: set[str]) -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name.partition(".")[0] in packages]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def require_classifier(settings: Evaluation, network: nn.Module, split: Split) -> None:
+    """Try a network of --model on an image.
+
+    Errors: UsageError where its answer is not logits of a split's classes, or has no gradient and
+    the attacks of the settings need one.
+    """
+    model = f"--model {settings.model}"
+    x = as_input(split.images[:1]).requires_grad_()
+    try:
+        logits = network(x)
+    except Exception as error:  # whatever the user's own code raises
+        raise UsageError(
+            f"{model} fails on float32 images {tuple(x.shape)}: {type(error).__name__}: "
+            f"{first_line(error)}; for digits and folder --image-size gives it others"
+        ) from error
+    classes = len(split.classes)
+    if logits.shape != (1, classes):
+        raise UsageError(
+            f"{model} answers with {tuple(logits.shape)} to one image; logits (N, {classes}) are "
+            "needed"
+        )
+    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
+    if by_gradient and not logits.requires_grad:
+        raise UsageError(
+            f"{model} answers without a gradient of the images; only --attacks {','.join(BLIND)} "
+            "do without"
+        )
+
+
+def foreign_checksum(network: nn.Module, info: dict, split: Split) -> str:
+    """Return a checksum of a network of --model: its defining file, state dict and some logits.
+
+    The logits cover what a function without a state dict keeps elsewhere.
+    """
+    with torch.no_grad():
+        logits = network(as_input(split.images[:8]))
+    file = Path(info["file"]).read_bytes()
+    values = checksum_of([*network.state_dict().values(), logits])
+    return hashlib.sha256(file + values.encode()).hexdigest()
