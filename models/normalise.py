@@ -11,13 +11,11 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.mean = mean
-        self.std = std
-        self.register_buffer("shift", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor(std)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.shift) / self.scale
+        return (x - self.mean) / self.std
 
 
 def normalisation_in(

@@ -10,15 +10,14 @@ def shape_of(state: dict[str, Tensor]) -> dict:
     Errors: KeyError or another one where the state dict belongs to no network here.
     """
     classes, features = state[f"{classifier_of(state)}.weight"].shape
+    width = len(state["conv1.weight"])
     if "bn.weight" in state:
-        width = len(state["conv1.weight"])
         shape = {"arch": "PreActResNet18", "width": width, "num_classes": classes}
         side = round((features / (8 * width)) ** 0.5)  # of the pooled map, 1 for images up to 32
         if side > 1:
             shape["image_size"] = 32 * side
         return shape
     if "layer1.0.conv1.weight" in state:
-        width = len(state["conv1.weight"])
         return {"arch": "ResNet18", "width": width, "num_classes": classes}
     blocks = {key.split(".")[2] for key in state if key.startswith("block1.layer.")}
     arch = {5: "WRN-34-10", 4: "WRN-28-10"}[len(blocks)]

@@ -165,16 +165,15 @@ class ReverseAttentionNetwork(nn.Module):
             x = self.normalise(x)
         z = self.trunk(x)
         blocks = list(self.last_blocks())
-        plain_blocks = 2 - self.ra_blocks if self.reverse_attention else 2
-        for block in blocks[:plain_blocks]:
+        plain = 2 - self.ra_blocks if self.reverse_attention else 2
+        for block in blocks[:plain]:
             z = block(z)
         if not self.reverse_attention:
             z = self.activate(z)
 
         unweighted = z
         auxiliary = []
-        weighted = zip(blocks[plain_blocks:], labels_by_block[plain_blocks:], strict=True)
-        for block, labels in weighted:
+        for block, labels in zip(blocks[plain:], labels_by_block[plain:], strict=True):
             unweighted = self.activate(block(z))
             z, logits = reverse_attention(
                 unweighted, self.classifier, labels, self.pool_window, network_gate

@@ -1,7 +1,5 @@
 """WideResNet-d-k (Zagoruyko and Komodakis, arXiv 1605.07146), named as in the TRADES release."""
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,8 +69,7 @@ class WideResNet(ReverseAttentionNetwork):
         self.fc = nn.Linear(64 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
         nn.init.zeros_(self.fc.bias)
 
     def trunk(self, x: Tensor) -> Tensor:
