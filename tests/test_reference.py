@@ -1,11 +1,9 @@
 """The method once more, written from its equations alone, in float64: losses and training steps.
 
 Nothing in the reference calls the losses, attacks or networks under test. It reads weights by their
-published names and does the rest by hand: softmax and logarithms, BatchNorm, reverse attention, the
-attacks' steps, momentum.
+published names, and does the rest by PyTorch's functions alone.
 """
 
-import copy
 from dataclasses import replace
 from functools import partial
 
@@ -41,13 +39,7 @@ def deviation(value, expected):
     return difference / max(expected.abs().max().item(), 1e-12)
 
 
-# The objectives, example by example. Heads are a list of (N, C) logits, the final one first.
-
-
-def probabilities(logits):
-    """Return softmax of logits (N, C)."""
-    exponentials = torch.exp(logits)
-    return exponentials / exponentials.sum(-1, keepdim=True)
+# The objectives. Heads are a list of (N, C) logits, the final one first.
 
 
 def over_list(criterion, *heads, weight):
@@ -58,52 +50,45 @@ def over_list(criterion, *heads, weight):
     return final + weight * sum(auxiliary) / len(auxiliary)
 
 
+def probability(logits, labels):
+    """Return the softmax of each row at its label, (N,)."""
+    return logits.softmax(1)[torch.arange(len(labels)), labels]
+
+
 def ce(logits, labels):
     """Return the mean cross-entropy."""
-    q = probabilities(logits)
-    return sum(-torch.log(q[n, labels[n]]) for n in range(len(q))) / len(q)
+    return -probability(logits, labels).log().mean()
 
 
 def kl(natural, adversarial):
     """Return the mean KL divergence of adversarial from natural probabilities."""
-    total = 0
-    for p, q in zip(probabilities(natural), probabilities(adversarial), strict=True):
-        total = total + sum(p[c] * torch.log(p[c] / q[c]) for c in range(len(p)))
-    return total / len(natural)
+    p = natural.softmax(1)
+    q = adversarial.softmax(1)
+    return (p * (p / q).log()).sum() / len(p)
 
 
 def boosted_ce(adversarial, labels):
     """Return MART's cross-entropy, which pushes the most probable other class down."""
-    total = 0
-    for q, label in zip(probabilities(adversarial), labels, strict=True):
-        rival = max(q[c] for c in range(len(q)) if c != label)
-        total = total - torch.log(q[label]) - torch.log(1.0001 - rival + 1e-12)
-    return total / len(labels)
+    is_label = F.one_hot(labels, adversarial.shape[1]).bool()
+    rival = adversarial.softmax(1).masked_fill(is_label, 0).amax(1)
+    return ce(adversarial, labels) - (1.0001 - rival + 1e-12).log().mean()
 
 
 def weighted_kl(natural, adversarial, labels):
     """Return MART's KL divergence, weighted by the doubt about natural examples."""
-    total = 0
-    for n, label in enumerate(labels):
-        p, q = probabilities(natural[n]), probabilities(adversarial[n])
-        divergence = sum(p[c] * (torch.log(p[c]) - torch.log(q[c] + 1e-12)) for c in range(len(p)))
-        total = total + divergence * (1.0000001 - p[label])
-    return total / len(labels)
+    p = natural.softmax(1)
+    q = adversarial.softmax(1)
+    divergence = (p * (p.log() - (q + 1e-12).log())).sum(1)
+    return (divergence * (1.0000001 - probability(natural, labels))).mean()
 
 
 def anc(natural, negative, alpha):
     """Return asymmetric negative contrast, the K negatives of each anchor in a row."""
-    p = probabilities(natural)
-    q = probabilities(negative)
-    total = torch.zeros((), dtype=p.dtype)
-    for pair in range(len(q)):
-        n = pair * len(p) // len(q)
-        predicted = p[n].argmax()
-        if predicted == q[pair].argmax():
-            anchor, other = p[n, predicted], q[pair, predicted]
-            total = total + alpha * torch.sqrt(anchor.detach() * other)
-            total = total + (1 - alpha) * torch.sqrt(anchor * other.detach())
-    return total / len(q)
+    anchors = torch.arange(len(negative)) * len(natural) // len(negative)
+    p, predicted = natural.softmax(1)[anchors].max(1)
+    q, negative_predicted = negative.softmax(1).max(1)
+    similarity = alpha * (p.detach() * q).sqrt() + (1 - alpha) * (p * q.detach()).sqrt()
+    return (similarity * (predicted == negative_predicted)).mean()
 
 
 def objective(natural, adversarial, negative, labels, o):
@@ -129,61 +114,44 @@ def objective(natural, adversarial, negative, labels, o):
 # 1. Losses over heads and their gradients, on random logits
 
 
-def random_logits(auxiliary, per_anchor, anchors=8):
-    """Return logits by side, a list of `1 + auxiliary` heads each, and labels of the anchors.
+def random_logits(auxiliary, per_anchor, scale=2):
+    """Return logits by side, a list of `1 + auxiliary` heads each, and labels of 8 anchors.
 
     Classes and confidences vary, and class 0 is frequent.
     """
     generator = torch.Generator().manual_seed(10 * auxiliary + per_anchor)
-    frequent = torch.tensor([1.5, 0, 0, 0])
     logits = {}
-    for side in ("natural", "adversarial", "negative"):
-        shape = (anchors * per_anchor if side == "negative" else anchors, 4)
-        logits[side] = []
-        for _ in range(1 + auxiliary):
-            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-            logits[side].append(2 * noise + frequent)
-    return logits, torch.randint(4, (anchors,), generator=generator)
-
-
-def loss_and_gradients(logits, compute):
-    """Return loss, contrast and the loss's gradient for each head."""
-    sides = {}
-    leaves = []
-    for side, heads in logits.items():
-        sides[side] = [head.clone().requires_grad_() for head in heads]
-        leaves += sides[side]
-    loss, contrast = compute(**sides)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    return [loss, contrast, *gradients]
+    for side, count in {"natural": 8, "adversarial": 8, "negative": 8 * per_anchor}.items():
+        shape = (1 + auxiliary, count, 4)
+        heads = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        heads[..., 0] += 0.75 * scale
+        logits[side] = list(heads)
+    return logits, torch.randint(4, (8,), generator=generator)
 
 
 def assert_same_loss(logits, labels, o):
-    """Compare the repository's loss of given logits with the reference; check its gates, too."""
+    """Compare the repository's loss of given logits, and its gradients, with the reference."""
     per_anchor = len(logits["negative"][0]) // len(labels)
     negative_labels = labels.repeat_interleave(per_anchor) - 1
     gates = {"natural": labels, "adversarial": labels, "negative": negative_labels}
+    forwards = []
 
-    def repository(**sides):
-        forwards = []
+    def model(side, gate, heads):
+        assert torch.equal(gate, gates[side])
+        forwards.append(side)
+        final, *auxiliary = logits[side]
+        return Heads(final, tuple(auxiliary), torch.empty(0))
 
-        def model(side, gate, heads):
-            assert heads
-            assert torch.equal(gate, gates[side])
-            forwards.append(side)
-            final, *auxiliary = sides[side]
-            return Heads(final, tuple(auxiliary), torch.empty(0))
-
-        attacked = Attacked("adversarial", "negative", negative_labels)
-        stats = training_loss(model, "natural", labels, attacked, o)
-        assert forwards == ["natural", "adversarial", "negative"]
-        return stats.loss, stats.contrast
-
-    def reference(**sides):
-        return objective(**sides, labels=labels, o=o)
-
-    expected = loss_and_gradients(logits, reference)
-    actual = loss_and_gradients(logits, repository)
+    leaves = [head.requires_grad_() for heads in logits.values() for head in heads]
+    gradients_of = partial(
+        torch.autograd.grad, inputs=leaves, allow_unused=True, materialize_grads=True
+    )
+    attacked = Attacked("adversarial", "negative", negative_labels)
+    stats = training_loss(model, "natural", labels, attacked, o)
+    assert forwards == ["natural", "adversarial", "negative"]
+    loss, contrast = objective(**logits, labels=labels, o=o)
+    actual = [stats.loss, stats.contrast, *gradients_of(stats.loss)]
+    expected = [loss, contrast, *gradients_of(loss)]
     assert max(map(deviation, actual, expected)) < TOLERANCE
 
 
@@ -192,19 +160,13 @@ def assert_same_loss(logits, labels, o):
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_over_heads_and_its_gradients(method, alpha, per_anchor, auxiliary):
     logits, labels = random_logits(auxiliary, per_anchor)
-    for natural, negative in zip(logits["natural"], logits["negative"], strict=True):
-        same = natural.argmax(1).repeat_interleave(per_anchor) == negative.argmax(1)
-        assert 0 < same.sum() < len(same)
     assert_same_loss(logits, labels, options(method=method, alpha=alpha))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_of_sharp_predictions(method):
     """Probabilities far below the 1e-12 inside the logarithm of MART's KL."""
-    logits, labels = random_logits(2, 1)
-    for heads in logits.values():
-        for head in heads:
-            head *= 10
+    logits, labels = random_logits(2, 1, scale=20)
     assert_same_loss(logits, labels, options(method=method))
 
 
@@ -219,38 +181,24 @@ class Reference:
         self.preactivation = arch != "ResNet18"
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self.parameters = {}
-        self.momenta = {}
         for name, _ in model.named_parameters():
             self.parameters[name] = self.state[name].requires_grad_()
-            self.momenta[name] = torch.zeros_like(self.state[name])
         self.linear = "linear" if arch == "PreActResNet18" else "fc"
         self.last_norm = {"PreActResNet18": "bn", "WRN-28-10": "bn1"}.get(arch)
         self.window = 4 if arch == "PreActResNet18" else None
-        if arch == "WRN-28-10":
-            stages = [[f"block{s}.layer.{b}." for b in range(4)] for s in (1, 2, 3)]
-        else:
-            stages = [[f"layer{s}.{b}." for b in range(2)] for s in (1, 2, 3, 4)]
-        self.blocks = []  # name and stride
-        for stage, names in enumerate(stages):
-            for block, name in enumerate(names):
-                self.blocks.append((name, 2 if stage > 0 and block == 0 else 1))
+        self.blocks = []  # name and stride; the first block of each stage but the first has 2
+        for key in self.state:
+            if key.endswith(".conv1.weight"):
+                name = key.removesuffix("conv1.weight")
+                halves = name.endswith(".0.") and name not in ("layer1.0.", "block1.layer.0.")
+                self.blocks.append((name, 2 if halves else 1))
 
     def norm(self, name, z, train):
-        """Apply BatchNorm2d with momentum 0.1; the running variance is unbiased."""
-        mean = self.state[name + ".running_mean"]
-        variance = self.state[name + ".running_var"]
+        """Apply a BatchNorm layer."""
+        names = ("running_mean", "running_var", "weight", "bias")
         if train:
-            old_mean, old_variance = mean, variance
-            count = z.shape[0] * z.shape[2] * z.shape[3]
-            mean = z.sum((0, 2, 3)) / count
-            variance = ((z - mean[:, None, None]) ** 2).sum((0, 2, 3)) / count
-            unbiased = variance.detach() * count / (count - 1)
-            self.state[name + ".running_mean"] = 0.9 * old_mean + 0.1 * mean.detach()
-            self.state[name + ".running_var"] = 0.9 * old_variance + 0.1 * unbiased
-            self.state[name + ".num_batches_tracked"] += 1
-        scale = self.state[name + ".weight"] / (variance + 1e-5) ** 0.5
-        shift = self.state[name + ".bias"]
-        return (z - mean[:, None, None]) * scale[:, None, None] + shift[:, None, None]
+            self.state[f"{name}.num_batches_tracked"] += 1
+        return F.batch_norm(z, *(self.state[f"{name}.{part}"] for part in names), train)
 
     def conv(self, name, z, stride=1):
         """Apply a convolution that keeps the side, or divides it by the stride."""
@@ -277,12 +225,7 @@ class Reference:
     def pool(self, z):
         """Return the mean of each pooling cell of a map, (N, D * cells)."""
         side = min(self.window or z.shape[2], z.shape[2])
-        means = []
-        for top in range(0, z.shape[2], side):
-            for left in range(0, z.shape[2], side):
-                cell = z[:, :, top : top + side, left : left + side]
-                means.append(cell.sum((2, 3)) / side**2)
-        return torch.stack(means, 2).flatten(1)
+        return F.avg_pool2d(z, side).flatten(1)
 
     def classify(self, z):
         """Return the logits of a map."""
@@ -291,11 +234,11 @@ class Reference:
 
     def weigh(self, z, classes):
         """Return z'[n, d, i, j] = z[n, d, i, j] * W[c_n] at the pooling cell of (i, j)."""
-        weight = self.state[self.linear + ".weight"]
-        cells = int((weight.shape[1] // z.shape[1]) ** 0.5)
-        cell = torch.arange(z.shape[2]) * cells // z.shape[2]
-        rows = torch.stack([weight[c].reshape(z.shape[1], cells, cells) for c in classes.tolist()])
-        return z * rows[:, :, cell][:, :, :, cell]
+        rows = self.state[self.linear + ".weight"][classes]
+        cells = int((rows.shape[1] // z.shape[1]) ** 0.5)
+        side = z.shape[2] // cells
+        rows = rows.reshape(*z.shape[:2], cells, cells)
+        return z * rows.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
     def forward(self, x, labels=None, train=False):
         """Return heads, the final one first; reverse attention by labels, or by the argmax."""
@@ -322,16 +265,14 @@ class Reference:
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(score(self.forward(x)), x)
             x = x.detach() + o.step_size * torch.sign(gradient)
-            x = torch.minimum(torch.maximum(x, centre - o.epsilon), centre + o.epsilon)
-            x = torch.minimum(torch.maximum(x, torch.zeros_like(x)), torch.ones_like(x))
+            x = x.clamp(centre - o.epsilon, centre + o.epsilon).clamp(0, 1)
         return x
 
     def likelihood(self, heads, labels, o):
         """Return the sum of log-probabilities of labels, over heads."""
 
         def log_probability(logits):
-            q = probabilities(logits)
-            return sum(torch.log(q[n, labels[n]]) for n in range(len(q)))
+            return probability(logits, labels).log().sum()
 
         return over_list(log_probability, heads, weight=o.cr_beta)
 
@@ -358,13 +299,13 @@ class Reference:
             return adversarial, None, None
         negative = x[chosen.flatten()]
         if o.strategy.endswith("_adv"):
-            anchors = torch.stack([labels[n] for n in range(len(chosen)) for _ in chosen[n]])
+            anchors = labels.repeat_interleave(chosen.shape[1])
             likely = partial(self.likelihood, labels=anchors, o=o)
             negative = self.attack(negative, start(negative), o, likely)
         return adversarial, negative, labels[chosen.flatten()]
 
-    def step(self, x, labels, o, generator, epoch=1):
-        """Take one training step; return attacked images, loss, contrast and gradients by name."""
+    def loss(self, x, labels, o, generator, epoch):
+        """Return the attacked images of a training step (negatives or None), loss and contrast."""
         adversarial, negative, negative_labels = self.attacks(x, labels, o, generator, epoch)
         natural_heads, negative_heads = None, None
         if o.method != "pgd" or negative is not None:
@@ -373,14 +314,7 @@ class Reference:
         if negative is not None:
             negative_heads = self.forward(negative, negative_labels, True)
         loss, contrast = objective(natural_heads, adversarial_heads, negative_heads, labels, o)
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()))
-        gradients = dict(zip(self.parameters, gradients, strict=True))
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                decayed = gradients[name] + o.weight_decay * parameter
-                self.momenta[name] = 0.9 * self.momenta[name] + decayed
-                parameter -= o.lr * self.momenta[name]
-        return adversarial, negative, loss, contrast, gradients
+        return adversarial, negative, loss, contrast
 
 
 def network(arch, attention, image_size, width):
@@ -421,25 +355,21 @@ def assert_same_steps(
 ):
     """Compare training steps of the repository with the reference; return the steps' contrasts."""
     model = network(arch, not o.no_ra, image_size, width)
-    reference = Reference(copy.deepcopy(model), arch, not o.no_ra)
-    optimizer = torch.optim.SGD(
-        model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay
-    )
+    reference = Reference(model, arch, not o.no_ra)
+    attack_copy = AttackCopy(model)
+    sgd = partial(torch.optim.SGD, lr=o.lr, momentum=0.9, weight_decay=o.weight_decay)
+    optimizer = sgd(model.parameters())
+    reference_optimizer = sgd(reference.parameters.values())
     generator = torch.Generator().manual_seed(5)
     same_generator = torch.Generator().manual_seed(5)
-    attack_copy = AttackCopy(model)
     contrasts = []
     for step in range(steps):
         x, y = batch(labels, image_size, step)
-        adversarial, negative, loss, contrast, gradients = reference.step(
-            x, y, o, same_generator, epoch
-        )
-        contrasts.append(contrast.item())
-
+        adversarial, negative, loss, contrast = reference.loss(x, y, o, same_generator, epoch)
         attacked = attack_batch(attack_copy, x, y, o, generator, epoch)
         stats = training_loss(model, x, y, attacked, o)
-        optimizer.zero_grad()
-        stats.loss.backward()
+        contrasts.append(contrast.item())
+
         pairs = {
             "adversarial images": (attacked.adversarial, adversarial),
             "loss": (stats.loss, loss),
@@ -448,10 +378,14 @@ def assert_same_steps(
         assert (attacked.negative is None) == (negative is None)
         if negative is not None:
             pairs["negative images"] = (attacked.negative, negative)
+        optimizer.zero_grad()
+        stats.loss.backward()
+        reference_optimizer.zero_grad()
+        loss.backward()
         for name, parameter in model.named_parameters():
-            pairs[f"gradient of {name}"] = (parameter.grad, gradients[name])
+            pairs[f"gradient of {name}"] = (parameter.grad, reference.parameters[name].grad)
         optimizer.step()
-        assert model.state_dict().keys() == reference.state.keys()
+        reference_optimizer.step()
         for name, tensor in model.state_dict().items():
             pairs[name] = (tensor, reference.state[name])
         for name, pair in pairs.items():
