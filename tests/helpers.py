@@ -448,7 +448,6 @@ def write_tiny_imagenet(monkeypatch, folder, extra=()):
             out.writestr(entry, content)
     url = "http://localhost/tiny.zip"
     monkeypatch.setattr(datasets, "TINY_IMAGENET", (url, md5(archive.read_bytes())))
-    monkeypatch.setattr(datasets, "TINY_IMAGES", {"train": 6, "test": 4})
     return archive, expected
 
 

@@ -92,7 +92,7 @@ def test_a_network_of_ones_own_is_named_once(tmp_path):
     evaluate(tmp_path, "robust", "--attacks", "natural", "--n-examples", "9")
     lines = (tmp_path / "test.log").read_text().splitlines()
     (row,) = (line for line in lines if line.startswith("| tests."))
-    (described,) = (line for line in lines if "reverse attention, digits" in line)
+    (described,) = (line for line in lines if ": digits, " in line)
     assert row.count("tiny_networks:robust") == described.count("tiny_networks:robust") == 1
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.data.augmentation import augment as augment
-from utils.data.folders import decode, find_parts, list_images, list_part
+from utils.data.folders import LAYOUT, decode, find_parts, list_images, visible_folders
 from utils.system import distributed
 from utils.system.errors import UsageError, first_line
 from utils.system.files import locked
@@ -22,7 +23,6 @@ TINY_IMAGENET = (
     "90528d7ca1a48142e341f4ef8d21d0de",
 )
 TINY_FOLDER = "tiny-imagenet-200"
-TINY_IMAGES = {"train": 100_000, "test": 10_000}
 
 
 class Split(NamedTuple):
@@ -90,27 +90,23 @@ def load_splits(
     dataset: str, limits: Mapping[str, int | None], data_dir: str, image_size: int
 ) -> dict[str, Split]:
     """Load each part that `limits` names, and note which images of a folder are copies."""
-    splits = {
-        part: load_split(dataset, part, data_dir, image_size, limit)
-        for part, limit in limits.items()
-    }
-    if dataset == "folder":
-        known = set(_pixels(splits["train"]))
-        for part in splits.keys() - {"train"}:
-            split = splits[part]
-            copies = sum(pixels in known for pixels in _pixels(split))
-            note = (
-                f"{copies} of {len(split.labels)} images of the {part} part are copies of training "
-                "images"
-            )
-            if copies:
-                splits[part] = split._replace(note=f"{split.note}; {note}".lstrip("; "))
+    splits = {}
+    for part, limit in limits.items():
+        splits[part] = load_split(dataset, part, data_dir, image_size, limit)
+    if dataset != "folder":
+        return splits
+    known = set(_pixels(splits["train"]))
+    for part in splits.keys() - {"train"}:
+        copies = sum(pixels in known for pixels in _pixels(splits[part]))
+        if copies:
+            note = f"{copies} images of the {part} part are copies of training images"
+            notes = filter(None, [splits[part].note, note])
+            splits[part] = splits[part]._replace(note="; ".join(notes))
     return splits
 
 
-def _pixels(split: Split) -> list[int]:
-    """Return a hash of each image's pixels."""
-    return [hash(image.numpy().tobytes()) for image in split.images]
+def _pixels(split: Split) -> list[bytes]:
+    return [hashlib.sha256(image.numpy()).digest() for image in split.images]
 
 
 def checksum_of(tensors: Iterable[Tensor]) -> str:
@@ -165,22 +161,19 @@ def load_extra(path: str, like: Split) -> Split:
     """
     side = like.images.shape[-1]
     classes = len(like.classes)
+    needed = (
+        f"--extra-data {path} must be an npz of image, uint8 (M, {side}, {side}, 3), and label, "
+        f"(M,), of all {classes} classes"
+    )
     try:
         with np.load(path) as file:
             images = file["image"]
             labels = file["label"]
     except Exception as error:  # damaged archives make numpy raise nearly anything
-        raise UsageError(
-            f"--extra-data {path} is not an npz of two arrays, `image` and `label` "
-            f"({first_line(error)})"
-        ) from error
-    right_shape = images.dtype == np.uint8 and images.shape == (*labels.shape, side, side, 3)
-    if not right_shape or not np.array_equal(np.unique(labels), np.arange(classes)):
-        raise UsageError(
-            f"--extra-data {path}: image is {images.dtype} {images.shape} and label "
-            f"{labels.shape}; they must be uint8 (M, {side}, {side}, 3) and (M,), of all {classes} "
-            "classes"
-        )
+        raise UsageError(f"{needed}: {first_line(error)}") from error
+    right_format = images.dtype == np.uint8 and images.shape == (*labels.shape, side, side, 3)
+    if not right_format or not np.array_equal(np.unique(labels), np.arange(classes)):
+        raise UsageError(f"{needed}; they are {images.dtype} {images.shape} and {labels.shape}")
     return like._replace(
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
         labels=torch.from_numpy(labels.astype(np.int64)),
@@ -238,88 +231,81 @@ def _digits(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     return Split(images[chosen], labels[chosen], tuple("0123456789"))
 
 
-def _require_size(dataset: str, size: int, actual: int) -> None:
-    if size != actual:
+@contextmanager
+def _downloading(dataset: str, data_dir: Path, archive: str, md5: str, url: str) -> Iterator[None]:
+    """Download a data set in the context, where no other process does.
+
+    Errors: UsageError that says which file to put where.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with locked(data_dir / f".{dataset}.lock", wait=True):
+            yield
+    except Exception as error:  # networks and archives raise nearly anything
         raise UsageError(
-            f"{dataset} has images of side {actual}, not {size}; leave --image-size out, "
-            "or name the data set that the checkpoint was trained on"
-        )
-
-
-def _outside(data_dir: Path, inner: str) -> Path:
-    """Return the folder that holds `inner`: data_dir, or its parent where data_dir is `inner`."""
-    data_dir = data_dir.resolve()
-    return data_dir.parent if data_dir.name == inner else data_dir
+            f"{dataset}: no intact copy in {data_dir} and none could be downloaded "
+            f"({first_line(error)}); put {archive} (MD5 {md5}) from {url} into {data_dir}"
+        ) from error
 
 
 def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """Load CIFAR-10 or -100 by torchvision, which unpickles files after their MD5 has matched."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    _require_size(dataset, size, 32)
+    if size != 32:
+        raise UsageError(
+            f"{dataset} has images of side 32, not {size}; leave --image-size out, "
+            "or name the data set that the checkpoint was trained on"
+        )
     source = CIFAR10 if dataset == "cifar10" else CIFAR100
-    data_dir = _outside(data_dir, source.base_folder)
     is_train = part == "train"
     try:
-        try:
-            data = source(str(data_dir), train=is_train)
-        except RuntimeError:  # it is missing or damaged
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with locked(data_dir / f".{dataset}.lock", wait=True):
-                data = source(str(data_dir), train=is_train, download=True)
-    except Exception as error:  # networks and archives raise nearly anything
-        raise UsageError(
-            f"{dataset}: no intact copy in {data_dir} and none could be downloaded "
-            f"({first_line(error)}); put {source.filename} (MD5 {source.tgz_md5}) from "
-            f"{source.url} into {data_dir}"
-        ) from error
+        data = source(data_dir, train=is_train)
+    except RuntimeError:  # it is missing or damaged
+        with _downloading(dataset, data_dir, source.filename, source.tgz_md5, source.url):
+            data = source(data_dir, train=is_train, download=True)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.tensor(data.targets), tuple(data.classes))
 
 
-def _of_files(
-    files: list[tuple[str, int]], classes: list[str], words: Sequence[str] = (), note: str = ""
-) -> Split:
+def _of_files(files: list[tuple[str, int]], classes: list[str], words: Sequence[str] = ()) -> Split:
     """Make a split of files and their labels."""
     names, labels = zip(*files, strict=True)
     places = torch.arange(len(names))
-    return Split(places, torch.tensor(labels), tuple(classes), tuple(words), note=note, files=names)
+    return Split(places, torch.tensor(labels), tuple(classes), tuple(words), files=names)
 
 
 def _tiny_imagenet(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """List Tiny-ImageNet: 200 classes by sorted wnid; its validation part is the test part."""
-    _require_size(dataset, size, 64)
-    root = _outside(data_dir, TINY_FOLDER) / TINY_FOLDER
+    root = data_dir / TINY_FOLDER
     if not root.is_dir():
-        _get_tiny_imagenet(root.parent)
+        _get_tiny_imagenet(data_dir)
     try:
         wnids = sorted((root / "wnids.txt").read_text().split())
         if part == "train":
             files, _ = list_images(root / "train", wnids)
         else:
             files = _list_tiny_validation(root / "val", wnids)
-        if len(files) != TINY_IMAGES[part]:
-            raise ValueError(f"{len(files):,} images in its {part} part")
         lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError, UsageError) as error:
+        words = dict(line.split("\t", 1) for line in lines)
+        return _of_files(files, wnids, [words[wnid] for wnid in wnids])
+    except (OSError, ValueError, LookupError, UsageError) as error:
         raise UsageError(
             f"{root} is incomplete ({first_line(error)}); remove it, "
             "and it is unpacked anew from the zip"
         ) from error
-    words = dict(line.split("\t", 1) for line in lines)
-    return _of_files(files, wnids, [words[wnid] for wnid in wnids])
 
 
 def _list_tiny_validation(folder: Path, wnids: list[str]) -> list[tuple[str, int]]:
-    """List the validation images, in the order of the annotations."""
-    if not (folder / "images").is_dir():  # moved into a folder for each class, as many people do
-        files, _ = list_images(folder, wnids)
-        # Names have lengths that differ: val_9 comes before val_10.
-        return sorted(files, key=lambda file: (len(file[0]), Path(file[0]).name))
+    """List the validation images by their annotations.
+
+    Many people move the images into a folder for each class; they are found there, too.
+    """
+    paths = {path.name: str(path) for path in folder.rglob("*.JPEG")}
     files = []
     for line in (folder / "val_annotations.txt").read_text().splitlines():
         name, wnid = line.split()[:2]
-        files.append((str(folder / "images" / name), wnids.index(wnid)))
+        files.append((paths[name], wnids.index(wnid)))
     return files
 
 
@@ -329,25 +315,37 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
 
     url, md5 = TINY_IMAGENET
     archive = f"{TINY_FOLDER}.zip"
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir / ".tiny-imagenet.lock", wait=True):
-            if (data_dir / TINY_FOLDER).is_dir():  # another process was faster
-                return
-            with TemporaryDirectory(dir=data_dir) as scratch:
-                download_and_extract_archive(url, data_dir, scratch, archive, md5=md5)
-                (Path(scratch) / TINY_FOLDER).rename(data_dir / TINY_FOLDER)
-    except Exception as error:  # networks and archives raise nearly anything
-        raise UsageError(
-            f"tiny-imagenet: no intact copy in {data_dir} and none could be downloaded "
-            f"({first_line(error)}); put {archive} (MD5 {md5}) from {url} into {data_dir}"
-        ) from error
+    with _downloading("tiny-imagenet", data_dir, archive, md5, url):
+        if (data_dir / TINY_FOLDER).is_dir():  # another process was faster
+            return
+        with TemporaryDirectory(dir=data_dir) as scratch:
+            download_and_extract_archive(url, data_dir, scratch, archive, md5=md5)
+            (Path(scratch) / TINY_FOLDER).rename(data_dir / TINY_FOLDER)
 
 
 def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     """List the images of DIR/train/<class>/, DIR/val/<class>/ or DIR/test/<class>/."""
-    classes, files, note = list_part(part, data_dir)
-    return _of_files(files, classes, note=note)
+    parts = find_parts(data_dir)
+    notes = []
+    if part == "test" and "test" not in parts and "val" in parts:
+        part = "val"
+        notes.append(f"{parts[part]} taken as test part")
+    if part not in parts:
+        raise UsageError(f"{data_dir} has no {part} part; {LAYOUT}")
+
+    root = parts[part]
+    train = parts.get("train", root)
+    classes = visible_folders(train)
+    different = sorted(set(classes) ^ set(visible_folders(root)))
+    if len(classes) < 2 or different:
+        raise UsageError(
+            f"{train} and {root} need the same folders, at least 2, one for each class; in one "
+            f"only: {', '.join(different[:5]) or 'none'}"
+        )
+    files, skipped = list_images(root, classes)
+    if skipped:
+        notes.append(f"skipped {len(skipped)} non-image files in {root}, such as {skipped[0]}")
+    return _of_files(files, classes)._replace(note="; ".join(notes))
 
 
 LOADERS = {

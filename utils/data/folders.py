@@ -2,23 +2,20 @@
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import make_dataset
-from tqdm import tqdm
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from tqdm.contrib.concurrent import thread_map
 
 from utils.system import distributed
 from utils.system.errors import UsageError, first_line
 
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-ENDINGS += (".ppm", ".pgm", ".pbm", ".pnm")
 # Pillow goes by content and would start Ghostscript for an EPS file that is named .png.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 PART_NAMES = {
     "train": "train(ing)?([ _-]?set)?",
     "val": "val(id|idation)?([ _-]?set)?",
@@ -54,35 +51,6 @@ def _visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def list_part(part: str, data_dir: Path) -> tuple[list[str], list[tuple[str, int]], str]:
-    """List a part of a folder of images -> names of the classes, files with labels, a note.
-
-    The val part is the test part where there is no other.
-    Errors: UsageError where the part is missing or its classes are not those of the train part.
-    """
-    parts = find_parts(data_dir)
-    note = ""
-    if part == "test" and "test" not in parts and "val" in parts:
-        part = "val"
-        note = f"{parts[part]} taken as test part; "
-    if part not in parts:
-        raise UsageError(f"{data_dir} has no {part} part; {LAYOUT}")
-
-    root = parts[part]
-    train = parts.get("train", root)
-    classes = visible_folders(train)
-    different = set(classes) ^ set(visible_folders(root))
-    if len(classes) < 2:
-        raise UsageError(f"{train} needs a folder for each class, at least 2")
-    if different:
-        names = ", ".join(sorted(different)[:5])
-        raise UsageError(f"{train} and {root} need the same classes; in one only: {names}")
-    files, skipped = list_images(root, classes)
-    if skipped:
-        note += f"skipped {len(skipped)} non-image files in {root}, such as {skipped[0]}"
-    return classes, files, note.removesuffix("; ")
-
-
 def list_images(root: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int]], list[str]]:
     """List the images in and below the folder of each class, by class and then by path.
 
@@ -95,7 +63,7 @@ def list_images(root: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int
         path = Path(file).relative_to(root)
         if not all(_visible(name) for name in path.parts):
             return False
-        if path.suffix.lower() not in ENDINGS:
+        if path.suffix.lower() not in IMG_EXTENSIONS:
             skipped.append(path.name)
             return False
         return True
@@ -125,10 +93,8 @@ def decode(files: Sequence[str], size: int) -> Tensor:
         except Exception as error:  # Pillow raises nearly anything on damaged files
             unreadable.append(f"{files[row]} ({first_line(error)})")
 
-    with ThreadPoolExecutor(4) as pool:
-        rows = pool.map(decode_row, range(len(files)))
-        for _ in tqdm(rows, "decoding", len(files), unit="img", disable=None):
-            pass
+    options = {"desc": "decoding", "unit": "img", "disable": None}
+    thread_map(decode_row, range(len(files)), max_workers=4, **options)
     if unreadable:
         first = "; ".join(sorted(unreadable)[:10])
         raise UsageError(f"replace or remove {len(unreadable)} unreadable images: {first}")
@@ -144,14 +110,12 @@ def decode_image(file: str, size: int) -> Tensor:
     """
     with Image.open(file, formats=FORMATS) as image:
         if image.mode[0] in "IF":  # 16-bit grey, which convert() would clip at 255
-            pixels = np.asarray(image)
-            if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 2**16:
+            pixels = np.asarray(image) / 256
+            if pixels.min() < 0 or pixels.max() >= 256:
                 raise ValueError("pixels of more than 16 bits")
-            image = Image.fromarray((pixels >> 8).astype(np.uint8))
+            image = Image.fromarray(pixels.astype(np.uint8))
         if image.mode[-1] in "Aa" or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -58,7 +58,6 @@ def load_foreign(model: str, device: torch.device) -> tuple[nn.Module, dict]:
         "reverse_attention": False,
         "recipe": None,
         "notes": [],
-        "module": module.__name__,
         "file": module.__file__,
     }
     if isinstance(network, ReverseAttentionNetwork):
@@ -99,27 +98,20 @@ def require_classifier(settings: Evaluation, network: nn.Module, split: Split) -
     Errors: UsageError where its answer is not logits of a split's classes, or has no gradient and
     the attacks of the settings need one.
     """
-    model = f"--model {settings.model}"
     x = as_input(split.images[:1]).requires_grad_()
+    classes = len(split.classes)
+    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
     try:
         logits = network(x)
+        if logits.shape != (1, classes):
+            raise ValueError(f"it answers with {tuple(logits.shape)}")
+        if by_gradient and not logits.requires_grad:
+            raise ValueError(f"without a gradient of the images only {', '.join(BLIND)} work")
     except Exception as error:  # whatever the user's own code raises
         raise UsageError(
-            f"{model} fails on float32 images {tuple(x.shape)}: {type(error).__name__}: "
-            f"{first_line(error)}; for digits and folder --image-size gives it others"
+            f"--model {settings.model} must turn float32 images {tuple(x.shape)} into logits "
+            f"(N, {classes}): {type(error).__name__}: {first_line(error)}"
         ) from error
-    classes = len(split.classes)
-    if logits.shape != (1, classes):
-        raise UsageError(
-            f"{model} answers with {tuple(logits.shape)} to one image; logits (N, {classes}) are "
-            "needed"
-        )
-    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
-    if by_gradient and not logits.requires_grad:
-        raise UsageError(
-            f"{model} answers without a gradient of the images; only --attacks {','.join(BLIND)} "
-            "do without"
-        )
 
 
 def foreign_checksum(network: nn.Module, info: dict, split: Split) -> str:

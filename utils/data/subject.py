@@ -15,7 +15,6 @@ from utils.data.datasets import (
     batches,
     load_split,
     numbers_of,
-    require_same_on_ranks,
 )
 from utils.data.foreign import load_foreign, require_classifier
 from utils.system import distributed
@@ -81,14 +80,13 @@ def halving(attack: Attack) -> Attack:
     def attack_in_parts(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         nonlocal limit
         while True:
-            size = min(limit, len(x))
-            parts = zip(x.split(size), labels.split(size), numbers.split(size), strict=True)
+            parts = zip(x.split(limit), labels.split(limit), numbers.split(limit), strict=True)
             try:
                 return torch.cat([attack(net, *part) for part in parts])
             except torch.cuda.OutOfMemoryError:
-                if size == 1:
+                limit = min(limit, len(x)) // 2
+                if limit == 0:
                     raise
-                limit = size // 2
             torch.cuda.empty_cache()  # here, where the error no longer holds tensors
 
     return attack_in_parts
@@ -183,7 +181,7 @@ class Subject(NamedTuple):
         method = self.recipe.get("method")
         reverse_attention = self.info["reverse_attention"]
         if method is None:
-            name = str(self.info["arch"]) if self.info.get("module") else self.file.stem
+            name = str(self.info["arch"]) if self.info.get("file") else self.file.stem
         else:
             name = "PGD-AT" if method == "pgd" else method.upper()
             contrast = not self.recipe.get("no_anc")
@@ -219,12 +217,10 @@ class Subject(NamedTuple):
         return self.recipe.get("cr_beta", Training.cr_beta)
 
     def described(self) -> str:
-        """Say in a line what the network is and on which images it is looked at."""
-        network = "a network" if self.info.get("module") else self.info["arch"]
-        attention = "with" if self.info["reverse_attention"] else "without"
-        images = f"{len(self.split.labels)} of {self.split.total} test images"
+        """Say on which images the network is looked at."""
         note = f"; {self.split.note}" if self.split.note else ""
-        return f"{network} {attention} reverse attention, {self.dataset}, {images}{note}"
+        count = len(self.split.labels)
+        return f"{self.dataset}, {count} of {self.split.total} test images{note}"
 
 
 def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
@@ -255,39 +251,34 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
             gate=settings.gate,
             ra_blocks=settings.ra_blocks,
         )
-    notes = info["notes"]
-    dataset = info["dataset"] or settings.dataset
-    if dataset is None:
-        dataset = Training.dataset
-        notes = [*notes, f"taken for a network of {dataset}, since --dataset names no other"]
-    notes = print_notes(file, notes)
+    notes = print_notes(file, info["notes"])
 
-    split = _load_images(settings, dataset, info).to(device)
+    dataset = info["dataset"] or settings.dataset or Training.dataset
+    defaults = dataset_defaults(dataset)
+    side = info["image_size"] or settings.image_size or defaults.image_size
+    data_dir = settings.data_dir or _recorded_data_dir(dataset, info)
+    split = load_split(dataset, "test", data_dir, side, settings.n_examples).to(device)
     if path is None:
         require_classifier(settings, model, split)
-    elif info["num_classes"] != len(split.classes):
-        raise UsageError(
-            f"{file} has {info['num_classes']} classes and {dataset} has {len(split.classes)}; "
-            "name the data set that it was trained on by --dataset"
-        )
-    elif info["classes"] not in (None, list(split.classes)):
-        raise UsageError(
-            f"{file} was trained on other classes than those of {dataset}; name its own data by "
-            "--dataset"
-        )
-    defaults = dataset_defaults(dataset)
+    else:
+        _require_classes(file, info, dataset, split.classes)
     eps = defaults.epsilon if settings.epsilon is None else settings.epsilon
-    step_size = defaults.step_size if settings.step_size is None else settings.step_size
+    step_size = settings.step_size or defaults.step_size
     return Subject(file, model, info, dataset, split, eps, step_size, notes)
 
 
-def _load_images(settings: Checkpoint, dataset: str, info: dict) -> Split:
-    """Load test images, by default from where the training of a network had its images."""
-    data_dir = settings.data_dir or (info["recipe"] or {}).get("data_dir", Training.data_dir)
-    if dataset != "folder" and not Path(data_dir).is_dir():
-        data_dir = settings.data_dir or Training.data_dir
-    side = info["image_size"] or settings.image_size or dataset_defaults(dataset).image_size
-    with distributed.first_of_the_node_first():
-        split = load_split(dataset, "test", data_dir, side, settings.n_examples)
-    require_same_on_ranks(f"{dataset} in {data_dir}", split)
-    return split
+def _recorded_data_dir(dataset: str, info: dict) -> str:
+    """Return where the training had its images, or the default folder if that is not here."""
+    recorded = (info["recipe"] or {}).get("data_dir", Training.data_dir)
+    if dataset == "folder" or Path(recorded).is_dir():  # `folder` is another one elsewhere
+        return recorded
+    return Training.data_dir
+
+
+def _require_classes(file: Path, info: dict, dataset: str, classes: tuple[str, ...]) -> None:
+    """Raise UsageError where a network was trained on other classes than those of a data set."""
+    if info["num_classes"] != len(classes) or info["classes"] not in (None, list(classes)):
+        raise UsageError(
+            f"{file} has {info['num_classes']} classes, other classes than those of {dataset}; "
+            "name what it was trained on by --dataset and --data-dir"
+        )
