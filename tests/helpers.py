@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from PIL import Image
+from torch.utils._pytree import tree_flatten
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from models import build_model
@@ -199,20 +200,16 @@ def state(run_folder):
 
 
 def assert_equal(a, b, where=""):
-    """Assert that types, keys and every number are equal, to the last bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            assert_equal(left, right, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    else:
-        assert a == b, where
+    """Assert that nested values have the same structure and numbers, to the last bit."""
+    leaves, structure = tree_flatten(a)
+    other_leaves, other_structure = tree_flatten(b)
+    assert structure == other_structure, where
+    for leaf, other in zip(leaves, other_leaves, strict=True):
+        assert type(leaf) is type(other), where
+        if isinstance(leaf, torch.Tensor):
+            assert leaf.dtype == other.dtype and torch.equal(leaf, other), where
+        else:
+            assert leaf == other, where
 
 
 def assert_same_run(one, other):
@@ -228,11 +225,6 @@ def assert_same_run(one, other):
 def files(root):
     """Return every file under a folder with its content."""
     return {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
-
-
-def tree(root):
-    """Return the paths under a folder, relative to it."""
-    return sorted(str(file.relative_to(root)) for file in root.rglob("*"))
 
 
 # Networks
@@ -410,10 +402,9 @@ def pack_cifar(monkeypatch, folder, dataset="cifar10"):
 WNIDS = ("n03", "n01", "n02")  # in the order of the file, unsorted
 
 
-def write_tiny_imagenet(monkeypatch, folder, extra=()):
+def write_tiny_imagenet(monkeypatch, folder):
     """Write the zip of a Tiny-ImageNet of 3 classes, and let `datasets` expect it.
 
-    extra: further entries, (name or ZipInfo, bytes).
     Returns the zip, and {part: (decoded images NHWC, labels)} in order.
     """
     expected = {"train": ([], []), "test": ([], [])}
@@ -444,8 +435,6 @@ def write_tiny_imagenet(monkeypatch, folder, extra=()):
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
         for name, content in entries.items():
             out.writestr(f"tiny-imagenet-200/{name}", content)
-        for entry, content in extra:
-            out.writestr(entry, content)
     url = "http://localhost/tiny.zip"
     monkeypatch.setattr(datasets, "TINY_IMAGENET", (url, md5(archive.read_bytes())))
     return archive, expected
