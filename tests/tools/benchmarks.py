@@ -133,7 +133,7 @@ def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
 
 def options(**changes: object) -> Training:
     """Return the settings of a training on CIFAR-10, some of them changed."""
-    return resolve(Training, changes)
+    return resolve(changes)
 
 
 class Step:

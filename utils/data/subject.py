@@ -18,11 +18,10 @@ from utils.data.datasets import (
 )
 from utils.data.foreign import load_foreign, require_classifier
 from utils.system import distributed
-from utils.system.checkpoints import checkpoint_file, load_model, print_notes
+from utils.system.checkpoints import checkpoint_file, load_model
 from utils.system.devices import computing, pick_device
 from utils.system.errors import RunError, UsageError
-from utils.system.options import fitting
-from utils.system.settings import Checkpoint, Training, combined, dataset_defaults
+from utils.system.settings import Checkpoint, Training, combined, dataset_defaults, fitting
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -251,8 +250,6 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
             gate=settings.gate,
             ra_blocks=settings.ra_blocks,
         )
-    notes = print_notes(file, info["notes"])
-
     dataset = info["dataset"] or settings.dataset or Training.dataset
     defaults = dataset_defaults(dataset)
     side = info["image_size"] or settings.image_size or defaults.image_size
@@ -264,7 +261,7 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
         _require_classes(file, info, dataset, split.classes)
     eps = defaults.epsilon if settings.epsilon is None else settings.epsilon
     step_size = settings.step_size or defaults.step_size
-    return Subject(file, model, info, dataset, split, eps, step_size, notes)
+    return Subject(file, model, info, dataset, split, eps, step_size, info["notes"])
 
 
 def _recorded_data_dir(dataset: str, info: dict) -> str:

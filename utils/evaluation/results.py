@@ -33,8 +33,7 @@ from typing import Any
 import numpy as np
 
 from utils.system.errors import UsageError
-from utils.system.options import fitting
-from utils.system.settings import FREE, idle, restored
+from utils.system.settings import FREE, fitting, idle, restored
 
 FORMAT = 1
 FILE = "white_attack.json"

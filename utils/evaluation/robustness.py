@@ -39,7 +39,7 @@ from utils.evaluation.report import Row
 from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy
-from utils.system.checkpoints import checkpoint_file, load_model, print_notes
+from utils.system.checkpoints import checkpoint_file, load_model
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import read_arrays, require_writable, write_arrays, write_record
@@ -658,7 +658,6 @@ def load_surrogate(path: str, subject: Subject) -> Surrogate:
     """
     images = subject.split.images
     model, info = load_model(path, images.device)
-    print_notes(Path(path), info["notes"])
     classes = len(subject.split.classes)
     side = images.shape[-1]
     other_side = info["arch"].startswith("PreAct") and info["image_size"] != side

@@ -2,17 +2,14 @@
 
 import io
 import os
-import pickle
-import re
 import warnings
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from models import build_model
 from models.normalise import Normalise, normalisation_in
@@ -42,16 +39,6 @@ DESCRIPTION = (
     "averaged",
 )
 
-# How files of other kinds begin, and what to do about them.
-OTHER_KINDS = {
-    rb"version https://git-lfs": "a git-lfs pointer; `git lfs pull` fetches the file itself",
-    rb"\s*<": "a web page, as of a failed download; fetch the file itself",
-    rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|.{257}ustar": "an archive; unpack it and name the weights",
-    rb"\Z": "empty; get it anew",
-    rb"[\t-\r -~]{16}": "text, such as a configuration; name the file of the weights",
-    rb"\x93NUMPY": "a numpy array; save a state dict of tensors by torch.save",
-}
-
 
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint, or leave the file as it was. content: tensors and plain Python values."""
@@ -63,141 +50,74 @@ def save(path: Path, content: dict) -> None:
 # Reading
 
 
-class Unread:
-    """Stands for an object in a file whose class is not torch's; no code of its class runs.
+class UnreadDict:
+    """Makes a plain dictionary in place of an object whose class is not torch's."""
 
-    state: what the object would have been restored from; of a module a dictionary of attributes.
-    """
+    def __new__(cls, *args: object) -> OrderedDict:
+        """Ignore what the object would have been made of; the file fills the dictionary."""
+        return OrderedDict()
 
-    state: Any = None
 
-    def __new__(cls, *args: object) -> "Unread":
-        """Ignore the arguments that the object would have been made of."""
+class UnreadArray:
+    """Stands for a number or an array of numpy."""
+
+    def __new__(cls, *args: object) -> "UnreadArray":
+        """Ignore what it would have been made of."""
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
-        """Keep what the object would have been restored from."""
-        self.state = state
-
-
-class UnreadList(Unread):
-    """Stands for an object that the file appends to, such as a deque."""
-
-    def __new__(cls, *args: object) -> list:
-        """Return a plain list, which gets the items."""
-        return []
-
-
-class UnreadDict(Unread):
-    """Stands for an object of a subclass of dict, such as a configuration."""
-
-    def __new__(cls, *args: object) -> OrderedDict:
-        """Return a plain dictionary, which gets the entries."""
-        return OrderedDict()
+        """Ignore what it would have been restored from."""
 
 
 def read(path: Path) -> dict:
     """Read a checkpoint file as tensors and plain values on the CPU, without running code from it.
 
-    An object of a class that is not torch's becomes an `Unread`, and a module that was saved whole
-    its state dict. A safetensors file is read where that package is installed.
+    Something else takes the place of objects whose class is not torch's: the entries of such a
+    dictionary are there, and the attributes of an object in its `__dict__`. A safetensors file is
+    read where that package is installed.
     Errors: UsageError where the file is missing, truncated or no checkpoint, or would run code.
     """
     if not path.is_file():
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder")
     try:
-        with open(path, "rb") as file:
-            beginning = file.read(1024)
-        if beginning[6:9] == b"\0\0{":  # the length of a header in eight bytes, then JSON
+        if path.suffix == ".safetensors":
             content = _read_safetensors(path)
         else:
-            _refuse_other_kinds(path, beginning)
-            content = _unpickle(path)
-    except UsageError:
-        raise
+            content = _read_pickle(path)
+    except ImportError as error:
+        raise UsageError(f"{path} needs `pip install safetensors`") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch and pickle raise nearly anything
-        if "GLOBAL" in str(error):
-            raise UsageError(
-                f"{path} is refused, since reading it would run code; if you trust it, save only "
-                "its state dict to a new file by torch.save"
-            ) from error
-        raise UsageError(f"{path} is no checkpoint, or a truncated one") from error
-    if isinstance(content, Unread):
-        content = _state_dict(content)
+        with open(path, "rb") as file:
+            beginning = file.read(40)
+        raise UsageError(
+            f"{path} is no state dict of torch.save, or would run code: perhaps an archive, a "
+            f"TorchScript module, a failed download or truncated; it begins with {beginning}"
+        ) from error
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UsageError(f"{path} holds a {kind}, not a state dict; save .state_dict()")
     return content
 
 
-def _refuse_other_kinds(path: Path, beginning: bytes) -> None:
-    for pattern, kind in OTHER_KINDS.items():
-        if re.match(pattern, beginning, re.DOTALL):
-            raise UsageError(f"{path} is no checkpoint: it is {kind}")
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        names = {Path(name).name for name in archive.namelist()}
-    if "constants.pkl" in names:
-        raise UsageError(
-            f"{path} is a TorchScript module; save its .state_dict(), or write a function that "
-            "returns torch.jit.load(FILE) and name it by --model"
-        )
-    if "data.pkl" not in names:
-        raise UsageError(f"{path} is a zip archive; unpack it and name the checkpoint inside")
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load
-    except ImportError:
-        raise UsageError(
-            f"{path} is a safetensors file; `pip install safetensors` lets it be read"
-        ) from None
-    return load(path.read_bytes())
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
-def _unpickle(path: Path) -> object:
-    """Read what torch.save wrote, with an `Unread` for each object whose class is not torch's.
-
-    torch's own reader refuses the name of such a class, or the stand-in for a dictionary or a list,
-    and says which one. The file is then read again, with a stand-in under that name.
-    """
-    stand_ins: dict[str, type] = {}
-    while True:
-        allowed = [(stand_in, name) for name, stand_in in stand_ins.items()]
-        try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
-                warnings.simplefilter("ignore")
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            wrong_kind = re.search(
-                rf"Can only (SETITEM|append).* got <class '{__name__}\.(\S+)'>", str(error)
-            )
-            if unknown and unknown[1] not in stand_ins:
-                name = unknown[1]
-                stand_in = type(name, (Unread,), {})
-            elif wrong_kind and issubclass(stand_ins[wrong_kind[2]], Unread):
-                name = wrong_kind[2]
-                stand_in = UnreadDict if wrong_kind[1] == "SETITEM" else UnreadList
-            else:
-                raise
-            stand_ins[name] = stand_in
-            stand_ins[f"builtins.{name}"] = stand_in  # the message leaves `builtins` out
-
-
-def _state_dict(module: Unread, prefix: str = "") -> dict[str, Tensor]:
-    """Return the state dict of a module that was saved whole; it is empty for other objects."""
-    attributes = module.state if isinstance(module.state, dict) else {}
-    entries = attributes.get("_parameters", {}) | attributes.get("_buffers", {})
-    tensors = {f"{prefix}{name}": value for name, value in entries.items() if value is not None}
-    for name, child in attributes.get("_modules", {}).items():
-        if isinstance(child, Unread):
-            tensors |= _state_dict(child, f"{prefix}{name}.")
-    return tensors
+def _read_pickle(path: Path) -> object:
+    unread = []
+    with suppress(ValueError):  # a file of torch before 1.6, which may hold no such objects
+        unread = get_unsafe_globals_in_checkpoint(path)
+    stand_ins = []
+    for name in unread:
+        stand_in = UnreadArray if name.startswith("numpy") else UnreadDict
+        stand_ins.append((stand_in, name))
+    with safe_globals(stand_ins), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # Files of a run
@@ -220,7 +140,7 @@ def checkpoint_file(path: str | Path) -> Path:
 def weights_after(path: str | Path, epoch: int) -> Path:
     """Return the file with a run's weights after an epoch: in the run folder `path`, or `path`.
 
-    Errors: UsageError where the folder holds none, which names those that it holds.
+    Errors: UsageError where the folder holds none.
     """
     path = Path(path)
     if not path.is_dir():
@@ -228,17 +148,11 @@ def weights_after(path: str | Path, epoch: int) -> Path:
     numbered = path / f"model-{epoch}.pt"
     if numbered.is_file():
         return numbered
-    others = [file.name for file in sorted(path.glob("model-[0-9]*.pt"))]
     for file in (path / LAST, path / BEST):
-        if file.is_file():
-            its_epoch = read(file).get("epoch")
-            if its_epoch == epoch:
-                return file
-            others.append(f"{file.name} of epoch {its_epoch}")
-    held = ", ".join(others) or "no checkpoint"
+        if file.is_file() and read(file).get("epoch") == epoch:
+            return file
     raise UsageError(
-        f"{path} holds no weights of epoch {epoch}, but {held}; name a file or another "
-        "--restart_epoch"
+        f"{path} holds no weights of epoch {epoch}; name a file or another --restart_epoch"
     )
 
 
@@ -256,30 +170,31 @@ def load_model(
     """Load a checkpoint file, or a run folder's best checkpoint.
 
     Returns the network in eval mode and what it is: the entries of `DESCRIPTION`; mean and std
-    that images are normalised by, or None; notes, what was assumed. Arch, width, number of classes
-    and perhaps image size of a published state dict are read off its tensors; its reverse_attention
-    is True unless overridden, since no tensor tells.
+    that images are normalised by, or None; notes, what was assumed, which the first rank prints.
+    Arch, width, number of classes and perhaps image size of a published state dict are read off its
+    tensors; its reverse_attention is True unless overridden, since no tensor tells.
 
-    key: which of several state dicts in the file. predict: the head that answers. overrides: values
-    for entries that the file leaves open, None for unknown.
+    key: which of several state dicts in a published file. predict: the head that answers.
+    overrides: values for entries that the file leaves open, None for unknown.
     Errors: UsageError where the file is no checkpoint or does not fit its description.
     """
+    # Read the file.
     path = checkpoint_file(path)
     content = read(path)
+    notes = []
     is_run = isinstance(content.get("model"), dict) and "reverse_attention" in content
     if is_run:
-        if key is not None:
-            raise UsageError(f"{path} is a run's checkpoint, of one network; leave --key out")
         state = content["model"]
-        notes = []
-        info = {name: content.get(name) for name in DESCRIPTION} | {"mean": None, "std": None}
-        if info["gate"] is None:  # written before there were others
-            info |= {"gate": "label", "ra_blocks": 2}
     else:
         state, normalisation, notes = find_weights(content, path, key)
-        info = dict.fromkeys((*DESCRIPTION, "mean", "std")) | _read_shape(state, path)
-        info |= normalisation
 
+    # Describe the network.
+    info = dict.fromkeys((*DESCRIPTION, "mean", "std"))
+    if is_run:
+        info |= {"gate": "label", "ra_blocks": 2}  # of runs before there were others
+        info |= {name: content[name] for name in DESCRIPTION if name in content}
+    else:
+        info |= normalisation | _read_shape(state, path)
     for name, value in overrides.items():
         if value is None:
             continue
@@ -291,161 +206,38 @@ def load_model(
         info[name] = value
     if info["reverse_attention"] is None:
         info["reverse_attention"] = True
-    if not is_run:
-        notes.insert(0, _assumptions(info))
     if info["image_size"] is None:
         known = info["dataset"] in DATASETS
         defaults = dataset_defaults(info["dataset"]) if known else Training
         info["image_size"] = defaults.image_size
-
-    model = empty_network(info, path)
     if not is_run:
-        state = named_as(model, state)
-    check_state(model, state, path)
-    model.to_empty(device="cpu").load_state_dict(state)
+        attention = "with" if info["reverse_attention"] else "without"
+        dataset = info["dataset"] or Training.dataset
+        scale = f"normalised by {info['mean']}, {info['std']}" if info["mean"] else "not normalised"
+        notes.append(
+            f"taken for {info['arch']} of width {info['width']}, {attention} reverse attention, "
+            f"images {scale}, of {dataset}; no tensor tells, see --no-ra, --gate, --mean, --dataset"
+        )
+    info["notes"] = print_notes(path, notes)
+
+    # Build the network, without drawing weights, and load them.
+    names = ("reverse_attention", "width", "image_size", "gate", "ra_blocks")
+    options = {name: info[name] for name in names if info[name] is not None}
+    try:
+        with torch.device("meta"):
+            model = build_model(info["arch"], info["num_classes"], **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} describes a network that cannot be built: {error}") from error
+    model.to_empty(device="cpu")
     if info["mean"]:
         model.normalise = Normalise(info["mean"], info["std"])
-    _answer_by(model, predict, path)
-    return model.to(device).eval(), info | {"notes": notes}
-
-
-def _read_shape(state: dict[str, Tensor], path: Path) -> dict:
-    try:
-        return shape_of(state)
-    except (LookupError, ValueError) as error:
-        names = ", ".join([*state][:5])
-        known = ", ".join(ARCHS)
-        raise UsageError(f"{path} is of no network known here ({known}): {names} ...") from error
-
-
-def _assumptions(info: dict) -> str:
-    """Say what a published state dict is taken for."""
-    attention = "with" if info["reverse_attention"] else "without"
-    gate = "".join(f", {name} {info[name]}" for name in ("gate", "ra_blocks") if info[name])
-    images = f"normalised by {info['mean']}, {info['std']}" if info["mean"] else "not normalised"
-    return (
-        f"taken for {info['arch']} of width {info['width']}, {attention} reverse attention{gate}, "
-        f"images {images}; no tensor tells all of it, see --no-ra, --mean and --std"
-    )
-
-
-def print_notes(path: Path, notes: list[str]) -> tuple[str, ...]:
-    """Print on the first rank what a reader must know of a file; return it with the file's name."""
-    lines = tuple(f"{path.name}: {note}" for note in notes)
-    if distributed.first():
-        for line in lines:
-            print(f"note: {line}")
-    return lines
-
-
-def find_weights(
-    content: dict, path: Path, key: str | None = None, first: str = "conv1.weight"
-) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]], list[str]]:
-    """Find a network's state dict in a file, whatever dictionaries and prefixes it is wrapped in.
-
-    key: the name of one of several networks. Without it the first counts; averages over training
-    (EMA) come last. first: the network's first tensor; what stands before it is the prefix.
-    Returns the state dict, mean and std of images as far as the file holds them, and notes.
-    Errors: UsageError where there is no such network, or something beside it that belongs to it.
-    """
-    networks = {}
-    for trail, tensors in _dictionaries(content):
-        prefixes = _outermost_prefixes(tensors, first)
-        for prefix in prefixes:
-            networks[f"{trail}.{prefix}".strip(".")] = tensors, prefix, prefixes
-    names = sorted(networks, key=lambda name: "ema" in name.lower())
-    chosen = names[:1]
-    if key is not None:
-        chosen = [name for name in names if key == name or key in name.split(".")]
-    if not chosen:
-        wanted = f"network called {key}" if key else f"network known here ({', '.join(ARCHS)})"
-        held = ", ".join(map(str, names or content)) or "nothing"
-        raise UsageError(f"{path} is no checkpoint of a {wanted}; it holds {held[:400]}")
-
-    tensors, prefix, prefixes = networks[chosen[0]]
-    state = {}
-    beside = {}
-    for name, value in tensors.items():
-        if name.startswith(prefix):
-            state[name.removeprefix(prefix)] = value
-        elif not name.startswith(prefixes):
-            beside[name] = value
-    buffers, normalisation = normalisation_in(state | beside)
-    for mean, std in zip(*normalisation.values(), strict=True):
-        if not (0 <= mean <= 1 and 0 < std <= 1):
-            raise UsageError(f"{path}: {buffers[0]} and {buffers[1]} are not of images in [0, 1]")
-    for name, value in beside.items():
-        if value.numel() > 1 and name not in buffers:
-            raise UsageError(f"{path} holds {name} beside its {chosen[0]}, as no network here does")
-
-    notes = []
-    others = [name for name in names if name != chosen[0]]
-    if chosen[0]:
-        notes.append(f"weights: {chosen[0]}")
-    if buffers:
-        notes.append(f"mean and std: {', '.join(buffers[:2])}")
-    if others:
-        taken_by = "other weights, not taken (--key of an evaluation takes them)"
-        notes.append(f"{taken_by}: {', '.join(others[:9])}")
-    for name in [*state]:
-        # The forward of the official WRN leaves out its sub_block1.
-        if name in buffers or name.startswith("sub_block1."):
-            del state[name]
-    return state, normalisation, notes
-
-
-def _dictionaries(content: dict) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the tensors of each dictionary in a file, outer ones first, after the keys to it."""
-    waiting = [("", content)]
-    for trail, dictionary in waiting:
-        tensors = {}
-        for name, value in dictionary.items():
-            if isinstance(value, Unread):
-                value = _state_dict(value)
-            if isinstance(value, Tensor) and isinstance(name, str):
-                tensors[name] = value
-            elif isinstance(value, dict) and trail.count(".") < 5:
-                waiting.append((f"{trail}.{name}", value))
-        yield trail, tensors
-
-
-def _outermost_prefixes(tensors: dict[str, Tensor], first: str) -> tuple[str, ...]:
-    """Return what stands before `first` in names, but for networks inside a network."""
-    prefixes = []
-    for name in sorted(tensors, key=len):
-        prefix = name.removesuffix(first)
-        if f".{name}".endswith(f".{first}") and not prefix.startswith(tuple(prefixes)):
-            prefixes.append(prefix)
-    return tuple(prefixes)
-
-
-def _answer_by(model: nn.Module, predict: str, path: Path) -> None:
-    """Let a network answer with the logits of a head; UsageError where it has none of that name."""
-    heads = ["final"]
-    if model.reverse_attention:
-        heads += ["auxiliary1", "auxiliary2"][: model.ra_blocks]
+    gated_blocks = model.ra_blocks if model.reverse_attention else 0
+    heads = ("final", "auxiliary1", "auxiliary2")[: 1 + gated_blocks]
     if predict not in heads:
         raise UsageError(f"--predict {predict}: {path} has {', '.join(heads)} alone")
     model.predict = predict
-
-
-def empty_network(info: dict, path: Path) -> nn.Module:
-    """Build the network of a description on the meta device, where it draws no weights."""
-    options = {}
-    for name in ("reverse_attention", "width", "image_size", "gate", "ra_blocks"):
-        if info[name] is not None:
-            options[name] = info[name]
-    try:
-        with torch.device("meta"):
-            return build_model(info["arch"], info["num_classes"], **options)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} describes a network that cannot be built: {error}") from error
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Copy a state dict into a network; UsageError as `check_state`."""
-    check_state(model, state, path)
-    model.load_state_dict(state)
+    load_state(model, state if is_run else named_as(model, state), path)
+    return model.to(device).eval(), info
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -459,29 +251,107 @@ def load_weights(model: nn.Module, path: Path) -> None:
     )
     if normalisation:
         raise UsageError(
-            f"{path} is of a network of normalised images, and training does not normalise; name "
-            "another"
+            f"{path} is of a network of normalised images; training does not normalise"
         )
-    load_state(model, named_as(model, state), path)
     print_notes(path, notes)
+    load_state(model, named_as(model, state), path)
 
 
-def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise UsageError that names the first tensor which does not fit or is not finite."""
-    expected = model.state_dict()
-    problem = f"{path} does not fit this network"
-    for name in expected:
-        if name not in state:
-            raise UsageError(f"{problem}: it lacks {name}; is it of another architecture?")
+def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Copy a state dict into a network; UsageError where it does not fit or is not finite."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1].strip()
+        raise UsageError(f"{path} does not fit this network: {problem[:300]}") from error
     for name, value in state.items():
-        if name not in expected:
-            raise UsageError(f"{problem}: unexpected {name}; is it of another architecture?")
-        shape = tuple(value.shape)
-        expected_shape = tuple(expected[name].shape)
-        if shape != expected_shape:
-            hint = "is it of another arch or width?"
-            if len(shape) == len(expected_shape) == 2 and shape[0] != expected_shape[0]:
-                hint = f"it has {shape[0]} classes, not {expected_shape[0]}"
-            raise UsageError(f"{problem}: {name} is {shape}, not {expected_shape}; {hint}")
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} is not finite; the training that wrote it had failed")
+
+
+def print_notes(path: Path, notes: list[str]) -> list[str]:
+    """Print on the first rank what a reader must know of a file; return it with the file's name."""
+    lines = [f"{path.name}: {note}" for note in notes]
+    if distributed.first():
+        for line in lines:
+            print(f"note: {line}")
+    return lines
+
+
+# State dicts of other programs
+
+
+def find_weights(
+    content: dict, path: Path, key: str | None = None, first: str = "conv1.weight"
+) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]], list[str]]:
+    """Find a network's state dict in a file, whatever dictionaries and prefixes it is wrapped in.
+
+    key: the name of one of several networks. Without it the first counts; averages over training
+    (EMA) come last. first: the network's first tensor; what stands before it is the prefix.
+    Returns the state dict, mean and std of images as far as the file holds them, and notes.
+    Errors: UsageError where there is no such network, or its images are not in [0, 1].
+    """
+    tensors = _tensors(content)
+    prefixes = [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")]
+    networks = []
+    for prefix in sorted(prefixes, key=lambda name: "ema" in name.lower()):
+        inside_another = any(prefix != other and prefix.startswith(other) for other in prefixes)
+        if not inside_another:
+            networks.append(prefix)
+    chosen = networks[:1]
+    if key is not None:
+        chosen = [prefix for prefix in networks if key in (prefix[:-1], *prefix.split("."))]
+    if not chosen:
+        wanted = f"network called {key}" if key else f"network known here ({', '.join(ARCHS)})"
+        held = ", ".join(networks or map(str, content)) or "nothing"
+        raise UsageError(f"{path} is no checkpoint of a {wanted}; it holds {held[:400]}")
+
+    prefix = chosen[0]
+    others = [other for other in networks if other != prefix]
+    of_network = {
+        name: value for name, value in tensors.items() if not name.startswith(tuple(others))
+    }
+    buffers, normalisation = normalisation_in(of_network)
+    for mean, std in zip(*normalisation.values(), strict=True):
+        if not (0 <= mean <= 1 and 0 < std <= 1):
+            raise UsageError(f"{path}: {buffers[0]} and {buffers[1]} are not of images in [0, 1]")
+    state = {}
+    for name, value in of_network.items():
+        name_in_network = name.removeprefix(prefix)
+        # The forward of the official WRN leaves out its sub_block1.
+        left_out = name in buffers or name_in_network.startswith("sub_block1.")
+        if name.startswith(prefix) and not left_out:
+            state[name_in_network] = value
+
+    notes = []
+    if prefix:
+        notes.append(f"weights: {prefix[:-1]}")
+    if buffers:
+        notes.append(f"mean and std: {', '.join(buffers[:2])}")
+    if others:
+        notes.append(f"other weights, which --key takes: {', '.join(others[:9])}")
+    return state, normalisation, notes
+
+
+def _tensors(content: dict, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors in nested dictionaries, and in modules that were saved whole, by path."""
+    attributes = getattr(content, "__dict__", {})
+    entries = {**content}
+    for part in ("_parameters", "_buffers", "_modules"):
+        entries |= attributes.get(part, {})
+    tensors = {}
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            tensors |= _tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            tensors[f"{prefix}{name}"] = value
+    return tensors
+
+
+def _read_shape(state: dict[str, Tensor], path: Path) -> dict:
+    try:
+        return shape_of(state)
+    except (LookupError, ValueError) as error:
+        names = ", ".join([*state][:5])
+        known = ", ".join(ARCHS)
+        raise UsageError(f"{path} is of no network known here ({known}): {names} ...") from error

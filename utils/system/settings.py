@@ -8,18 +8,13 @@ are derived from the five classes below. The value of a setting comes from the c
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from utils.system.values import (
     FILE_NAME,
-    NAME,
-    NAMES,
     PATH,
-    PATHS,
-    UNSET,
     Count,
     Epochs,
-    Name,
     NotNegative,
     Path,
     PathOrFlagAlone,
@@ -31,9 +26,9 @@ from utils.system.values import (
     Truth,
     Whole,
     also,
-    channels,
-    names_of,
+    listed,
     number,
+    one_of,
     whole,
 )
 
@@ -79,7 +74,7 @@ APGD_STEPS = 100  # as in AutoAttack
 
 LARGEST_SIDE = 1024  # of an image
 # A multiple of 8, so that the feature map of every stage has at least 2x2 cells.
-SIDE = whole(16, LARGEST_SIDE, multiple_of=8)
+SIDE = whole(16, LARGEST_SIDE, step=8)
 
 # Mean and standard deviation of red, green and blue of training images in [0, 1], as published
 # networks use them.
@@ -247,7 +242,7 @@ class Training:
     too, or bfloat16 autocast, also in the search of each epoch's PGD-40; verdicts are float32"""
     cuda_graph: Truth = True
     """replay the training attack as one CUDA graph; same images"""
-    device: Name = "auto"
+    device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     no_cuda: Switch = False
     """use the CPU"""
@@ -316,30 +311,30 @@ class Checkpoint:
     None stands for what the checkpoint or its data set says.
     """
 
-    dataset: Annotated[Dataset | None, UNSET] = None
+    dataset: Dataset | None = None
     """data set; if unset, the checkpoint's own"""
     data_dir: Annotated[str | None, PATH] = None
     """where data sets are stored; if unset, where the training had them"""
-    image_size: Annotated[int | None, SIDE] = None
+    image_size: Annotated[int | None, whole(1, LARGEST_SIDE)] = None
     """side of the images of digits and of a folder"""
-    arch: Annotated[Arch | None, UNSET] = None
+    arch: Arch | None = None
     """network; if unset, the checkpoint's own"""
     width: Annotated[int | None, whole(1, 1024)] = None
     """channels of the first stage, or the widen factor of a WRN"""
     no_ra: Switch = False
     """a network without reverse attention"""
-    gate: Annotated[Gate | None, UNSET] = None
+    gate: Gate | None = None
     """row of W that weights a map, as in training"""
     ra_blocks: Annotated[int | None, whole(1, 2)] = None
     """last blocks with reverse attention"""
     predict: Prediction = "final"
     """head whose logits are the network's answer"""
-    mean: Annotated[tuple[float, ...] | None, channels(MEANS, "[0, 1]")] = None
+    mean: Annotated[tuple[float, ...] | None, listed(number("[0, 1]"), MEANS)] = None
     """a network of normalised images: three numbers, or the name of published ones (cifar10,
     cifar100, tiny-imagenet, imagenet); attacks see images in [0, 1]"""
-    std: Annotated[tuple[float, ...] | None, channels(STDS, "(0, 1]")] = None
+    std: Annotated[tuple[float, ...] | None, listed(number("(0, 1]"), STDS)] = None
     """as --mean"""
-    key: Annotated[str | None, NAME] = None
+    key: str | None = None
     """which weights of a file that holds several, such as model_ema"""
     n_examples: Annotated[int | None, whole(1), also("--limit-test")] = None
     """first N test images of a fixed shuffle"""
@@ -354,7 +349,7 @@ class Checkpoint:
     precision: Literal["default", "fp32", "tf32"] = "default"
     """of attacks on CUDA: PyTorch's own (TF32 in convolutions), float32 or TF32. Verdicts are
     float32 in any case"""
-    device: Name = "auto"
+    device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     no_cuda: Switch = False
     """use the CPU"""
@@ -364,15 +359,13 @@ class Checkpoint:
 class Evaluation(Checkpoint):
     """The settings of test_white_attack.py."""
 
-    ckpt_url: Annotated[tuple[str, ...] | None, PATHS, also("--model-dir")] = None
+    ckpt_url: Annotated[tuple[Path, ...] | None, also("--model-dir")] = None
     """checkpoint files or run folders; either this or --model is required"""
     test_batch_size: Count = 250
     """images in a batch"""
     model: Annotated[str | None, PATH] = None
     """any classifier instead: package.module:function or FILE.py:function"""
-    image_size: Annotated[int | None, whole(1, LARGEST_SIDE)] = None
-    """side of the images of digits and of a folder"""
-    attacks: Annotated[tuple[str, ...], names_of(ATTACKS, ALL_ATTACKS)] = (
+    attacks: Annotated[tuple[str, ...], listed(one_of(ATTACKS), {"all": ALL_ATTACKS})] = (
         "natural",
         "fgsm",
         "pgd",
@@ -401,36 +394,60 @@ class Evaluation(Checkpoint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distances(Checkpoint):
-    """The settings of feature_distance.py."""
+class Features(Checkpoint):
+    """What both scripts take that look at the features of images and their PGD examples."""
 
-    model_dir: Annotated[Path, also("--ckpt-url")]
-    """run folder or checkpoint file"""
-    target_label: Name
-    """a class by name or number, or `all`"""
     num_steps: Count = 10
     """steps of PGD"""
     features: Layer = "weighted"
     """weighted: after reverse attention, as published; unweighted: the last map before it"""
+    name: Annotated[str | None, FILE_NAME] = None
+    """first part of the files' names; if unset, what they hold"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances(Features):
+    """The settings of feature_distance.py."""
+
+    model_dir: Annotated[Path, also("--ckpt-url")]
+    """run folder or checkpoint file"""
+    target_label: str
+    """a class by name or number, or `all`"""
     strategy: Strategy = "random"
     """choice of negatives; _adv pushes them to look like the class"""
-    name: Annotated[str | None, FILE_NAME] = None
-    """first part of the files' names; if unset, method, network and data set"""
     out: Path = "./distances"
     """folder of the files"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Umap(Features):
+    """The settings of draw_umap.py."""
+
+    model_dir: Annotated[tuple[Path, ...], also("--ckpt-url")]
+    """run folders or checkpoint files, a panel for each"""
+    labels: tuple[str, ...] | None = None
+    """titles of the panels; if unset, the methods"""
+    adversarial: Switch = False
+    """embed the images' PGD examples together with them"""
+    seed: Whole = 42
+    """seed of all random numbers"""
+    out: Path = "./plots"
+    """folder of the figures"""
+    show: Switch = False
+    """also open a window"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histograms:
     """The settings of draw_hist.py."""
 
-    distances: Annotated[tuple[str, ...] | None, PATHS] = None
+    distances: tuple[Path, ...] | None = None
     """files of feature_distance.py, or folders of them; if unset, ./distances"""
-    labels: Annotated[tuple[str, ...] | None, NAMES] = None
+    labels: tuple[str, ...] | None = None
     """legend, a name for each file; if unset, the methods"""
-    dataset: Annotated[Dataset | None, UNSET] = None
+    dataset: Dataset | None = None
     """take the files of one data set only"""
-    features: Annotated[Layer | None, UNSET] = None
+    features: Layer | None = None
     """which of the two features of a file; if unset, the file's own choice"""
     out: Path = "./plots"
     """folder of the figures"""
@@ -438,37 +455,8 @@ class Histograms:
     """also open a window"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Umap(Checkpoint):
-    """The settings of draw_umap.py."""
-
-    model_dir: Annotated[tuple[str, ...], PATHS, also("--ckpt-url")]
-    """run folders or checkpoint files, a panel for each"""
-    labels: Annotated[tuple[str, ...] | None, NAMES] = None
-    """titles of the panels; if unset, the methods"""
-    adversarial: Switch = False
-    """embed the images' PGD examples together with them"""
-    num_steps: Count = 10
-    """steps of PGD"""
-    features: Layer = "weighted"
-    """weighted: after reverse attention, as published; unweighted: the last map before it"""
-    seed: Whole = 42
-    """seed of all random numbers"""
-    name: Annotated[str | None, FILE_NAME] = None
-    """first part of the files' names; if unset, what is drawn"""
-    out: Path = "./plots"
-    """folder of the figures"""
-    show: Switch = False
-    """also open a window"""
-
-
-S = TypeVar("S", Training, Evaluation, Distances, Histograms, Umap)
-
-
-def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> S:
-    """The settings of a script. script: its own recipe; given: what the command says."""
-    if cls is not Training:
-        return cls(**given)
+def resolve(given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> Training:
+    """The settings of a training. script: a script's own recipe; given: what the command says."""
     recipe = asdict(Training()) | dict(script)
     asked = recipe | dict(given)
     chosen = {asked["dataset"], asked["method"], asked["arch"]}
@@ -478,12 +466,17 @@ def resolve(cls: type[S], given: Mapping[str, Any], script: Mapping[str, Any] = 
     # TRADES-ResNet18 of another method is MART-ResNet18.
     own_method = recipe["method"].upper()
     recipe["model_dir"] = recipe["model_dir"].replace(own_method, asked["method"].upper())
-    return cls(**recipe | dict(given))
+    return Training(**recipe | dict(given))
 
 
 def dataset_defaults(dataset: str) -> Training:
     """The training defaults of a data set, whose eps, step and image size also hold elsewhere."""
-    return resolve(Training, {"dataset": dataset})
+    return resolve({"dataset": dataset})
+
+
+def fitting(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stored recipe that a training has here."""
+    return {name: value for name, value in recipe.items() if hasattr(Training, name)}
 
 
 def combined(recipe: Mapping[str, Any]) -> list[str]:

@@ -131,7 +131,7 @@ def run_folder(command: Command) -> Path:
     own recipe.
     """
     settings = command.settings
-    script = resolve(Training, {}, command.script)
+    script = resolve({}, command.script)
     chosen = defining_settings(settings)
     published = [name for name in PUBLISHED if name in chosen or not settings.no_anc]
     parts = [settings.model_dir.rstrip("/\\")]
@@ -151,7 +151,7 @@ def run_folder(command: Command) -> Path:
         parts.append(f"{Path(chosen['data_dir']).name}-{zlib.crc32(path) % 16**4:04x}")
 
     kind = {name: getattr(settings, name) for name in ("dataset", "method", "arch")}
-    usual = stored(resolve(Training, kind, command.script))
+    usual = stored(resolve(kind, command.script))
     for name, value in chosen.items():
         if name in (*PUBLISHED, *KIND, "data_dir", "tag") or value == usual[name]:
             continue
