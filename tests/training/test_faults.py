@@ -13,7 +13,6 @@ import torch
 
 from tests.forks import Nursery, draw_moments
 from tests.helpers import ANCRA, assert_equal, files, folder
-from utils.system.checkpoints import load_model
 from utils.system.files import locked
 
 FLAGS = (
@@ -123,9 +122,8 @@ def test_a_signal_stops_a_run_that_continues_exactly(
     status, errors = start({"at": at, "call": call, "when": when, "signal": signum})
     log = folder(tmp_path) / "train.log"
     if status == 128 + signum and "continue by" in errors[-1]:
-        last_line = log.read_text().splitlines()[-1]
-        assert errors[-1].endswith(last_line)
-        assert f"python {ANCRA} --resume {folder(tmp_path)}" in last_line
+        assert errors[-1].endswith(f"python {ANCRA} --resume {folder(tmp_path)}")
+        assert log.read_text().splitlines()[-1].startswith("stopped")
     elif status == 0:  # it came after the last image of the last epoch
         assert "evaluate by" in log.read_text()
     else:  # it came before the first step: nothing but the start is saved
@@ -192,12 +190,7 @@ def test_a_full_disk_fails_clearly_and_the_run_continues(start, assert_continues
     if status == 0:  # not every file system allows a flush of a folder
         assert at == "flush"
         return
-    if (folder(tmp_path) / "last_state.pt").exists():
-        assert_failed(status, errors, folder(tmp_path), errno.ENOSPC)
-        load_model(folder(tmp_path) / "last_state.pt")
-    else:
-        assert status == 2
-        assert "cannot be written" in errors[0]
+    assert_failed(status, errors, folder(tmp_path), errno.ENOSPC)
     assert_continues()
 
 

@@ -1,13 +1,10 @@
 """Names of run folders, and what a resumed run takes over."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import shorten_runs
 from tests.helpers import (
     PLAIN,
     RA,
@@ -33,20 +30,6 @@ TWO = ("--milestones", 2)
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
-    """A run of two epochs -> its folder, which no test changes."""
-    with pytest.MonkeyPatch.context() as patch:
-        shorten_runs(patch)
-        return train(tmp_path_factory.mktemp("first"), *TWO)
-
-
-@pytest.fixture
-def run(first_run, tmp_path):
-    """A copy of the first run -> its folder."""
-    return Path(shutil.copytree(first_run, tmp_path / first_run.name))
-
-
 # Names of folders
 
 
@@ -55,7 +38,7 @@ def named(*flags, recipe=RA):
     return runs.run_folder(parse_training("", recipe, list(map(str, flags)))).name
 
 
-def test_a_folder_is_named_as_published_then_by_what_differs(first_run):
+def test_a_folder_is_named_as_published_then_by_what_differs(straight_run):
     published = "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1"
     assert named() == published
     assert named("--model-dir", "./model/ANCRA/", "--epochs", 5, "--no-cuda") == published
@@ -65,7 +48,7 @@ def test_a_folder_is_named_as_published_then_by_what_differs(first_run):
     assert named("--method", "pgd") == f"{published}-pgd"
     assert named("--tag", "wider gate") == f"{published}-tag-wider gate"
     assert named("--no-ra", "--cr_beta", 1) == named("--no-ra") != published
-    assert first_run.name == (
+    assert straight_run.name == (
         "run-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-digits-batch_size-10"
         "-milestones-2-num_steps-2-warmup_epochs-0-width-4-limit_train-24-limit_test-12"
     )
@@ -90,13 +73,13 @@ def test_folders_of_data_are_told_apart_by_their_paths(tmp_path, monkeypatch):
 # Going on
 
 
-def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path, first_run):
+def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path, straight_run):
     train(tmp_path, *TWO, *ONE_EPOCH)
     resumed = train(tmp_path, *TWO, "--epochs", 2, "--resume")
-    assert_same_run(first_run, resumed)
+    assert_same_run(straight_run, resumed)
     assert [float(row["lr"]) for row in metrics(resumed)] == pytest.approx([0.03, 0.003])
     log = (resumed / "train.log").read_text()
-    assert f"resumed    in epoch 2, 0 images done, from {resumed / 'last_state.pt'}\n" in log
+    assert "resumed    in epoch 2, 0 images done\n" in log
     assert "--epochs 2, the run has 1\n" in log
 
 
@@ -107,15 +90,6 @@ def test_a_finished_run_stays_as_it_is(run, capsys):
     for file in run.glob("*.pt"):
         if file.name != "last_state.pt":
             assert file.read_bytes() == before[file]
-
-
-def test_a_state_of_another_version_is_refused(run):
-    saved = state(run)
-    saved["version"] = 1
-    torch.save(saved, run / "last_state.pt")
-    for file in (run, run / "model-wrn-last.pt"):
-        with pytest.raises(UsageError, match="version"):
-            resume(file)
 
 
 def test_run_json_keeps_what_resumes_were_given(tmp_path):
@@ -130,45 +104,21 @@ def test_run_json_keeps_what_resumes_were_given(tmp_path):
 # Settings that differ
 
 
-@pytest.mark.parametrize(
-    ("flags", "difference"),
-    [
-        (("--lr", 0.01), "--lr 0.01, the run has 0.03"),
-        (("--no-anc",), "--no-anc True, the run has False"),
-    ],
-)
-def test_resume_alone_means_the_run_of_exactly_this_command(run, tmp_path, flags, difference):
+def test_resume_alone_means_the_run_of_exactly_this_command(run, tmp_path):
     """Where there is none, the runs that there are are named, and none is touched."""
     before = files(tmp_path)
     with pytest.raises(UsageError, match="does not exist") as refusal:
-        train(tmp_path, *TWO, *flags, "--resume")
-    assert f"{run} ({difference})" in str(refusal.value)
+        train(tmp_path, *TWO, "--lr", 0.01, "--resume")
+    assert str(run) in str(refusal.value)
     assert files(tmp_path) == before
 
 
-def test_resume_alone_does_not_take_a_run_that_was_restarted_from_weights(run, tmp_path):
-    record = json.loads((run / "run.json").read_text())
-    record["settings"]["restart_epoch"] = 1
-    (run / "run.json").write_text(json.dumps(record))
-    run.rename(run.with_name(f"{run.name}-restart_epoch-1"))
-    with pytest.raises(UsageError, match="--restart-epoch 0, the run has 1"):
-        train(tmp_path, *TWO, "--resume")
-
-
-@pytest.mark.parametrize("setting", [{"shift": 2.5}, {"method": "pairing"}])
-def test_a_run_of_a_changed_copy_of_the_code_is_named(run, setting):
+def test_a_run_of_a_changed_copy_of_the_code_is_refused(run):
     content = state(run)
-    content["recipe"] |= setting
+    content["recipe"]["shift"] = 2.5
     torch.save(content, run / "last_state.pt")
-    ((name, value),) = setting.items()
-    with pytest.raises(UsageError, match=name):
+    with pytest.raises(UsageError, match="version"):
         resume(run)
-
-
-def test_a_damaged_record_of_another_run_does_no_harm(run, tmp_path):
-    (run / "run.json").write_text("[]")
-    with pytest.raises(UsageError, match="unknown settings"):
-        train(tmp_path, *TWO, "--lr", 0.01, "--resume")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +135,7 @@ def test_a_setting_that_the_named_run_has_otherwise_is_an_error(run, tmp_path, f
     with pytest.raises(UsageError) as refusal:
         resume(run, "--model-dir", tmp_path / "run", *flags)
     assert f"--resume: {difference}" in str(refusal.value)
-    assert f"{run} (" in str(refusal.value)
+    assert str(run) in str(refusal.value)
     assert files(tmp_path) == before
 
 
@@ -260,9 +210,3 @@ def test_a_restart_takes_the_weights_of_its_epoch_from_a_run_folder(tmp_path):
     with pytest.raises(UsageError, match="no weights of epoch 7"):
         train(tmp_path / "7", *flags)
     assert not (tmp_path / "7").exists()
-
-
-def test_a_resume_without_a_run_says_how_to_start_one(tmp_path):
-    with pytest.raises(UsageError, match="start the run without --resume"):
-        train(tmp_path, "--resume")
-    assert not list(tmp_path.iterdir())

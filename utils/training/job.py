@@ -4,10 +4,8 @@ import math
 import shlex
 import signal
 import sys
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,12 +20,9 @@ from utils.system.errors import RunError, Stopped, UsageError, stop_word
 from utils.system.log import open_log
 from utils.system.provenance import provenance
 from utils.system.settings import Training, stored
-from utils.training import runs
 from utils.training.companions import Average
+from utils.training.runs import VERSION
 from utils.training.splits import Data
-
-TERMS = ("loss", "contrast", "cross_entropy", "kl", "auxiliary")  # averaged in a row
-SUMS = (*TERMS, "robust", "natural", "natural_images", "seconds")
 
 
 @dataclass
@@ -35,49 +30,34 @@ class Progress:
     """How far a run is: what a resumed run needs besides weights, optimiser and generator.
 
     epoch: the one under way, counted from 1. order: its order of images, None before its first
-    step. done: how many of these are trained on. sums: over these, by the names in SUMS. rows: of
-    metrics.csv so far.
+    step. done: how many of these are trained on. sums: of each of `StepStats` over these images.
+    seconds: what they took. rows: of metrics.csv so far.
     """
 
     epoch: int
     order: torch.Tensor | None = None
     done: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
 
 
-class Pending(NamedTuple):
-    """A step whose numbers are on their way from the device.
+class Job:
+    """A process that trains a run, alone or as one of several ranks.
 
-    done: the images of the epoch up to and with this step; images: those of this step.
+    pending: how many images the last step had, and its numbers on their way from the device.
     """
 
-    done: int
-    images: int
-    stats: Sent
-
-
-class Job:
-    """A process that trains a run, alone or as one of several ranks."""
-
-    def __init__(
-        self,
-        settings: Training,
-        folder: Path,
-        device: torch.device,
-        data: Data,
-        checksums: dict[str, str],
-    ) -> None:
+    def __init__(self, settings: Training, folder: Path, device: torch.device, data: Data) -> None:
         """Build the network and what trains it, as before the first step."""
         self.settings = settings
         self.folder = folder
         self.device = device
         self.data = data
-        self.checksums = checksums
         self.provenance = distributed.from_first(lambda: provenance(device, settings.seed))
         self.log = open_log(folder / "train.log")
         self.progress = Progress(settings.restart_epoch + 1)
-        self.pending: Pending | None = None
+        self.pending: tuple[int, Sent] | None = None
         self.stop_signal = 0
 
         torch.manual_seed(settings.seed)
@@ -110,29 +90,16 @@ class Job:
         """How many images of a batch are not from --extra-data."""
         return self.settings.batch_size - self.settings.extra_images
 
-    def failure(self, what: str) -> RunError:
+    def diverged(self, what: str) -> RunError:
         """Return the error of a training that has diverged."""
-        good = f"the last good checkpoint is {self.folder / STATE}"
-        return RunError(f"{what}; {good}; lower --lr, or look at the data")
+        where = f"{what} in epoch {self.progress.epoch}"
+        return RunError(f"{where}; {self.folder} keeps what was saved before; lower --lr")
 
     def start_from(self, weights: Path) -> None:
         """Take the weights in a file for those of the network."""
         load_weights(self.model, weights)
         if self.average is not None:
             self.average = Average(self.model)
-
-    def take_folder(self, lock: ExitStack) -> None:
-        """Lock the folder of a new run, and save the state that the run starts with."""
-        runs.take_folder(self.folder, lock)
-        if self.settings.overwrite:
-            runs.remove_existing(self.folder)
-        else:
-            runs.refuse_existing(self.folder)  # another process may have been faster
-        try:
-            self.save_state()
-        except OSError as error:
-            cause = f"{self.folder} cannot be written ({error.strerror})"
-            raise UsageError(f"{cause}; name another --model-dir") from error
 
     def checkpoint(self, model: nn.Module) -> dict:
         """Return a network of the run and what it is, as `load_model` reads it.
@@ -143,7 +110,7 @@ class Job:
         weights = model.state_dict()
         for name, value in weights.items():
             if not value.isfinite().all():
-                raise self.failure(f"{name} is not finite in epoch {self.progress.epoch}")
+                raise self.diverged(f"{name} is not finite")
         return {
             "model": weights,
             "arch": settings.arch,
@@ -159,13 +126,13 @@ class Job:
             "epoch": self.progress.epoch,
             "recipe": stored(settings),
             "provenance": self.provenance,
-            "checksums": self.checksums,
+            "checksums": self.data.checksums,
         }
 
     def save_state(self) -> None:
         """Write all that `restore` needs."""
         state = self.checkpoint(self.model)
-        state["version"] = runs.VERSION
+        state["version"] = VERSION
         state["optimizer"] = self.optimizer.state_dict()
         state["generator"] = self.generator.get_state()
         state["progress"] = vars(self.progress)
@@ -176,14 +143,12 @@ class Job:
             state["average_steps"] = self.average.steps
         save(self.folder / STATE, state)
 
-    def restore(self, state: dict, file: Path) -> None:
+    def restore(self, state: dict) -> None:
         """Continue from what `save_state` wrote."""
+        file = self.folder / STATE
         load_state(self.model, state["model"], file)
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
-        order = self.progress.order
-        if order is not None and len(order) != len(self.data.train.labels):
-            raise UsageError(f"{file} is inside an epoch of {len(order)} images; resume with these")
         if self.average is not None:
             load_state(self.average.model, state["average"], file)
             self.average.steps = state["average_steps"]
@@ -201,28 +166,20 @@ class Job:
         """
         if self.pending is None:
             return
-        done, images, sent = self.pending
+        images, sent = self.pending
         self.pending = None
         *values, norm = sent.arrived()
         stats = StepStats(*values)
 
-        epoch = self.progress.epoch
-        batch = math.ceil(done / self.own_images)
-        checked = {"the loss": stats.loss, "the norm of its gradients": norm}
-        for name, value in checked.items():
-            if not math.isfinite(value):
-                raise self.failure(f"{name} is {value} in epoch {epoch}, batch {batch}")
-
-        sums = self.progress.sums
-        for name in TERMS:
-            sums[name] += getattr(stats, name) * images
-        sums["robust"] += round(stats.robust * images)
-        if not math.isnan(stats.natural):
-            sums["natural"] += round(stats.natural * images)
-            sums["natural_images"] += images
-
+        progress = self.progress
+        batch = math.ceil(progress.done / self.own_images)
+        if not math.isfinite(stats.loss) or not math.isfinite(norm):
+            numbers = f"the loss is {stats.loss} and the norm of its gradients {norm}"
+            raise self.diverged(f"{numbers} in batch {batch}")
+        for name, value in stats._asdict().items():
+            progress.sums[name] += value * images
         if batch % self.settings.log_interval == 0:
-            where = f"epoch {epoch} [{done}/{len(self.progress.order)}]"
+            where = f"epoch {progress.epoch} [{progress.done}/{len(progress.order)}]"
             self.log(f"{where} loss {stats.loss:.4f} contrast {stats.contrast:.4f}")
 
     def note_stop(self, signum: int, frame: object) -> None:
@@ -244,21 +201,12 @@ class Job:
         if not signum:
             return
         self.read_stats()
+        distributed.from_first(self.save_state)
+        progress = self.progress
+        self.log(f"stopped    in epoch {progress.epoch}, {progress.done} images done")
         command = shlex.join([sys.argv[0], "--resume", str(self.folder)])
-        line = f"{stop_word(signum)}; continue by: {distributed.launcher()} {command}"
-
-        def save_and_log() -> None:
-            self.save_state()
-            with (
-                suppress(OSError),
-                open(
-                    self.folder / "train.log", "a", encoding="utf-8", errors="backslashreplace"
-                ) as log,
-            ):
-                log.write(line + "\n")
-
-        distributed.from_first(save_and_log)
-        raise Stopped(signum, line)
+        start = distributed.launcher()
+        raise Stopped(signum, f"{stop_word(signum)}; continue by: {start} {command}")
 
 
 def build(settings: Training, num_classes: int, device: torch.device) -> nn.Module:

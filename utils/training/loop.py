@@ -16,14 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.attacks import pgd40_heads
-from utils.data.datasets import (
-    Split,
-    as_input,
-    augment,
-    batches,
-    require_same_on_ranks,
-    with_extra,
-)
+from utils.data.datasets import Split, as_input, augment, batches, with_extra
 from utils.data.subject import halving, largest_batch, percent, verdicts
 from utils.step import Attacked, Draws, StepStats, attack, draw, negative_strategy
 from utils.system import distributed
@@ -35,8 +28,8 @@ from utils.system.options import Command
 from utils.system.settings import Training
 from utils.training import records
 from utils.training.companions import adversarial_weights, learning_rate
-from utils.training.job import SUMS, TERMS, Job, Pending
-from utils.training.runs import Start, prepare
+from utils.training.job import Job
+from utils.training.runs import Start, prepare, refuse_existing, remove_existing, take_folder
 from utils.training.splits import load_training_data
 
 DRAW_EVERY = 30  # seconds between two drawings of the curves, which take most of a second
@@ -53,15 +46,19 @@ def run(command: Command) -> None:
         if distributed.first():
             records.announce(job, start)
         del start  # holds a copy of the network
-        curves = records.Curves(job)
+        drawn_at = time.monotonic()
         with stop_signals(job.note_stop), computing(job.settings.precision):
             try:
                 while job.progress.epoch <= job.settings.epochs:
                     train_epoch(job)
                     finish_epoch(job)
-                    curves.draw(every=DRAW_EVERY)
+                    if time.monotonic() - drawn_at > DRAW_EVERY:
+                        records.draw_training_curves(job)
+                        drawn_at = time.monotonic()
             finally:
-                curves.draw()
+                note = records.draw_training_curves(job)
+            if note:
+                job.log(note)
             finish_run(job)
 
 
@@ -72,49 +69,41 @@ def set_up(start: Start, lock: ExitStack) -> Job:
     """
     settings = start.settings
     state = start.state
-
-    # Refuse what cannot work before anything is loaded.
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UsageError("--tensorboard needs the package tensorboard; install it, or leave it out")
     device = pick_device(settings.device, settings.no_cuda, settings.precision)
     if settings.sync_bn and device.type != "cuda":
-        hint = "leave it out" if state is None else "continue this run on such devices"
-        raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}; {hint}")
+        raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}")
 
-    # Load the images, and compare them between ranks and with those of a resumed run.
-    with distributed.first_of_the_node_first():
-        data = load_training_data(settings)
-    splits = {"training": data.train, "selection": data.selection}
-    if data.test is not None:
-        splits["test"] = data.test
-    if data.extra is not None:
-        splits["extra"] = data.extra
-    source = f"{settings.dataset} in {settings.data_dir}"
-    checksums = dict(zip(splits, require_same_on_ranks(source, *splits.values()), strict=True))
-    if state is not None:
-        if state["classes"] != list(data.train.classes):
-            raise UsageError(f"{source} has other classes than {start.file} was trained on")
-        others = [name for name in splits if checksums[name] != state["checksums"].get(name)]
-        if others and not settings.other_data:
-            hint = "name the run's own --data-dir, or go on with these by --other-data"
-            names = " and ".join(others)
-            raise UsageError(f"{source} has other {names} images than {start.file}; {hint}")
+    data = load_training_data(settings)
+    if state is not None and not settings.other_data and data.checksums != state["checksums"]:
+        before = state["checksums"]
+        names = [name for name in data.checksums if data.checksums[name] != before.get(name)]
+        hint = "name the run's own --data-dir, or go on with these by --other-data"
+        others = f"{settings.data_dir} has other {' and '.join(names)} images"
+        raise UsageError(f"{others} than the run in {start.folder}; {hint}")
 
-    # Build the network, and start or resume.
-    job = Job(settings, start.folder, device, data.to(device), checksums)
+    job = Job(settings, start.folder, device, data.to(device))
     if state is not None:
-        job.restore(state, start.file)
+        job.restore(state)
         return job
     weights = None
     if settings.restart_epoch:
-        weights = distributed.from_first(
-            lambda: weights_after(settings.ckpt_url, settings.restart_epoch)
-        )
+        epoch = settings.restart_epoch
+        weights = distributed.from_first(lambda: weights_after(settings.ckpt_url, epoch))
         job.start_from(weights)
-    distributed.from_first(lambda: job.take_folder(lock))
+    distributed.from_first(lambda: take_new_folder(start, lock))
     if weights is not None:
         job.log(f"restart    after epoch {settings.restart_epoch} from the weights in {weights}")
     return job
+
+
+def take_new_folder(start: Start, lock: ExitStack) -> None:
+    """Lock the folder of a new run, and remove the run that it replaces."""
+    take_folder(start.folder, lock)
+    if start.settings.overwrite:
+        remove_existing(start.folder)
+    refuse_existing(start.folder)  # another process may have been faster
 
 
 def train_epoch(job: Job) -> None:
@@ -127,8 +116,8 @@ def train_epoch(job: Job) -> None:
         order = torch.randperm(count, generator=job.generator, device=job.device)
         progress.order = order.cpu()
         progress.done = 0
-        progress.sums = dict.fromkeys(SUMS, 0.0)
-    sums = progress.sums
+        progress.sums = dict.fromkeys(StepStats._fields, 0.0)
+        progress.seconds = 0.0
     job.model.train()
 
     bar = tqdm(
@@ -151,12 +140,13 @@ def train_epoch(job: Job) -> None:
 
             # The numbers of the step before have arrived by now.
             job.read_stats()
+            if progress.done:
+                bar.set_postfix(loss=progress.sums["loss"] / progress.done, refresh=False)
             progress.done += len(indices)
-            job.pending = Pending(progress.done, len(indices), Sent(stats))
-            sums["seconds"] += time.perf_counter() - started
+            job.pending = len(indices), Sent(stats)
+            progress.seconds += time.perf_counter() - started
             started = time.perf_counter()
             bar.update(len(indices))
-            bar.set_postfix_str(bar_text(job), refresh=False)
             job.check_stop()
     job.read_stats()
 
@@ -176,15 +166,6 @@ def set_learning_rate(job: Job) -> None:
     )
     for group in job.optimizer.param_groups:
         group["lr"] = rate
-
-
-def bar_text(job: Job) -> str:
-    """Describe the epoch so far, up to the step before the last, beside the progress bar."""
-    sums = job.progress.sums
-    done = job.pending.done - job.pending.images
-    if not done:
-        return ""
-    return f"loss={sums['loss'] / done:.3f}, robust={100 * sums['robust'] / done:.1f}%"
 
 
 def attack_batch(
@@ -261,39 +242,26 @@ def train_step(job: Job, batch: Split) -> Tensor:
     return torch.cat([stats, torch.stack(norms).sum()[None]])
 
 
-def natural_accuracy(sums: dict[str, float]) -> float | None:
-    """Return the training accuracy on natural images, in percent.
-
-    None where no step took a natural forward, as of plain pgd.
-    """
-    if not sums["natural_images"]:
-        return None
-    return 100 * sums["natural"] / sums["natural_images"]
-
-
 def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
     """Return the natural and the PGD-40-over-heads accuracy of a network, in percent.
 
     With --precision bf16 the attack searches in bfloat16, and the network in float32 judges.
     """
     settings = job.settings
-    pgd40 = partial(
-        pgd40_heads, settings.epsilon, settings.step_size, settings.cr_beta, settings.seed
-    )
     net = AttackCopy(model).net
     attacked_net = net
     if settings.precision == "bf16":
         attacked_net = AttackCopy(model, "bf16").net
-    with tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
-        batch_size = settings.test_batch_size
-        attack = pgd40()
-        if batch_size is None:
-            batch_size = largest_batch(split.labels.device)
-            attack = halving(attack)
+    batch_size = settings.test_batch_size or largest_batch(split.labels.device)
+    attack = halving(
+        pgd40_heads(settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
+    )
 
-        # `verdicts` would attack the network that judges; this one may be in another precision.
-        def search(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-            return attack(attacked_net, x, labels, numbers)
+    # `verdicts` would attack the network that judges; this one may be in another precision.
+    def search(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        return attack(attacked_net, x, labels, numbers)
+
+    with tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
 
         def progress(images: int) -> None:
             bar.update(images)
@@ -322,30 +290,14 @@ def finish_epoch(job: Job) -> None:
     robust = None
     if progress.epoch % settings.eval_interval == 0 or progress.epoch == settings.epochs:
         natural, robust = evaluate(job, job.evaluated, job.data.selection)
+    evaluation_seconds = time.perf_counter() - started
 
-    sums = progress.sums
-    count = progress.done
-    means = {name: sums[name] / count for name in TERMS}
-    images = count * settings.batch_size / job.own_images  # with those of --extra-data
-    row = {
-        "epoch": progress.epoch,
-        "lr": job.optimizer.param_groups[0]["lr"],
-        "loss": means.pop("loss"),
-        "contrast": means.pop("contrast"),
-        "train_natural_accuracy_first_head": natural_accuracy(sums),
-        "train_robust_accuracy_first_head": 100 * sums["robust"] / count,
-        "natural_accuracy": natural,
-        "pgd40_heads_accuracy": robust,
-        "train_images_per_second": images / sums["seconds"],
-        "seconds": sums["seconds"] + time.perf_counter() - started,
-        **means,
-    }
+    row = metrics_of_epoch(job, natural, robust, evaluation_seconds)
     progress.rows.append(row)
-    job.log(records.epoch_line(job, row))
+    records.log_epoch(job, row)
     progress.epoch += 1
     progress.order = None
     progress.done = 0
-    progress.sums = {}
 
     if distributed.first():
         records.write_metrics(job.folder / "metrics.csv", progress.rows)
@@ -357,6 +309,37 @@ def finish_epoch(job: Job) -> None:
         if records.best_row(progress.rows) is row:
             save(job.folder / BEST, checkpoint)
         job.save_state()
+
+
+def metrics_of_epoch(
+    job: Job, natural: float | None, robust: float | None, evaluation_seconds: float
+) -> records.Row:
+    """Return the row of metrics.csv of the epoch that was trained.
+
+    natural, robust: accuracies of the evaluation, None in an epoch without one.
+    """
+    progress = job.progress
+    count = progress.done
+    sums = progress.sums
+    train_natural = None  # as of plain pgd, whose steps take no natural forward
+    if not math.isnan(sums["natural"]):
+        train_natural = 100 * round(sums["natural"]) / count
+    images = count * job.settings.batch_size / job.own_images  # with those of --extra-data
+    return {
+        "epoch": progress.epoch,
+        "lr": job.optimizer.param_groups[0]["lr"],
+        "loss": sums["loss"] / count,
+        "contrast": sums["contrast"] / count,
+        "train_natural_accuracy_first_head": train_natural,
+        "train_robust_accuracy_first_head": 100 * round(sums["robust"]) / count,
+        "natural_accuracy": natural,
+        "pgd40_heads_accuracy": robust,
+        "train_images_per_second": images / progress.seconds,
+        "seconds": progress.seconds + evaluation_seconds,
+        "cross_entropy": sums["cross_entropy"] / count,
+        "kl": sums["kl"] / count,
+        "auxiliary": sums["auxiliary"] / count,
+    }
 
 
 def finish_run(job: Job) -> None:

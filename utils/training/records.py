@@ -2,12 +2,11 @@
 
 import csv
 import shlex
-import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from utils.data.subject import at_chance
 from utils.figures.plots import draw_curves, save_or_note
@@ -17,7 +16,7 @@ from utils.system.devices import peak_memory, precision_name
 from utils.system.files import write_atomically, write_record
 from utils.system.options import flag
 from utils.system.provenance import in_one_line
-from utils.system.settings import combined, dataset_defaults, stored
+from utils.system.settings import dataset_defaults, stored
 from utils.system.values import as_given
 from utils.training.job import Job
 from utils.training.runs import Start
@@ -27,103 +26,81 @@ Row = dict[str, Any]  # of metrics.csv, by column
 
 def announce(job: Job, start: Start) -> None:
     """Log what will run, and record it in run.json."""
-    job.log(in_one_line(job.provenance))
-    job.log(describe(job))
     settings = job.settings
+    data = job.data
     record = {
         **job.provenance,
         "settings": stored(settings),
         "precision": precision_name(settings, job.device),
-        "parameters": count_parameters(job),
-        "classes": list(job.data.train.classes),
-        "training_images": len(job.data.train.labels),
-        "evaluation_images": len(job.data.selection.labels),
-        "checksums": job.checksums,
+        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "classes": list(data.train.classes),
+        "training_images": len(data.train.labels),
+        "evaluation_images": len(data.selection.labels),
+        "checksums": data.checksums,
         "ranks": distributed.world(),
     }
     write_record(job.folder / "run.json", record)
-    if start.state is None:
-        return
+
+    job.log(in_one_line(job.provenance))
+    usual = stored(dataset_defaults(settings.dataset))
+    changed = [
+        f"{flag(name)} {as_given(value)}"
+        for name, value in record["settings"].items()
+        if value != usual[name]
+    ]
+    job.log(f"method     {settings.method} on {settings.dataset}; other settings than by default:")
+    job.log(f"settings   {' '.join(changed) or 'none'}")
+    job.log(f"network    {settings.arch}, {record['parameters']:,} parameters")
+    images = f"{record['training_images']} images of {len(data.train.classes)} classes"
+    job.log(f"training   on {images}, {record['precision']} on {job.device}")
+    selection = f"{data.selected} ({record['evaluation_images']} images)"
+    job.log(f"selection  by pgd40_heads on {selection}")
+    for note in sorted({split.note for split in data[:3] if split and split.note}):
+        job.log(f"note       {note}")
+    job.log(f"output     {job.folder}/")
+    if start.state is not None:
+        log_resume(job, start)
+
+
+def log_resume(job: Job, start: Start) -> None:
+    """Log where a resumed run goes on, and what is other than before."""
     progress = job.progress
-    where = f"in epoch {progress.epoch}, {progress.done} images done, from {start.file}"
-    job.log(f"resumed    {where}")
+    job.log(f"resumed    in epoch {progress.epoch}, {progress.done} images done")
     for change in start.changes:
         job.log(f"changed    {change}")
     ranks = start.state["ranks"]
     if ranks != distributed.world():  # which decides the slices that BatchNorm sees
         job.log(f"ranks      {ranks} before, {distributed.world()} now")
-    if job.checksums != start.state["checksums"]:
+    if job.data.checksums != start.state["checksums"]:
         job.log("data       other images than before, by --other-data")
-    if progress.epoch > settings.epochs:
+    if progress.epoch > job.settings.epochs:
         job.log("nothing is left to train; raise --epochs")
 
 
-def count_parameters(job: Job) -> int:
-    """Count the parameters of the network."""
-    return sum(parameter.numel() for parameter in job.model.parameters())
-
-
-def describe(job: Job) -> str:
-    """Describe what will run, as one block of lines."""
-    settings = job.settings
-    data = job.data
-    parts = []
-    if not settings.no_ra:
-        parts.append("reverse attention")
-    if not settings.no_anc:
-        parts.append("asymmetric negative contrast")
-    classes = data.train.classes
-    counts = torch.bincount(data.train.labels, minlength=len(classes)).tolist()
-    images = ", ".join(f"{name}: {count}" for name, count in zip(classes, counts, strict=True))
-    if len(classes) > 20:
-        images = f"{min(counts)} to {max(counts)} in each of {len(classes)} classes"
-    stored_settings = stored(settings)
-
-    lines = {
-        "method": f"{settings.method}, {' and '.join(parts) or 'plain'}",
-        "with": ", ".join(combined(stored_settings)),
-        "network": f"{settings.arch}, {count_parameters(job):,} parameters",
-        "data": f"{settings.dataset}, {sum(counts)} training images, {images}",
-        "note": "; ".join(dict.fromkeys(split.note for split in data[:3] if split and split.note)),
-        "selection": f"by pgd40_heads on {data.selected} ({len(data.selection.labels)} images)",
-        "device": f"{job.device}, {precision_name(settings, job.device)}",
-        "ranks": str(distributed.world()),
-        "settings": ", ".join(f"{name} {as_given(v)}" for name, v in stored_settings.items()),
-        "output": f"{job.folder}/",
-    }
-    if settings.precision == "bf16":
-        lines["selection"] += ", searched in bfloat16, judged in float32"
-    return "\n".join(f"{name:<11}{line}" for name, line in lines.items() if line)
-
-
-def accuracies(natural: float, robust: float, labels: torch.Tensor) -> str:
+def accuracies(natural: float, robust: float, labels: Tensor) -> str:
     """Format the two accuracies of an evaluation on images of these labels, in percent."""
     chance = at_chance(natural, labels)
     return f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{chance}"
 
 
-def percent_or_dash(accuracy: float | None) -> str:
-    """Format an accuracy in percent, `-` where there is none."""
-    return "-" if accuracy is None else f"{accuracy:.2f} %"
-
-
-def epoch_line(job: Job, row: Row) -> str:
-    """Describe an epoch in a line of the log."""
-    natural = row["natural_accuracy"]
-    robust = row["pgd40_heads_accuracy"]
+def log_epoch(job: Job, row: Row) -> None:
+    """Log an epoch in a line."""
+    natural = row["train_natural_accuracy_first_head"]
     evaluation = "not evaluated"
-    if natural is not None:
-        evaluation = accuracies(natural, robust, job.data.selection.labels)
+    if row["natural_accuracy"] is not None:
+        labels = job.data.selection.labels
+        evaluation = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
     memory = peak_memory(job.device)
-    memory = "-" if memory is None else f"{memory / 1e9:.2f} GB"
-    minutes = (job.settings.epochs - row["epoch"]) * row["seconds"] / 60
-    return (
-        f"epoch {row['epoch']}/{job.settings.epochs}  "
-        f"loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  train, first head: "
-        f"natural {percent_or_dash(row['train_natural_accuracy_first_head'])}, "
-        f"robust {row['train_robust_accuracy_first_head']:.2f} %  evaluation: {evaluation}  "
+    epochs = job.settings.epochs
+    job.log(
+        f"epoch {row['epoch']}/{epochs}  "
+        f"loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  "
+        f"train, first head: natural {'-' if natural is None else f'{natural:.2f} %'}, "
+        f"robust {row['train_robust_accuracy_first_head']:.2f} %  "
+        f"evaluation: {evaluation}  "
         f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
-        f"peak memory {memory}, {minutes:.1f} min left"
+        f"peak memory {'-' if memory is None else f'{memory / 1e9:.2f} GB'}, "
+        f"{(epochs - row['epoch']) * row['seconds'] / 60:.1f} min left"
     )
 
 
@@ -169,26 +146,14 @@ def write_for_tensorboard(folder: Path, row: Row) -> None:
                 writer.add_scalar(name, value, row["epoch"])
 
 
-class Curves:
-    """The picture of a run's curves, drawn now and then by the first rank."""
-
-    def __init__(self, job: Job) -> None:
-        """Draw nothing yet."""
-        self.job = job
-        self.drawn_at = time.monotonic()
-        self.log_once = cache(job.log)
-
-    def draw(self, every: float = 0) -> None:
-        """Draw the epochs so far, unless the last picture is younger than `every` seconds."""
-        rows = self.job.progress.rows
-        recent = time.monotonic() - self.drawn_at < every
-        if recent or not rows or not distributed.first():
-            return
-        picture = partial(draw_curves, rows, best_row(rows))
-        note = save_or_note(picture, self.job.folder / "training_curves.png")
-        if note:
-            self.log_once(note)
-        self.drawn_at = time.monotonic()
+def draw_training_curves(job: Job) -> str:
+    """Draw the epochs so far; return '', or a line that says why they could not be drawn."""
+    rows = job.progress.rows
+    if not rows or not distributed.first():
+        return ""
+    return save_or_note(
+        partial(draw_curves, rows, best_row(rows)), job.folder / "training_curves.png"
+    )
 
 
 def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
@@ -204,24 +169,15 @@ def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
             figures = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
             where = f"on {data.selected} at eps {as_given(job.settings.epsilon)}"
             job.log(f"{name} epoch, {row['epoch']}: {figures} {where}")
-    if data.test is None:
-        job.log("no test folder: no figure is of images that did not choose the epoch")
     if on_test is not None:
         job.log(f"best epoch on {data.tested}: {accuracies(*on_test, data.test.labels)}")
     job.log(f"checkpoint {job.folder / BEST}")
     job.log(f"curves     {job.folder / 'training_curves.png'}")
-    job.log(f"evaluate by: python {shlex.join(evaluation_command(job))}")
-
-
-def evaluation_command(job: Job) -> list[str]:
-    """Return the command that evaluates a run's best checkpoint, without `python`."""
     script = Path(__file__).resolve().parents[2] / "test_white_attack.py"
-    if script.is_relative_to(Path.cwd()):
-        script = script.relative_to(Path.cwd())
     command = [str(script), "--ckpt_url", str(job.folder / BEST)]
     usual = dataset_defaults(job.settings.dataset)
     for name in ("epsilon", "step_size"):
         value = getattr(job.settings, name)
         if value != getattr(usual, name):
             command += [flag(name), as_given(value)]
-    return command
+    job.log(f"evaluate by: python {shlex.join(command)}")

@@ -5,9 +5,19 @@ from typing import NamedTuple
 
 import torch
 
-from utils.data.datasets import Split, load_extra, load_splits, parts_of, shuffled
+from utils.data.datasets import (
+    Split,
+    load_extra,
+    load_splits,
+    parts_of,
+    require_same_on_ranks,
+    shuffled,
+)
+from utils.system import distributed
 from utils.system.errors import UsageError
 from utils.system.settings import Training
+
+NAMES = {"val": "the val part", "test": "the test set"}  # in the log
 
 
 class Data(NamedTuple):
@@ -15,15 +25,16 @@ class Data(NamedTuple):
 
     selection: chooses the best epoch. test: reports on it, None where there are no such images; the
     same images as selection where `tested` equals `selected`, their names in the log. extra: the
-    images of --extra-data, on the host.
+    images of --extra-data, on the host. checksums: of each of these, by name.
     """
 
     train: Split
     selection: Split
     test: Split | None
-    selected: str = "the test set"
-    tested: str = "the test set"
-    extra: Split | None = None
+    selected: str
+    tested: str
+    extra: Split | None
+    checksums: dict[str, str]
 
     def to(self, device: torch.device) -> "Data":
         """Move what each epoch reads to a device; training labels are counted on the host."""
@@ -35,43 +46,46 @@ def load_training_data(settings: Training) -> Data:
     """Load the images of a run, on the CPU.
 
     Held-out training images (--val-size) select, else the val part of a folder, else the test part.
-    Errors: UsageError where images are missing, or too few are left to train.
+    Errors: UsageError where images are missing, or too few are left to train, or ranks have
+    different ones.
     """
     held_out = settings.val_size
-    parts = parts_of(settings.dataset, Path(settings.data_dir))
-    tested = "test" if "test" in parts else "val"
-    selecting = "val" if "val" in parts else "test"
-
-    limits = {}
-    if not held_out:
-        limits[selecting] = settings.limit_test
-    if not held_out or tested in parts:
-        limits[tested] = settings.limit_test
+    present = parts_of(settings.dataset, Path(settings.data_dir))
+    parts = [part for part in NAMES if part in present]
+    if not parts and not held_out:
+        parts = ["test"]  # loading it says what is missing
+    limits = dict.fromkeys(parts, settings.limit_test)
     limits["train"] = None
     if settings.limit_train is not None:
         limits["train"] = held_out + settings.limit_train
-    splits = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
+    with distributed.first_of_the_node_first():
+        splits = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
 
     train = splits["train"]
-    order = torch.arange(len(train.labels))
-    if train.numbers is None:  # not a limited part, which is shuffled already
-        order = shuffled(len(train.labels), 0)
+    if (held_out or settings.limit_train) and train.numbers is None:  # else it is shuffled already
+        train = train.take(shuffled(len(train.labels), 0))
     train = train._replace(numbers=None)
-    names = {"val": "the val part", "test": "the test set"}
     if held_out:
-        if held_out > len(order) - 2:
-            raise UsageError(f"--val-size {held_out} leaves too few of {len(order)} images")
-        selection = train.take(order[:held_out])
+        rows = torch.arange(len(train.labels))
+        if held_out > len(rows) - 2:
+            raise UsageError(f"--val-size {held_out} leaves too few of {len(rows)} images")
+        selection = train.take(rows[:held_out])
         selected = f"{held_out} held-out training images"
-        test = splits.get(tested)
+        train = train.take(rows[held_out:])
+        test = splits[parts[-1]] if parts else None
     else:
-        selection = splits[selecting]
-        selected = names[selecting]
-        test = splits["test"] if tested == "test" else None
-    if held_out or settings.limit_train is not None:
-        train = train.take(order[held_out:][: settings.limit_train])
+        selection = splits[parts[0]]
+        selected = NAMES[parts[0]]
+        test = splits.get("test")
+    tested = NAMES[parts[-1]] if parts else ""
 
+    used = {"training": train, "selection": selection}
+    if test is not None:
+        used["test"] = test
     extra = None
     if settings.extra_data is not None:
         extra = load_extra(settings.extra_data, train)
-    return Data(train, selection, test, selected, names[tested], extra)
+        used["extra"] = extra
+    source = f"{settings.dataset} in {settings.data_dir}"
+    checksums = dict(zip(used, require_same_on_ranks(source, *used.values()), strict=True))
+    return Data(train, selection, test, selected, tested, extra, checksums)
