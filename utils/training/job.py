@@ -37,7 +37,7 @@ class Progress:
     epoch: int
     order: torch.Tensor | None = None
     done: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(StepStats._fields, 0.0))
     seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
 

@@ -28,7 +28,7 @@ from utils.system.options import Command
 from utils.system.settings import Training
 from utils.training import records
 from utils.training.companions import adversarial_weights, learning_rate
-from utils.training.job import Job
+from utils.training.job import Job, Progress
 from utils.training.runs import Start, prepare, refuse_existing, remove_existing, take_folder
 from utils.training.splits import load_training_data
 
@@ -115,9 +115,6 @@ def train_epoch(job: Job) -> None:
         count = len(data.train.labels)
         order = torch.randperm(count, generator=job.generator, device=job.device)
         progress.order = order.cpu()
-        progress.done = 0
-        progress.sums = dict.fromkeys(StepStats._fields, 0.0)
-        progress.seconds = 0.0
     job.model.train()
 
     bar = tqdm(
@@ -295,9 +292,7 @@ def finish_epoch(job: Job) -> None:
     row = metrics_of_epoch(job, natural, robust, evaluation_seconds)
     progress.rows.append(row)
     records.log_epoch(job, row)
-    progress.epoch += 1
-    progress.order = None
-    progress.done = 0
+    job.progress = Progress(progress.epoch + 1, rows=progress.rows)
 
     if distributed.first():
         records.write_metrics(job.folder / "metrics.csv", progress.rows)
