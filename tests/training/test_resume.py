@@ -166,14 +166,14 @@ def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
     assert json.loads((run / "run.json").read_text())["checksums"] == checksums
     assert load_model(run)
     log = capsys.readouterr().out
-    assert "on the val part (6 images)" in log
+    assert "on the val part, 6 images" in log
     assert "best epoch on the test set" in log
     resume(run, "--epochs", 2)
 
     for part in ("train", "test"):
         png(pets / part / "dog" / "1.png", pixels(77, 16, 16, 3))
     before = files(run)
-    with pytest.raises(UsageError, match="other training and test images .*--other-data"):
+    with pytest.raises(UsageError, match="other images .*--other-data"):
         resume(run, "--epochs", 3)
     assert files(run) == before
 

@@ -370,22 +370,17 @@ def test_what_is_not_finite_names_its_own_batch(tmp_path, monkeypatch, wrong):
         return stats._replace(loss=stats.loss + added)
 
     monkeypatch.setattr(job, "training_loss", failing)
-    with pytest.raises(RunError, match="gradients nan in batch 2 in epoch 2"):
+    with pytest.raises(RunError, match="nan.* in batch 2 in epoch 2"):
         train(tmp_path, "--resume", "--epochs", 2)
     assert (run / "last_state.pt").read_bytes() == before
 
 
-def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path):
+def test_weights_ruined_by_the_last_step_do_not_replace_the_last_good_state(tmp_path):
     with pytest.raises(RunError, match="not finite"):
         train(tmp_path, "--lr", "1e38", "--limit-train", 10, *ONE_EPOCH)
-    assert not list(folder(tmp_path).glob("*.pt"))
-
-
-def test_a_run_that_failed_before_its_first_epoch_may_be_started_again(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(RunError):
-        patch.setattr(training, "attack_batch", MagicMock(side_effect=RunError("no memory")))
-        train(tmp_path, *ONE_EPOCH)
-    assert len(metrics(train(tmp_path, *ONE_EPOCH))) == 1
+    model, info = load_model(folder(tmp_path) / "last_state.pt")
+    assert info["epoch"] == 0
+    assert model(torch.rand(2, 3, 16, 16)).isfinite().all()
 
 
 def test_overwriting_says_what_is_lost_and_keeps_other_files(run, tmp_path, monkeypatch, capsys):

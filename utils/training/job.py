@@ -45,11 +45,22 @@ class Progress:
 class Job:
     """A process that trains a run, alone or as one of several ranks.
 
-    pending: how many images the last step had, and its numbers on their way from the device.
+    evaluated: the network that is evaluated, selected and saved, with --ema the average. pending:
+    how many images the last step had, and its numbers on their way from the device.
     """
 
-    def __init__(self, settings: Training, folder: Path, device: torch.device, data: Data) -> None:
-        """Build the network and what trains it, as before the first step."""
+    def __init__(
+        self,
+        settings: Training,
+        folder: Path,
+        device: torch.device,
+        data: Data,
+        weights: Path | None = None,
+    ) -> None:
+        """Build the network and what trains it, as before the first step.
+
+        weights: a file whose weights the network starts with, instead of random ones.
+        """
         self.settings = settings
         self.folder = folder
         self.device = device
@@ -62,6 +73,8 @@ class Job:
 
         torch.manual_seed(settings.seed)
         self.model = build(settings, len(data.train.classes), device)
+        if weights is not None:
+            load_weights(self.model, weights)
         self.attack_copy = AttackCopy(
             self.model,
             settings.precision,
@@ -72,6 +85,7 @@ class Job:
         model = in_precision(self.model, settings.precision)
         self.training_loss = distributed.parallel(model, training_loss)
         self.average = Average(self.model) if settings.ema else None
+        self.evaluated = self.model if self.average is None else self.average.model
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=settings.lr,
@@ -79,11 +93,6 @@ class Job:
             weight_decay=settings.weight_decay,
         )
         self.generator = torch.Generator(device).manual_seed(settings.seed)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated, selected and saved: with --ema the average."""
-        return self.model if self.average is None else self.average.model
 
     @property
     def own_images(self) -> int:
@@ -94,12 +103,6 @@ class Job:
         """Return the error of a training that has diverged."""
         where = f"{what} in epoch {self.progress.epoch}"
         return RunError(f"{where}; {self.folder} keeps what was saved before; lower --lr")
-
-    def start_from(self, weights: Path) -> None:
-        """Take the weights in a file for those of the network."""
-        load_weights(self.model, weights)
-        if self.average is not None:
-            self.average = Average(self.model)
 
     def checkpoint(self, model: nn.Module) -> dict:
         """Return a network of the run and what it is, as `load_model` reads it.

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from utils.attacks import pgd40_heads
@@ -76,34 +77,32 @@ def set_up(start: Start, lock: ExitStack) -> Job:
         raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}")
 
     data = load_training_data(settings)
-    if state is not None and not settings.other_data and data.checksums != state["checksums"]:
-        before = state["checksums"]
-        names = [name for name in data.checksums if data.checksums[name] != before.get(name)]
-        hint = "name the run's own --data-dir, or go on with these by --other-data"
-        others = f"{settings.data_dir} has other {' and '.join(names)} images"
-        raise UsageError(f"{others} than the run in {start.folder}; {hint}")
-
-    job = Job(settings, start.folder, device, data.to(device))
     if state is not None:
+        if not settings.other_data and data.checksums != state["checksums"]:
+            hint = "name the run's own --data-dir, or go on with these by --other-data"
+            raise UsageError(f"{settings.data_dir} has other images than the run had; {hint}")
+        job = Job(settings, start.folder, device, data.to(device))
         job.restore(state)
         return job
+
     weights = None
     if settings.restart_epoch:
         epoch = settings.restart_epoch
         weights = distributed.from_first(lambda: weights_after(settings.ckpt_url, epoch))
-        job.start_from(weights)
-    distributed.from_first(lambda: take_new_folder(start, lock))
+    job = Job(settings, start.folder, device, data.to(device), weights)
+    distributed.from_first(lambda: take_new_folder(job, lock))
     if weights is not None:
-        job.log(f"restart    after epoch {settings.restart_epoch} from the weights in {weights}")
+        job.log(f"restart    after epoch {epoch} from the weights in {weights}")
     return job
 
 
-def take_new_folder(start: Start, lock: ExitStack) -> None:
-    """Lock the folder of a new run, and remove the run that it replaces."""
-    take_folder(start.folder, lock)
-    if start.settings.overwrite:
-        remove_existing(start.folder)
-    refuse_existing(start.folder)  # another process may have been faster
+def take_new_folder(job: Job, lock: ExitStack) -> None:
+    """Lock the folder of a new run, and save the state that the run starts with."""
+    take_folder(job.folder, lock)
+    if job.settings.overwrite:
+        remove_existing(job.folder)
+    refuse_existing(job.folder)  # another process may have been faster
+    job.save_state()
 
 
 def train_epoch(job: Job) -> None:
@@ -231,12 +230,12 @@ def train_step(job: Job, batch: Split) -> Tensor:
         perturbation = adversarial_weights(job.model, gradients, settings.awp)
     with perturbation:
         stats = gradients()
-        norms = torch._foreach_norm([p.grad for p in job.model.parameters() if p.grad is not None])
+        norm = get_total_norm([p.grad for p in job.model.parameters() if p.grad is not None])
         job.optimizer.step()
     job.optimizer.zero_grad()  # frees the gradients' memory for the next attack
     if job.average is not None:
         job.average.update(job.model, settings.ema)
-    return torch.cat([stats, torch.stack(norms).sum()[None]])
+    return torch.cat([stats, norm[None]])
 
 
 def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
@@ -269,6 +268,14 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
     return percent(natural), percent(robust)
 
 
+def accuracy(right: float, count: int) -> float | None:
+    """Return the percentage of right answers among `count`.
+
+    None where none were given (NaN), as on natural images by plain pgd.
+    """
+    return None if math.isnan(right) else 100 * round(right) / count
+
+
 def finish_epoch(job: Job) -> None:
     """Evaluate, log and save an epoch.
 
@@ -279,7 +286,6 @@ def finish_epoch(job: Job) -> None:
     distributed.share_buffers(job.model)
     if job.average is not None:
         job.average.take_statistics(job.model)
-        job.checkpoint(job.model)  # refuses weights that are not finite
     checkpoint = job.checkpoint(job.evaluated)
 
     started = time.perf_counter()
@@ -287,9 +293,23 @@ def finish_epoch(job: Job) -> None:
     robust = None
     if progress.epoch % settings.eval_interval == 0 or progress.epoch == settings.epochs:
         natural, robust = evaluate(job, job.evaluated, job.data.selection)
-    evaluation_seconds = time.perf_counter() - started
 
-    row = metrics_of_epoch(job, natural, robust, evaluation_seconds)
+    count = progress.done
+    terms = dict(progress.sums)
+    train_natural = accuracy(terms.pop("natural"), count)
+    train_robust = accuracy(terms.pop("robust"), count)
+    images = count * settings.batch_size / job.own_images  # with those of --extra-data
+    row = {
+        "epoch": progress.epoch,
+        "lr": job.optimizer.param_groups[0]["lr"],
+        **{name: total / count for name, total in terms.items()},
+        "train_natural_accuracy_first_head": train_natural,
+        "train_robust_accuracy_first_head": train_robust,
+        "natural_accuracy": natural,
+        "pgd40_heads_accuracy": robust,
+        "train_images_per_second": images / progress.seconds,
+        "seconds": progress.seconds + time.perf_counter() - started,
+    }
     progress.rows.append(row)
     records.log_epoch(job, row)
     job.progress = Progress(progress.epoch + 1, rows=progress.rows)
@@ -306,41 +326,10 @@ def finish_epoch(job: Job) -> None:
         job.save_state()
 
 
-def metrics_of_epoch(
-    job: Job, natural: float | None, robust: float | None, evaluation_seconds: float
-) -> records.Row:
-    """Return the row of metrics.csv of the epoch that was trained.
-
-    natural, robust: accuracies of the evaluation, None in an epoch without one.
-    """
-    progress = job.progress
-    count = progress.done
-    sums = progress.sums
-    train_natural = None  # as of plain pgd, whose steps take no natural forward
-    if not math.isnan(sums["natural"]):
-        train_natural = 100 * round(sums["natural"]) / count
-    images = count * job.settings.batch_size / job.own_images  # with those of --extra-data
-    return {
-        "epoch": progress.epoch,
-        "lr": job.optimizer.param_groups[0]["lr"],
-        "loss": sums["loss"] / count,
-        "contrast": sums["contrast"] / count,
-        "train_natural_accuracy_first_head": train_natural,
-        "train_robust_accuracy_first_head": 100 * round(sums["robust"]) / count,
-        "natural_accuracy": natural,
-        "pgd40_heads_accuracy": robust,
-        "train_images_per_second": images / progress.seconds,
-        "seconds": progress.seconds + evaluation_seconds,
-        "cross_entropy": sums["cross_entropy"] / count,
-        "kl": sums["kl"] / count,
-        "auxiliary": sums["auxiliary"] / count,
-    }
-
-
 def finish_run(job: Job) -> None:
     """Evaluate the best epoch on images that did not choose it, and log the results."""
     data = job.data
-    if not job.progress.rows:
+    if records.best_row(job.progress.rows) is None:
         return
     on_test = None
     if data.test is not None and data.tested != data.selected:

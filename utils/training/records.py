@@ -1,6 +1,7 @@
 """What a run says of itself: train.log, run.json, metrics.csv, training_curves.png, TensorBoard."""
 
 import csv
+import math
 import shlex
 from functools import partial
 from pathlib import Path
@@ -41,20 +42,14 @@ def announce(job: Job, start: Start) -> None:
     }
     write_record(job.folder / "run.json", record)
 
-    job.log(in_one_line(job.provenance))
     usual = stored(dataset_defaults(settings.dataset))
-    changed = [
-        f"{flag(name)} {as_given(value)}"
-        for name, value in record["settings"].items()
-        if value != usual[name]
-    ]
-    job.log(f"method     {settings.method} on {settings.dataset}; other settings than by default:")
-    job.log(f"settings   {' '.join(changed) or 'none'}")
-    job.log(f"network    {settings.arch}, {record['parameters']:,} parameters")
-    images = f"{record['training_images']} images of {len(data.train.classes)} classes"
-    job.log(f"training   on {images}, {record['precision']} on {job.device}")
-    selection = f"{data.selected} ({record['evaluation_images']} images)"
-    job.log(f"selection  by pgd40_heads on {selection}")
+    changed = [name for name, value in record["settings"].items() if value != usual[name]]
+    flags = " ".join(f"{flag(name)} {as_given(getattr(settings, name))}" for name in changed)
+    job.log(in_one_line(job.provenance))
+    job.log(f"settings   {settings.dataset}'s defaults, but for {flags or 'none'}")
+    job.log(f"network    {record['parameters']:,} parameters, {record['precision']}")
+    job.log(f"data       {record['training_images']} images to train")
+    job.log(f"selection  by pgd40_heads on {data.selected}, {record['evaluation_images']} images")
     for note in sorted({split.note for split in data[:3] if split and split.note}):
         job.log(f"note       {note}")
     job.log(f"output     {job.folder}/")
@@ -77,29 +72,26 @@ def log_resume(job: Job, start: Start) -> None:
         job.log("nothing is left to train; raise --epochs")
 
 
-def accuracies(natural: float, robust: float, labels: Tensor) -> str:
+def accuracies(natural: float | None, robust: float | None, labels: Tensor) -> str:
     """Format the two accuracies of an evaluation on images of these labels, in percent."""
-    chance = at_chance(natural, labels)
-    return f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{chance}"
+    if natural is None:
+        return "not evaluated"
+    return f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{at_chance(natural, labels)}"
 
 
 def log_epoch(job: Job, row: Row) -> None:
     """Log an epoch in a line."""
-    natural = row["train_natural_accuracy_first_head"]
-    evaluation = "not evaluated"
-    if row["natural_accuracy"] is not None:
-        labels = job.data.selection.labels
-        evaluation = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
-    memory = peak_memory(job.device)
+    labels = job.data.selection.labels
+    evaluation = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
+    memory = peak_memory(job.device) or math.nan
     epochs = job.settings.epochs
     job.log(
         f"epoch {row['epoch']}/{epochs}  "
         f"loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  "
-        f"train, first head: natural {'-' if natural is None else f'{natural:.2f} %'}, "
-        f"robust {row['train_robust_accuracy_first_head']:.2f} %  "
+        f"train, first head: robust {row['train_robust_accuracy_first_head']:.2f} %  "
         f"evaluation: {evaluation}  "
         f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
-        f"peak memory {'-' if memory is None else f'{memory / 1e9:.2f} GB'}, "
+        f"peak memory {memory / 1e9:.2f} GB, "
         f"{(epochs - row['epoch']) * row['seconds'] / 60:.1f} min left"
     )
 
@@ -165,14 +157,11 @@ def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
     rows = job.progress.rows
     labels = data.selection.labels
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
-        if row is not None and row["natural_accuracy"] is not None:
-            figures = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
-            where = f"on {data.selected} at eps {as_given(job.settings.epsilon)}"
-            job.log(f"{name} epoch, {row['epoch']}: {figures} {where}")
+        figures = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
+        job.log(f"{name} epoch, {row['epoch']}: {figures} on {data.selected}")
     if on_test is not None:
         job.log(f"best epoch on {data.tested}: {accuracies(*on_test, data.test.labels)}")
-    job.log(f"checkpoint {job.folder / BEST}")
-    job.log(f"curves     {job.folder / 'training_curves.png'}")
+
     script = Path(__file__).resolve().parents[2] / "test_white_attack.py"
     command = [str(script), "--ckpt_url", str(job.folder / BEST)]
     usual = dataset_defaults(job.settings.dataset)
