@@ -57,7 +57,7 @@ def test_the_worst_case_is_the_lowest_of_the_attacks_that_all_have_image_by_imag
     cells = two.split(" | ")
     assert cells[4] == "75.00 (50.00 to 100.00)"
     assert cells[5] == "0.00, 1 of 2 runs"
-    assert cells[6] == "**62.50 (25.00 to 100.00)**, without AutoAttack"
+    assert cells[6] == "**62.50 (25.00 to 100.00)**"
     assert cells[7].startswith("-12.5 (")
 
 
@@ -83,19 +83,15 @@ def test_runs_of_several_seeds_share_a_row_and_names_tell_recipes_apart(tmp_path
     assert rows == [["TRADES, lr 0.03", "2"], ["TRADES, lr 0.09", "1"], ["FILE", "1"]]
 
 
-def test_a_run_or_a_seed_that_is_there_twice_is_named(tmp_path, capsys):
+def test_a_run_that_is_there_twice_is_refused(tmp_path, capsys):
     content = record({"recipe": {"seed": 1}}, natural="1110", PGD="1100")
     write(tmp_path / "a", content)
-    write(tmp_path / "b", content | {"checkpoint": "elsewhere/best_adv_model.pt"})
-    write(tmp_path / "c", content | {"checkpoint": "elsewhere/model-wrn-last.pt"})
-    a, b, c = (str(tmp_path / name) for name in "abc")
+    write(tmp_path / "b", content | {"checkpoint": "elsewhere/model-wrn-last.pt"})
+    a, b = (str(tmp_path / name) for name in "ab")
     assert results.main([a, a]) == 2
     assert "twice" in capsys.readouterr().err
     assert results.main([a, b]) == 0
-    assert "seeds 1, 1" in capsys.readouterr().out
-    assert results.main([a, c]) == 0
     assert len(first_cells(capsys.readouterr().out)) == 2
-    assert results.main([str(tmp_path)]) == 2
 
 
 def test_other_images_are_not_compared():
@@ -105,7 +101,7 @@ def test_other_images_are_not_compared():
     assert row.endswith("| other images or eps |")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", json.dumps(record(natural="11", PGD="1"))])
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 0}'])
 def test_what_is_no_evaluation_is_refused(content, tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text(content)
