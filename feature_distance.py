@@ -8,8 +8,8 @@
         a published bare state dict of a plain network
 
 Prints maximum, minimum, mean and variance of cosine similarity and L2 distance, of the features
-that reverse attention weights and of those before it. Saves them to distances/{name}-{K}.npz, from
-which draw_hist.py draws.
+that reverse attention weights and of those before it. Saves them to distances/{name}-{K}.npz, and
+those of several classes together to {name}-all.npz, from which draw_hist.py draws.
 """
 
 import sys

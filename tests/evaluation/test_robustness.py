@@ -883,7 +883,7 @@ def test_examples_are_chosen_by_the_share_of_their_kind(tmp_path, monkeypatch):
         fooled,
         ["FGSM", "adaptive: final"],
     )
-    _, _, drawn_fooled, labels, _, _, title = drawn[0]
+    _, _, drawn_fooled, labels, _, _, title, _ = drawn[0]
     assert drawn_fooled.tolist() == [True] * 4 + [False] * 4
     assert torch.equal(labels[:4], split.labels[20:60][torch.tensor([0, 11, 23, 34])])
     for words in ("8 of 80", "50.0 % fooled", "25.0 % wrong", "25.0 % right", "FGSM, adaptive "):

@@ -315,7 +315,7 @@ def make_one(run: Run) -> None:
         written.parent.mkdir(exist_ok=True)
         if not written.exists():
             script([*run.evaluate, *checkpoint])
-        if len(list((run.folder / "distances").glob("*.npz"))) < CLASSES:
+        if len(list((run.folder / "distances").glob("*-[0-9].npz"))) < CLASSES:
             script([*run.measure, *checkpoint])
 
 
@@ -390,7 +390,7 @@ def also(run: Run) -> dict[str, float]:
     if run.row.predict != "final":
         return {}
     figures = {}
-    files = sorted((run.folder / "distances").glob("*.npz"))
+    files = sorted((run.folder / "distances").glob("*-[0-9].npz"))
     if len(files) == CLASSES:
         for word, pair in {"alignment": "PP", "exclusion": "NP"}.items():
             cosines = [np.load(file)[f"weighted_{pair}_cosine"] for file in files]

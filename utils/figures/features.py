@@ -6,36 +6,27 @@ clustering in, so everything is measured on both. Unweighted means before the la
 before it was gated by its own prediction.
 """
 
-import atexit
 import re
 import shlex
-import shutil
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.attacks import Attack, Objective, cross_entropy, pgd
 from utils.data.datasets import Split, numbers_of, shuffled
 from utils.data.subject import Subject, load_subject, over_images
-from utils.figures.plots import (
-    Clusters,
-    Panel,
-    draw_embedding,
-    draw_histogram,
-    require_display,
-    save_or_note,
-    show_windows,
-)
+from utils.figures.plots import Panel, draw_embedding, draw_histogram, save_figure
 from utils.negatives import choose_negatives
 from utils.step import towards_labels
 from utils.system import distributed
@@ -51,7 +42,6 @@ BLOCK = 200  # negatives come from the same 200 images, whatever --test-batch-si
 NEIGHBOURS = 12
 PAIRS = {"PP": "image and its PGD example", "NP": "image and a negative"}
 METRICS = {"cosine": "cosine similarity", "L2": "L2 distance"}
-DISTANCES = ["_".join(parts) for parts in product(FEATURES, PAIRS, METRICS)]
 OUT_HINT = "name another folder by --out"
 Values = dict[str, np.ndarray]  # of M images, (M,) each, by `layer_pair_metric`
 
@@ -173,14 +163,7 @@ def measure_clusters(features: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def embed(features: Tensor, seed: int) -> np.ndarray:
     """Embed features (M, F), M > `NEIGHBOURS`, by UMAP with the paper's settings -> (M, 2)."""
-    try:
-        import umap
-    except RuntimeError:  # numba can write its cache neither to the installation nor to the home
-        import numba
-
-        numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="numba-")
-        atexit.register(shutil.rmtree, numba.config.CACHE_DIR, ignore_errors=True)
-        import umap
+    import umap  # takes seconds to load
 
     model = umap.UMAP(
         n_neighbors=NEIGHBOURS,
@@ -202,6 +185,13 @@ def has_gate(network: dict) -> bool:
     return network.get("reverse_attention") is True and network.get("gate") != "none"
 
 
+def feature_name(layer: str, networks: Iterable[dict]) -> str:
+    """Return what features of some networks are called; without a gate nothing is weighted."""
+    if any(has_gate(network) for network in networks):
+        return f"{layer} features"
+    return "features"
+
+
 def class_names(split: Split) -> list[str]:
     """Return what people call the classes, the first synonym of each."""
     return [synonyms.split(",")[0] for synonyms in split.words or split.classes]
@@ -216,12 +206,12 @@ def find_classes(wanted: str, split: Split) -> list[int]:
     if wanted == "all":
         return present
 
-    by_name = []
+    matches = []
     for k, synonyms in enumerate(split.words or split.classes):
-        spellings = synonyms.casefold().split(", ")
-        if wanted == split.classes[k] or wanted.casefold() in spellings:
-            by_name.append(k)
-    matches = by_name or [k for k in range(len(split.classes)) if str(k) == wanted]
+        if wanted.casefold() in (split.classes[k].casefold(), *synonyms.casefold().split(", ")):
+            matches.append(k)
+    if not matches and wanted.isdecimal():
+        matches = [int(wanted)]
     targets = [k for k in matches if k in present]
     if not targets:
         raise UsageError(
@@ -269,28 +259,25 @@ def describe_origin(subjects: Sequence[Subject], settings: Distances | Umap) -> 
     }
 
 
-def read_distances(file: Path) -> tuple[dict, Values]:
-    """Read settings and distances from a file of feature_distance.py."""
-    settings, arrays = read_arrays(file)
-    required = {"name", "method", "checkpoints", "dataset", "target", "target_name", "features"}
-    if not {*required, *DISTANCES} <= {*settings, *arrays}:
-        raise UsageError(f"{file} is not a file of feature_distance.py")
-    return settings, arrays
-
-
 # feature_distance.py
 
 
 def feature_distance(settings: Distances) -> None:
-    """Measure PP and NP distances of one class or each; print them, and save a file a class."""
+    """Measure PP and NP distances of one class or all; print and save them.
+
+    There is a file for each class and, of several classes, one for all of them together.
+    """
     subject = load_subject(settings, settings.model_dir)
     split = subject.split
     targets = find_classes(settings.target_label, split)
     strategy = "" if settings.strategy == "random" else settings.strategy
-    name = settings.name
-    if name is None:
-        name = file_stem(subject.method, subject.info["arch"], subject.dataset, strategy)
-    files = [Path(settings.out) / f"{name}-{target}.npz" for target in targets]
+    name = settings.name or file_stem(
+        subject.method, subject.info["arch"], subject.dataset, strategy
+    )
+    titles = {target: class_names(split)[target] for target in targets}
+    if len(targets) > 1:
+        titles["all"] = "all classes"
+    files = [Path(settings.out) / f"{name}-{target}.npz" for target in titles]
     distributed.from_first(lambda: require_own(files, [subject]))
 
     labels, values = measure_distances(subject, targets, settings)
@@ -313,15 +300,13 @@ def feature_distance(settings: Distances) -> None:
         "gate": subject.info.get("gate"),
         "test_images": len(split.labels),
     }
-    gated = has_gate(subject.info)
-    for target, file in zip(targets, files, strict=True):
-        target_name = class_names(split)[target]
-        of_class = {key: array[labels == target] for key, array in values.items()}
-        write_arrays(file, about | {"target": target, "target_name": target_name}, **of_class)
-        print_distances(f"class {target} ({target_name})", of_class, gated, settings.features)
+    for (target, title), file in zip(titles.items(), files, strict=True):
+        chosen = slice(None) if target == "all" else labels == target
+        of_class = {key: array[chosen] for key, array in values.items()}
+        write_arrays(file, about | {"target": target, "target_name": title}, **of_class)
+        print(f"\nclass {target} ({title}), {len(of_class['indices'])} images")
+        print_distances(of_class, has_gate(subject.info), settings.features)
         print(f"saved {file}")
-    if len(targets) > 1:
-        print_distances("all of these classes", values, gated, settings.features)
     print(f"draw by: python draw_hist.py --distances {shlex.quote(settings.out)}")
 
 
@@ -371,20 +356,19 @@ def measure_distances(
     return labels[rows].numpy(), values
 
 
-def print_distances(title: str, values: Values, gated: bool, chosen: str) -> None:
+def print_distances(values: Values, gated: bool, chosen: str) -> None:
     """Print a table of distances, and how many images are nearer to their PGD examples.
 
-    gated: whether the network weights its features; otherwise both kinds are the same. chosen: the
-    features that the last line is about.
+    gated: whether the network weights its features. chosen: the features of the last line.
     """
-    print(f"\n{title}, {len(values['weighted_PP_cosine'])} images")
-    print(" " * 21 + "".join(f"{column:>11}" for column in ("max", "min", "mean", "variance")))
+    print(f"{'':21}{'max':>11}{'min':>11}{'mean':>11}{'variance':>11}")
     for layer, pair, metric in product(FEATURES if gated else FEATURES[:1], PAIRS, METRICS):
         array = values[f"{layer}_{pair}_{metric}"]
         variance = array.var(ddof=1) if len(array) > 1 else np.nan
-        cells = (array.max(), array.min(), array.mean(), variance)
         row = f"{layer if gated else 'plain':<10} {pair} {metric:<7}"
-        print(row + "".join(f"{cell:>11.4g}" for cell in cells))
+        for number in (array.max(), array.min(), array.mean(), variance):
+            row += f"{number:>11.4g}"
+        print(row)
     is_aligned = values[f"{chosen}_PP_cosine"] > values[f"{chosen}_NP_cosine"]
     print(
         f"{100 * is_aligned.mean():.1f} % have a larger cosine to their PGD example (PP, alignment)"
@@ -396,7 +380,7 @@ def print_distances(title: str, values: Values, gated: bool, chosen: str) -> Non
 
 
 class Entry(NamedTuple):
-    """The distances of a run on one class or several. label: by `--labels`, or None."""
+    """A file of distances: its settings, and its label by `--labels`, or None."""
 
     label: str | None
     settings: dict
@@ -404,34 +388,29 @@ class Entry(NamedTuple):
 
 
 def draw_hist(settings: Histograms) -> None:
-    """Draw PP and NP by cosine and L2: four figures over all classes, and four for each class."""
+    """Draw PP and NP by cosine and L2, four figures for each class and for all of them."""
     if not distributed.first():
         return
-    comparable = defaultdict(list)
+    figures = defaultdict(list)
     for entry in load_entries(settings):
-        comparable[entry.settings["dataset"], entry.settings["features"]].append(entry)
-    figures = []
-    for entries in comparable.values():
-        note_differences(entries)
-        figures += group_by_class([*over_classes(entries), *entries])
-
+        about = entry.settings
+        figures[about["dataset"], about["features"], about["target"]].append(entry)
     folder = require_writable(Path(settings.out), OUT_HINT)
-    if settings.show:
-        require_display()
-    tasks = list(product(figures, PAIRS, METRICS))
-    failed = 0
+    make_figure = plt.figure if settings.show else Figure
+    for entries in figures.values():
+        note_differences(entries)
+    tasks = list(product(figures.values(), PAIRS, METRICS))
     for entries, pair, metric in tqdm(tasks, "drawing", unit="figure", leave=False, disable=None):
-        failed += not draw_distances(entries, pair, metric, folder, settings.show)
+        file = draw_distances(entries, pair, metric, folder, make_figure)
+        tqdm.write(f"saved {file} and .pdf")
     if settings.show:
-        show_windows()
-    if failed:
-        raise RunError(f"{failed} of {len(tasks)} figures are not drawn; the notes above say why")
+        plt.show()
 
 
 def load_entries(settings: Histograms) -> list[Entry]:
     """Read the files that `--distances` and `--dataset` choose.
 
-    They come by class, networks with a gate last, or with `--labels` in the order of the labels.
+    Networks with a gate come last, or with `--labels` the files in the order of the labels.
     """
     files = []
     for path in map(Path, settings.distances or [Distances.out]):
@@ -448,68 +427,32 @@ def load_entries(settings: Histograms) -> list[Entry]:
 
     entries = []
     for file, label in zip(files, labels, strict=True):
-        about, values = read_distances(file)
+        about, values = read_arrays(file)
+        if "target_name" not in about:
+            raise UsageError(f"{file} is not a file of feature_distance.py")
         about["features"] = settings.features or about["features"]
         if settings.dataset in (None, about["dataset"]):
             entries.append(Entry(label, about, values))
     if not entries:
         raise UsageError(f"none of the {len(files)} files of distances is of {settings.dataset}")
     if settings.labels is None:
-        entries.sort(key=lambda entry: (entry.settings["target"], has_gate(entry.settings)))
+        entries.sort(key=lambda entry: has_gate(entry.settings))
     return entries
 
 
 def note_differences(entries: list[Entry]) -> None:
-    """Print the settings in which files of one data set differ."""
-    for key in ("epsilon", "step_size", "num_steps", "strategy", "predict", "test_images"):
-        names = {str(entry.settings.get(key)): entry.settings["name"] for entry in entries}
-        if len(names) > 1:
-            values = ", ".join(f"{value} ({name})" for value, name in names.items())
-            print(f"note: the files of {entries[0].settings['dataset']} differ in {key}: {values}")
+    """Print the settings in which the files of one figure differ."""
+    for key in ("target_name", "epsilon", "step_size", "num_steps", "strategy", "test_images"):
+        values = {str(entry.settings.get(key)) for entry in entries}
+        if len(values) > 1:
+            target = entries[0].settings["target"]
+            print(f"note: files of class {target} differ in {key}: {', '.join(sorted(values))}")
 
 
-def over_classes(entries: list[Entry]) -> list[Entry]:
-    """Put together each run's distances of the classes that all runs have files of.
-
-    Returns an entry a run, none where there is a single such class.
-    """
-    runs: dict[tuple, dict[int, Entry]] = defaultdict(dict)
-    for entry in entries:
-        about = entry.settings
-        run = (about["name"], str(about["checkpoints"]))
-        runs[run][about["target"]] = entry
-    targets = sorted(set.intersection(*map(set, runs.values())))
-    if len(targets) < 2:
-        return []
-
-    together = []
-    for by_target in runs.values():
-        first = by_target[targets[0]]
-        values = {}
-        for key in DISTANCES:
-            values[key] = np.concatenate([by_target[target].values[key] for target in targets])
-        classes = {"target": "all", "target_name": f"{len(targets)} classes together"}
-        together.append(Entry(first.label, first.settings | classes, values))
-    return together
-
-
-def group_by_class(entries: list[Entry]) -> list[list[Entry]]:
-    """Group the entries of each figure. Errors: UsageError where a class has two names."""
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry.settings["target"]].append(entry)
-    for target, group in groups.items():
-        names = {entry.settings["target_name"] for entry in group}
-        if len(names) > 1:
-            raise UsageError(
-                f"class {target} is {' and '.join(sorted(names))} in different files; "
-                "choose files by --distances"
-            )
-    return list(groups.values())
-
-
-def draw_distances(entries: list[Entry], pair: str, metric: str, folder: Path, show: bool) -> bool:
-    """Draw one figure, a histogram for each entry; return whether that worked."""
+def draw_distances(
+    entries: list[Entry], pair: str, metric: str, folder: Path, make_figure: Callable[[], Figure]
+) -> Path:
+    """Draw one figure, a histogram for each entry -> its file."""
     about = entries[0].settings
     layer = about["features"]
     methods = [entry.settings["method"] for entry in entries]
@@ -518,20 +461,13 @@ def draw_distances(entries: list[Entry], pair: str, metric: str, folder: Path, s
         name = method if methods.count(method) == 1 else entry.settings["name"]
         values.append((entry.label or name, entry.values[f"{layer}_{pair}_{metric}"]))
 
-    classes = about["target_name"]
-    if about["target"] != "all":
-        classes = f"class {classes}"
-    gated = any(has_gate(entry.settings) for entry in entries)
-    features = f"{layer} features" if gated else "features"
-    title = f"{pair}: {PAIRS[pair]}\n{about['dataset']}, {classes}, {features}"
-
+    features = feature_name(layer, [entry.settings for entry in entries])
+    title = f"{pair}: {PAIRS[pair]}\n{about['dataset']}, {about['target_name']}, {features}"
     unweighted = "unweighted" if layer == "unweighted" else ""
     stem = file_stem("hist", about["dataset"], str(about["target"]), pair, metric, unweighted)
     file = folder / f"{stem}.png"
-    draw = partial(draw_histogram, values, METRICS[metric], title, show)
-    note = save_or_note(draw, file)
-    tqdm.write(note or f"saved {file} and .pdf")
-    return not note
+    save_figure(partial(draw_histogram, values, METRICS[metric], title), file, make_figure)
+    return file
 
 
 # draw_umap.py
@@ -540,139 +476,107 @@ def draw_distances(entries: list[Entry], pair: str, metric: str, folder: Path, s
 def draw_umap(settings: Umap) -> None:
     """Embed features of test images of one or several runs, draw them as panels, and save both."""
     subjects = load_subjects(settings)
-    split = subjects[0].split
-    labels = split.labels.cpu()
-    require_clusters(labels)
     names = settings.labels
     if names is None:
         names = [subject.method for subject in subjects]
         if len(set(names)) < len(names):
             names = [f"{name} {i}" for i, name in enumerate(names, 1)]
-
     adversarial = "adversarial" if settings.adversarial else ""
     unweighted = "unweighted" if settings.features == "unweighted" else ""
-    stem = settings.name
-    if stem is None:
-        stem = file_stem("umap", "_".join(names), subjects[0].dataset, adversarial, unweighted)
+    stem = settings.name or file_stem(
+        "umap", "_".join(names), subjects[0].dataset, adversarial, unweighted
+    )
     file = Path(settings.out) / f"{stem}.npz"
-    if settings.show:
-        require_display()
     distributed.from_first(lambda: require_own([file], subjects))
 
-    panels = []
-    for subject, name in zip(subjects, names, strict=True):
-        by_kind = extract_kinds(subject, name, settings)
-        if distributed.first():
-            panels.append(embed_run(subject, name, by_kind, settings))
+    by_kind = [extract_kinds(subject, settings) for subject in subjects]
     if not distributed.first():
         return
-    kinds = list(by_kind)
-    save_embedding(file, panels, kinds, subjects, settings)
+    panels = []
+    for subject, name, features in zip(subjects, names, by_kind, strict=True):
+        panels.append(embed_run(subject, name, features, settings))
 
-    gated = any(has_gate(subject.info) for subject in subjects)
-    features = f"{settings.features} features" if gated else "features"
-    classes = class_names(split)
-    draw = partial(draw_embedding, panels, labels.numpy(), classes, kinds, features, settings.show)
-    note = save_or_note(draw, file.with_suffix(".png"))
-    if note:
-        raise RunError(f"{note}; the embedding is saved in {file}")
-    print(f"saved {file.with_suffix('.png')} and .pdf, embedding {file}")
+    split = subjects[0].split
+    labels = split.labels.cpu().numpy()
+    kinds = list(by_kind[0])
+    measured = {}
+    for panel in panels:
+        for key, numbers in panel.measured.items():
+            measured[f"{panel.name}, {key}"] = numbers
+    about = {"names": list(names), "kinds": kinds, "measured": measured}
+    arrays = {f"embedding_{i}": panel.points for i, panel in enumerate(panels)}
+    write_arrays(
+        file,
+        about | describe_origin(subjects, settings),
+        indices=numbers_of(split).numpy(),
+        labels=labels,
+        **arrays,
+    )
+    print(f"saved {file}")
+
+    features = feature_name(settings.features, [subject.info for subject in subjects])
+    draw = partial(draw_embedding, panels, labels, class_names(split), kinds, features)
+    picture = file.with_suffix(".png")
+    save_figure(draw, picture, plt.figure if settings.show else Figure)
+    print(f"saved {picture} and .pdf")
     if settings.show:
-        show_windows()
+        plt.show()
 
 
 def load_subjects(settings: Umap) -> list[Subject]:
-    """Load the runs to draw. Errors: UsageError where their test images are not the same."""
+    """Load the runs to draw.
+
+    Errors: UsageError where their test images are not the same, or too few for UMAP and clusters.
+    """
     subjects = [load_subject(settings, path) for path in settings.model_dir]
     first = subjects[0]
+    labels = first.split.labels
     for other in subjects[1:]:
-        same_data = first.dataset == other.dataset and first.split.classes == other.split.classes
-        if not same_data or not torch.equal(first.split.labels, other.split.labels):
+        if first.dataset != other.dataset or not torch.equal(labels, other.split.labels):
             raise UsageError(
-                f"{first.file} is of {first.dataset} and {other.file} of {other.dataset}, other "
-                "test images; panels show the same ones, so name runs of one data set"
+                f"{first.file} and {other.file} are of different test images; panels show the same "
+                "ones, so name runs of one data set"
             )
+    if len(labels) < NEIGHBOURS + 3 or not 1 < len(labels.unique()) < len(labels):
+        raise UsageError(
+            f"{len(labels)} test images form no clusters; UMAP needs at least {NEIGHBOURS + 3}, of "
+            "two classes or more; raise --n-examples"
+        )
     return subjects
 
 
-def require_clusters(labels: Tensor) -> None:
-    """Raise UsageError where images or classes are too few for UMAP and the numbers beside it."""
-    count = len(labels)
-    classes = len(labels.unique())
-    if count <= NEIGHBOURS + 2 or not 1 < classes < count:
-        raise UsageError(
-            f"{count} test images of {classes} classes form no clusters; UMAP needs at least "
-            f"{NEIGHBOURS + 3}, of two classes or more; raise --n-examples"
-        )
-
-
-def extract_kinds(subject: Subject, name: str, settings: Umap) -> dict[str, Features]:
+def extract_kinds(subject: Subject, settings: Umap) -> dict[str, Features]:
     """Extract a run's features of natural images and, with --adversarial, of PGD examples."""
     attacks = {"natural": None}
     if settings.adversarial:
         attacks[f"PGD-{settings.num_steps}"] = pgd_attack(cross_entropy, subject, settings)
-    rows = torch.arange(len(subject.split.labels))
-    by_kind = {}
+    split = subject.split
+    rows = torch.arange(len(split.labels))
     with frozen(subject.model) as net, computing(settings.precision):
-        for kind, attack in attacks.items():
-            task = f"{name} {kind}"
-            by_kind[kind] = extract(
-                net, subject.split, rows, settings.test_batch_size, attack, task
-            )
-    return by_kind
+        return {
+            kind: extract(net, split, rows, settings.test_batch_size, attack, kind)
+            for kind, attack in attacks.items()
+        }
 
 
 def embed_run(subject: Subject, name: str, by_kind: dict[str, Features], settings: Umap) -> Panel:
-    """Embed the features of one run, and print what is measured on them."""
+    """Embed the features of one run, and print how far classes are clusters in them."""
     labels = subject.split.labels.cpu()
+    gated = has_gate(subject.info)
     print(f"{name}: {subject.file}, {subject.described()}")
-    clusters = print_clusters(by_kind, labels, has_gate(subject.info))
+    measured = {}
+    for layer, (kind, features) in product(FEATURES if gated else FEATURES[:1], by_kind.items()):
+        silhouette, agreement = measure_clusters(getattr(features, layer), labels)
+        layer_name = layer if gated else "plain"
+        print(
+            f"  {layer_name:<10} {kind:<8} silhouette {silhouette:6.3f}, "
+            f"{NEIGHBOURS}-NN label agreement {100 * agreement:6.2f} %"
+        )
+        measured[f"{layer_name}, {kind}"] = {"silhouette": silhouette, "agreement": agreement}
+
     print(f"  embedding {len(by_kind) * len(labels)} points by UMAP", flush=True)
     chosen = [getattr(features, settings.features) for features in by_kind.values()]
     points = embed(torch.cat(chosen), settings.seed)
     if not np.isfinite(points).all():
         raise RunError(f"UMAP cannot place every image of {name}; raise --n-examples")
-    return Panel(name, points, clusters)
-
-
-def print_clusters(by_kind: dict[str, Features], labels: Tensor, gated: bool) -> list[Clusters]:
-    """Measure and print how far classes are clusters, by layer and kind of images."""
-    measured = []
-    for layer in FEATURES if gated else ("weighted",):
-        for kind, features in by_kind.items():
-            silhouette, agreement = measure_clusters(getattr(features, layer), labels)
-            layer_name = layer if gated else "plain"
-            print(
-                f"  {layer_name:<10} {kind:<8} silhouette {silhouette:6.3f}, "
-                f"{NEIGHBOURS}-NN label agreement {100 * agreement:6.2f} %"
-            )
-            measured.append(Clusters(layer_name, kind, silhouette, agreement))
-    return measured
-
-
-def save_embedding(
-    file: Path,
-    panels: list[Panel],
-    kinds: list[str],
-    subjects: list[Subject],
-    settings: Umap,
-) -> None:
-    """Save the points of all panels, and what was measured beside them."""
-    split = subjects[0].split
-    measured = {}
-    for panel in panels:
-        for clusters in panel.clusters:
-            measured[f"{panel.name}, {clusters.layer}, {clusters.images}"] = {
-                "silhouette": clusters.silhouette,
-                "agreement": clusters.agreement,
-            }
-    about = {
-        "names": [panel.name for panel in panels],
-        "kinds": kinds,
-        "measured": measured,
-        **describe_origin(subjects, settings),
-    }
-    arrays = {"indices": numbers_of(split).numpy(), "labels": split.labels.cpu().numpy()}
-    for i, panel in enumerate(panels):
-        arrays[f"embedding_{i}"] = panel.points
-    write_arrays(file, about, **arrays)
+    return Panel(name, points, measured)

@@ -1,45 +1,47 @@
 """Figures, drawn from numbers and saved as PNG and PDF, without a display.
 
 All share one style: matplotlib's defaults and `STYLE`, with colours that the colour-blind tell
-apart. Figures for a paper are as wide as one of its columns.
+apart. Each function draws on the empty figure it is given; `save_figure` makes that and saves it.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import matplotlib.style
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
-from utils.system.errors import UsageError, first_line
+from utils.system.errors import RunError, first_line
 from utils.system.files import write_atomically
 from utils.system.values import eps_text
 
-# matplotlib is imported where it draws, since training goes on where its installation is broken.
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-COLUMN = 3.3  # width in inches
+COLUMN = 3.3  # width of a paper's column in inches
 STYLE = {
+    "figure.constrained_layout.use": True,
     "font.size": 8,
     "axes.titlesize": 8,
+    "figure.titlesize": 8,
+    "figure.labelsize": 8,
     "axes.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
+    "legend.frameon": False,
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "pdf.fonttype": 42,  # TrueType, embedded: submission systems ask for it
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",  # a long legend makes the picture wider, and is not cut off
     "text.parse_math": False,  # the names of classes and runs are not formulas, even with a $
 }
 # Okabe and Ito, "Color Universal Design" (2008), the dark colours first
@@ -63,125 +65,79 @@ DARK_GREY = "#717581"
 RIGHT = "#009e73"
 WRONG = "#d55e00"
 BINS = 20
+BELOW = "outside lower center"  # the place of a legend
 
 
-class Clusters(NamedTuple):
-    """How far classes are clusters in one kind of features of one kind of images.
+def save_figure(
+    draw: Callable[[Figure], None], file: Path, make_figure: Callable[[], Figure] = Figure
+) -> Figure:
+    """Save what `draw` draws on an empty figure as `file`, a PNG, and beside it as a PDF.
 
-    layer: `weighted`, `unweighted` or `plain`. images: such as `natural`. silhouette: the mean, in
-    [-1, 1]. agreement: the share of nearest neighbours of the same class, in [0, 1].
-    """
-
-    layer: str
-    images: str
-    silhouette: float
-    agreement: float
-
-
-class Panel(NamedTuple):
-    """The embedding of one run: points (kinds * N, 2), the N images of one kind in a row."""
-
-    name: str
-    points: np.ndarray
-    clusters: Sequence[Clusters]
-
-
-def save_or_note(draw: Callable[[], Figure], file: Path) -> str:
-    """Save the figure that `draw` returns as `file`, a PNG, and beside it as a PDF.
-
-    The same figure gives the same bytes. Returns "", or a line on what failed: no job ends because
-    a picture could not be drawn.
+    The same figure gives the same bytes. make_figure: `pyplot.figure` for one with a window.
+    Errors: RunError where it cannot be drawn.
     """
     try:
-        import matplotlib.style
-
         with matplotlib.style.context(["default", STYLE]):  # not the user's matplotlibrc
-            figure = draw()
+            figure = make_figure()
+            draw(figure)
             for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-                save = partial(figure.savefig, format=kind, dpi=200, metadata=metadata)
+                save = partial(figure.savefig, format=kind, metadata=metadata)
                 write_atomically(file.with_suffix(f".{kind}"), save)
-    except Exception as error:
-        return f"note: {file} is not drawn ({type(error).__name__}: {first_line(error)})"
+    except Exception as error:  # a missing font, a full disk
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise RunError(f"{file} is not drawn ({cause})") from error
+    return figure
+
+
+def save_or_note(draw: Callable[[Figure], None], file: Path) -> str:
+    """Save a figure, and return "" or a note where that fails, which must not end a training."""
+    try:
+        save_figure(draw, file)
+    except RunError as error:
+        return f"note: {error}"
     return ""
 
 
-def new_figure(height: float, width: float = COLUMN, show: bool = False) -> Figure:
-    """Make an empty figure, height and width in inches; show: one that gets a window."""
-    if show:
-        import matplotlib.pyplot as plt
-
-        return plt.figure(figsize=(width, height), layout="constrained")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def require_display() -> None:
-    """Raise UsageError where no window can be opened, with `--show`."""
-    import matplotlib.pyplot as plt
-
-    if plt.get_backend().lower() == "agg":
-        raise UsageError("--show: there is no display to open a window on; leave it out")
-
-
-def show_windows() -> None:
-    """Open a window for each figure that was made to be shown, and wait until they are closed."""
-    import matplotlib.pyplot as plt
-
-    plt.show()
-
-
-def draw_curves(rows: list[dict], best: dict | None) -> Figure:
+def draw_curves(rows: list[dict], best: dict | None, figure: Figure) -> None:
     """Draw a run's loss and accuracies by epoch.
 
     rows: those of metrics.csv, with None where an epoch was not evaluated. best: the row of the
     best checkpoint, which is marked. So are the epochs before which the learning rate falls.
     """
-    figure = new_figure(3.8, width=9)
+    figure.set_size_inches(9, 3.8)
     loss, accuracy = figure.subplots(1, 2)
     _plot_column(loss, rows, "loss", color="#0072b2")
 
-    evaluated = [row for row in rows if row["natural_accuracy"] is not None]
-    plot = partial(_plot_column, accuracy)
     natural, robust = "train_natural_accuracy_first_head", "train_robust_accuracy_first_head"
+    plot = partial(_plot_column, accuracy)
     plot(rows, natural, label="train natural (first head)", color="#56b4e9", ls="--")
     plot(rows, robust, label="train robust (first head)", color="#e69f00", ls="--")
-    plot(evaluated, "natural_accuracy", label="natural", color="#0072b2")
-    plot(evaluated, "pgd40_heads_accuracy", label="PGD-40 over heads", color="#d55e00")
+    plot(rows, "natural_accuracy", label="natural", color="#0072b2")
+    plot(rows, "pgd40_heads_accuracy", label="PGD-40 over heads", color="#d55e00")
     if best is not None:
-        accuracy.plot(
-            best["epoch"],
-            best["pgd40_heads_accuracy"],
-            color="black",
-            marker="o",
-            ms=9,
-            mfc="none",
-            ls="",
-            label=f"best checkpoint: epoch {best['epoch']}",
-        )
-    accuracy.set_ylim(0, 100)
-    handles = list(accuracy.get_lines())
+        label = f"best checkpoint: epoch {best['epoch']}"
+        circle = {"color": "black", "marker": "o", "ms": 9, "mfc": "none", "ls": ""}
+        accuracy.plot(best["epoch"], best["pgd40_heads_accuracy"], label=label, **circle)
 
-    falls = []
+    label = "learning rate falls"
     for before, after in itertools.pairwise(rows):
         if after["lr"] < before["lr"] / 5:
-            falls.append(after["epoch"] - 0.5)
+            for axes in (loss, accuracy):
+                axes.axvline(after["epoch"] - 0.5, color=DARK_GREY, ls=":", label=label)
+            label = None  # once in the legend
     for axes, name in ((loss, "training loss"), (accuracy, "accuracy in %")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        lines = [axes.axvline(epoch, color=DARK_GREY, ls=":") for epoch in falls]
-    if falls:
-        lines[0].set_label("learning rate is divided by 10")
-        handles.append(lines[0])
-    _legend(figure, handles, ncols=3)
-    return figure
+    accuracy.set_ylim(0, 100)
+    figure.legend(handles=accuracy.get_legend_handles_labels()[0], loc=BELOW, ncols=3)
 
 
 def _plot_column(axes: Axes, rows: list[dict], column: str, **style: object) -> None:
-    """Plot a column of metrics.csv against the epoch."""
-    epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [row[column] for row in rows], marker=".", **style)
+    """Plot a column of metrics.csv against the epoch, where it has values."""
+    known = [row for row in rows if row[column] is not None]
+    epochs = [row["epoch"] for row in known]
+    axes.plot(epochs, [row[column] for row in known], marker=".", **style)
 
 
 def draw_examples(
@@ -192,7 +148,8 @@ def draw_examples(
     eps: float,
     classes: Sequence[str],
     title: str,
-) -> Figure:
+    figure: Figure,
+) -> None:
     """Draw images, a column each: natural, perturbation, adversarial, with the network's answers.
 
     images: natural and adversarial ones, (n, 3, S, S) in [0, 1]. probabilities: of both, (n, C).
@@ -205,53 +162,53 @@ def draw_examples(
     perturbation = ((adversarial - natural) * scale + 0.5).clamp(0, 1)
 
     count = len(labels)
-    figure = new_figure(5.6, width=max(1.1 * count + 0.4, 4))
+    figure.set_size_inches(max(1.1 * count + 0.4, 4), 5.6)
     grid = figure.subplots(3, count, squeeze=False)
     names = ("natural", f"perturbation x{scale:.3g}", "adversarial")
     for axes, name in zip(grid[:, 0], names, strict=True):
         axes.set_ylabel(name)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[], box_aspect=1)
+        axes.spines[:].set_visible(False)
+
+    def show_answer(axes: Axes, image: Tensor, answer: Tensor, label: Tensor) -> None:
+        confidence, predicted = answer.max(0)
+        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
+        text = f"{classes[predicted][:14]}\n{100 * confidence:.1f} %"
+        axes.set_xlabel(text, color=RIGHT if predicted == label else WRONG)
 
     for i, (top, middle, bottom) in enumerate(grid.T):
         top.set_title(f"true class\n{classes[labels[i]][:14]}")
-        shown = [(top, natural[i], natural_answers[i])]
+        show_answer(top, natural[i], natural_answers[i], labels[i])
         if fooled[i]:
             middle.imshow(perturbation[i].permute(1, 2, 0).numpy(), interpolation="none")
-            shown.append((bottom, adversarial[i], adversarial_answers[i]))
+            show_answer(bottom, adversarial[i], adversarial_answers[i], labels[i])
         else:
-            middle.spines[:].set_visible(False)
-            bottom.spines[:].set_visible(False)
             is_right = natural_answers[i].argmax() == labels[i]
             text = "not fooled" if is_right else "wrong\nas it is"
-            place = {"ha": "center", "va": "center", "transform": bottom.transAxes}
-            bottom.text(0.5, 0.5, text, color=DARK_GREY, **place)
-        for axes, image, answer in shown:
-            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
-            confidence, predicted = answer.max(0)
-            colour = RIGHT if predicted == labels[i] else WRONG
-            text = f"{classes[predicted][:14]}\n{100 * confidence:.1f} %"
-            axes.set_xlabel(text, color=colour)
+            bottom.text(0.5, 0.5, text, color=DARK_GREY, ha="center", va="center")
 
-    figure.suptitle(title, fontsize=8, wrap=True)
-    handles = [_marker("right", RIGHT, "s"), _marker("wrong", WRONG, "s")]
-    _legend(figure, handles, ncols=2, title="the network's answer and its probability")
-    return figure
+    figure.suptitle(title, wrap=True)
+    figure.supxlabel("the network's answer and its probability; green: right, red: wrong")
 
 
-def draw_robustness(curve: list[tuple], xlabel: str, trained: object = None) -> Figure:
+def draw_robustness(curve: list[tuple], xlabel: str, trained: object, figure: Figure) -> None:
     """Draw robust accuracy against eps or the number of steps, on an axis logarithmic beyond 0.
 
     curve: (eps or steps, PGD on the answer's logits, adaptive PGD), where each of the two is
     (accuracy in %, low and high end of its interval). trained: the eps of training, marked where it
     is a number.
     """
-    figure = new_figure(3.8, width=4.6)
+    figure.set_size_inches(4.6, 3.8)
     axes = figure.subplots()
     x, final, adaptive = zip(*curve, strict=True)
-    _plot_band(axes, x, final, "#0072b2", marker=".", label="PGD on the answer's logits")
-    label = "adaptive: PGD on every view, worst case"
-    _plot_band(axes, x, adaptive, "#d55e00", marker="s", ms=4, ls="--", label=label)
+    for shares, label, colour, line in (
+        (final, "PGD on the answer's logits", "#0072b2", ".-"),
+        (adaptive, "adaptive: PGD on every view, worst case", "#d55e00", "s--"),
+    ):
+        accuracy, low, high = zip(*shares, strict=True)
+        axes.plot(x, accuracy, line, color=colour, ms=4, label=label)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if isinstance(trained, float):
         label = f"training eps, {eps_text(trained)}"
         axes.axvline(trained, color=DARK_GREY, ls=":", label=label)
@@ -262,49 +219,42 @@ def draw_robustness(curve: list[tuple], xlabel: str, trained: object = None) -> 
     axes.set(xlim=(x[0], 1.1 * x[-1]), ylim=(-2, 102))
     axes.set(xlabel=xlabel, ylabel="robust accuracy in % (band: 95 % interval)")
     axes.grid(alpha=0.3)
-    _legend(figure, axes.get_legend_handles_labels()[0])
-    return figure
-
-
-def _plot_band(
-    axes: Axes, x: Sequence[float], shares: Sequence[tuple], colour: str, **style: object
-) -> None:
-    """Plot a curve and its intervals. shares: (accuracy, low, high) at each x."""
-    accuracy, low, high = zip(*shares, strict=True)
-    axes.plot(x, accuracy, color=colour, **style)
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    figure.legend(loc=BELOW)
 
 
 def draw_histogram(
-    values: list[tuple[str, np.ndarray]], xlabel: str, title: str, show: bool = False
-) -> Figure:
+    values: list[tuple[str, np.ndarray]], xlabel: str, title: str, figure: Figure
+) -> None:
     """Draw the distances of several methods over the same 20 bins, in percent of the images.
 
     values: (method, distances (M,)). A dashed line marks the mean of each.
     """
-    every_value = np.concatenate([distances for _, distances in values])
-    high = every_value.max()
-    low = min(every_value.min(), high - 1e-3 * max(1, abs(high)))  # all values may be equal
-    edges = np.linspace(low, high, BINS + 1)
-
-    longest_label = max(len(label) for label, _ in values)
-    columns = min(len(values), 2 if longest_label <= 24 else 1)
-    legend_rows = math.ceil(len(values) / columns)
-    figure = new_figure(2.0 + 0.14 * legend_rows, show=show)
+    figure.set_size_inches(COLUMN, 2 + 0.14 * len(values))
     axes = figure.subplots()
-    handles = []
-    for i, (label, distances) in enumerate(values):
-        line_style, colour = METHOD_STYLES[i % len(METHOD_STYLES)]
+    edges = np.histogram_bin_edges(np.concatenate([distances for _, distances in values]), BINS)
+    for (label, distances), (line_style, colour) in zip(
+        values, itertools.cycle(METHOD_STYLES), strict=False
+    ):
         share = 100 * np.histogram(distances, edges)[0] / len(distances)
-        line = {"color": colour, "linestyle": line_style, "linewidth": 1.2}
         axes.stairs(share, edges, fill=True, color=colour, alpha=0.2)
-        axes.stairs(share, edges, **line)
-        axes.axvline(distances.mean(), color=colour, linewidth=1, linestyle="--", zorder=3)
-        handles += axes.plot([], [], label=label, **line)
+        axes.stairs(share, edges, color=colour, linestyle=line_style, linewidth=1.2, label=label)
+        axes.axvline(distances.mean(), color=colour, linewidth=1, linestyle="--")
     axes.set(xlabel=f"{xlabel} (dashed: mean)", ylabel="images in %", title=title)
     axes.set_xlim(edges[0], edges[-1])
-    _legend(figure, handles, ncols=columns)
-    return figure
+    figure.legend(loc=BELOW)
+
+
+class Panel(NamedTuple):
+    """The embedding of one run: points (kinds * N, 2), the N images of one kind in a row.
+
+    measured: how far classes are clusters, by features and images such as `weighted, natural`: the
+    mean `silhouette`, in [-1, 1], and `agreement`, the share of nearest neighbours of the same
+    class, in [0, 1].
+    """
+
+    name: str
+    points: np.ndarray
+    measured: dict[str, dict[str, float]]
 
 
 def draw_embedding(
@@ -313,111 +263,56 @@ def draw_embedding(
     classes: Sequence[str],
     kinds: list[str],
     features: str,
-    show: bool = False,
-) -> Figure:
+    figure: Figure,
+) -> None:
     """Draw embeddings as scatter plots coloured by class, one panel a run.
 
     labels: (N,). kinds: of images, `natural` and perhaps a second one, which is drawn as crosses.
-    features: what was embedded, for the legend's title. Up to 20 classes have a colour, beyond 10
-    with a second marker; of more classes 10 evenly chosen ones have a colour, and others are grey.
+    features: what was embedded, for the legend's title. Of more than ten classes, ten evenly chosen
+    ones have a colour, and the others are grey.
     """
     present = np.unique(labels)
-    coloured = present
-    if len(present) > 20:
-        coloured = present[np.linspace(0, len(present) - 1, 10).round().astype(int)]
-    styles = {}
-    handles = []
-    for i, label in enumerate(coloured):
-        markers = ("ox", "^+")[i // 10]
-        styles[label] = (CLASS_COLOURS[i % 10], markers)
-        handles.append(_marker(classes[label], CLASS_COLOURS[i % 10], markers[0]))
-    legend_title = f"UMAP of {features}"
+    count = min(len(present), len(CLASS_COLOURS))
+    coloured = present[np.linspace(0, len(present) - 1, count).round().astype(int)]
+    colour_of = dict(zip(coloured, CLASS_COLOURS, strict=False))
+    handles = [_marker(classes[label], colour, "o") for label, colour in colour_of.items()]
+    markers = dict(zip(kinds, "ox", strict=False))
     if len(kinds) > 1:
-        legend_title += f"; {kinds[0]} / {kinds[1]}"
-        handles.append(_marker(kinds[0], "black", "o"))
-        handles.append(_marker(kinds[1], "black", "x"))
-    legend_title += "\nlabel agreement: share of the 12 nearest neighbours of the same class"
-    if len(coloured) < len(present):
-        legend_title += f"\n{len(coloured)} of {len(present)} classes, the others grey"
-
-    # As many legend entries in a row as fit; a letter takes 4.2 points
-    longest_name = max(len(classes[label]) for label in coloured)
-    fitting = int(COLUMN * 72 / (4.2 * longest_name + 18))
-    legend_columns = max(1, min(fitting, 20 if len(kinds) == 1 else 6))
+        handles += [_marker(kind, "black", marker) for kind, marker in markers.items()]
+    legend_columns = max(1, 54 // (5 + max(len(classes[label]) for label in coloured)))
     legend_rows = math.ceil(len(handles) / legend_columns)
 
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    titles = [_panel_title(panel) for panel in panels]
-    title_lines = max(len(title) for title in titles)
-    height = rows * (COLUMN / columns + 0.12 * title_lines) + 0.14 * legend_rows + 0.5
-    figure = new_figure(height, show=show)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    size = float(np.clip(4000 / columns / len(panels[0].points), 1.5, 8))
-    for axes, panel, title in zip(grid, panels, titles, strict=False):
-        _draw_panel(axes, panel.points, labels, styles, size)
-        padding = [""] * (title_lines - len(title))  # titles of one height give panels of one size
-        axes.set_title("\n".join(padding + title), fontsize=6)
-    for axes in grid[len(panels) :]:
-        axes.remove()
-    _legend(
-        figure,
-        handles,
-        ncols=math.ceil(len(handles) / legend_rows),
-        title=legend_title,
+    figure.set_size_inches(COLUMN, rows * (COLUMN / columns + 0.4) + 0.14 * legend_rows + 0.6)
+    size = 4000 / columns / len(panels[0].points)
+    order = np.isin(labels, coloured).argsort()  # grey ones first, below the others
+    colours = [colour_of.get(label, GREY) for label in labels[order]]
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, i + 1, xticks=[], yticks=[])
+        axes.spines[:].set_visible(True)
+        points_by_kind = np.split(panel.points, len(kinds))
+        for points, marker in zip(points_by_kind, markers.values(), strict=True):
+            axes.scatter(*points[order].T, max(size, 1.5), colours, marker=marker, linewidths=0.4)
+        lines = [panel.name]
+        for key, numbers in panel.measured.items():
+            lines.append(f"{key}: {numbers['silhouette']:.2f}, {100 * numbers['agreement']:.1f} %")
+        axes.set_title("\n".join(lines), fontsize=6)
+
+    figure.legend(
+        handles=handles,
+        loc=BELOW,
+        ncols=legend_columns,
+        title=(
+            f"UMAP of {features}; {len(coloured)} of {len(present)} classes in colour\n"
+            "above: silhouette, share of the 12 nearest neighbours of the same class"
+        ),
         title_fontsize=6,
-        alignment="center",
-        handlelength=1,
         handletextpad=0.2,
         columnspacing=0.8,
     )
-    return figure
-
-
-def _panel_title(panel: Panel) -> list[str]:
-    """Return the lines of a panel's title: the run's name, and its clusters in each layer."""
-    lines = [panel.name]
-    for layer, measured in itertools.groupby(panel.clusters, key=lambda clusters: clusters.layer):
-        by_kind = list(measured)
-        silhouettes = " / ".join(f"{clusters.silhouette:.2f}" for clusters in by_kind)
-        agreements = " / ".join(f"{100 * clusters.agreement:.1f}" for clusters in by_kind)
-        lines.append(f"{layer}: silhouette {silhouettes}")
-        lines.append(f"label agreement {agreements} %")
-    return lines
-
-
-def _draw_panel(
-    axes: Axes,
-    points: np.ndarray,
-    labels: np.ndarray,
-    styles: dict[int, tuple[str, str]],
-    size: float,
-) -> None:
-    """Draw one run's points.
-
-    styles: by class its colour, and a marker for each kind of images; other classes are grey.
-    """
-    is_grey = ~np.isin(labels, list(styles))
-    for kind, (x, y) in enumerate(points.reshape(-1, len(labels), 2).transpose(0, 2, 1)):
-        if is_grey.any():
-            marker = ".x"[kind]
-            axes.scatter(x[is_grey], y[is_grey], size, GREY, marker=marker, linewidths=0.4)
-        edge = {"linewidths": 0.6} if kind else {"linewidths": 0, "alpha": 0.8}
-        for label, (colour, markers) in styles.items():
-            chosen = labels == label
-            axes.scatter(x[chosen], y[chosen], size, colour, marker=markers[kind], **edge)
-    axes.set(xticks=[], yticks=[])
-    axes.margins(0.12)
-    axes.spines[:].set_visible(True)
-
-
-def _legend(figure: Figure, handles: Sequence[Line2D], **style: object) -> None:
-    """Put a legend below the axes, where it covers nothing."""
-    figure.legend(handles=handles, loc="outside lower center", frameon=False, **style)
 
 
 def _marker(label: str, colour: str, marker: str) -> Line2D:
     """Make an entry of a legend that is a marker without a line."""
-    from matplotlib.lines import Line2D
-
     return Line2D([], [], color=colour, marker=marker, ls="none", markersize=3.5, label=label)
