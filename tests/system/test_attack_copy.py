@@ -89,7 +89,7 @@ def test_the_network_stays_as_it_was_when_an_attack_is_interrupted():
 def test_weights_are_synced_in_place(monkeypatch, arch, on_cuda):
     """Weights and statistics, folded or not, and in the layers that a CUDA device gets."""
     model, x, labels = trained_network(arch, size=32)
-    monkeypatch.setattr("utils.system.attack_copy.affine_norms", lambda net: on_cuda)
+    monkeypatch.setattr("utils.system.attack_copy.needs_affine", lambda net: on_cuda)
     attack_copy = AttackCopy(model)
     assert (count(attack_copy.net, Affine) > 0) == on_cuda
     assert (count(attack_copy.net, nn.BatchNorm2d) > 0) != on_cuda
@@ -103,7 +103,7 @@ def test_weights_are_synced_in_place(monkeypatch, arch, on_cuda):
 
 def test_batch_norm_of_several_ranks_is_replaced_on_cuda(monkeypatch):
     model, x, _ = trained_network("PreActResNet18", size=32)
-    monkeypatch.setattr("utils.system.attack_copy.affine_norms", lambda net: True)
+    monkeypatch.setattr("utils.system.attack_copy.needs_affine", lambda net: True)
     net = AttackCopy(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))).net
     assert count(net, BATCH_NORMS) == 0
     with torch.no_grad():

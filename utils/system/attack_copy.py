@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput
@@ -27,10 +28,7 @@ class Bfloat16(nn.Module):
     def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
         with torch.autocast(x.device.type, torch.bfloat16):
             out = self.network(x, gate, heads)
-        if not heads:
-            return out.float()
-        auxiliary = tuple(logits.float() for logits in out.auxiliary)
-        return Heads(out.final.float(), auxiliary, out.features.float(), out.unweighted.float())
+        return tree_map(Tensor.float, out)
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
@@ -44,13 +42,13 @@ class Affine(nn.Module):
     On CUDA, PyTorch's own BatchNorm returns gradients in another memory format.
     """
 
-    def __init__(self, channels: int, like: Tensor) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = nn.Parameter(like.new_zeros(channels, 1, 1), requires_grad=False)
-        self.bias = nn.Parameter(like.new_zeros(channels, 1, 1), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, x, self.weight)
+        return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
 class AttackCopy:
@@ -78,7 +76,7 @@ class AttackCopy:
         self._folded: list[tuple[nn.Module | None, nn.Module, nn.Module]] = []
         self._fold_batch_norms(model, net)
         if isinstance(net, ReverseAttentionNetwork):
-            if affine_norms(net):
+            if needs_affine(net):
                 self._replace_batch_norms(model, net)
             _to_channels_last(net)
         if precision == "bf16":  # cast once, not in every forward
@@ -88,12 +86,10 @@ class AttackCopy:
 
         folded = {id(tensor) for *_, layer in self._folded for tensor in layer.parameters()}
         originals = model.state_dict(keep_vars=True)
-        self._copies: list[Tensor] = []
-        self._originals: list[Tensor] = []
-        for name, tensor in net.state_dict(keep_vars=True).items():
-            if id(tensor) not in folded:
-                self._copies.append(tensor)
-                self._originals.append(originals[name])
+        copies = net.state_dict(keep_vars=True)
+        unfolded = [name for name, tensor in copies.items() if id(tensor) not in folded]
+        self._copies = [copies[name] for name in unfolded]
+        self._originals = [originals[name] for name in unfolded]
 
         if compiled:
             net.compile(
@@ -108,12 +104,12 @@ class AttackCopy:
         """Make one convolution of each pair of layers that a block lists in `conv_bn`."""
         for name, block in list(net.named_modules()):
             for conv_name, norm_name in getattr(block, "conv_bn", ()):
-                original = model.get_submodule(name)
-                try:
-                    norm = original.get_submodule(norm_name)
-                except AttributeError:  # the shortcut of this block is the identity
+                modules = dict(block.named_modules())
+                if norm_name not in modules:  # the shortcut of this block is the identity
                     continue
-                conv = block.get_submodule(conv_name)
+                original = model.get_submodule(name)
+                norm = original.get_submodule(norm_name)
+                conv = modules[conv_name]
                 conv.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
                 block.set_submodule(norm_name, nn.Identity())
                 self._folded.append((original.get_submodule(conv_name), norm, conv))
@@ -122,7 +118,7 @@ class AttackCopy:
         """Make each BatchNorm that is left an `Affine` layer."""
         for name, module in list(net.named_modules()):
             if isinstance(module, BATCH_NORMS):
-                affine = Affine(module.num_features, module.running_mean)
+                affine = Affine(module)
                 net.set_submodule(name, affine)
                 self._folded.append((None, model.get_submodule(name), affine))
 
@@ -153,13 +149,11 @@ class AttackCopy:
         weights = []
         for (conv, _, _), scale in zip(self._folded, scales, strict=True):
             weights.append(scale if conv is None else conv.weight * scale[:, None, None, None])
-        for name, values in (("weight", weights), ("bias", biases)):
-            tensors = [getattr(layer, name) for _, _, layer in self._folded]
-            shaped = [value.view_as(tensor) for value, tensor in zip(values, tensors, strict=True)]
-            torch._foreach_copy_(tensors, shaped)
+        torch._foreach_copy_([layer.weight for _, _, layer in self._folded], weights)
+        torch._foreach_copy_([layer.bias for _, _, layer in self._folded], biases)
 
 
-def affine_norms(net: ReverseAttentionNetwork) -> bool:
+def needs_affine(net: ReverseAttentionNetwork) -> bool:
     """Return whether each BatchNorm that no convolution absorbs becomes an `Affine`."""
     return net.classifier.weight.is_cuda
 

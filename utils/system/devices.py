@@ -1,7 +1,7 @@
 """The device of a run, and what it computes in there: bfloat16, TF32, torch.compile, memory."""
 
+import re
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,90 +23,51 @@ def pick_device(
 ) -> torch.device:
     """Return the device of --device and --no-cuda, and make a CUDA device the current one.
 
-    `auto` takes a card only if this build of PyTorch has kernels for it. shared: whether several
-    ranks may have the same device. Errors: UsageError where the device is unknown, is not there, or
-    cannot compute, at all or in `precision`.
+    `auto` takes a card only if this build of PyTorch computes there, on all ranks. shared: whether
+    several ranks may have the same device. Errors: UsageError where the device is unknown or cannot
+    compute, at all or in `precision`.
     """
-    if device == "auto":
-        picked = torch.device("cuda" if torch.cuda.is_available() and not no_cuda else "cpu")
-    else:
-        picked = _named_device(device, no_cuda)
-    picked = distributed.own_device(picked, shared)
-    missing = _missing_kernels(picked) if picked.type == "cuda" else None
-    if device == "auto" and distributed.agreed(int(missing is not None)):  # alike on all ranks
-        if missing is not None:
-            print(f"{missing}; computing on the CPU", file=sys.stderr)
-        return torch.device("cpu")
-    if missing is not None:
-        hint = "install another build of PyTorch, or use --device cpu"
-        raise UsageError(f"--device {device}: {missing}; {hint}")
-    if picked.type == "cuda":
-        _require_precision(picked, precision)
-    return picked
-
-
-def _named_device(device: str, no_cuda: bool) -> torch.device:
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        picked = None
-    if picked is None or picked.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device {device} is none of auto, cpu, cuda, cuda:N")
-    if picked.type == "cuda":
-        if no_cuda:
-            raise UsageError(f"--device {device} and --no-cuda contradict each other; give one")
-        count = torch.cuda.device_count()
-        if (picked.index or 0) >= count:
-            raise UsageError(f"--device {device}: {count} CUDA devices are visible; use cpu")
+    name = device
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    picked = torch.device("cpu" if no_cuda else name)
+    picked = distributed.own_device(picked, shared)
+    error = compute_error(picked)
+    if device == "auto" and distributed.agreed(int(error is not None)):
+        if error is not None:
+            print(f"the CUDA device does not compute ({error}); using the CPU", file=sys.stderr)
+        return torch.device("cpu")
+    if error is not None:
+        raise UsageError(
+            f"--device {device}: {error}; use --device cpu, or a build of PyTorch for this card"
+        )
+    if picked.type == "cpu":
+        return picked
+
+    if picked.index is not None:
+        torch.cuda.set_device(picked)
+    emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision in ("bf16", "tf32") and emulated:
+        raise UsageError(
+            f"--precision {precision}: {torch.cuda.get_device_name()} does not compute in it; "
+            "NVIDIA's cards of compute capability 8.0 and more do; use --precision fp32 here"
+        )
     return picked
 
 
-def _missing_kernels(device: torch.device) -> str | None:
-    """Make a card the current device; say so where this build of PyTorch has no kernels for it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's own about the same, of many lines
-        if device.index is not None:
-            torch.cuda.set_device(device)
-        capability = torch.cuda.get_device_capability(device)
-    architectures = torch.cuda.get_arch_list()
-    if torch.version.hip or not architectures or has_kernels(capability, architectures):
-        return None
-    return (
-        f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."
-        f"{capability[1]}, for which this build of PyTorch has no kernels "
-        f"({' '.join(architectures)})"
-    )
+def compute_error(device: torch.device) -> str | None:
+    """Compute something on a device; return the error, None where it works.
 
-
-def has_kernels(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Tell whether code for any of these architectures runs on a card.
-
-    capability: the card's, (major, minor). architectures: as `torch.cuda.get_arch_list` returns
-    them. `sm_86` is machine code, for the same major number and at least that minor one;
-    `compute_86` is compiled when it is loaded, for any card from 8.6 on.
+    It fails where the device is missing, and on a card that this build of PyTorch has no kernels
+    for.
     """
-    for architecture in architectures:
-        kind, _, number = architecture.partition("_")
-        digits = number.rstrip("af")
-        built_for = int(digits[:-1]), int(digits[-1])
-        if built_for <= capability and (kind == "compute" or built_for[0] == capability[0]):
-            return True
-    return False
-
-
-def _require_precision(device: torch.device, precision: str) -> None:
-    """Raise UsageError where a card has no units for a precision: it would emulate or ignore it."""
-    supported = True
-    if precision == "bf16":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif precision == "tf32":
-        supported = torch.cuda.is_tf32_supported()
-    if not supported:
-        raise UsageError(
-            f"--precision {precision}: {torch.cuda.get_device_name(device)} does not compute in it "
-            "(NVIDIA's cards of compute capability 8.0 and more do); leave it out or use fp32, and "
-            "resume a run that was started with it on another card or by --device cpu"
-        )
+    try:
+        torch.ones(1, device=device).sin()
+    except (RuntimeError, AssertionError) as error:  # an AssertionError in a build without CUDA
+        return first_line(error)
+    return None
 
 
 def for_training(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
@@ -131,10 +92,9 @@ def compile_for_training(model: nn.Module, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except RuntimeError as error:
-        needed = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
         raise UsageError(
-            f"--compile: torch.compile does not work here ({first_line(error)}); install {needed}, "
-            "or leave --compile out"
+            f"--compile: torch.compile does not work here ({first_line(error)}); install a C++ "
+            "compiler (and Triton for CUDA), or leave --compile out"
         ) from error
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
@@ -147,39 +107,31 @@ def computing(precision: str) -> Iterator[None]:
 
     `fp32`: float32. `tf32`: TF32. Anything else: as it was, which is TF32 in convolutions and
     float32 in matrix products, unless somebody has changed it.
-
-    PyTorch has newer switches (`fp32_precision`), which count, and older ones (`allow_tf32`), which
-    raise an error when they are read and disagree. So the older ones follow here, unless somebody
-    has used the newer ones alone.
     """
     if precision not in ("fp32", "tf32"):
         yield
         return
-    backends = torch.backends
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    inside = "tf32" if precision == "tf32" else "ieee"
+    _set_precision(inside, inside)
     try:
-        older = backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:
-        older = None
-    operations = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
-    # Outer switches first. All are read before any is set: one that is not set reports the value of
-    # the one around it.
-    newer = (backends, backends.cudnn, backends.mkldnn, *operations, backends.mkldnn.matmul)
-    before = [switch.fp32_precision for switch in newer]
-    for switch in newer:
-        switch.fp32_precision = "none"
-    try:
-        if older is not None:
-            backends.cudnn.allow_tf32 = precision == "tf32"
-            backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        for switch in operations:
-            switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         yield
     finally:
-        if older is not None:
-            backends.cudnn.allow_tf32 = older[0]
-            torch.set_float32_matmul_precision(older[1])
-        for switch, value in zip(newer, before, strict=True):
-            switch.fp32_precision = value
+        _set_precision(*before)
+
+
+def _set_precision(convolutions: str, products: str) -> None:
+    """Set PyTorch's older switches and then the newer ones, which count.
+
+    Where they disagree, reading an older one raises an error, in torch.compile for example.
+    """
+    cudnn = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    cudnn.allow_tf32 = convolutions == "tf32"
+    matmul.allow_tf32 = products == "tf32"
+    cudnn.conv.fp32_precision = convolutions
+    cudnn.rnn.fp32_precision = convolutions
+    matmul.fp32_precision = products
 
 
 def precision_name(settings: Training, device: torch.device) -> str:
@@ -215,7 +167,6 @@ def peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):  # Linux; getrusage there includes the process that started this one
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM"):
-                return 1024 * int(line.split()[1])
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     return None

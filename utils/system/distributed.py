@@ -23,32 +23,22 @@ NCCL on one card (tests/test_cuda.py); several cards, --sync-bn and real nodes w
 """
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from inspect import signature
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from utils.system.errors import RunError, Stopped, UsageError, first_line
+from utils.system.errors import RunError, Stopped, UsageError
 
 T = TypeVar("T")
 
 # Ranks wait for one another while one of them attacks a block, which may take hours.
 TIMEOUT = timedelta(days=7)
-
-# Errors of communication that have no type of their own read like this.
-CONNECTION_LOST = re.compile(r"gloo|NCCL|closed by peer|reset by peer|Broken pipe", re.IGNORECASE)
-
-# What torchrun tells each rank. Clusters and shells set some of these for their own purposes.
-TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
@@ -56,10 +46,9 @@ def started() -> Iterator[None]:
     """Join the other ranks for the body of a script, where torchrun has started several.
 
     CPU tensors go by gloo, CUDA tensors by NCCL. A stop, on which all ranks agree, is reported by
-    the first one alone. Errors: RunError where another rank has ended.
+    the first one alone. Where another rank has ended, communication raises an error.
     """
-    by_torchrun = all(name in os.environ for name in TORCHRUN)
-    if not by_torchrun or os.environ["WORLD_SIZE"] == "1":
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     backend = "gloo"
@@ -75,13 +64,6 @@ def started() -> Iterator[None]:
         if first():
             raise
         raise SystemExit(128 + stop.args[0]) from None
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not CONNECTION_LOST.search(str(error)):
-            raise
-        raise RunError(
-            f"rank {os.environ['RANK']} lost another rank ({first_line(error)}); what was saved is "
-            "intact, and --resume continues a training"
-        ) from error
     finally:
         if dist.is_initialized() and (together or backend == "gloo"):
             dist.destroy_process_group()
@@ -90,7 +72,7 @@ def started() -> Iterator[None]:
 
 def world() -> int:
     """Return the number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -112,11 +94,7 @@ def launcher() -> str:
     """Return the beginning of a command that starts a script as this one was started."""
     if world() == 1:
         return "python"
-    ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    nodes = world() // ranks_of_node
-    if nodes == 1:
-        return f"torchrun --nproc-per-node={ranks_of_node}"
-    return f"torchrun --nnodes={nodes} --nproc-per-node={ranks_of_node}"
+    return f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"
 
 
 def own_device(device: torch.device, shared: bool = False) -> torch.device:
@@ -127,17 +105,17 @@ def own_device(device: torch.device, shared: bool = False) -> torch.device:
     """
     if world() == 1 or device.type != "cuda":
         return device
-    index = int(os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count()
+    index = int(os.environ["LOCAL_RANK"])
+    if shared and device.index is not None:
+        return device
     if shared:
-        index = index % count if device.index is None else device.index
-    elif device.index is not None:
-        raise UsageError(f"--device {device}: ranks need a CUDA device each; give --device cuda")
-    elif index >= count:
+        index %= max(count, 1)
+    elif device.index is not None or index >= count:
         raise UsageError(
-            f"{count} CUDA devices for more ranks; lower --nproc-per-node, or give --device cpu"
+            f"--device {device}: each rank needs a CUDA device of its own, and there are {count}; "
+            "start as many ranks with --device cuda, or give --device cpu"
         )
-    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
@@ -206,14 +184,12 @@ def from_first(work: Callable[[], T]) -> T:
     """
     if world() == 1:
         return work()
-    result = None
-    error = None
+    answer = [None, None]
     if first():
         try:
-            result = work()
-        except (UsageError, RunError, OSError) as caught:
-            error = caught
-    answer = [result, error]
+            answer[0] = work()
+        except (UsageError, RunError, OSError) as error:
+            answer[1] = error
     dist.broadcast_object_list(answer)
     result, error = answer
     if error is not None:
@@ -224,7 +200,7 @@ def from_first(work: Callable[[], T]) -> T:
 @contextmanager
 def first_of_the_node_first() -> Iterator[None]:
     """Run the body on the first rank of each node, then on the others, so that data load once."""
-    waiting = world() > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
+    waiting = world() > 1 and os.environ["LOCAL_RANK"] != "0"
     if waiting:
         agreed(0)
     yield
@@ -239,29 +215,12 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-class _Step(nn.Module):
-    """A network and a loss of it as one module, whose forward is the loss."""
+def sum_gradients(model: nn.Module) -> None:
+    """Let each later backward through a network leave the sum over ranks in its gradients.
 
-    def __init__(self, model: nn.Module, loss: Callable) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, *args: object) -> object:
-        return self.loss(self.model, *args)
-
-
-def parallel(model: nn.Module, loss: Callable[..., T]) -> Callable[..., T]:
-    """Return `loss(model, ...)` as a function of its further arguments, for all ranks together.
-
-    Its backward averages gradients over ranks. DistributedDataParallel wraps the whole loss, not
-    the network: it expects one forward before each backward, and a step has three. Attacks see the
-    bare network and communicate nothing. BatchNorm's statistics stay each rank's own. Each rank has
-    to use every parameter in each backward.
+    Each rank has to use every parameter in each backward. Attacks see copies of the network, and
+    communicate nothing. BatchNorm's statistics stay each rank's own.
     """
-    if world() == 1:
-        return partial(loss, model)
-    step = _Step(model, loss)
-    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:
-        return DistributedDataParallel(step, forward_sync_buffers=False)
-    return DistributedDataParallel(step, broadcast_buffers=False)  # its name in older releases
+    if world() > 1:
+        for parameter in model.parameters():
+            parameter.register_hook(total)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 WARM_UP = 3  # calls before a recording, in which libraries choose kernels and allocate memory
 AGREEMENT = 0.75  # share of equal values of a replay and an eager call; rounding may flip signs
@@ -65,7 +65,7 @@ class Graphed:
 
     def _record(self, args: Any) -> Any:
         """Record the function, and return what it returns without a graph."""
-        copies = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
+        copies = tree_map_only(Tensor, torch.clone, args)
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):

@@ -20,11 +20,8 @@ def open_log(file: Path) -> Callable[[str], None]:
     def log(line: str) -> None:
         with suppress(OSError):
             tqdm.write(line)
-        try:
-            # A line may hold a path of any bytes, which UTF-8 lacks.
-            with open(file, "a", encoding="utf-8", errors="backslashreplace") as out:
-                out.write(line + "\n")
-        except OSError as error:  # a full disk, which Python reports without the file's name
-            raise OSError(error.errno, error.strerror, str(file)) from error
+        # A line may hold a path of any bytes, which UTF-8 lacks.
+        with open(file, "a", encoding="utf-8", errors="backslashreplace") as out:
+            out.write(line + "\n")
 
     return log

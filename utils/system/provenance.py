@@ -16,14 +16,10 @@ import torch
 
 from utils.system import distributed
 
-ALWAYS = ("torch", "torchvision", "numpy")
-# Their versions matter where they are imported. Names on PyPI, and those of the modules.
-OPTIONAL = {
-    "scikit-learn": "sklearn",
-    "umap-learn": "umap",
-    "pyautoattack": "pyautoattack",
-    "pillow": "PIL",
-}
+# Variables that settle how OpenMP's threads wait for work.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# Names on PyPI.
+PACKAGES = ("torchvision", "numpy", "scikit-learn", "umap-learn", "pyautoattack", "pillow")
 
 
 def provenance(device: object, seed: int | None = None, packages: Sequence[str] = ()) -> dict:
@@ -31,10 +27,11 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
 
     device: the torch device that computed. packages: further names on PyPI whose versions matter.
     """
-    imported = [name for name, module in OPTIONAL.items() if module in sys.modules]
-    versions = {"python": platform.python_version()}
-    for name in (*ALWAYS, *imported, *packages):
-        versions[name] = _version(name)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in (*PACKAGES, *packages):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    waiting = [f"{name} {os.environ.get(name, 'unset')}" for name in WAITING]
     record = {
         "command": f"{distributed.launcher()} {shlex.join(sys.argv)}",
         "commit": commit(),
@@ -42,7 +39,7 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
         "device": str(device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "waiting": _waiting(),
+        "waiting": ", ".join(waiting),
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
     }
@@ -76,25 +73,15 @@ def commit() -> str | None:
     try:
         # This fails where the code lies, untracked, inside another repository.
         git("ls-files", "--error-unmatch", here.name)
-        changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "HEAD") + changed
+        return git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _waiting() -> str:
-    """Tell what the environment says of OpenMP threads that wait for work."""
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    given = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
-    return ", ".join(given) or "wait as OpenMP does"
-
-
 def _cpu() -> str:
     """Return the processor's name, as far as the system tells; last digits depend on it."""
-    with suppress(OSError):  # Linux
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with suppress(OSError, AttributeError):  # Linux
+        return re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
     return platform.processor() or platform.machine()
 
 
@@ -112,11 +99,3 @@ def _card(device: object) -> dict:
         "cuda": f"CUDA {torch.version.cuda}",
         "cudnn": f"cuDNN {torch.backends.cudnn.version()}",
     }
-
-
-def _version(name: str) -> str | None:
-    """Return a package's version; that of an imported module says more, such as `+cpu`."""
-    module = sys.modules.get(OPTIONAL.get(name, name))
-    with suppress(metadata.PackageNotFoundError):
-        return str(getattr(module, "__version__", None) or metadata.version(name))
-    return None

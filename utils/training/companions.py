@@ -22,7 +22,7 @@ def adversarial_weights(
     gamma * ||w|| / (||v|| + 1e-20) * v, and moved back by as much after the body. BatchNorm's
     statistics are those of the body's forwards alone. (Wu et al., arXiv 2004.05884.)
 
-    gradients: leaves the gradients of the training loss in the parameters, averaged over ranks.
+    gradients: leaves the gradients of the training loss in the parameters, the same on each rank.
     """
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,8 @@ class Job:
             warned=self.log,
         )
         model = in_precision(self.model, settings.precision)
-        self.training_loss = distributed.parallel(model, training_loss)
+        self.training_loss = partial(training_loss, model)
+        distributed.sum_gradients(self.model)
         self.average = Average(self.model) if settings.ema else None
         self.evaluated = self.model if self.average is None else self.average.model
         self.optimizer = torch.optim.SGD(

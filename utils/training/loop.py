@@ -201,15 +201,16 @@ def backward(
 ) -> Tensor:
     """Leave the gradients of a batch's loss in the parameters, the same on each rank.
 
-    loss_of: `distributed.parallel` of `training_loss`. x, labels: the whole batch; attacked: of
-    this rank's slice. Returns the values of `StepStats` of the whole batch, on the device.
+    loss_of: `training_loss` of a network whose gradients are summed over ranks. x, labels: the
+    whole batch; attacked: of this rank's slice. Returns the values of `StepStats` of the whole
+    batch, on the device.
     """
     own = distributed.own_slice(len(x))
     weight = distributed.own_weight(len(x))
     stats = loss_of(x[own], labels[own], attacked, settings)
-    # The loss is a mean over the slice, and gradients are averaged over ranks. So the slice's share
-    # of the batch, times the number of ranks, makes it a part of the mean over the batch.
-    (stats.loss * (weight * distributed.world())).backward()
+    # The loss is a mean over the slice. Its share of the batch makes it a part of the mean over the
+    # batch, and gradients are summed over ranks.
+    (stats.loss * weight).backward()
     return distributed.total(torch.stack(stats).detach() * weight)
 
 
