@@ -18,8 +18,8 @@ saved, and all take them over at the end of an epoch; --sync-bn (CUDA only) norm
 slices. Evaluation is shared in blocks of 250 images.
 
 A stop signal, to torchrun or to one rank, stops all ranks at the next step, and the first one
-saves. If a process dies, the others end; resume by hand. Tried with gloo on one machine and with
-NCCL on one card (tests/test_cuda.py); several cards, --sync-bn and real nodes were not tried.
+saves. If a process dies, the others end; resume by hand. Tried with gloo on one machine;
+tests/test_cuda.py tries NCCL on one card. Several cards, --sync-bn and real nodes were not tried.
 """
 
 import os
