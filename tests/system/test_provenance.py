@@ -16,6 +16,7 @@ def test_a_record_is_plain_and_says_how_to_repeat(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_CIFAR10_ResNet.py", "--model-dir", "my runs"])
     record = provenance(torch.device("cpu"), 7, packages=["ruff"])
     assert json.loads(json.dumps(record)) == record
+    assert type(record["versions"]["torch"]) is str  # pickles as one, too
     assert record["command"].endswith("train_CIFAR10_ResNet.py --model-dir 'my runs'")
     assert record["device"] == "cpu"
     assert record["seed"] == 7

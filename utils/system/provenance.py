@@ -27,7 +27,7 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
 
     device: the torch device that computed. packages: further names on PyPI whose versions matter.
     """
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in (*PACKAGES, *packages):
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
