@@ -54,9 +54,9 @@ def started() -> Iterator[None]:
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     together = False  # NCCL waits for all ranks when a group is destroyed
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
         yield
         together = True
     except Stopped as stop:
@@ -65,7 +65,7 @@ def started() -> Iterator[None]:
             raise
         raise SystemExit(128 + stop.args[0]) from None
     finally:
-        if dist.is_initialized() and (together or backend == "gloo"):
+        if together or backend == "gloo":
             dist.destroy_process_group()
         time.sleep(0.2)  # gloo's threads abort a process that ends while they free tensors
 
