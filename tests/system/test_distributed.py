@@ -427,7 +427,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(short_runs, tmp_path,
     ranks.send_signal(killed, signal.SIGKILL)
     statuses, _ = ranks.finish()
     assert statuses[killed] == -signal.SIGKILL
-    assert statuses[1 - killed] == 1
+    assert statuses[1 - killed] > 0  # it has failed
     epoch = state(folder(tmp_path))["epoch"]
     run_alone(tmp_path, f"--epochs={epoch + 1}", "--resume")
     assert epochs(folder(tmp_path))[-1] == epoch + 1
