@@ -45,7 +45,7 @@ from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
 from utils.system.errors import UsageError
 from utils.system.options import parse
-from utils.system.settings import NORMALISATIONS, Evaluation
+from utils.system.settings import MEANS, STDS, Evaluation
 from utils.training import loop as training
 
 EPS, STEP = 0.1, 0.02
@@ -318,7 +318,8 @@ def test_normalisation_is_a_part_of_the_network_that_attacks_see(tmp_path):
 
 
 def test_what_was_assumed_stands_beside_the_figures(tmp_path, capsys):
-    mean, std = NORMALISATIONS["cifar10"].values()
+    mean = MEANS["cifar10"]
+    std = STDS["cifar10"]
     normalised = ("--mean", "cifar10", "--std", ",".join(map(str, std)))
     torch.save({"state_dict": digits_content(False)["model"]}, tmp_path / "published.pt")
     for flags, images in (((), "not normalised"), (normalised, f"normalised by {mean}")):

@@ -231,10 +231,3 @@ def test_a_network_of_one_s_own_is_known_by_its_file_and_its_weights(here, funct
         patch.setenv("SEED", "2")
         assert fingerprint(FOREIGN) != first
     sys.modules.pop("foreign_net", None)
-
-
-def test_a_normalisation_of_other_images_is_refused(tmp_path):
-    scale = {"mean": torch.tensor([123.7, 116.3, 103.5]), "std": torch.tensor([58.4, 57.1, 57.4])}
-    torch.save({**small_network().state_dict(), **scale}, tmp_path / "weights.pt")
-    with pytest.raises(UsageError, match="mean and std"):
-        load_model(tmp_path / "weights.pt", image_size=16)

@@ -21,7 +21,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         temporary.write_text("ne")
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(OSError, match=r"Input/output error: '.*figures.json'"):
+    with pytest.raises(OSError, match="Input/output error"):
         write_atomically(file, write)
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert file.read_text() == "old"

@@ -55,7 +55,7 @@ from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.devices import compile_for_training, pick_device
 from utils.system.errors import UsageError, first_line
 from utils.system.provenance import in_one_line, provenance
-from utils.system.settings import Training, resolve
+from utils.system.settings import Training, training_settings
 from utils.training.companions import Average, adversarial_weights
 from utils.training.loop import attack_batch, backward
 
@@ -133,7 +133,7 @@ def machine_rates(device: torch.device, quick: bool) -> dict[str, float]:
 
 def options(**changes: object) -> Training:
     """Return the settings of a training on CIFAR-10, some of them changed."""
-    return resolve(changes)
+    return training_settings(changes)
 
 
 class Step:

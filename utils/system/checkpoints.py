@@ -17,7 +17,7 @@ from models.published import named_as, shape_of
 from utils.system import distributed
 from utils.system.errors import UsageError
 from utils.system.files import write_atomically
-from utils.system.settings import ARCHS, DATASETS, Training, dataset_defaults
+from utils.system.settings import ARCHS, Training, dataset_defaults
 
 BEST = "best_adv_model.pt"
 LAST = "model-wrn-last.pt"
@@ -145,10 +145,8 @@ def weights_after(path: str | Path, epoch: int) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    numbered = path / f"model-{epoch}.pt"
-    if numbered.is_file():
-        return numbered
-    for file in (path / LAST, path / BEST):
+    for name in (f"model-{epoch}.pt", LAST, BEST):
+        file = path / name
         if file.is_file() and read(file).get("epoch") == epoch:
             return file
     raise UsageError(
@@ -194,7 +192,12 @@ def load_model(
         info |= {"gate": "label", "ra_blocks": 2}  # of runs before there were others
         info |= {name: content[name] for name in DESCRIPTION if name in content}
     else:
-        info |= normalisation | _read_shape(state, path)
+        info |= normalisation
+        try:
+            info |= shape_of(state)
+        except (LookupError, ValueError) as error:
+            known = ", ".join(ARCHS)
+            raise UsageError(f"{path} is of no network known here: {known}") from error
     for name, value in overrides.items():
         if value is None:
             continue
@@ -207,9 +210,7 @@ def load_model(
     if info["reverse_attention"] is None:
         info["reverse_attention"] = True
     if info["image_size"] is None:
-        known = info["dataset"] in DATASETS
-        defaults = dataset_defaults(info["dataset"]) if known else Training
-        info["image_size"] = defaults.image_size
+        info["image_size"] = dataset_defaults(info["dataset"]).image_size
     if not is_run:
         attention = "with" if info["reverse_attention"] else "without"
         dataset = info["dataset"] or Training.dataset
@@ -218,7 +219,6 @@ def load_model(
             f"taken for {info['arch']} of width {info['width']}, {attention} reverse attention, "
             f"images {scale}, of {dataset}; no tensor tells, see --no-ra, --gate, --mean, --dataset"
         )
-    info["notes"] = print_notes(path, notes)
 
     # Build the network, without drawing weights, and load them.
     names = ("reverse_attention", "width", "image_size", "gate", "ra_blocks")
@@ -236,7 +236,10 @@ def load_model(
     if predict not in heads:
         raise UsageError(f"--predict {predict}: {path} has {', '.join(heads)} alone")
     model.predict = predict
-    load_state(model, state if is_run else named_as(model, state), path)
+    if not is_run:
+        state = named_as(model, state)
+    load_state(model, state, path)
+    info["notes"] = print_notes(path, notes)
     return model.to(device).eval(), info
 
 
@@ -289,7 +292,7 @@ def find_weights(
     key: the name of one of several networks. Without it the first counts; averages over training
     (EMA) come last. first: the network's first tensor; what stands before it is the prefix.
     Returns the state dict, mean and std of images as far as the file holds them, and notes.
-    Errors: UsageError where there is no such network, or its images are not in [0, 1].
+    Errors: UsageError where there is no such network.
     """
     tensors = _tensors(content)
     prefixes = [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")]
@@ -312,9 +315,6 @@ def find_weights(
         name: value for name, value in tensors.items() if not name.startswith(tuple(others))
     }
     buffers, normalisation = normalisation_in(of_network)
-    for mean, std in zip(*normalisation.values(), strict=True):
-        if not (0 <= mean <= 1 and 0 < std <= 1):
-            raise UsageError(f"{path}: {buffers[0]} and {buffers[1]} are not of images in [0, 1]")
     state = {}
     for name, value in of_network.items():
         name_in_network = name.removeprefix(prefix)
@@ -326,8 +326,6 @@ def find_weights(
     notes = []
     if prefix:
         notes.append(f"weights: {prefix[:-1]}")
-    if buffers:
-        notes.append(f"mean and std: {', '.join(buffers[:2])}")
     if others:
         notes.append(f"other weights, which --key takes: {', '.join(others[:9])}")
     return state, normalisation, notes
@@ -346,12 +344,3 @@ def _tensors(content: dict, prefix: str = "") -> dict[str, Tensor]:
         elif isinstance(value, Tensor):
             tensors[f"{prefix}{name}"] = value
     return tensors
-
-
-def _read_shape(state: dict[str, Tensor], path: Path) -> dict:
-    try:
-        return shape_of(state)
-    except (LookupError, ValueError) as error:
-        names = ", ".join([*state][:5])
-        known = ", ".join(ARCHS)
-        raise UsageError(f"{path} is of no network known here ({known}): {names} ...") from error

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from utils.system.errors import RunError, Stopped, UsageError, first_line
+from utils.system.errors import RunError, Stopped, UsageError
 
 
 def guarded(job: Callable[[], None]) -> NoReturn:
@@ -22,18 +22,11 @@ def guarded(job: Callable[[], None]) -> NoReturn:
     except RunError as error:
         _end(1, f"failed: {error}")
     except OSError as error:  # a full disk, a folder that vanished
-        cause = str(error)
-        if error.filename and error.strerror:
-            cause = f"{error.filename}: {error.strerror}"
-        _end(1, f"failed: {cause}; what was saved before is intact")
+        _end(1, f"failed: {error}; what was saved before is intact")
     except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            hint = "--resume --compile False continues"
-            _end(1, f"failed: torch.compile: {first_line(error)}; {hint}")
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            hint = "lower --batch-size, --test-batch-size or --width"
-            _end(1, f"failed: out of memory; {hint}")
-        raise
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        _end(1, "failed: out of memory; lower --batch-size, --test-batch-size or --width")
     except Stopped as stop:
         signum, line = stop.args
         _end(128 + signum, line)
@@ -43,7 +36,6 @@ def guarded(job: Callable[[], None]) -> NoReturn:
 
 
 def _end(status: int, line: str) -> NoReturn:
-    line = line.replace("\n", r"\n")  # a path may hold anything
     with suppress(OSError):  # the terminal may be gone
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.exit(status)

@@ -38,26 +38,14 @@ def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
     allows no handlers there.
     """
     before = {}
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    for name in STOP_SIGNALS if in_main_thread else ():
-        signum = getattr(signal, name, None)
-        if signum is None:  # Windows
-            continue
-        earlier = signal.getsignal(signum)
-        ignored = earlier == signal.SIG_IGN and name != "SIGINT"
-        if earlier is not None and not ignored:  # None: it was not set from Python
-            before[signum] = signal.signal(signum, handler)
+    if threading.current_thread() is threading.main_thread():
+        for name in STOP_SIGNALS:
+            signum = getattr(signal, name, None)  # Windows has some of them alone
+            ignored = signum and signal.getsignal(signum) == signal.SIG_IGN
+            if signum and (not ignored or name == "SIGINT"):
+                before[signum] = signal.signal(signum, handler)
     try:
         yield
     finally:
         for signum, earlier in before.items():
             signal.signal(signum, earlier)
-
-
-def stop_word(signum: int) -> str:
-    """What a signal has done to a run, in words."""
-    if signum == signal.SIGINT:
-        return "interrupted"
-    if signum == signal.SIGTERM:
-        return "terminated"
-    return f"stopped by {signal.Signals(signum).name}"

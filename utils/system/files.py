@@ -17,28 +17,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file so that no reader and no crash ever leaves half of it.
 
     `write` fills a temporary file beside `path`, which is flushed to disk and then renamed.
-    Errors: OSError that names `path` and the cause; what stood there before is intact then.
+    Errors: OSError; what stood there before is intact then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
-        _flush(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
-        with suppress(OSError):  # not every file system flushes a folder
-            _flush(path.parent)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -105,8 +93,8 @@ def read_arrays(file: Path) -> tuple[dict, dict[str, np.ndarray]]:
         with np.load(file, allow_pickle=False) as content:
             arrays = {key: content[key] for key in content.files}
         settings = json.loads(str(arrays.pop("settings")))
-    except FileNotFoundError:
-        raise UsageError(f"{file} does not exist; write it by feature_distance.py") from None
     except Exception as error:  # damaged archives make numpy raise nearly anything
-        raise UsageError(f"{file} is damaged, or not an npz file of this repository") from error
+        raise UsageError(
+            f"{file} is missing, damaged, or not an npz file of feature_distance.py"
+        ) from error
     return settings, arrays

@@ -17,7 +17,7 @@ from utils.system.settings import (
     Evaluation,
     Training,
     Umap,
-    resolve,
+    training_settings,
 )
 from utils.system.values import as_given
 
@@ -43,9 +43,9 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
 
     doc: description for --help; script: the script's own recipe.
     """
-    _parsed(Training, doc + _other_defaults(), argv, default=resolve({}, script))
+    _parsed(Training, doc + _other_defaults(), argv, default=training_settings({}, script))
     given = _parsed(Given, doc, argv)
-    settings = resolve(given, script)
+    settings = training_settings(given, script)
     _refuse_any(_contradictions_in_training(settings))
     return Command(settings, given, script)
 

@@ -78,14 +78,18 @@ SIDE = whole(16, LARGEST_SIDE, step=8)
 
 # Mean and standard deviation of red, green and blue of training images in [0, 1], as published
 # networks use them.
-NORMALISATIONS = {
-    "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)},
-    "cifar100": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
-    "tiny-imagenet": {"mean": (0.4802, 0.4481, 0.3975), "std": (0.277, 0.2691, 0.2821)},
-    "imagenet": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+MEANS = {
+    "cifar10": (0.4914, 0.4822, 0.4465),
+    "cifar100": (0.5071, 0.4865, 0.4409),
+    "tiny-imagenet": (0.4802, 0.4481, 0.3975),
+    "imagenet": (0.485, 0.456, 0.406),
 }
-MEANS = {name: published["mean"] for name, published in NORMALISATIONS.items()}
-STDS = {name: published["std"] for name, published in NORMALISATIONS.items()}
+STDS = {
+    "cifar10": (0.2471, 0.2435, 0.2616),
+    "cifar100": (0.2673, 0.2564, 0.2762),
+    "tiny-imagenet": (0.277, 0.2691, 0.2821),
+    "imagenet": (0.229, 0.224, 0.225),
+}
 
 # Settings that combine the method with something else, and what a run that has one is called.
 COMPANIONS = {
@@ -455,7 +459,7 @@ class Histograms:
     """also open a window"""
 
 
-def resolve(given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> Training:
+def training_settings(given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> Training:
     """The settings of a training. script: a script's own recipe; given: what the command says."""
     recipe = asdict(Training()) | dict(script)
     asked = recipe | dict(given)
@@ -471,7 +475,7 @@ def resolve(given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> Trainin
 
 def dataset_defaults(dataset: str) -> Training:
     """The training defaults of a data set, whose eps, step and image size also hold elsewhere."""
-    return resolve({"dataset": dataset})
+    return training_settings({"dataset": dataset})
 
 
 def fitting(recipe: Mapping[str, Any]) -> dict[str, Any]:

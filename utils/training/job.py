@@ -17,7 +17,7 @@ from utils.system import distributed
 from utils.system.attack_copy import AttackCopy, in_precision
 from utils.system.checkpoints import STATE, load_state, load_weights, save
 from utils.system.devices import Sent, compile_for_training, for_training
-from utils.system.errors import RunError, Stopped, UsageError, stop_word
+from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.log import open_log
 from utils.system.provenance import provenance
 from utils.system.settings import Training, stored
@@ -211,7 +211,8 @@ class Job:
         self.log(f"stopped    in epoch {progress.epoch}, {progress.done} images done")
         command = shlex.join([sys.argv[0], "--resume", str(self.folder)])
         start = distributed.launcher()
-        raise Stopped(signum, f"{stop_word(signum)}; continue by: {start} {command}")
+        cause = signal.Signals(signum).name
+        raise Stopped(signum, f"stopped by {cause}; continue by: {start} {command}")
 
 
 def build(settings: Training, num_classes: int, device: torch.device) -> nn.Module:

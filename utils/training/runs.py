@@ -13,7 +13,7 @@ from utils.system.checkpoints import BEST, LAST, STATE, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
 from utils.system.options import Command, flag
-from utils.system.settings import FREE, Training, idle, resolve, restored, stored
+from utils.system.settings import FREE, Training, idle, restored, stored, training_settings
 from utils.system.values import as_given
 
 VERSION = 3  # of last_state.pt; other versions are not resumed
@@ -91,7 +91,7 @@ def run_folder(command: Command) -> Path:
     checksum of the whole name ends it then.
     """
     settings = command.settings
-    script = resolve({}, command.script)
+    script = training_settings({}, command.script)
     excluded = {"model_dir", "ckpt_url", *FREE, *idle(settings)}
     if settings.lr_schedule != "milestones":  # the rate of each step depends on their number
         excluded.remove("epochs")
@@ -112,7 +112,7 @@ def run_folder(command: Command) -> Path:
         parts.append(f"{Path(path).name}-{zlib.crc32(os.fsencode(path)) % 16**4:04x}")
 
     kind = {name: getattr(settings, name) for name in ("dataset", "method", "arch")}
-    usual = stored(resolve(kind, command.script))
+    usual = stored(training_settings(kind, command.script))
     excluded.update(PUBLISHED, KIND, ["tag"])
     for name, value in stored(settings).items():
         if name in excluded or value == usual[name]:
