@@ -1,5 +1,7 @@
 """README.md: what it says to write is written and runs, and what it names is there."""
 
+import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -7,6 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from tests.helpers import (
@@ -20,6 +23,7 @@ from tests.helpers import (
     folder,
     python,
 )
+from tests.tools import readme
 from utils.attacks import cross_entropy, linf_pgd
 from utils.data.datasets import as_input, load_split
 from utils.system.attack_copy import frozen
@@ -57,12 +61,13 @@ def run(code, **names):
 
 
 def test_files_that_it_names_exist():
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    named = re.findall(r"[\w/-]+\.(?:py|txt|md)\b", README) + re.findall(r"`(tests/\w+)`", README)
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r'src="(.+?)"', README)
+    named = re.findall(r"[\w/.-]+\.(?:py|txt|md)\b", README) + re.findall(r"`(tests/\w+)`", README)
     assert linked
     assert named
-    for name in {*linked, *named}:
-        assert any((ROOT / part / name).exists() for part in ("", "utils", "models")), name
+    files = [str(file) for file in ROOT.rglob("*")]
+    for name in {*linked, *named} - {"models/small.py"}:  # the reader writes that one
+        assert any(file.endswith(f"/{name}") for file in files), name
     pictures = {f"figure/{file.name}" for file in (ROOT / "figure").glob("*.png")}
     assert pictures == set(linked)
 
@@ -75,26 +80,13 @@ def test_files_of_a_run_have_the_names_that_it_gives():
         assert f'"{name}"' in code, name
 
 
-def test_formulas_are_whole():
-    """Figures are filled into tables and sentences, never into a formula, whose braces pair up."""
-    formulas = re.findall(r"(?ms)^```math\n(.*?)^```", README)
-    formulas += re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", README)
-    assert len(formulas) > 10
-    for formula in formulas:
-        assert not re.search(r"[+-]\d+\.\d", formula), formula
-        assert not re.search(r"\\math\w+(?!\w*\{)\W", formula), formula
-        braces = "".join(re.findall(r"(?<!\\)[{}]", formula))
-        while "{}" in braces:
-            braces = braces.replace("{}", "")
-        assert braces == "", formula
-
-
 def test_its_commands_are_accepted():
     seen = set()
-    blocks = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", README)
-    text = "".join(code for language, code in blocks if language == "")
-    for command in text.replace("&&", "\n").splitlines():
-        words = shlex.split(command, comments=True)
+    text = "".join(re.findall(r"(?ms)^```bash\n(.*?)^```$", README))
+    for command in text.replace("\\\n", "").replace("&&", "\n").splitlines():
+        words = shlex.split(command)
+        if "-m" in words:
+            assert importlib.util.find_spec(words[words.index("-m") + 1]), command
         for script in SCRIPTS:
             if script not in words:
                 continue
@@ -104,14 +96,14 @@ def test_its_commands_are_accepted():
             else:
                 parse_training("", {}, argv)
             seen.add(script)
-    assert seen == {script for script in SCRIPTS if "baseline" not in script}
+    assert seen == {ANCRA, *SETTINGS}
 
 
 @pytest.mark.parametrize(
     ("script", "headings"),
     [
-        (ANCRA, ("Train", "Your own images", "Many machines")),
-        (ATTACK, ("Evaluate",)),
+        (ANCRA, ("Settings", "Stop, and go on", "Your own images", "Several cards or machines")),
+        (ATTACK, ("Evaluate", "Checkpoints from elsewhere")),
         ("feature_distance.py", ("Figures",)),
     ],
 )
@@ -181,8 +173,8 @@ def test_lifted_reverse_attention_and_contrast_train_a_network():
     """Without a loss on the auxiliary logits, the network learns nothing."""
     code = snippet("Take ANC and RA elsewhere")
     assert fit(lifted(code)) > 0.7
-    assert code.count("zip((1, 2), *heads)") == 1
-    assert fit(lifted(code.replace("zip((1, 2), *heads)", "zip((1, 0), *heads)"))) < 0.4
+    assert code.count(" + 2 * ") == 1
+    assert fit(lifted(code.replace(" + 2 * ", " + 0 * "))) < 0.4
 
 
 def test_lifted_contrast_is_the_methods_and_needs_two_classes():
@@ -204,7 +196,7 @@ def test_the_other_two_snippets(tmp_path, capsys):
     names = run(snippet("From Python").replace("RUN_FOLDER", str(tmp_path)))
     model = names["model"]
     split = names["split"]
-    eps = names["own"].epsilon
+    eps = names["defaults"].epsilon
     x = as_input(split.images)
     labels = split.labels
     with torch.no_grad():
@@ -233,180 +225,68 @@ def test_the_other_two_snippets(tmp_path, capsys):
     assert names["fooled"].all()
 
 
-# Change one idea: each row of the table as code that prints that it is used
+# Change one idea: what each section says to write is written, and runs
 
-LOSS = '''
-
-def pairing_loss(natural: Tensor, adversarial: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """Return the loss of adversarial logit pairing (Kannan et al., arXiv 1803.06373)."""
-    print("USED: a loss")
-    return F.cross_entropy(adversarial, labels) + beta * (natural - adversarial).square().mean()
-'''
-NETWORK = """
-import torch.nn.functional as F
-from torch import nn
-
-from models.reverse_attention import ReverseAttentionNetwork
+IDEAS = re.search(r"(?ms)^## Change one idea\n(.*?)^### Take ANC and RA elsewhere", README)[1]
+ABOVE = r"[Ii]n `(?P<file>[\w/.]+)`,\s+above\s+`(?P<place>.+?)`\s+```python\n(?P<code>.*?)^```"
+AT_END = r"At the end of `(?P<file>[\w/.]+)`[^`]*?:\s+```python\n(?P<code>.*?)^```"
+NAME = r"\* In `(?P<file>[\w/.]+)`, add `(?P<name>.+?)` to `(?P<table>\w+)`"
+IMPORT = r"\* In `(?P<file>[\w/.]+)`, import `(?P<name>\w+)` from `(?P<module>[\w.]+)`"
 
 
-class Small(ReverseAttentionNetwork):
-    def __init__(self, num_classes, reverse_attention=True, width=16, image_size=32):
-        super().__init__()
-        print("USED: a network")
-        self.reverse_attention = reverse_attention
-        self.stem = nn.Conv2d(3, width, 3, 2, 1)
-        blocks = [nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.ReLU()) for _ in range(2)]
-        self.blocks = nn.ModuleList(blocks)
-        self.fc = nn.Linear(width, num_classes)
-
-    def trunk(self, x):
-        return F.relu(self.stem(x))
-
-    def last_blocks(self):
-        return self.blocks
-"""
-GATE = """def second_gate(auxiliary: Tensor, labels: Tensor | None) -> Tensor:
-    print("USED: a gate")
-    return auxiliary.topk(2).indices[:, 1]
+def substituted(pattern, replacement, file):
+    """Replace the one place in a file that a pattern matches."""
+    text, count = re.subn(pattern, lambda match: match.expand(replacement), file.read_text())
+    assert count == 1, f"{file.name}: {pattern}"
+    file.write_text(text)
 
 
-"""
-DATA_SET = """def _stripes(dataset: str, part: str, data_dir: Path, size: int) -> Split:
-    print("USED: a data set")
-    generator = torch.Generator().manual_seed(len(part))
-    images = torch.randint(128, (64, 3, size, size), generator=generator).byte()
-    images[::2, :, ::4] += 127
-    images[1::2, :, :, ::4] += 127
-    return Split(images, torch.arange(64) % 2, ("rows", "columns"))
+def marked(idea, code):
+    """Let the function or branch that code begins with print that it is used."""
+    return re.sub(r"\A( *)((?:def|elif) [^\n]*:\n)", rf"\1\2\1    print('USED: {idea}')\n", code)
 
 
-"""
-TRAINING_ATTACK = """def outdone(heads: Heads, labels: Tensor, auxiliary_weight: float) -> Tensor:
-    print("USED: a training attack")
-    margin = lambda logits: margins(logits, labels).sum()
-    return over_heads(margin, heads, auxiliary_weight=auxiliary_weight)
+def escaped(text):
+    """Return text for a replacement, where a backslash would mean something."""
+    return text.replace("\\", r"\\")
 
 
-"""
-BLUR = """
-
-def blur(eps: float) -> Attack:
-    def attack(net, x, labels, numbers):
-        print("USED: an attack of the evaluation")
-        return x + (F.avg_pool2d(x, 3, 1, 1) - x).clamp(-eps, eps)
-
-    return attack
-"""
-SETTINGS_FILE = "utils/system/settings.py"
-
-# Row of the table: (file, words before which to write, what to write); None: at the end of the file
-CHANGES = {
-    "a loss": [
-        ("utils/losses.py", None, LOSS),
-        ("utils/step.py", "    mart_loss,\n", "    pairing_loss,\n"),
-        (
-            "utils/step.py",
-            '    "pgd": lambda',
-            '    "pairing": lambda nat, adv, labels, s: pairing_loss(nat, adv, labels, s.beta),\n',
-        ),
-        (SETTINGS_FILE, '"pgd", "trades", "mart"]', '"pairing", '),
-    ],
-    "a strategy": [
-        (
-            "utils/negatives.py",
-            '    elif strategy == "hard":',
-            '    elif strategy == "near":\n        print("USED: a strategy")\n',
-        ),
-        ("utils/negatives.py", '"random", "soft", "hard", "easy")', '"near", '),
-        (SETTINGS_FILE, '"random", "random_adv", "soft"', '"near", "near_adv", '),
-    ],
-    "a gate": [
-        ("models/reverse_attention.py", "# Each takes the auxiliary logits", GATE),
-        ("models/reverse_attention.py", '    "soft": soft_gate', '    "second": second_gate,\n'),
-        (SETTINGS_FILE, '"label", "predicted", "soft", "none"]', '"second", '),
-    ],
-    "a flag": [
-        (
-            SETTINGS_FILE,
-            '    strategy: Strategy = "random_adv"',
-            '    shift: Annotated[float, number("[0, 5]")] = 0.0\n    """shift of the class"""\n',
-        ),
-        (
-            "utils/step.py",
-            "    auxiliary_weight = settings.cr_beta",
-            '    print("USED: a flag") if settings.shift == 2.5 else None\n',
-        ),
-        (SETTINGS_FILE, '"strategy", "sample_class_number"', '"shift", '),
-    ],
-    "a network": [
-        ("models/small.py", None, NETWORK),
-        ("models/__init__.py", "from models.resnet", "from models.small import Small\n"),
-        ("models/__init__.py", '    "ResNet18": ', '    "Small": Small,\n'),
-        (SETTINGS_FILE, '"ResNet18", "WRN-34-10"', '"Small", '),
-    ],
-    "a data set": [
-        ("utils/data/datasets.py", "LOADERS = {", DATA_SET),
-        ("utils/data/datasets.py", '    "digits": _digits', '    "stripes": _stripes,\n'),
-        (SETTINGS_FILE, '"cifar10", "cifar100", "tiny', '"stripes", '),
-        (SETTINGS_FILE, '    ("digits",): {', '    ("stripes",): {"epsilon": 0.05},\n'),
-    ],
-    "a training attack": [
-        ("utils/step.py", "def negative_strategy(", TRAINING_ATTACK),
-        (
-            "utils/step.py",
-            '        "ce": ToAttack(',
-            '        "margin": ToAttack(x, draws.start, outdone, labels),\n',
-        ),
-        ("utils/step.py", "summed_cross_entropy\n", "margins, "),
-        (SETTINGS_FILE, '"ce", "kl"]', '"margin", '),
-    ],
-    "a view": [
-        (
-            "utils/evaluation/adaptive.py",
-            '        if gate in ("label", "predicted"):',
-            '        print("USED: a view")\n'
-            '        add("two", lambda heads: [(1, heads.final), (1, heads.auxiliary[0])])\n',
-        ),
-    ],
-    "an attack of the evaluation": [
-        ("utils/attacks.py", None, BLUR),
-        ("utils/evaluation/robustness.py", "cross_entropy,", "blur, "),
-        (
-            "utils/evaluation/robustness.py",
-            '        ("square", "Square"',
-            '        ("blur", "blur", blur, {"eps": eps}),\n',
-        ),
-        (SETTINGS_FILE, '    "natural",\n    "fgsm",', '    "blur",\n'),
-    ],
-}
-
-
-def change(file, place, words):
-    """Write words into a file before a place, or at its end."""
-    text = file.read_text() if file.exists() else ""
-    if place is None:
-        file.write_text(text + words)
-        return
-    assert text.count(place) == 1, f"{file.name}: {place}"
-    file.write_text(text.replace(place, words + place))
-
-
-def test_every_row_of_the_table_is_made():
-    rows = re.findall(r"(?m)^\| (an? [\w ]+) \|", section("Change one idea"))
-    assert set(rows) == set(CHANGES)
+def change(root, idea, text):
+    """Change a copy of the repository as a section says, and return how many changes it names."""
+    count = 0
+    for match in re.finditer(f"(?ms){AT_END}", text):
+        file = root / match["file"]
+        before = file.read_text() + "\n\n" if file.exists() else ""
+        file.write_text(before + marked(idea, match["code"]))
+        count += 1
+    for match in re.finditer(f"(?ms){ABOVE}", text):
+        line = rf"(?m)^(.*{re.escape(match['place'])})"
+        substituted(line, escaped(marked(idea, match["code"])) + r"\1", root / match["file"])
+        count += 1
+    for match in re.finditer(NAME, text):
+        table = rf"(?m)^( *{match['table']}(?:: [^=\n]+)? = (?:Literal)?[\[({{])"
+        substituted(table, rf"\1{escaped(match['name'])}, ", root / match["file"])
+        count += 1
+    for match in re.finditer(IMPORT, text):
+        file = root / match["file"]
+        line = f"from {match['module']} import {match['name']}\n"
+        substituted(r"(?ms)\A(.*?)^(from (?:utils|models))", rf"\1{line}\2", file)
+        count += 1
+    return count
 
 
 @pytest.mark.slow
-def test_each_idea_is_changed_as_the_table_says(tmp_path):
+def test_each_idea_is_changed_as_its_section_says(tmp_path):
     copy = tmp_path / "copy"
     for name in ("models", "utils"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for script in (ANCRA, ATTACK):
         shutil.copy(ROOT / script, copy)
-    for changes in CHANGES.values():
-        for name, place, words in changes:
-            change(copy / name, place, words)
+    _, *parts = re.split(r"(?m)^### (.+)\n", IDEAS)
+    for idea, text in zip(parts[::2], parts[1::2], strict=True):
+        count = change(copy, idea, text)
+        assert count == text.count("```python") + len(re.findall(r"(?m)^\* ", text)), idea
 
     trained = python(
         ANCRA,
@@ -415,10 +295,10 @@ def test_each_idea_is_changed_as_the_table_says(tmp_path):
         "--arch=Small",
         "--width=8",
         "--method=pairing",
-        "--strategy=near_adv",
+        "--strategy=correct_adv",
         "--gate=second",
         "--inner=margin",
-        "--shift=2.5",
+        "--temperature=2.5",
         "--warmup-epochs=0",
         "--batch-size=16",
         "--limit-train=32",
@@ -432,6 +312,9 @@ def test_each_idea_is_changed_as_the_table_says(tmp_path):
     )
     assert trained.returncode == 0, trained.stderr
     assert "at eps 0.05" in trained.stdout
+    for idea in ("A loss", "A choice of negatives", "A gate", "A data set", "A training attack"):
+        assert f"USED: {idea}\n" in trained.stdout, idea
+
     evaluated = python(
         ATTACK,
         f"--ckpt_url={folder(tmp_path)}",
@@ -444,10 +327,46 @@ def test_each_idea_is_changed_as_the_table_says(tmp_path):
         PYTHONPATH="",
     )
     assert evaluated.returncode == 0, evaluated.stderr
-
-    of_evaluation = {"a view", "an attack of the evaluation"}
-    for idea in CHANGES.keys() - of_evaluation:
-        assert f"USED: {idea}\n" in trained.stdout, idea
-    for idea in (*of_evaluation, "a network", "a gate", "a data set"):
-        assert f"USED: {idea}\n" in evaluated.stdout, idea
+    assert "USED: An attack of the evaluation\n" in evaluated.stdout
     assert "adaptive: two" in evaluated.stdout
+    assert "\nblur " in evaluated.stdout
+
+
+# The command that fills it in
+
+
+def test_it_is_up_to_date():
+    """Else: python -m tests.tools.readme."""
+    assert list(readme.differences()) == []
+
+
+def test_a_changed_figure_formula_picture_or_number_is_named(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "figure", tmp_path / "figure")
+    monkeypatch.setattr(readme, "PAGE", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "FIGURES", tmp_path / "figure")
+    readme.PAGE.write_text(README.replace("+1.5 to +6.0", "+1.5 to +6.1"))
+    with Image.open(ROOT / "figure/forest.png") as image:
+        image.putpixel((0, 0), 0)
+        image.save(tmp_path / "figure/forest.png")
+    with Image.open(ROOT / "figure/idea.png") as image:
+        image.save(tmp_path / "figure/idea.png")
+
+    text = "\n".join(readme.differences())
+    assert "+1.5 to +6.1" in text
+    assert "forest.png" in text
+    assert "idea.png" in text
+    assert "hist" not in text
+
+
+def test_a_placeholder_that_stands_for_nothing_is_named():
+    for placeholder in ("main.gates: gate: PGD-40", "main.none: a: b", "log: 1"):
+        with pytest.raises(ValueError, match=placeholder):
+            readme.filled(f"@@{placeholder}@@")
+
+
+def test_a_formula_that_katex_cannot_set_is_named():
+    folder = os.environ.get("KATEX")
+    if folder is None:
+        pytest.skip("KATEX is the folder in which `npm install katex` was run")
+    page = "Good: $x^2$. Bad: $\\frac{1}$\n```math\n\\sqrt{2\n```\n"
+    assert len(list(readme.formula_errors(page, folder))) == 2

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import shlex
 import signal
 import subprocess
@@ -136,68 +135,6 @@ def test_wrong_use_of_the_study_is_refused(argv, words, capsys):
         study.main(argv)
     assert end.value.code == 2
     assert words in capsys.readouterr().err
-
-
-INTERVAL = r"[+-]\d+\.\d \([+-][\d.]+ to [+-][\d.]+(?:, images alone)?\)"
-
-
-def cells_by_row(text, pattern):
-    """The cell of each row that a pattern finds, in the first table that has the row."""
-    found = {}
-    for line in text.splitlines():
-        cells = line.strip("| ").split(" | ")
-        for cell in cells:
-            if re.search(pattern, cell):
-                found.setdefault(cells[0], cell)
-                break
-    return found
-
-
-def printed(capsys, name, *tables):
-    """What the study prints of a file of verdicts."""
-    study.main([*tables, "--print", "--out", str(GOLDEN / f"{name}.json")])
-    return capsys.readouterr().out
-
-
-def test_published_figures_are_those_of_the_published_verdicts(capsys):
-    """README's rows and intervals are what its files of verdicts give."""
-    more = ("contrast", "contrast_alone", "rate", "companions_trades", "companions_ancra")
-    main = printed(capsys, "study_main", "controls", "gates", *more)
-    small = printed(capsys, "study", "controls", "gates")
-    readme = (ROOT / "README.md").read_text()
-
-    shown = cells_by_row(readme, r"\*\*\d")
-    worst_cases = cells_by_row(main, r"\*\*\d")
-    assert len(shown) >= 8
-    assert shown == {name: worst_cases[name] for name in shown}
-
-    intervals = re.findall(INTERVAL, readme)
-    assert len(intervals) > 15
-    assert all(interval in main + small for interval in intervals)
-    differences = cells_by_row(main, INTERVAL)
-    for name, cell in cells_by_row(readme, INTERVAL).items():
-        if name in shown:
-            assert differences.get(name, cell) == cell
-
-
-def test_the_published_gains_of_companions_are_those_of_the_verdicts(capsys):
-    differences = cells_by_row(
-        printed(capsys, "study_main", "companions_trades", "companions_ancra"), INTERVAL
-    )
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| less the row's method alone") :].partition("\n\n")[0]
-    heads, _, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
-    assert heads[1:] == [f"+{word}" for word in study.ADDED]
-    assert len(rows) == 2
-    for name, *cells in rows:
-        assert cells == [differences[f"{name} {head}"] for head in heads[1:]]
-
-
-def test_the_published_gain_under_autoattack_is_that_of_the_verdicts():
-    one, other = map(results.verdicts, study.saved(GOLDEN / "study_cpu.json"))
-    gains = [100 * (other[name].mean() - one[name].mean()) for name in ("AutoAttack", "adaptive")]
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "{:.1f} points become {:.1f}.".format(*gains) in readme
 
 
 SMALL = (

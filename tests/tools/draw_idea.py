@@ -270,7 +270,7 @@ def draw(file: Path) -> None:
         draw_contrast(ax)
         ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT), aspect="equal")
         ax.axis("off")
-        figure.savefig(file, dpi=140, facecolor="white", pil_kwargs={"optimize": True})
+        figure.savefig(file, dpi=200, facecolor="white", pil_kwargs={"optimize": True})
         plt.close(figure)
 
 

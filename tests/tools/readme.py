@@ -1,0 +1,211 @@
+"""Fills in README.md from committed data, and redraws its pictures.
+
+python -m tests.tools.readme             write README.md, and the pictures that are out of date
+python -m tests.tools.readme --check     say what is not up to date; exit status 1 if anything is
+python -m tests.tools.readme --katex FOLDER
+                                         the same, and of every formula by KaTeX, which
+                                         `npm install katex` has put into FOLDER
+python -m tests.tools.readme --record FOLDER
+                                         make the runs that the page shows anew, in FOLDER, and
+                                         write tests/golden/readme_runs.json; 15 minutes on 2 cores
+
+README.md is made of tests/tools/README.template.md, by replacing what stands between two @@:
+
+main.gates: gate none: PGD-40            a cell of a table of the study, as the study prints it:
+                                         file (main, cpu, small), table, row, column
+main.gates: gate none: PGD-40, mean      its figure without the range of the seeds
+main.gates: gate none: gain              the column of differences from the first row
+cpu.gates: gate label - TRADES: PGD-40   a difference of two rows
+table main.gates                         a whole table
+log                                      what the quick start prints
+
+A picture holds a checksum of the data that it was drawn from and of its pixels.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tests.tools import readme_pictures, study
+from tests.tools.readme_runs import RUNS, record
+from utils.evaluation.results import table
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = Path(__file__).parent / "README.template.md"
+PAGE = ROOT / "README.md"
+FIGURES = ROOT / "figure"
+STUDIES = {"main": "study_main.json", "cpu": "study_cpu.json", "small": "study.json"}
+NOTICE = "<!-- Made by `python -m tests.tools.readme` of tests/tools/README.template.md -->\n"
+CHECKSUM = "Drawn-From"
+KATEX = """
+const katex = require(process.cwd() + "/node_modules/katex")
+const errors = []
+for (const formula of JSON.parse(require("fs").readFileSync(0))) {
+    try { katex.renderToString(formula, {displayMode: true, strict: "error"}) }
+    catch (error) { errors.push(error.message) }
+}
+console.log(JSON.stringify(errors))
+"""
+
+Cells = dict[str, dict[str, str]]  # of a table, by row and column
+
+
+@cache
+def table_lines(name: str) -> list[str]:
+    """Return the lines that the study prints of a table, such as `main.gates`."""
+    file, _, table_name = name.partition(".")
+    records = study.saved(ROOT / "tests/golden" / STUDIES[file])
+    groups = study.groups_of(study.TABLES[table_name](), records)
+    return list(study.with_more(groups, table(groups)))
+
+
+@cache
+def cells_of(name: str) -> Cells:
+    """Return the cells of a table of the study."""
+    lines = [line for line in table_lines(name) if line.startswith("|")]
+    heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    heads = ["gain" if head.startswith("less ") else head for head in heads]
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+
+
+def number(cell: str) -> str:
+    """Return the figure that a cell begins with: 78.89 of **78.89 (78.06 to 79.72)**."""
+    return re.match(r"\**([+-]?[\d.]+)", cell)[1]
+
+
+def value(placeholder: str) -> str:
+    """Return what a placeholder stands for.
+
+    Errors: KeyError, ValueError or TypeError where there is no such figure.
+    """
+    if placeholder == "log":
+        return "\n".join(json.loads(RUNS.read_text())["log"])
+    if placeholder.startswith("table "):
+        return "\n".join(table_lines(placeholder.removeprefix("table "))).strip()
+    table_name, row, column = placeholder.split(": ")
+    cells = cells_of(table_name)
+    if " - " in row:
+        one, other = (float(number(cells[name][column])) for name in row.split(" - "))
+        return f"{one - other:.1f}"
+    column, _, part = column.partition(", ")
+    cell = cells[row][column].strip("*")
+    return number(cell) if part == "mean" else cell
+
+
+def filled(template: str) -> str:
+    """Return the page: the template without comments, and with figures for placeholders.
+
+    Errors: ValueError where a placeholder stands for nothing.
+    """
+
+    def replaced(match: re.Match) -> str:
+        try:
+            return value(match[1])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{TEMPLATE.name}: @@{match[1]}@@ stands for nothing") from error
+
+    text = re.sub(r"(?s)<!--.*?-->\n", "", template)
+    return NOTICE + re.sub(r"@@(.+?)@@", replaced, text)
+
+
+def checksum(data: object, image: Image.Image) -> str:
+    """Return a checksum of what a picture was drawn from, and of its pixels."""
+    content = json.dumps(data, sort_keys=True).encode() + image.convert("RGB").tobytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_current(file: Path, data: object) -> bool:
+    """Whether a picture was drawn from this data, and not changed since."""
+    if not file.exists():
+        return False
+    with Image.open(file) as image:
+        return image.info.get(CHECKSUM) == checksum(data, image)
+
+
+def redraw(file: Path, data: object, draw: Callable[[object, Path], None]) -> None:
+    """Draw a picture, and save it in few colours with its checksum."""
+    draw(data, file)
+    with Image.open(file) as drawn:
+        image = drawn.convert("RGB").quantize(255, dither=Image.Dither.NONE)
+        info = PngInfo()
+        info.add_text(CHECKSUM, checksum(data, image))
+        image.save(file, pnginfo=info, optimize=True)
+
+
+def formulas(page: str) -> list[str]:
+    """Return the formulas of a page, in blocks and in lines, outside code."""
+    blocks = re.findall(r"(?ms)^```math\n(.*?)^```", page)
+    prose = re.sub(r"(?ms)^```.*?^```", "", page)
+    return blocks + re.findall(r"(?<!\$)\$([^$\n]+)\$(?!\$)", re.sub(r"`[^`\n]*`", "", prose))
+
+
+def formula_errors(page: str, folder: str | Path) -> list[str]:
+    """Return what KaTeX says of the formulas of a page that it cannot set.
+
+    folder: where `npm install katex` was run.
+    """
+    found = subprocess.run(
+        ["node", "-e", KATEX],
+        cwd=folder,
+        input=json.dumps(formulas(page)),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(found.stdout)
+
+
+def differences() -> Iterator[str]:
+    """Yield the lines in which README.md differs, and the pictures that are out of date."""
+    lines = PAGE.read_text().splitlines()
+    wanted = filled(TEMPLATE.read_text()).splitlines()
+    yield from difflib.unified_diff(lines, wanted, PAGE.name, "what it must be", "", "", 0, "")
+    for name, (data, _) in readme_pictures.pictures().items():
+        if not is_current(FIGURES / name, data):
+            yield f"figure/{name} was not drawn from the data of today, or was changed since"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write or check the page, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--katex", type=Path, metavar="FOLDER", help="--check, and all formulas")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="make the page's runs anew")
+    given = parser.parse_args(argv)
+
+    if given.record:
+        record(given.record)
+    if given.check or given.katex:
+        problems = list(differences())
+        if given.katex:
+            problems += formula_errors(PAGE.read_text(), given.katex)
+        if problems:
+            print(*problems, sep="\n")
+            print("Change the template or the data, then run python -m tests.tools.readme")
+        return 1 if problems else 0
+
+    PAGE.write_text(filled(TEMPLATE.read_text()))
+    for name, (data, draw) in readme_pictures.pictures().items():
+        file = FIGURES / name
+        if not is_current(file, data):
+            redraw(file, data, draw)
+            print(f"drew figure/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The runs that README.md shows: its quick start, and the two networks of its figures."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "tests/golden/readme_runs.json"
+ANCRA = "model/ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-digits"
+TRADES = "model/TRADES-ResNet18-beta-6.0-seed-1-digits"
+FIRST_LOOK = "--attacks natural,pgd,adaptive --restarts 1 --apgd-steps 20"
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a script of this repository in a folder, and return what it prints."""
+    script, *flags = shlex.split(command)
+    argv = [sys.executable, str(ROOT / script), *flags]
+    print(command, flush=True)
+    done = subprocess.run(argv, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def record(folder: Path) -> None:
+    """Make what is not there of the page's runs in a folder, and write their figures to `RUNS`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for script, trained in (
+        ("train_CIFAR10_ResNet.py", ANCRA),
+        ("train_ResNet18_baseline.py", TRADES),
+    ):
+        if not (folder / trained).exists():
+            run(f"{script} --dataset digits", folder)
+        run(f"feature_distance.py --model_dir {trained} --target_label all", folder)
+    evaluation = run(f"test_white_attack.py --ckpt_url {ANCRA} {FIRST_LOOK}", folder)
+    run(f"draw_umap.py --model_dir {TRADES} {ANCRA} --name umap", folder)
+
+    content = {
+        "log": quick_start(folder / ANCRA / "train.log", evaluation),
+        "metrics": (folder / ANCRA / "metrics.csv").read_text(),
+        "cosines": {name: cosines_of(folder, name) for name in ("TRADES", "ANCRA-TRADES")},
+        "embedding": embedding_of(folder / "plots/umap.npz"),
+    }
+    RUNS.write_text(json.dumps(content).replace(', "', ',\n"') + "\n")
+
+
+def quick_start(log: Path, evaluation: str) -> list[str]:
+    """Return ten lines or so of what training and evaluation print; ... marks what is left out."""
+    lines = log.read_text().splitlines()
+    first = next(line for line in lines if line.startswith("epoch 1/"))
+    parts = re.match(r"(epoch \S+)  (loss \S+).*(evaluation: .*? %, .*? %)", first)
+    best = next(line for line in lines if line.startswith("best epoch"))
+    shown = [f"{parts[1]}  {parts[2]} ... {parts[3]} ...", "...", best, ""]
+    rows = evaluation.splitlines()
+    head = next(row for row in rows if row.startswith("attack  "))
+    width = head.index("seconds")
+    for start in ("attack", "natural", "PGD-40", "adaptive: final", "adaptive: auxiliary 1"):
+        shown += [row[:width].rstrip() for row in rows if row.startswith(f"{start}  ")]
+    shown.append("...")
+    return shown + [row[:width].rstrip() for row in rows if row.startswith("worst case  ")]
+
+
+def cosines_of(folder: Path, method: str) -> list[float]:
+    """Return the cosines of all test images' features with those of their negatives."""
+    files = sorted(folder.glob(f"distances/{method}-ResNet18-digits-*.npz"))
+    numbers = np.concatenate([np.load(file)["weighted_NP_cosine"] for file in files])
+    return numbers.round(4).tolist()
+
+
+def embedding_of(file: Path) -> dict:
+    """Return the labels of the test images, and the points and clusters of each network."""
+    content = np.load(file)
+    settings = json.loads(str(content["settings"]))
+    panels = {}
+    for i, name in enumerate(settings["names"]):
+        clusters = []
+        for key, measured in settings["measured"].items():
+            method, layer, images = key.split(", ")
+            if method == name:
+                clusters.append([layer, images, *(round(one, 4) for one in measured.values())])
+        points = content[f"embedding_{i}"].round(3).astype(float).round(3).tolist()
+        panels[name] = {"points": points, "clusters": clusters}
+    return {"labels": content["labels"].tolist(), "panels": panels}
