@@ -12,19 +12,14 @@ from utils.evaluation.adaptive import views
 from utils.system.checkpoints import load_model
 
 
-@pytest.fixture
-def gated():
-    """Return a function that builds the same network with another gate."""
-
-    def build(gate, arch="ResNet18", **options):
-        torch.manual_seed(0)
-        return build_model(arch, 4, width=4, image_size=16, gate=gate, **options).eval()
-
-    return build
+def gated(gate, arch="ResNet18", **options):
+    """Return the same small network with any gate."""
+    torch.manual_seed(0)
+    return build_model(arch, 4, width=4, image_size=16, gate=gate, **options).eval()
 
 
 @pytest.mark.parametrize("gate", ["predicted", "soft", "none"])
-def test_gates_do_not_see_labels(gated, gate):
+def test_gates_do_not_see_labels(gate):
     x = torch.rand(5, 3, 16, 16)
     model = gated(gate)
     by_label = model(x, torch.arange(5) % 4, heads=True)
@@ -32,13 +27,13 @@ def test_gates_do_not_see_labels(gated, gate):
     assert torch.equal(gated("label")(x), model(x)) == (gate == "predicted")
 
 
-def test_no_gate_weights_nothing(gated):
+def test_no_gate_weights_nothing():
     heads = gated("none")(torch.rand(5, 3, 16, 16), heads=True)
     assert_equal(heads.features, heads.unweighted)
     assert_equal(heads.final, heads.auxiliary[1])
 
 
-def test_the_soft_gate_weights_by_softmax_and_passes_gradients(gated):
+def test_the_soft_gate_weights_by_softmax_and_passes_gradients():
     x = torch.rand(5, 3, 16, 16)
     model = gated("soft")
     heads = model(x, heads=True)
@@ -48,7 +43,7 @@ def test_the_soft_gate_weights_by_softmax_and_passes_gradients(gated):
     assert gradient.abs().sum() > 0
 
 
-def test_one_block_weights_the_last_map_alone(gated):
+def test_one_block_weights_the_last_map_alone():
     x = torch.rand(3, 3, 16, 16)
     one = gated("label", "PreActResNet18", ra_blocks=1)
     plain = gated("label", "PreActResNet18", reverse_attention=False)
@@ -57,17 +52,16 @@ def test_one_block_weights_the_last_map_alone(gated):
     assert torch.allclose(auxiliary, plain(x), atol=1e-6)  # its map comes before any weighting
 
 
-def test_any_head_may_answer(gated):
+def test_any_head_may_answer():
     x = torch.rand(3, 3, 16, 16)
     model = gated("label")
     heads = model(x, heads=True)
-    answers = {"auxiliary1": heads.auxiliary[0], "auxiliary2": heads.auxiliary[1]}
-    for name, logits in answers.items():
+    for i, name in enumerate(["auxiliary1", "auxiliary2"]):
         model.predict = name
-        assert_equal(model(x), logits)
+        assert_equal(model(x), heads.auxiliary[i])
         assert_equal(model(x, heads=True).final, heads.final)
         for view in views(True, 2.0, predict=name).values():
-            assert_equal(view(model, x)[0], logits)
+            assert_equal(view(model, x)[0], heads.auxiliary[i])
 
 
 def test_an_evaluation_judges_by_the_head_that_answers(tmp_path):

@@ -55,10 +55,9 @@ def test_the_method_imports_the_models_and_itself(name):
     assert others <= METHOD
 
 
-def test_the_models_import_nothing_of_utils():
-    for name in FILES:
-        if name.startswith("models"):
-            assert not any(other.startswith("utils") for other in IMPORTS[name]), name
+@pytest.mark.parametrize("name", sorted(name for name in FILES if name.startswith("models")))
+def test_the_models_import_the_models_alone(name):
+    assert all(other.startswith("models") for other in IMPORTS[name])
 
 
 def test_imports_point_down_the_folders():
