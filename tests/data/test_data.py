@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import struct
 
 import numpy as np
 import pytest
@@ -78,20 +77,18 @@ def test_a_cifar_file_of_another_md5_is_never_unpickled(monkeypatch, tmp_path):
     assert CIFAR10.tgz_md5 in str(caught.value)
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
-@pytest.mark.parametrize("dataset", ["cifar10", "tiny-imagenet"])
-def test_a_truncated_archive_is_named_with_its_md5_and_kept(monkeypatch, tmp_path, dataset, share):
+@pytest.mark.parametrize("dataset, side", [("cifar10", 32), ("tiny-imagenet", 64)])
+def test_a_truncated_archive_is_named_with_its_md5_and_kept(monkeypatch, tmp_path, dataset, side):
     if dataset == "cifar10":
         write_cifar(monkeypatch, tmp_path)
         archive = pack_cifar(monkeypatch, tmp_path)
     else:
         archive, _ = write_tiny_imagenet(monkeypatch, tmp_path)
     whole = archive.read_bytes()
-    half = whole[: int(len(whole) * share)]
+    half = whole[: len(whole) // 2]
     archive.write_bytes(half)
-    with pytest.raises(UsageError, match=md5(whole)) as caught:
-        load_split(dataset, "train", str(tmp_path), 32 if dataset == "cifar10" else 64)
-    assert archive.name in str(caught.value)
+    with pytest.raises(UsageError, match=f"{archive.name}.*{md5(whole)}"):
+        load_split(dataset, "train", str(tmp_path), side)
     assert archive.read_bytes() == half
     assert [file.name for file in tmp_path.iterdir()] == [archive.name]
 
@@ -121,25 +118,18 @@ def test_tiny_imagenet_is_unpacked_and_labelled_by_sorted_wnid(monkeypatch, tmp_
     assert names == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
 
 
-@pytest.mark.parametrize("inner", ["", "images"])
-def test_tiny_imagenet_may_be_rearranged(monkeypatch, tmp_path, inner):
-    """Every image in the folder of its wnid: the same images, labels and order."""
+def test_validation_images_of_tiny_imagenet_may_lie_in_folders_of_classes(monkeypatch, tmp_path):
     _, expected = write_tiny_imagenet(monkeypatch, tmp_path)
     load_tiny(tmp_path, "train")
-    root = tmp_path / "tiny-imagenet-200"
-    for line in (root / "val" / "val_annotations.txt").read_text().splitlines():
+    folder = tmp_path / "tiny-imagenet-200" / "val"
+    for line in (folder / "val_annotations.txt").read_text().splitlines():
         name, wnid, *_ = line.split()
-        (root / "val" / wnid / inner).mkdir(parents=True, exist_ok=True)
-        (root / "val" / "images" / name).rename(root / "val" / wnid / inner / name)
-    (root / "val" / "images").rmdir()
-    if not inner:
-        for file in [*root.glob("train/*/images/*")]:
-            file.rename(file.parent.parent / file.name)
-    for part in ("train", "test"):
-        images, labels = expected[part]
-        split = load_tiny(tmp_path, part)
-        assert split.labels.tolist() == labels
-        assert np.array_equal(as_array(split), np.stack(images))
+        (folder / wnid).mkdir(exist_ok=True)
+        (folder / "images" / name).rename(folder / wnid / name)
+    images, labels = expected["test"]
+    split = load_tiny(tmp_path, "test")
+    assert split.labels.tolist() == labels
+    assert np.array_equal(as_array(split), np.stack(images))
 
 
 def test_tiny_imagenet_is_unpacked_whole_or_not_at_all(monkeypatch, tmp_path):
@@ -178,32 +168,31 @@ def test_an_incomplete_tiny_imagenet_is_named(monkeypatch, tmp_path, missing):
 
 
 @pytest.mark.parametrize("size", [16, 32])
-@pytest.mark.parametrize("part, count", [("train", 1437), ("test", 360)])
-def test_digits_have_their_shape_and_their_labels(part, count, size):
-    split = load_split("digits", part, "", size)
-    assert split.images.shape == (count, 3, size, size)
-    assert split.images.dtype == torch.uint8
-    assert split.labels.dtype == torch.int64
-    assert split.classes == tuple("0123456789")
-    assert torch.equal(split.images, split.images[:, :1].expand(-1, 3, -1, -1))
+def test_digits_are_those_of_scikit_learn_split_evenly(size):
     whole = load_digits()
-    small = F.avg_pool2d(split.images[:, :1].float(), size // 8).flatten(1) / 255
-    nearest = torch.cdist(small, torch.from_numpy(whole.data).float() / 16).argmin(1)
-    agree = torch.from_numpy(whole.target)[nearest] == split.labels
-    assert agree.float().mean() > 0.97
+    images = torch.from_numpy(whole.images).float()[:, None] / 16
+    images = F.interpolate(images, size=(size, size), mode="bilinear").mul(255).round().byte()
+    expected = [
+        (label, image.tolist()) for label, image in zip(whole.target, images[:, 0], strict=True)
+    ]
+
+    train = load_split("digits", "train", "", size)
+    test = load_split("digits", "test", "", size)
+    written = []
+    for split, count in ((train, 1437), (test, 360)):
+        assert split.images.shape == (count, 3, size, size)
+        assert split.images.dtype == torch.uint8
+        assert split.labels.dtype == torch.int64
+        assert torch.equal(split.images, split.images[:, :1].expand(-1, 3, -1, -1))
+        for label, image in zip(split.labels.tolist(), split.images[:, 0], strict=True):
+            written.append((label, image.tolist()))
+    assert sorted(written) == sorted(expected)
+    shares = np.bincount(test.labels) / np.bincount(whole.target)
+    assert (abs(shares - 360 / 1797) < 0.01).all()
 
 
-def test_digits_are_split_evenly_disjointly_and_always_alike():
+def test_digits_are_always_split_alike():
     train = load_split("digits", "train", "", 16)
-    test = load_split("digits", "test", "", 16)
-    counts = torch.bincount(test.labels)
-    whole = torch.bincount(torch.from_numpy(load_digits().target).long())
-    assert torch.equal(torch.bincount(train.labels) + counts, whole)
-    assert ((counts - whole * 360 / 1797).abs() <= 1).all()
-    digits = torch.from_numpy(load_digits().images).float()[:, None] / 16
-    digits = F.interpolate(digits, size=(16, 16), mode="bilinear").mul(255).round().byte()[:, 0]
-    both = torch.cat([train.images, test.images])[:, 0]
-    assert sorted(image.tolist() for image in both) == sorted(image.tolist() for image in digits)
     torch.manual_seed(5)
     np.random.seed(5)
     assert torch.equal(load_split("digits", "train", "", 16).images, train.images)
@@ -228,26 +217,19 @@ def load_folder(root, part="train", size=16, limit=None):
     return load_split("folder", part, str(root), size, limit)
 
 
-@pytest.mark.parametrize("held_out", ["test", "val"])
-def test_a_folder_is_what_was_written(tmp_path, held_out):
-    written = write_folder(tmp_path, "train", held_out)
-    for part, folder in (("train", "train"), ("test", held_out)):
+@pytest.mark.parametrize(
+    "train, held_out",
+    [("train", "test"), ("train", "val"), ("TRAINING", "valid"), ("training_set", "Test set")],
+)
+def test_a_folder_is_what_was_written_in_parts_of_any_usual_spelling(tmp_path, train, held_out):
+    written = write_folder(tmp_path, train, held_out)
+    for part, folder in (("train", train), ("test", held_out)):
         split = load_folder(tmp_path, part)
         assert split.classes == ("cat", "dog")
         assert split.labels.tolist() == [0, 0, 1, 1]
         assert split.labels.dtype == torch.int64
         assert split.images.dtype == torch.uint8
         assert np.array_equal(as_array(split), written[folder])
-
-
-@pytest.mark.parametrize(
-    "train, held_out",
-    [("TRAINING", "testing"), ("train", "valid"), ("training_set", "Test set")],
-)
-def test_parts_are_named_in_any_usual_spelling(tmp_path, train, held_out):
-    written = write_folder(tmp_path, train, held_out)
-    assert np.array_equal(as_array(load_folder(tmp_path, "train")), written[train])
-    assert np.array_equal(as_array(load_folder(tmp_path, "test")), written[held_out])
 
 
 def training_data(root, *flags):
@@ -297,10 +279,8 @@ def test_copies_of_training_images_are_counted(tmp_path):
 
 
 def test_images_to_look_at_need_no_training_images(tmp_path):
-    written = write_folder(tmp_path, "val")
-    split = load_folder(tmp_path, "test")
-    assert split.note == f"{tmp_path / 'val'} taken as test part"
-    assert np.array_equal(as_array(split), written["val"])
+    write_folder(tmp_path, "val")
+    assert load_folder(tmp_path, "test").note == f"{tmp_path / 'val'} taken as test part"
 
 
 @pytest.mark.parametrize(
@@ -315,20 +295,15 @@ def test_images_to_look_at_need_no_training_images(tmp_path):
 )
 def test_a_folder_of_another_layout_is_named(tmp_path, counts, names):
     image_folder(tmp_path, counts)
-    for part, classes in counts.items():
-        for name in classes:
-            (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
     with pytest.raises(UsageError, match=f"{tmp_path}.*{names}"):
         datasets.load_splits("folder", {"train": None, "test": None}, str(tmp_path), 16)
 
 
-def test_a_data_folder_that_is_a_file_or_not_there_is_named(tmp_path):
+@pytest.mark.parametrize("dataset, size", [("cifar10", 32), ("tiny-imagenet", 64), ("folder", 16)])
+def test_a_data_folder_that_is_a_file_is_named(tmp_path, dataset, size):
     (tmp_path / "file").write_text("no folder")
-    for dataset, size in (("cifar10", 32), ("tiny-imagenet", 64), ("folder", 16)):
-        with pytest.raises(UsageError, match=str(tmp_path / "file")):
-            load_split(dataset, "train", str(tmp_path / "file"), size)
-    with pytest.raises(UsageError, match=str(tmp_path / "none")):
-        load_folder(tmp_path / "none")
+    with pytest.raises(UsageError, match=str(tmp_path / "file")):
+        load_split(dataset, "train", str(tmp_path / "file"), size)
 
 
 def test_folders_inside_a_class_are_read_and_hidden_files_are_not(tmp_path):
@@ -350,14 +325,13 @@ def test_folders_inside_a_class_are_read_and_hidden_files_are_not(tmp_path):
 
 def test_only_images_within_a_limit_are_decoded_and_their_memory_is_said(tmp_path, capsys):
     write_folder(tmp_path, "train")
-    whole = subset(load_folder(tmp_path), 3)
+    whole = load_folder(tmp_path)
     capsys.readouterr()
     limited = load_folder(tmp_path, limit=3)
     assert "3 images of side 16 take 0.0 MB" in capsys.readouterr().out
-    assert torch.equal(limited.images, whole.images)
-    assert torch.equal(limited.labels, whole.labels)
-    assert torch.equal(limited.numbers, whole.numbers)
-    assert limited.whole == whole.whole == 4
+    assert torch.equal(limited.images, subset(whole, 3).images)
+    assert torch.equal(limited.numbers, subset(whole, 3).numbers)
+    assert limited.total == 4
 
 
 def test_limits_and_held_out_images_are_taken_in_one_order(tmp_path):
@@ -371,16 +345,14 @@ def test_limits_and_held_out_images_are_taken_in_one_order(tmp_path):
     assert data.selection.numbers is None
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"cut off"])
-def test_all_unreadable_images_are_named_at_once(tmp_path, content):
+def test_all_unreadable_images_are_named_at_once(tmp_path):
     write_folder(tmp_path, "train")
-    broken = [tmp_path / "train" / "dog" / name for name in ("0.png", "1.png")]
-    for file in broken:
-        file.write_bytes(file.read_bytes()[:200] if content == b"cut off" else content)
-    with pytest.raises(UsageError, match="replace or remove 2") as caught:
+    truncated = tmp_path / "train" / "cat" / "0.png"
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    empty = tmp_path / "train" / "dog" / "0.png"
+    empty.write_bytes(b"")
+    with pytest.raises(UsageError, match=f"2 unreadable .*{truncated}.*{empty}"):
         load_folder(tmp_path)
-    for file in broken:
-        assert str(file) in str(caught.value)
 
 
 # image files
@@ -414,31 +386,23 @@ def test_what_is_transparent_lies_over_black(tmp_path, mode):
     assert (image[12:] == 200).all()
 
 
-def test_a_transparent_colour_of_a_palette_becomes_black(tmp_path):
+def test_a_palette_gives_its_colours_and_a_transparent_one_black(tmp_path):
     places = np.repeat([0, 1], 128).reshape(16, 16).astype(np.uint8)
     palette = Image.fromarray(places, "P")
-    palette.putpalette([250, 250, 250, 200, 200, 200])
+    palette.putpalette([250, 250, 250, 200, 190, 180])
     palette.info["transparency"] = 0
     image = load_first(tmp_path, palette)
     assert (image[:8] == 0).all()
-    assert (image[8:] == 200).all()
+    assert (image[8:] == [200, 190, 180]).all()
 
 
-def test_a_palette_gives_its_colours(tmp_path):
-    colours = pixels(8, 16, 16, 3) // 64 * 64
-    palette = Image.fromarray(colours).convert("P")
-    assert np.array_equal(load_first(tmp_path, palette), np.array(palette.convert("RGB")))
-
-
-@pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
-def test_an_image_of_other_proportions_is_squashed(tmp_path, shape):
-    axis = shape.index(40)
-    halves = np.repeat([[200, 0, 10], [0, 100, 30]], 20, axis=0).astype(np.uint8)
-    array = np.empty((*shape, 3), np.uint8)
-    array[:] = np.expand_dims(halves, 1 - axis)
-    image = load_first(tmp_path, array).swapaxes(0, axis)
-    assert (image[:7] == (200, 0, 10)).all()
-    assert (image[9:] == (0, 100, 30)).all()
+def test_an_image_of_other_proportions_is_squashed(tmp_path):
+    image = np.empty((40, 20, 3), np.uint8)
+    image[:20] = (200, 0, 10)
+    image[20:] = (0, 100, 30)
+    squashed = load_first(tmp_path, image)
+    assert (squashed[:7] == (200, 0, 10)).all()
+    assert (squashed[9:] == (0, 100, 30)).all()
 
 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
@@ -447,9 +411,8 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path):
     assert (abs(image - grey[:, :, None]) <= 1).all()
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_pixels_of_more_bits_are_refused(tmp_path, kind):
-    array = (np.arange(256).reshape(16, 16) * 2**20).astype(kind)
+def test_pixels_of_more_bits_are_refused(tmp_path):
+    array = (np.arange(256).reshape(16, 16) * 2**20).astype(np.int32)
     with pytest.raises(UsageError, match=r"0\.tif .*16 bits"):
         load_first(tmp_path, array, "0.tif", "TIFF")
 
@@ -458,11 +421,9 @@ def test_an_image_of_another_format_than_those_listed_is_refused(tmp_path):
     """Pillow goes by content: for an EPS file under a PNG's name it would start Ghostscript."""
     write_folder(tmp_path, "train")
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
-    pfm = b"PF\n2 2\n-1.0\n" + struct.pack("<12f", *range(12))
-    for content in (eps, pfm):
-        (tmp_path / "train" / "cat" / "0.png").write_bytes(content)
-        with pytest.raises(UsageError, match=r"0\.png"):
-            load_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(eps)
+    with pytest.raises(UsageError, match=r"0\.png"):
+        load_folder(tmp_path)
 
 
 def test_input_is_float_in_zero_to_one():
@@ -525,13 +486,3 @@ def test_limits_are_deterministic_and_nested(numbered):
     assert small == parts("--limit-train", "10", "--limit-test", "5", "--seed", "9")
     assert large[0][:10] == small[0] != list(range(10))
     assert large[2][:5] == small[2]
-
-
-@pytest.mark.parametrize("limit, count", [(None, 20), (99, 20), (7, 7)])
-def test_a_subset_is_drawn_once_and_for_all(limit, count):
-    split = Split(torch.arange(20).byte()[:, None, None, None], torch.arange(20), ("a",))
-    chosen = subset(split, limit)
-    assert len(set(chosen.labels.tolist())) == len(chosen.labels) == count
-    assert torch.equal(chosen.images.flatten(), chosen.labels.byte())
-    torch.manual_seed(8)
-    assert torch.equal(subset(split, limit).labels, chosen.labels)
