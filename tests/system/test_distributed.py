@@ -158,9 +158,10 @@ def small_things():
     rank = distributed.rank()
     world = distributed.world()
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    splits = {"training": Split(images, torch.tensor([0, 1]), ("a", "b"))}
     images[1, 2, 3, 4] = rank == world - 1
     with pytest.raises(UsageError, match="folder in data"):
-        require_same_on_ranks("folder in data", Split(images, torch.tensor([0, 1]), ("a", "b")))
+        require_same_on_ranks("folder in data", splits)
 
     with pytest.raises(UsageError, match="wrong"):
         distributed.from_first(mock.Mock(side_effect=UsageError("wrong")))

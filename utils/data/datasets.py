@@ -118,18 +118,18 @@ def checksum_of(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def require_same_on_ranks(where: str, *splits: Split) -> tuple[str, ...]:
-    """Return a checksum of each split's images, labels and classes.
+def require_same_on_ranks(data_dir: str, splits: Mapping[str, Split]) -> dict[str, str]:
+    """Return a checksum of the images, labels and classes of each split, by its name.
 
     Errors: UsageError on every rank where ranks have other data.
     """
-    checksums = []
-    for split in splits:
+    checksums = {}
+    for name, split in splits.items():
         values = checksum_of([split.images, split.labels])
-        checksums.append(hashlib.sha256(f"{split.classes} {values}".encode()).hexdigest())
+        checksums[name] = hashlib.sha256(f"{split.classes} {values}".encode()).hexdigest()
     if any(others != checksums for others in distributed.gathered(checksums)):
-        raise UsageError(f"{where} differs between ranks; give each node the same files")
-    return tuple(checksums)
+        raise UsageError(f"{data_dir} differs between ranks; give each node the same files")
+    return checksums
 
 
 def numbers_of(split: Split) -> Tensor:
@@ -316,7 +316,7 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
     url, md5 = TINY_IMAGENET
     archive = f"{TINY_FOLDER}.zip"
     with _downloading("tiny-imagenet", data_dir, archive, md5, url):
-        if (data_dir / TINY_FOLDER).is_dir():  # another process was faster
+        if (data_dir / TINY_FOLDER).is_dir():  # another process or rank was faster
             return
         with TemporaryDirectory(dir=data_dir) as scratch:
             download_and_extract_archive(url, data_dir, scratch, archive, md5=md5)

@@ -93,8 +93,14 @@ def decode(files: Sequence[str], size: int) -> Tensor:
         except Exception as error:  # Pillow raises nearly anything on damaged files
             unreadable.append(f"{files[row]} ({first_line(error)})")
 
-    options = {"desc": "decoding", "unit": "img", "disable": None}
-    thread_map(decode_row, range(len(files)), max_workers=4, **options)
+    thread_map(
+        decode_row,
+        range(len(files)),
+        max_workers=4,
+        desc="decoding",
+        unit="img",
+        disable=distributed.quiet(),
+    )
     if unreadable:
         first = "; ".join(sorted(unreadable)[:10])
         raise UsageError(f"replace or remove {len(unreadable)} unreadable images: {first}")

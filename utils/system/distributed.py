@@ -197,17 +197,6 @@ def from_first(work: Callable[[], T]) -> T:
     return result
 
 
-@contextmanager
-def first_of_the_node_first() -> Iterator[None]:
-    """Run the body on the first rank of each node, then on the others, so that data load once."""
-    waiting = world() > 1 and os.environ["LOCAL_RANK"] != "0"
-    if waiting:
-        agreed(0)
-    yield
-    if not waiting:
-        agreed(0)
-
-
 def share_buffers(model: nn.Module) -> None:
     """Give every rank the first one's buffers, which are BatchNorm's statistics."""
     if world() > 1:

@@ -13,7 +13,6 @@ from utils.data.datasets import (
     require_same_on_ranks,
     shuffled,
 )
-from utils.system import distributed
 from utils.system.errors import UsageError
 from utils.system.settings import Training
 
@@ -58,8 +57,7 @@ def load_training_data(settings: Training) -> Data:
     limits["train"] = None
     if settings.limit_train is not None:
         limits["train"] = held_out + settings.limit_train
-    with distributed.first_of_the_node_first():
-        splits = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
+    splits = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
 
     train = splits["train"]
     if (held_out or settings.limit_train) and train.numbers is None:  # else it is shuffled already
@@ -86,6 +84,5 @@ def load_training_data(settings: Training) -> Data:
     if settings.extra_data is not None:
         extra = load_extra(settings.extra_data, train)
         used["extra"] = extra
-    source = f"{settings.dataset} in {settings.data_dir}"
-    checksums = dict(zip(used, require_same_on_ranks(source, *used.values()), strict=True))
+    checksums = require_same_on_ranks(settings.data_dir, used)
     return Data(train, selection, test, selected, tested, extra, checksums)
