@@ -187,23 +187,20 @@ def worst_of(seeds: list[Verdicts], names: list[str]) -> np.ndarray:
     return np.stack([np.minimum.reduce([attacks[name] for name in names]) for attacks in seeds])
 
 
-def cell(right: list[np.ndarray]) -> str:
-    """Return the mean accuracy of some seeds in %, and its range. right: (N,) for each."""
-    values = [100 * seed.mean() for seed in right]
-    mean = f"{sum(values) / len(values):.2f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.2f} to {max(values):.2f})"
+def cell(right: list[np.ndarray], runs: int) -> str:
+    """Return the mean accuracy in % of those of a row's runs that have an attack, and its range.
 
-
-def _attack_cell(seeds: list[Verdicts], column: str) -> str:
-    """Return the cell of an attack, which not all seeds of a row need have."""
-    attacked = [seed[column] for seed in seeds if column in seed]
-    if not attacked:
+    right: (N,) for each of them.
+    """
+    values = [100 * run.mean() for run in right]
+    if not values:
         return ""
-    if len(attacked) < len(seeds):
-        return f"{cell(attacked)}, {len(attacked)} of {len(seeds)} runs"
-    return cell(attacked)
+    text = f"{sum(values) / len(values):.2f}"
+    if len(values) > 1:
+        text += f" ({min(values):.2f} to {max(values):.2f})"
+    if len(values) < runs:
+        text += f", {len(values)} of {runs} runs"
+    return text
 
 
 def _difference_cell(worst: np.ndarray, first_worst: np.ndarray) -> str:
@@ -230,8 +227,12 @@ def table(groups: Groups) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
     for name, seeds in right.items():
-        cells = [name, str(len(seeds)), *(_attack_cell(seeds, column) for column in columns)]
-        cells.append(f"**{cell(worst[name])}**" if name in worst else "needs adaptive")
+        count = len(seeds)
+        cells = [name, str(count)]
+        for column in columns:
+            attacked = [run[column] for run in seeds if column in run]
+            cells.append(cell(attacked, count))
+        cells.append(f"**{cell(worst[name], count)}**" if name in worst else "needs adaptive")
         if name == first or name not in worst or first not in worst:
             cells.append("")
         elif images_of(groups[name][0]) != images_of(groups[first][0]):

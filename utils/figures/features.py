@@ -32,7 +32,7 @@ from utils.step import towards_labels
 from utils.system import distributed
 from utils.system.attack_copy import frozen
 from utils.system.devices import computing
-from utils.system.errors import RunError, UsageError
+from utils.system.errors import RunError, UsageError, first_line
 from utils.system.files import read_arrays, require_writable, write_arrays
 from utils.system.provenance import provenance
 from utils.system.settings import FEATURES, Distances, Histograms, Umap
@@ -163,7 +163,11 @@ def measure_clusters(features: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def embed(features: Tensor, seed: int) -> np.ndarray:
     """Embed features (M, F), M > `NEIGHBOURS`, by UMAP with the paper's settings -> (M, 2)."""
-    import umap  # takes seconds to load
+    try:
+        import umap  # takes seconds to load
+    except RuntimeError as error:  # numba has no folder to keep compiled code in
+        hint = "set NUMBA_CACHE_DIR to a folder that can be written"
+        raise RunError(f"UMAP cannot be loaded ({first_line(error)}); {hint}") from error
 
     model = umap.UMAP(
         n_neighbors=NEIGHBOURS,
@@ -206,18 +210,15 @@ def find_classes(wanted: str, split: Split) -> list[int]:
     if wanted == "all":
         return present
 
-    matches = []
-    for k, synonyms in enumerate(split.words or split.classes):
-        if wanted.casefold() in (split.classes[k].casefold(), *synonyms.casefold().split(", ")):
-            matches.append(k)
-    if not matches and wanted.isdecimal():
-        matches = [int(wanted)]
-    targets = [k for k in matches if k in present]
+    spellings = split.words or split.classes
+    wanted_name = wanted.casefold()
+    targets = [k for k in present if wanted_name in spellings[k].casefold().split(", ")]
+    targets = targets or [k for k in present if split.classes[k] == wanted]
+    targets = targets or [k for k in present if str(k) == wanted]
     if not targets:
         raise UsageError(
-            f"no test image is of a class {wanted!r}: give a number from 0 to "
-            f"{len(split.classes) - 1}, a name such as {class_names(split)[0]}, or all; "
-            "or raise --n-examples"
+            f"no test image is of a class {wanted!r}: give a number, a name such as "
+            f"{class_names(split)[0]}, or all; or raise --n-examples"
         )
     return targets
 
@@ -285,11 +286,8 @@ def feature_distance(settings: Distances) -> None:
         return
 
     print(f"{name}: {subject.described()}")
-    print(
-        f"PP: PGD-{settings.num_steps}, eps {eps_text(subject.eps)}, step "
-        f"{eps_text(subject.step_size)}, on the answer; NP: {settings.strategy} negatives; "
-        f"seed {settings.seed}"
-    )
+    attack = f"PGD-{settings.num_steps}, eps {eps_text(subject.eps)}"
+    print(f"PP: {attack}, on the answer; NP: {settings.strategy} negatives")
     about = {
         "name": name,
         "method": subject.method,
@@ -391,18 +389,14 @@ def draw_hist(settings: Histograms) -> None:
     """Draw PP and NP by cosine and L2, four figures for each class and for all of them."""
     if not distributed.first():
         return
-    figures = defaultdict(list)
+    entries_by_class = defaultdict(list)
     for entry in load_entries(settings):
         about = entry.settings
-        figures[about["dataset"], about["features"], about["target"]].append(entry)
-    folder = require_writable(Path(settings.out), OUT_HINT)
-    make_figure = plt.figure if settings.show else Figure
-    for entries in figures.values():
+        entries_by_class[about["dataset"], about["features"], about["target"]].append(entry)
+    require_writable(Path(settings.out), OUT_HINT)
+    for entries in entries_by_class.values():
         note_differences(entries)
-    tasks = list(product(figures.values(), PAIRS, METRICS))
-    for entries, pair, metric in tqdm(tasks, "drawing", unit="figure", leave=False, disable=None):
-        file = draw_distances(entries, pair, metric, folder, make_figure)
-        tqdm.write(f"saved {file} and .pdf")
+        draw_distances(entries, settings)
     if settings.show:
         plt.show()
 
@@ -449,25 +443,24 @@ def note_differences(entries: list[Entry]) -> None:
             print(f"note: files of class {target} differ in {key}: {', '.join(sorted(values))}")
 
 
-def draw_distances(
-    entries: list[Entry], pair: str, metric: str, folder: Path, make_figure: Callable[[], Figure]
-) -> Path:
-    """Draw one figure, a histogram for each entry -> its file."""
+def draw_distances(entries: list[Entry], settings: Histograms) -> None:
+    """Draw the four figures of a class, each with a histogram for each entry."""
     about = entries[0].settings
     layer = about["features"]
-    methods = [entry.settings["method"] for entry in entries]
-    values = []
-    for entry, method in zip(entries, methods, strict=True):
-        name = method if methods.count(method) == 1 else entry.settings["name"]
-        values.append((entry.label or name, entry.values[f"{layer}_{pair}_{metric}"]))
-
     features = feature_name(layer, [entry.settings for entry in entries])
-    title = f"{pair}: {PAIRS[pair]}\n{about['dataset']}, {about['target_name']}, {features}"
     unweighted = "unweighted" if layer == "unweighted" else ""
-    stem = file_stem("hist", about["dataset"], str(about["target"]), pair, metric, unweighted)
-    file = folder / f"{stem}.png"
-    save_figure(partial(draw_histogram, values, METRICS[metric], title), file, make_figure)
-    return file
+    methods = [entry.settings["method"] for entry in entries]
+    for pair, metric in product(PAIRS, METRICS):
+        values = []
+        for entry, method in zip(entries, methods, strict=True):
+            name = method if methods.count(method) == 1 else entry.settings["name"]
+            values.append((entry.label or name, entry.values[f"{layer}_{pair}_{metric}"]))
+        title = f"{pair}: {PAIRS[pair]}\n{about['dataset']}, {about['target_name']}, {features}"
+        stem = file_stem("hist", about["dataset"], str(about["target"]), pair, metric, unweighted)
+        file = Path(settings.out) / f"{stem}.png"
+        draw = partial(draw_histogram, values, METRICS[metric], title)
+        save_figure(draw, file, plt.figure if settings.show else Figure)
+        print(f"saved {file} and .pdf")
 
 
 # draw_umap.py
