@@ -176,55 +176,13 @@ def load_model(
     overrides: values for entries that the file leaves open, None for unknown.
     Errors: UsageError where the file is no checkpoint or does not fit its description.
     """
-    # Read the file.
     path = checkpoint_file(path)
     content = read(path)
-    notes = []
-    is_run = isinstance(content.get("model"), dict) and "reverse_attention" in content
-    if is_run:
-        state = content["model"]
-    else:
-        state, normalisation, notes = find_weights(content, path, key)
-
-    # Describe the network.
-    info = dict.fromkeys((*DESCRIPTION, "mean", "std"))
-    if is_run:
-        info |= {"gate": "label", "ra_blocks": 2}  # of runs before there were others
-        info |= {name: content[name] for name in DESCRIPTION if name in content}
-    else:
-        info |= normalisation
-        try:
-            info |= shape_of(state)
-        except (LookupError, ValueError) as error:
-            known = ", ".join(ARCHS)
-            raise UsageError(f"{path} is of no network known here: {known}") from error
-    for name, value in overrides.items():
-        if value is None:
-            continue
-        is_known = info[name] is not None or (is_run and name in ("mean", "std"))
-        if is_known and name != "dataset" and info[name] != value:
-            raise UsageError(
-                f"{path} is a checkpoint with {name} {info[name]}, not {value}; leave the flag out"
-            )
-        info[name] = value
-    if info["reverse_attention"] is None:
-        info["reverse_attention"] = True
-    if info["image_size"] is None:
-        info["image_size"] = dataset_defaults(info["dataset"]).image_size
-    if not is_run:
-        attention = "with" if info["reverse_attention"] else "without"
-        dataset = info["dataset"] or Training.dataset
-        scale = f"normalised by {info['mean']}, {info['std']}" if info["mean"] else "not normalised"
-        notes.append(
-            f"taken for {info['arch']} of width {info['width']}, {attention} reverse attention, "
-            f"images {scale}, of {dataset}; no tensor tells, see --no-ra, --gate, --mean, --dataset"
-        )
-
-    # Build the network, without drawing weights, and load them.
+    state, info, notes = _describe(content, path, key, overrides)
     names = ("reverse_attention", "width", "image_size", "gate", "ra_blocks")
     options = {name: info[name] for name in names if info[name] is not None}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # which draws no weights
             model = build_model(info["arch"], info["num_classes"], **options)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} describes a network that cannot be built: {error}") from error
@@ -236,11 +194,54 @@ def load_model(
     if predict not in heads:
         raise UsageError(f"--predict {predict}: {path} has {', '.join(heads)} alone")
     model.predict = predict
-    if not is_run:
-        state = named_as(model, state)
+    state = named_as(model, state)
     load_state(model, state, path)
     info["notes"] = print_notes(path, notes)
     return model.to(device).eval(), info
+
+
+def _describe(
+    content: dict, path: Path, key: str | None, overrides: dict[str, object]
+) -> tuple[dict[str, Tensor], dict, list[str]]:
+    """Return the state dict in a file, what its network is, and notes, as `load_model` says."""
+    info = dict.fromkeys((*DESCRIPTION, "mean", "std"))
+    is_run = isinstance(content.get("model"), dict) and "reverse_attention" in content
+    if is_run:
+        state = content["model"]
+        notes = []
+        info |= {"gate": "label", "ra_blocks": 2}  # of runs before there were others
+        info |= {name: content[name] for name in DESCRIPTION if name in content}
+    else:
+        state, normalisation, notes = find_weights(content, path, key)
+        try:
+            info |= normalisation | shape_of(state)
+        except (LookupError, ValueError) as error:
+            known = ", ".join(ARCHS)
+            raise UsageError(f"{path} is of no network known here: {known}") from error
+
+    for name, value in overrides.items():
+        is_known = info[name] is not None or (is_run and name in ("mean", "std"))
+        if value is None or value == info[name]:
+            continue
+        if is_known and name != "dataset":
+            raise UsageError(
+                f"{path} is a checkpoint with {name} {info[name]}, not {value}; leave the flag out"
+            )
+        info[name] = value
+    if info["reverse_attention"] is None:
+        info["reverse_attention"] = True
+    if info["image_size"] is None:
+        info["image_size"] = dataset_defaults(info["dataset"]).image_size
+
+    if not is_run:
+        attention = "with" if info["reverse_attention"] else "without"
+        dataset = info["dataset"] or Training.dataset
+        scale = f"normalised by {info['mean']}, {info['std']}" if info["mean"] else "not normalised"
+        notes.append(
+            f"taken for {info['arch']} of width {info['width']}, {attention} reverse attention, "
+            f"images {scale}, of {dataset}; no tensor tells, see --no-ra, --gate, --mean, --dataset"
+        )
+    return state, info, notes
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -47,7 +47,6 @@ Layer = Literal["weighted", "unweighted"]
 
 METHODS = get_args(Method)
 ARCHS = get_args(Arch)
-DATASETS = get_args(Dataset)
 STRATEGIES = tuple(name for name in get_args(Strategy) if not name.endswith("_adv"))
 GATES = get_args(Gate)
 FEATURES = get_args(Layer)

@@ -61,9 +61,9 @@ def number(interval: str) -> PrimitiveConstructorSpec:
     def read(text: str) -> float:
         numerator, _, denominator = text.partition("/")
         value = float(numerator) / float(denominator or 1)
-        below = value < low or (value == low and interval[0] == "(")
-        above = value > high or (value == high and interval[-1] == ")")
-        if below or above or math.isnan(value):
+        at_low_end = value == low and interval[0] == "("
+        at_high_end = value == high and interval[-1] == ")"
+        if not low <= value <= high or at_low_end or at_high_end:
             raise ValueError(f"{text} is not in {interval}")
         return value
 
