@@ -32,7 +32,6 @@ class ConvolutionGradients(TorchDispatchMode):
         ((), attacks.SMALL, 3, 2),
         (("--strategy", "hard_adv"), attacks.SMALL, 3, 3),
         (("--inner", "kl"), attacks.SMALL, 3, 3),
-        (("--strategy", "random"), attacks.SMALL, 3, 2),
         (("--no-anc",), attacks.SMALL, 2, 2),
         (("--no-anc", "--method", "pgd"), attacks.SMALL, 1, 2),
     ],
