@@ -5,7 +5,6 @@ output. Forking saves the seconds that importing torch takes. The process that f
 nothing yet: the threads of the tests' own process would not be there in a fork.
 """
 
-import io
 import json
 import os
 import random
@@ -14,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -27,14 +27,12 @@ class Nursery:
 
     def __enter__(self):
         """Start the process."""
-        alone = environment()
-        alone.pop("RANK", None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=alone,
+            env=environment(),
             cwd=Path(__file__).parents[1],
         )
         return self
@@ -90,24 +88,21 @@ class Faults:
     def __init__(self, faults):
         """Wait for the first fault."""
         self.pending = list(faults)
-        self.calls = {}
-        self.since = {}  # the calls since the last fault
+        self.calls = Counter()
+        self.since = Counter()  # the calls since the last fault
 
     def passing(self, name, when):
         """Count a call of a point, and strike where it is time."""
         if when == "before":
-            self.calls[name] = self.calls.get(name, 0) + 1
-            self.since[name] = self.since.get(name, 0) + 1
+            self.calls[name] += 1
+            self.since[name] += 1
         if not self.pending:
             return
         fault = self.pending[0]
-        if (fault["at"], fault["call"], fault.get("when", "before")) == (
-            name,
-            self.since.get(name),
-            when,
-        ):
+        moment = fault["at"], fault["call"], fault.get("when", "before")
+        if moment == (name, self.since[name], when):
             self.pending.pop(0)
-            self.since = {}
+            self.since.clear()
             self.strike(fault)
 
     def strike(self, fault):
@@ -166,9 +161,6 @@ def child(job):
     try:
         guarded(lambda: loop.run(parse_training("", RA, job["argv"])))
     finally:
-        if job["user"] is None:
-            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         Path(f"{job['out']}.calls").write_text(json.dumps(faults.calls))
 
 
@@ -184,9 +176,6 @@ def main():
     # What Python imports only when it is needed is imported once, here.
     digits_split("train")
     settings()
-    saved = io.BytesIO()
-    torch.save({}, saved)
-    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1).zero_grad()
     for line in sys.stdin:
         job = json.loads(line)

@@ -34,6 +34,11 @@ def count(net, kind):
     return sum(isinstance(module, kind) for module in net.modules())
 
 
+def addresses(net):
+    """Return where a network's weights and statistics are in memory."""
+    return [tensor.data_ptr() for tensor in net.state_dict().values()]
+
+
 def assert_same_logits(net, model, x):
     """Compare the logits of all heads of a copy with those of its network."""
     model.eval()
@@ -60,10 +65,11 @@ def test_verdicts_of_attacks_are_those_on_the_network_itself(trained):
     model, split, _ = trained
     plain = copy.deepcopy(model).requires_grad_(False)
     attack = pgd40_heads(0.1, 0.02, 2, 1)
+    natural = verdicts(plain, split, 360)
+    on_network = verdicts(plain, split, 360, attack)
     with frozen(model) as net:
         on_copy = verdicts(net, split, 360, attack)
-    on_network = verdicts(plain, split, 360, attack)
-    assert 0 < on_copy.sum() < verdicts(plain, split, 360).sum()
+    assert 0 < on_copy.sum() < natural.sum()
     assert (on_copy != on_network).float().mean() <= 0.005
 
 
@@ -89,13 +95,16 @@ def test_weights_are_synced_in_place(monkeypatch, arch, on_cuda):
     model, x, labels = trained_network(arch, size=32)
     monkeypatch.setattr("utils.system.attack_copy.needs_affine", lambda net: on_cuda)
     attack_copy = AttackCopy(model)
-    assert (count(attack_copy.net, Affine) > 0) == on_cuda
-    assert (count(attack_copy.net, BATCH_NORMS) > 0) != on_cuda
-    addresses = [tensor.data_ptr() for tensor in attack_copy.net.state_dict().values()]
+    net = attack_copy.net
+    if on_cuda:
+        assert count(net, BATCH_NORMS) == 0
+    else:
+        assert count(net, Affine) == 0
+    before = addresses(net)
     a_few_steps(model, x, labels)
     attack_copy.sync_weights()
-    assert_same_logits(attack_copy.net, model, x)
-    assert [tensor.data_ptr() for tensor in attack_copy.net.state_dict().values()] == addresses
+    assert_same_logits(net, model, x)
+    assert addresses(net) == before
 
 
 def test_synchronised_batch_norm_is_replaced_on_cuda(monkeypatch):
@@ -170,9 +179,10 @@ def test_each_shape_is_compiled_by_itself(monkeypatch):
     attack_copy = AttackCopy(model, compiled=True)
     s = settings(*RUN, "--strategy", "hard_adv")
     graphs = []
-    for count in (8, 8, 5, 8):
-        attacked = attack_batch(attack_copy, x[:count], labels[:count], s, torch.Generator(), 1)
-        training_loss(model, x[:count], labels[:count], attacked, s).loss.backward()
+    for size in (8, 8, 5, 8):
+        batch = x[:size], labels[:size]
+        attacked = attack_batch(attack_copy, *batch, s, torch.Generator(), 1)
+        training_loss(model, *batch, attacked, s).loss.backward()
         graphs.append(len(inputs_of_graphs))
     torch.compiler.reset()
     assert graphs[0] == graphs[1] < graphs[2] == graphs[3]
