@@ -107,20 +107,6 @@ class Decoy(nn.Module):
         return Heads(final, (auxiliary, auxiliary), auxiliary) if heads else final
 
 
-class Viewing(nn.Module):
-    """A network as many are written: `view` needs maps in the default memory format."""
-
-    def __init__(self):
-        """Make random layers."""
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 4, 4)
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x):
-        """Return logits, or heads where they are asked for."""
-        return self.fc(self.conv(x).view(len(x), -1))
-
-
 def seeded(build, seed):
     """Build a network with weights that depend on a seed."""
     torch.manual_seed(seed)
@@ -137,7 +123,6 @@ scaled = partial(Scaled, 1e4)
 always_wrong = partial(Scaled, -1)
 not_finite = partial(Scaled, torch.inf)
 decoy = partial(seeded, Decoy, 3)
-viewing = partial(seeded, Viewing, 0)
 
 
 def as_callable():

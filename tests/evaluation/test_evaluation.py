@@ -40,7 +40,8 @@ from utils.data.subject import (
     percent,
     verdicts,
 )
-from utils.evaluation.robustness import network_checksum, white_attack
+from utils.evaluation.cache import network_checksum
+from utils.evaluation.robustness import white_attack
 from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
 from utils.system.errors import UsageError

@@ -480,7 +480,7 @@ def test_scripts_of_several_ranks_find_what_one_process_finds(ranks, tmp_path):
     digits_checkpoint(tmp_path / "net.pt")
     with one_thread():
         evaluate_and_measure(tmp_path)
-    tables = [out.count("| network |") for out, _ in outputs(count, together)]
+    tables = [out.count("robust %") for out, _ in outputs(count, together)]
     assert tables == [1] + [0] * (count - 1)
 
     verdicts, images = evaluated(together)

@@ -15,6 +15,7 @@ judged by the network's real prediction.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,8 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
 from models import Heads
-from utils.attacks import Attack, margins, pgd
-from utils.evaluation.autoattack import Monitor, logger_to
-from utils.system.settings import APGD_STEPS
+from utils.attacks import Attack, image_noise, linf_pgd, margins
+from utils.evaluation.cache import Monitor
 
 VERSION = 1  # raise it when a view or the attack changes, so that no cached verdict is used
 
@@ -198,25 +198,24 @@ def view_pgd(
     else the last one; and which iterates fool it, (N, steps) bool.
     """
     viewed = ViewedNetwork(net, view)
-    fooling = x.clone()
+    fooling = x
     wrong_by_step: list[Tensor] = []
 
-    def judge(iterate: Tensor, wrong: Tensor) -> None:
+    def judge(iterate: Tensor, logits: Tensor) -> None:
         nonlocal fooling
+        wrong = logits.argmax(1) != labels
         if wrong_by_step:  # the start, which comes first, may lie outside of [0, 1]
             fooling = torch.where(wrong[:, None, None, None], iterate.detach(), fooling)
         wrong_by_step.append(wrong)
 
     def objective(iterate: Tensor) -> Tensor:
-        judge(iterate, viewed(iterate).argmax(1) != labels)
+        judge(iterate, viewed(iterate))  # by the forward that the gradient needs anyway
         return viewed.loss(lambda logits: criterion(logits, labels)).sum()
 
-    attack = pgd(
-        lambda net, labels: objective, eps, step_size, steps, start="uniform", seed=seed, draw=draw
-    )
-    last = attack(net, x, labels, numbers)
+    start = x + eps * image_noise(x, numbers, seed, "uniform", draw)
+    last = linf_pgd(x, objective, eps, step_size, steps, start)
     with torch.no_grad():
-        judge(last, net(last).argmax(1) != labels)
+        judge(last, net(last))
 
     wrong = torch.stack(wrong_by_step[1:], 1)
     return torch.where(wrong.any(1)[:, None, None, None], fooling, last), wrong
@@ -230,8 +229,8 @@ def adaptive(
     steps: int,
     restarts: int,
     seed: int,
-    apgd_steps: int = APGD_STEPS,
-    monitor: Monitor | None = None,
+    apgd_steps: int,
+    monitor: Monitor,
 ) -> Attack:
     """Make the attack on one view: PGD with restarts, APGD-CE, then targeted APGD on the margin.
 
@@ -239,61 +238,50 @@ def adaptive(
     cross-entropy and the margin in turn. Its first restart is the row PGD of the table, but on this
     view.
     """
-    monitor = monitor or Monitor()
-    logger = logger_to(monitor)
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        parts = {}  # functions of images, labels and numbers
+
+        def restart(draw: int, *batch: Tensor) -> Tensor:
+            criterion = margins if draw % 2 else cross_entropies
+            sizes = {"eps": eps, "step_size": step_size, "steps": steps}
+            images, _ = view_pgd(net, view, *batch, criterion, **sizes, seed=seed, draw=draw)
+            return images
+
+        for draw in range(restarts):
+            parts[f"PGD {draw + 1} of {restarts}"] = partial(restart, draw)
+
         viewed = ViewedNetwork(net, view)
-        with torch.no_grad():
-            classes = net(x[:1]).shape[1]
-        targets = min(9, classes - 1)
         library_arguments = {
             "eps": eps,
             "norm": "Linf",
             "n_iter": apgd_steps,
             "seed": seed,
             "device": x.device,
-            "logger": logger,
+            "logger": monitor.logger,
         }
-        adversarial = x.clone()
-        right = torch.ones_like(labels, dtype=torch.bool)
-
-        def run_part(name: str, part_attack: Callable[[Tensor, Tensor], Tensor]) -> None:
-            rows = right.nonzero().squeeze(1)
-            if not len(rows):
-                return
-            monitor.progress(f"{name}, {len(rows)} standing")
-            with torch.no_grad():  # or the library's images would keep their graphs
-                candidates = monitor.run_part(name, part_attack, x[rows], labels[rows])
-                right[rows] = net(candidates).argmax(1) == labels[rows]
-            adversarial[rows] = candidates
-
-        def restart(draw: int) -> Callable[[Tensor, Tensor], Tensor]:
-            def part_attack(x: Tensor, labels: Tensor) -> Tensor:
-                images, _ = view_pgd(
-                    net,
-                    view,
-                    x,
-                    labels,
-                    numbers[right.nonzero().squeeze(1).cpu()],
-                    margins if draw % 2 else cross_entropies,
-                    eps=eps,
-                    step_size=step_size,
-                    steps=steps,
-                    seed=seed,
-                    draw=draw,
-                )
-                return images
-
-            return part_attack
-
-        for draw in range(restarts):
-            run_part(f"PGD {draw + 1} of {restarts}", restart(draw))
         # The library calls `dlr_loss` for this name; ours is the cross-entropy of the view.
         apgd = ViewAPGD(viewed, loss="dlr", **library_arguments)
-        run_part("APGD-CE", apgd.perturb)
+        parts["APGD-CE"] = lambda x, labels, numbers: apgd.perturb(x, labels)
+
+        with torch.no_grad():
+            classes = net(x[:1]).shape[1]
+        targets = min(9, classes - 1)
         targeted = ViewAPGDTargeted(viewed, n_target_classes=targets, **library_arguments)
-        run_part(f"APGD to {targets} targets", targeted.perturb)
+        parts[f"APGD to {targets} targets"] = lambda x, labels, numbers: targeted.perturb(x, labels)
+
+        adversarial = x.clone()
+        right = torch.ones_like(labels, dtype=torch.bool)
+        for name, part in parts.items():
+            rows = right.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            monitor.show(f"{name}, {len(rows)} standing")
+            batch = (x[rows], labels[rows], numbers[rows.cpu()])
+            with torch.no_grad():  # or the library's images would keep their graphs
+                candidates = monitor.run_part(name, part, *batch)
+                right[rows] = net(candidates).argmax(1) == labels[rows]
+            adversarial[rows] = candidates
         return adversarial
 
     return attack

@@ -1,7 +1,7 @@
 """What an evaluation looks like: the table, the record for white_attack.json, pictures, an npz."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.datasets import as_input
 from utils.data.subject import Subject, at_chance, percent
+from utils.evaluation.cache import WorstImages
 from utils.evaluation.diagnostics import Diagnosis
-from utils.evaluation.results import ADAPTIVE, FORMAT, WORST_CASES, needs_adaptive
+from utils.evaluation.results import ADAPTIVE, FORMAT, needs_adaptive
 from utils.figures.plots import draw_examples, draw_robustness, save_or_note
-from utils.system.errors import RunError
 from utils.system.files import write_atomically
 from utils.system.values import eps_text
 
@@ -38,15 +37,14 @@ class Row(NamedTuple):
     made: str = ""
 
 
-def wilson(right: Tensor) -> tuple[float, float]:
-    """Return the 95 % interval of a share of true verdicts, in percent (Wilson, 1927)."""
-    n = len(right)
-    share = right.double().mean().item()
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of the share of right ones, in percent (Wilson, 1927)."""
+    share = right / count
     z = 1.959963984540054
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low = (centre - spread) / (1 + z * z / n)
-    high = (centre + spread) / (1 + z * z / n)
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low = (centre - spread) / (1 + z * z / count)
+    high = (centre + spread) / (1 + z * z / count)
     return 100 * max(0.0, low), 100 * min(1.0, high)
 
 
@@ -55,29 +53,38 @@ def lowest(rows: dict[str, Row]) -> Tensor:
     return torch.stack([row.right for row in rows.values()]).all(0)
 
 
+def adaptive_rows(rows: dict[str, Row]) -> dict[str, Row]:
+    """Return the rows of the adaptive attack, one of each view and settings."""
+    return {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
+
+
 def overestimated(rows: dict[str, Row], network: dict) -> bool:
     """Whether these rows overestimate a network: it needs the adaptive attack, which is missing."""
-    return needs_adaptive(network) and not any(name.startswith(ADAPTIVE) for name in rows)
+    return needs_adaptive(network) and not adaptive_rows(rows)
 
 
 def by_class(rows: dict[str, Row], subject: Subject) -> dict[str, dict[str, float]]:
-    """Return images, natural and lowest accuracy in percent of each class, the weakest first."""
-    lowest_name = "these attacks" if overestimated(rows, subject.info) else "worst case"
-    natural = rows["natural"].right
+    """Return images, natural and worst-case accuracy in percent of each class, the weakest first.
+
+    Where the rows overestimate the network, there is no worst case, and nothing to return.
+    """
+    if overestimated(rows, subject.info):
+        return {}
     worst = lowest(rows)
+    labels = subject.split.labels.cpu()
     classes = {}
-    for label in subject.split.labels.unique().tolist():
-        of_class = (subject.split.labels == label).cpu()
+    for label in labels.unique().tolist():
+        of_class = labels == label
         classes[subject.split.classes[label]] = {
             "images": int(of_class.sum()),
-            "natural": percent(natural[of_class]),
-            lowest_name: percent(worst[of_class]),
+            "natural": percent(rows["natural"].right[of_class]),
+            "worst case": percent(worst[of_class]),
         }
-    return dict(sorted(classes.items(), key=lambda item: item[1][lowest_name]))
+    return dict(sorted(classes.items(), key=lambda item: item[1]["worst case"]))
 
 
 def table(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Iterator[str]:
-    """Yield the lines of the table, notes below it, and its row in Markdown.
+    """Yield the lines of the table, and notes below it.
 
     warnings: what holds of every row; rows are marked by `!` then.
     """
@@ -86,39 +93,32 @@ def table(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Iterat
     count = len(subject.split.labels)
     yield f"{'attack':<{width}}  robust %   95 % interval  images   seconds"
     for name, row in rows.items():
-        low, high = wilson(row.right)
-        interval = f"{low:.2f} - {high:.2f}"
-        seconds = "" if name in WORST_CASES else f"{row.seconds:.1f}"
+        low, high = wilson(int(row.right.sum()), count)
         yield (
-            f"{name:<{width}}  {percent(row.right):>8.2f}  {interval:>14}  {count:>6}  "
-            f"{seconds:>8}{mark}"
+            f"{name:<{width}}  {percent(row.right):>8.2f}  {low:>6.2f} - {high:>5.2f}  {count:>6}  "
+            f"{row.seconds:>8.1f}{mark}"
         )
     yield from _notes(rows, subject, warnings)
-    yield _weakest_classes(by_class(rows, subject))
 
-    yield "| network | " + " | ".join(rows) + " |"
-    yield "|" + "---|" * (len(rows) + 1)
-    about = [subject.method, subject.info["arch"], subject.dataset]
-    about += [f"eps {eps_text(subject.eps)}", f"{count} images"]
-    network = ", ".join(dict.fromkeys(about))  # method and arch of a --model are both its name
-    figures = " | ".join(f"{percent(row.right):.2f}{mark}" for row in rows.values())
-    yield f"| {network} | {figures} |"
+    weakest = [
+        f"{name} {shares['natural']:.2f}/{shares['worst case']:.2f}"
+        for name, shares in by_class(rows, subject).items()
+    ]
+    if weakest:
+        yield f"the weakest classes, natural/worst case: {', '.join(weakest[:10])}"
 
 
 def _notes(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Iterator[str]:
     for warning in warnings:
         yield f"! every attack: {warning}"
-    for made in dict.fromkeys(row.made for row in rows.values() if row.made):
-        names = [name for name, row in rows.items() if row.made == made]
-        yield f"note: from an earlier evaluation of this network ({made}): {'; '.join(names)}"
-    if subject.split.total > len(subject.split.labels):
-        yield (
-            f"note: {len(subject.split.labels)} of {subject.split.total} test images, "
-            "the first after a fixed shuffle"
-        )
+    count = len(subject.split.labels)
+    if count < subject.split.total:
+        yield f"note: {count} of {subject.split.total} test images, the first of a fixed shuffle"
     for note in subject.notes:
         yield f"note: {note}"
     for name, row in rows.items():
+        if row.made:
+            yield f"note, {name}: from an earlier evaluation of this network ({row.made})"
         for note in row.notes:
             yield f"note, {name}: {note}"
 
@@ -132,46 +132,38 @@ def _notes(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Itera
         )
 
 
-def _weakest_classes(classes: dict[str, dict[str, float]]) -> str:
-    _, natural, lowest_name = next(iter(classes.values()))
-    weakest = [
-        f"{name} {shares[natural]:.2f}/{shares[lowest_name]:.2f}"
-        for name, shares in list(classes.items())[:10]
-    ]
-    more = ", ..." if len(classes) > 10 else ""
-    return f"classes, the weakest first, {natural}/{lowest_name}: {', '.join(weakest)}{more}"
-
-
 def threat_model(eps: float) -> str:
     """Return the ball of an evaluation in words."""
     return f"Linf, eps {eps_text(eps)} on images in [0, 1]"
 
 
-def record(
-    rows: dict[str, Row],
-    subject: Subject,
-    warnings: list[str],
-    settings: dict[str, object],
-    made: str,
-) -> dict:
+def record(rows: dict[str, Row], subject: Subject, warnings: list[str], made: str) -> dict:
     """Return what white_attack.json holds of an evaluation, as plain values.
 
     `utils.evaluation.results` describes it. Verdicts are in the order of the test set, or of the
-    shuffle of --n-examples. settings: those of the command that are recorded. made: when and where
-    this evaluation's rows were found.
+    shuffle of --n-examples. made: when and where this evaluation's rows were found.
     """
-    info = subject.info
-    network = {"method": subject.method}
-    for key in ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size"):
-        network[key] = info.get(key)
-    for key in ("recipe", "mean", "std"):
-        network[key] = info.get(key)
-
+    keys = ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size")
+    keys += ("recipe", "mean", "std")
     split = subject.split
+    attacks = {}
+    for name, row in rows.items():
+        count = len(row.right)
+        attacks[name] = {
+            "robust_accuracy": percent(row.right),
+            "interval_95": wilson(int(row.right.sum()), count),
+            "images": count,
+            "seconds": round(row.seconds, 2),
+            "notes": [*warnings, *row.notes],
+            "parts": row.parts,
+            "settings": row.settings,
+            "made": row.made or made,
+            "verdicts": "".join("1" if right else "0" for right in row.right.tolist()),
+        }
     return {
         "format": FORMAT,
         "checkpoint": str(subject.file),
-        "network": network,
+        "network": {"method": subject.method, **{key: subject.info.get(key) for key in keys}},
         "notes": subject.notes,
         "dataset": subject.dataset,
         "images": len(split.labels),
@@ -180,23 +172,9 @@ def record(
         "settings": {
             "eps": subject.eps,
             "step_size": subject.step_size,
-            **settings,
             "auxiliary_weight": subject.auxiliary_weight,
         },
-        "attacks": {
-            name: {
-                "robust_accuracy": percent(row.right),
-                "interval_95": wilson(row.right),
-                "images": len(row.right),
-                "seconds": round(row.seconds, 2),
-                "notes": [*warnings, *row.notes],
-                "parts": row.parts,
-                "settings": row.settings,
-                "made": row.made or made,
-                "verdicts": "".join("1" if right else "0" for right in row.right.tolist()),
-            }
-            for name, row in rows.items()
-        },
+        "attacks": attacks,
         "classes": by_class(rows, subject),
         "labels": split.labels.tolist(),
     }
@@ -221,14 +199,12 @@ def diagnosis_lines(diagnosis: Diagnosis, subject: Subject, folder: Path) -> Ite
     count = len(subject.split.labels)
 
     def with_interval(accuracy: float) -> tuple[float, float, float]:
-        low, high = wilson(torch.arange(count) < round(accuracy * count / 100))
-        return accuracy, low, high
+        return accuracy, *wilson(round(accuracy * count / 100), count)
 
     def draw(curve: list[tuple], name: str, xlabel: str, trained: object = None) -> str:
         points = [(x, with_interval(final), with_interval(every)) for x, final, every in curve]
-        file = folder / f"robust_vs_{name}.png"
-        note = save_or_note(partial(draw_robustness, points, xlabel, trained), file)
-        return note or f"picture    {file} and .pdf"
+        picture = partial(draw_robustness, points, xlabel, trained)
+        return _picture(picture, folder / f"robust_vs_{name}.png")
 
     if diagnosis.by_eps:
         yield draw(diagnosis.by_eps, "eps", "eps of PGD-40", subject.recipe.get("epsilon"))
@@ -236,77 +212,63 @@ def diagnosis_lines(diagnosis: Diagnosis, subject: Subject, folder: Path) -> Ite
         yield draw(diagnosis.by_steps, "steps", steps)
 
 
-def draw_worst(
-    file: Path,
-    subject: Subject,
-    worst_images: Tensor,
-    answers: list[Tensor],
-    fooled: Tensor,
-    attacks: list[str],
-    count: int = 8,
-) -> str:
-    """Draw some images with the worst one found for each -> a line that says so.
+def _picture(draw: Callable[[], object], file: Path) -> str:
+    """Save a picture -> a line that says so."""
+    return save_or_note(draw, file) or f"picture    {file} and .pdf"
 
-    worst_images: (N, 3, S, S), for every image. answers: the network's logits (N, C) for the images
-    and for the worst images. fooled: (N,) bool. Fooled, wrong and right images are shown in
-    proportion to their numbers.
+
+def draw_worst(file: Path, subject: Subject, worst: WorstImages, attacks: list[str]) -> str:
+    """Draw eight images with the worst one found for each -> a line that says so.
+
+    Fooled, wrong and right images are shown in proportion to their numbers.
     """
-    labels = subject.split.labels.cpu()
-    natural = answers[0].argmax(1) == labels
-    kind = torch.where(fooled, 0, torch.where(natural, 2, 1))
-    order = kind.argsort(stable=True)
-    chosen = order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
-
-    shares = [percent(kind == i) for i in range(3)]
-    tried = dict.fromkeys(name.partition(":")[0] for name in attacks)
+    fooled = worst.fooled
+    right = (worst.logits.argmax(1) == worst.labels) & ~fooled
+    wrong = ~right & ~fooled
+    order = torch.cat([kind.nonzero().squeeze(1) for kind in (fooled, wrong, right)])
+    places = torch.linspace(0, len(order) - 1, min(8, len(order)))
+    chosen = order[places.round().long()]
+    pairs = (worst.natural_images[chosen], worst.images[chosen])
+    answers = (worst.natural_logits[chosen], worst.logits[chosen])
     title = (
-        f"{len(chosen)} of {len(order)} images, spread evenly over {shares[0]:.1f} % fooled, "
-        f"{shares[1]:.1f} % wrong without an attack, {shares[2]:.1f} % right throughout\n"
-        f"below: the worst image that {', '.join(tried)} found at eps {eps_text(subject.eps)}"
+        f"Of {len(order)} images: {percent(fooled):.1f} % fooled, {percent(wrong):.1f} % wrong "
+        f"without an attack, {percent(right):.1f} % right throughout\n"
+        f"below: the worst image of {', '.join(attacks)} at eps {eps_text(subject.eps)}"
     )
-    images = as_input(subject.split.images.cpu()[chosen])
     draw = partial(
         draw_examples,
-        [x.expand(-1, 3, -1, -1) for x in (images, worst_images[chosen])],  # grey ones too
-        [logits[chosen].softmax(1) for logits in answers],
+        [images.expand(-1, 3, -1, -1) for images in pairs],  # grey ones too
+        [logits.softmax(1) for logits in answers],
         fooled[chosen],
-        labels[chosen],
+        worst.labels[chosen],
         subject.eps,
         subject.split.classes,
         title,
     )
-    return save_or_note(draw, file) or f"picture    {file} and .pdf"
+    return _picture(draw, file)
 
 
-def save_adversarial(file: Path, subject: Subject, images: Tensor, predicted: Tensor) -> str:
+def save_adversarial(file: Path, subject: Subject, worst: WorstImages) -> str:
     """Write the worst image found for each image to an npz -> a line that says so.
 
-    images: (N, 3, S, S) float32. predicted: (N,), the network's answers to them. The npz also holds
-    labels (N,), right (N,), eps and the threat model in words.
-    Errors: RunError where an image is not in the ball or not in [0, 1].
+    It holds images (N, 3, S, S) float32, labels (N,), predicted (N,), the network's answers to the
+    images, right (N,), eps and the threat model in words.
     """
-    eps = subject.eps
-    labels = subject.split.labels.cpu()
-    distance = (images - as_input(subject.split.images.cpu())).abs().amax().item()
-    if distance > eps + 1e-6 or images.min() < 0 or images.max() > 1:
-        raise RunError(
-            f"an attack left [0, 1] or the ball of {eps:.5g} (distance {distance:.5g}); "
-            "no images are saved"
-        )
-    right = predicted == labels
+    predicted = worst.logits.argmax(1)
+    right = predicted == worst.labels
 
     def write(part: Path) -> None:
         with open(part, "wb") as out:
             np.savez_compressed(
                 out,
-                images=images.numpy(),
-                labels=labels.numpy(),
+                images=worst.images.numpy(),
+                labels=worst.labels.numpy(),
                 predicted=predicted.numpy(),
                 right=right.numpy(),
-                eps=np.float32(eps),
-                threat_model=threat_model(eps),
+                eps=np.float32(subject.eps),
+                threat_model=threat_model(subject.eps),
             )
 
     write_atomically(file, write)
     wrong = int((~right).sum())
-    return f"saved      {file}: {len(images)} images, {wrong} of which the network gets wrong"
+    return f"saved      {file}: {len(right)} images, {wrong} of which the network gets wrong"

@@ -1,55 +1,64 @@
 """What test_white_attack.py does, in the order in which a row of its table comes about.
 
-`white_attack` evaluates each network that the command names. `evaluate` plans the attacks and runs
-them on blocks of 250 images. Each attack and block gives verdicts, which are cached in a file.
-Verdicts of all blocks make a row, rows make the worst case, and `report` formats the table.
+`evaluate` loads a network with its test images, plans the attacks, and runs them on blocks of 250
+images. Each attack and block gives verdicts, which are cached in a file. Verdicts of all blocks
+make a row, rows make the worst case, and `report` formats the table.
 """
 
-import hashlib
 import json
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import ReverseAttentionNetwork
 from utils import attacks
-from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, margins, noise, pgd
+from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, noise, pgd
 from utils.data.datasets import Split, as_input, checksum_of, numbers_of
 from utils.data.foreign import foreign_checksum
 from utils.data.subject import Subject, load_subject, over_images, right_or_not
 from utils.evaluation import report, results
 from utils.evaluation.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.evaluation.adaptive import View, adaptive, views
-from utils.evaluation.autoattack import BLOCK, Monitor, autoattack, square
+from utils.evaluation.autoattack import BLOCK, autoattack, square
 from utils.evaluation.autoattack import VERSION as AUTOATTACK_VERSION
+from utils.evaluation.cache import (
+    BlockCache,
+    Monitor,
+    Verdicts,
+    WorstImages,
+    images_checksum,
+    network_checksum,
+)
 from utils.evaluation.diagnostics import Diagnosis, Probe, diagnose, sanity_warnings
 from utils.evaluation.report import Row
 from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy
-from utils.system.checkpoints import checkpoint_file, load_model
+from utils.system.checkpoints import load_model
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
-from utils.system.files import read_arrays, require_writable, write_arrays, write_record
+from utils.system.files import require_writable, write_record
 from utils.system.log import open_log
 from utils.system.provenance import in_one_line, provenance
-from utils.system.settings import BLIND, Evaluation
+from utils.system.settings import Evaluation
 from utils.system.values import eps_text
 
 PACKAGE = "pyautoattack"  # AutoAttack, Square, and the APGD of the adaptive attack
-WORTH_CACHING = 10  # seconds of a part of an attack that are worth a file
+LIBRARY_VERSIONS = {  # of the attacks that it runs, which take all images of a block at once
+    "square": AUTOATTACK_VERSION,
+    "autoattack": AUTOATTACK_VERSION,
+    "adaptive": ADAPTIVE_VERSION,
+}
 RECORDED = (  # settings that white_attack.json keeps
     "num_steps",
     "random",
@@ -68,122 +77,150 @@ RECORDED = (  # settings that white_attack.json keeps
 
 def white_attack(settings: Evaluation) -> None:
     """Evaluate the network of --model, or those of --ckpt_url, and compare several."""
-    folders = [checkpoint_file(path).resolve().parent for path in settings.ckpt_url or ()]
-    if len(set(folders)) < len(folders):
-        raise UsageError(
-            "--ckpt_url names two checkpoints of one folder, whose files would replace each other"
-        )
-    records = [evaluate(settings, subject, folder) for subject, folder in subjects(settings)]
+    records = [evaluate(settings, path) for path in settings.ckpt_url or [None]]
     if len(records) > 1 and distributed.first():
         print(*results.table(results.grouped(records)), sep="\n")
 
 
-def subjects(settings: Evaluation) -> Iterator[tuple[Subject, Path]]:
-    """Yield each network with its test images, and the folder of its evaluation."""
-    if settings.model:
-        name = re.sub(r"\W+", "-", settings.model).strip("-") or "network"
-        yield load_subject(settings), Path("evaluated") / name
-    for path in settings.ckpt_url or ():
-        subject = load_subject(settings, path)
-        yield subject, subject.file.parent
-
-
-def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
+def evaluate(settings: Evaluation, path: str | None) -> dict:
     """Attack a network, and write its table, JSON, log and pictures.
 
-    Files go to `folder`, or beside --log_path. Returns the record that white_attack.json holds, an
-    empty one on other ranks than the first.
+    path: of its checkpoint, or None for --model. Files go beside the checkpoint, to ./evaluated, or
+    beside --log_path. Returns the record that white_attack.json holds, an empty one on other ranks
+    than the first.
     """
-    batch_size = settings.test_batch_size
-    recorded_settings = {name: getattr(settings, name) for name in RECORDED}
-    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
-    log_file = Path(settings.log_path or folder / "test.log")
-    saved_file = Path(settings.save_adversarial) if settings.save_adversarial else None
-    split = subject.split
-    if settings.diagnostics and subject.eps == 0:
-        raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
-    surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
-    if saved_file and saved_file.is_dir():
-        raise UsageError(f"--save-adversarial {saved_file} is a folder; name a file in it")
-    if saved_file:
-        hint = f"name another file by --save-adversarial than {saved_file}"
-        require_writable(saved_file.resolve().parent, hint)
-    if log_file.is_dir():
-        raise UsageError(f"--log_path {log_file} is a folder; name a file in it")
-    require_writable(log_file.parent, "name another folder by --log_path")
+    target = load(settings, path)
+    subject = target.subject
+    folder = target.log_file.parent
+    plans = planned_attacks(settings, target)
 
-    if settings.model:
-        checksum = foreign_checksum(subject.model, subject.info, split)
-    else:
-        checksum = network_checksum(subject.model, subject.info)
-    identity = {"network": checksum, "images": images_checksum(split), "eps": subject.eps}
-
-    subject = subject._replace(model=attack_copy(subject.model))
-    surrogate_copy = attack_copy(surrogate.model) if surrogate else None
-    origin = provenance(split.labels.device, settings.seed, [PACKAGE])
+    origin = provenance(subject.split.labels.device, settings.seed, [PACKAGE])
     made = f"{origin['started']}, {origin['device']}"
-    log = open_log(log_file)
+    log = open_log(target.log_file)
     log(in_one_line(origin))
-    cache = BlockCache(log_file.parent / "white_attack.blocks", checksum, made)
-    view_by_name = views(
-        subject.info["reverse_attention"],
-        subject.auxiliary_weight,
-        surrogate_copy,
-        predict=subject.head,
-        **subject.gates,
-    )
-    plans = planned_attacks(settings, subject, view_by_name, surrogate)
     log(f"{subject.file}: {subject.described()}")
     log(
         f"eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, "
-        f"{'random' if settings.random else 'natural'} start, seed {settings.seed}"
+        f"{'random' if settings.random else 'natural'} start, seed {settings.seed}; adaptive "
+        f"attack: {settings.restarts} starts of PGD, {settings.apgd_steps} steps of APGD"
     )
-    log(
-        f"blocks of {BLOCK} images, each cached in {cache.folder} when an attack has finished it; "
-        "AutoAttack and adaptive attacks take long, and --n-examples N takes fewer images"
-    )
+    log(f"blocks of {BLOCK} images, each cached when an attack has finished it")
 
     with stop_signals(stop), computing(settings.precision):
-        warnings = sanity_warnings(subject.model, split, by_gradient)
-        rows, worst = run_attacks(subject.model, split, plans, cache, batch_size)
-        diagnosis = None
+        warnings = sanity_warnings(subject.model, subject.split)
+        natural, worst = classify(subject, settings.test_batch_size)
+        rows = {"natural": natural}
+        cache = BlockCache(folder / "white_attack.blocks", target.identity["network"], made)
+        rows |= run_attacks(subject, natural.right, plans, cache, settings.test_batch_size, worst)
         if settings.diagnostics:
-            natural = rows["natural"].right
-            rows["diagnostics"], diagnosis = run_diagnostics(
-                subject, natural, worst, view_by_name, settings.seed, batch_size
-            )
-        if not distributed.first():
-            return {}
-        logits = logits_of(subject.model, as_input(split.images.cpu()), split.labels.device)
-        worst_logits = logits_of(subject.model, worst.images, split.labels.device)
+            rows["diagnostics"], diagnosis = run_diagnostics(settings, target, natural.right, worst)
+    if not distributed.first():
+        return {}
 
-    attacked = [name for name in rows if name != "natural"]
-    rows |= earlier_rows(log_file.with_name(FILE), identity, rows, warnings)
+    rows |= earlier_rows(folder / FILE, target.identity, rows, warnings)
     rows |= worst_cases(rows, subject.info)
-    subject = subject._replace(notes=[*subject.notes, *weaker_than_usual(rows)])
-
-    record = report.record(rows, subject, warnings, recorded_settings, made)
+    record = report.record(rows, subject, warnings, made)
+    record["settings"] |= {name: getattr(settings, name) for name in RECORDED}
     record["provenance"] = origin
+    record["identity"] = target.identity
     record["predicted"] = {
-        "natural": logits.argmax(1).tolist(),
-        "worst case": worst_logits.argmax(1).tolist(),
+        "natural": worst.natural_logits.argmax(1).tolist(),
+        "worst case": worst.logits.argmax(1).tolist(),
     }
-    record["identity"] = identity
-    if diagnosis is not None:
+    if settings.diagnostics:
         record["diagnostics"] = report.diagnosis_record(diagnosis)
-        for line in report.diagnosis_lines(diagnosis, subject, log_file.parent):
-            log(line)
-    write_record(log_file.with_name(FILE), record)
+    write_record(folder / FILE, record)
 
+    if settings.diagnostics:
+        for line in report.diagnosis_lines(diagnosis, subject, folder):
+            log(line)
     for line in report.table(rows, subject, warnings):
         log(line)
-    if attacked:
-        picture = log_file.with_name("adversarial_examples.png")
-        answers = [logits, worst_logits]
-        log(report.draw_worst(picture, subject, worst.images, answers, worst.fooled, attacked))
-    if saved_file:
-        log(report.save_adversarial(saved_file, subject, worst.images, worst_logits.argmax(1)))
+    kinds = [kind for kind in settings.attacks if kind != "natural"]
+    if kinds:
+        log(report.draw_worst(folder / "adversarial_examples.png", subject, worst, kinds))
+    if target.saved_file:
+        log(report.save_adversarial(target.saved_file, subject, worst))
     return record
+
+
+# What is attacked, and where its files go
+
+
+class Target(NamedTuple):
+    """A network to attack, with all that is loaded for it.
+
+    subject, surrogate: their models are the copies that attacks see. identity: what rows of
+    several evaluations have in common if they belong together: checksums of the network and of the
+    images, and eps. saved_file: that of --save-adversarial.
+    """
+
+    subject: Subject
+    surrogate: nn.Module | None
+    identity: dict[str, object]
+    log_file: Path
+    saved_file: Path | None
+
+    @property
+    def views(self) -> dict[str, View]:
+        """What the adaptive attack ascends, by name."""
+        return views(
+            self.subject.info["reverse_attention"],
+            self.subject.auxiliary_weight,
+            self.surrogate,
+            predict=self.subject.head,
+            **self.subject.gates,
+        )
+
+
+def load(settings: Evaluation, path: str | None) -> Target:
+    """Load a network with its test images and the surrogate, and find where files go.
+
+    Errors: UsageError where one of them cannot be loaded, or a file cannot be written.
+    """
+    subject = load_subject(settings, path)
+    if path is None:
+        checksum = foreign_checksum(subject.model, subject.info, subject.split)
+        folder = Path("evaluated") / re.sub(r"\W+", "-", settings.model).strip("-")
+    else:
+        checksum = network_checksum(subject.model, subject.info)
+        folder = subject.file.parent
+    if settings.diagnostics and subject.eps == 0:
+        raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
+    surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
+
+    log_file = Path(settings.log_path or folder / "test.log")
+    saved_file = Path(settings.save_adversarial) if settings.save_adversarial else None
+    for flag, file in (("--log_path", log_file), ("--save-adversarial", saved_file)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{flag} {file} is a folder; name a file in it")
+        if file is not None:
+            require_writable(file.parent, f"name a file in another folder by {flag}")
+
+    images = images_checksum(subject.split)
+    identity = {"network": checksum, "images": images, "eps": subject.eps}
+    subject = subject._replace(model=attack_copy(subject.model))
+    return Target(subject, surrogate, identity, log_file, saved_file)
+
+
+def load_surrogate(path: str, subject: Subject) -> nn.Module:
+    """Load the network of --surrogate, on the subject's device.
+
+    Errors: UsageError where it has another number of classes.
+    """
+    model, info = load_model(path, subject.split.labels.device)
+    classes = len(subject.split.classes)
+    if info["num_classes"] != classes:
+        raise UsageError(
+            f"--surrogate {path} has {info['num_classes']} classes and {subject.dataset} has "
+            f"{classes}; name a network that was trained on the same classes"
+        )
+    return attack_copy(model)
+
+
+def attack_copy(model: nn.Module) -> nn.Module:
+    """Return the network that attacks call: a fast copy of one of ours, else the network itself."""
+    return AttackCopy(model).net if isinstance(model, ReverseAttentionNetwork) else model
 
 
 # The plan: which attacks, with which settings
@@ -192,337 +229,166 @@ def evaluate(settings: Evaluation, subject: Subject, folder: Path) -> dict:
 class PlannedAttack(NamedTuple):
     """An attack of the table.
 
-    build(**arguments) makes it; None stands for no attack. settings: all that its results depend on
-    besides network and images, as plain values. An attack by_library also takes a monitor, and all
-    images of a block at once.
+    kind: the word of --attacks that asks for it. build(**arguments) makes it. settings: all that
+    its results depend on besides network and images, as plain values.
     """
 
-    build: Callable[..., Attack] | None
+    kind: str
+    build: Callable[..., Attack]
     arguments: dict[str, object]
     settings: dict[str, object]
-    by_library: bool
 
 
-class Surrogate(NamedTuple):
-    """The network of --surrogate, and its checksum."""
-
-    model: nn.Module
-    checksum: str
-
-
-def planned_attacks(
-    settings: Evaluation,
-    subject: Subject,
-    view_by_name: dict[str, View],
-    surrogate: Surrogate | None = None,
-) -> dict[str, PlannedAttack]:
-    """Return the attacks of --attacks by their names in the table, `natural` first.
-
-    view_by_name: the views of the adaptive attack.
-    """
-    eps = subject.eps
+def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAttack]:
+    """Return the attacks of --attacks by their names in the table."""
+    eps = target.subject.eps
     steps = settings.num_steps
     half = max(1, steps // 2)
     common = {"eps": eps, "seed": settings.seed}
-    stepped = {**common, "step_size": subject.step_size, "steps": steps}
-    pgd_arguments = {**stepped, "start": "uniform" if settings.random else "image"}
-    adaptive_arguments = {
-        **stepped,
-        "restarts": settings.restarts,
-        "apgd_steps": settings.apgd_steps,
-    }
+    stepped = {**common, "step_size": target.subject.step_size, "steps": steps}
+    from_start = {**stepped, "start": "uniform" if settings.random else "image"}
+    one_step = {**from_start, "step_size": eps, "steps": 1}
+    searched = {**stepped, "restarts": settings.restarts, "apgd_steps": settings.apgd_steps}
     ce_pgd = partial(pgd, cross_entropy)
 
-    # the flag, the name in the table, what makes the attack, its arguments
-    table = [
-        ("fgsm", "FGSM", ce_pgd, {**pgd_arguments, "step_size": eps, "steps": 1}),
-        ("pgd", f"PGD-{steps}", ce_pgd, pgd_arguments),
-        ("cw", f"CW-{half}", partial(pgd, margin), {**pgd_arguments, "steps": half}),
-        ("noise", f"noise, {NOISE_DRAWS} draws", noise, {**common, "draws": NOISE_DRAWS}),
-        ("square", "Square", square, common),
-    ]
-    if surrogate is not None:
-        transfer = partial(pgd, lambda _, labels: cross_entropy(surrogate.model, labels))
-        table.append(("transfer", f"transfer PGD-{steps}", transfer, pgd_arguments))
-    table.append(("autoattack", "AutoAttack", autoattack, common))
-    for view_name, view in view_by_name.items():
-        attack = partial(adaptive, view)
-        table.append(("adaptive", ADAPTIVE + view_name, attack, adaptive_arguments))
+    plans: dict[str, PlannedAttack] = {}
 
-    library_versions = {
-        "square": AUTOATTACK_VERSION,
-        "autoattack": AUTOATTACK_VERSION,
-        "adaptive": ADAPTIVE_VERSION,
-    }
-    plans = {"natural": PlannedAttack(None, {}, {"version": attacks.VERSION}, False)}
-    for flag, name, build, arguments in table:
-        if flag not in settings.attacks:
-            continue
-        depends = {**arguments, "version": attacks.VERSION}
-        if flag in library_versions:
-            depends["library"] = f"{library_versions[flag]}, {metadata.version(PACKAGE)}"
-        if settings.precision != "default":
-            depends["precision"] = settings.precision
-        if name == ADAPTIVE + "over heads":
-            depends["auxiliary weight"] = subject.auxiliary_weight
-        if flag == "transfer" or name == ADAPTIVE + "surrogate":
-            depends["surrogate"] = surrogate.checksum
-        plans[name] = PlannedAttack(build, arguments, depends, flag in library_versions)
+    def plan(kind: str, name: str, build: Callable, arguments: dict, **further: object) -> None:
+        """Add an attack if --attacks names its kind. further: what else its results depend on."""
+        if kind not in settings.attacks:
+            return
+        depends = {**arguments, **further, "version": attacks.VERSION}
+        depends["precision"] = settings.precision
+        if kind in LIBRARY_VERSIONS:
+            depends["library"] = f"{LIBRARY_VERSIONS[kind]}, {metadata.version(PACKAGE)}"
+        plans[name] = PlannedAttack(kind, build, arguments, depends)
+
+    plan("fgsm", "FGSM", ce_pgd, one_step)
+    plan("pgd", f"PGD-{steps}", ce_pgd, from_start)
+    plan("cw", f"CW-{half}", partial(pgd, margin), {**from_start, "steps": half})
+    plan("noise", f"noise, {NOISE_DRAWS} draws", noise, {**common, "draws": NOISE_DRAWS})
+    plan("square", "Square", square, common)
+    if target.surrogate is not None:
+        checksum = checksum_of(target.surrogate.state_dict().values())
+        transfer = partial(pgd, lambda _, labels: cross_entropy(target.surrogate, labels))
+        plan("transfer", f"transfer PGD-{steps}", transfer, from_start, surrogate=checksum)
+    plan("autoattack", "AutoAttack", autoattack, common)
+    for name, view in target.views.items():
+        further = {}
+        if name == "over heads":
+            further["auxiliary weight"] = target.subject.auxiliary_weight
+        if name == "surrogate":
+            further["surrogate"] = checksum
+        plan("adaptive", ADAPTIVE + name, partial(adaptive, view), searched, **further)
     return plans
 
 
 # Attacks on blocks of images
 
 
-class Verdicts(NamedTuple):
-    """What an attack finds on a block of n images.
-
-    right: (n,) bool. images: (m, 3, S, S), an adversarial one for each image that it fools, in
-    order. margins: (m,), their largest other logit less the label's. notes: what a reader must
-    know. parts: names of the attack's parts, how many images each was given, and seconds. made:
-    when and where, if an earlier evaluation found them.
-    """
-
-    right: Tensor
-    images: Tensor
-    margins: Tensor
-    seconds: float
-    notes: list[str]
-    parts: list[tuple[str, int, float]]
-    made: str = ""
-
-
-class WorstImages:
-    """For each image the adversarial one with the largest margin, or the image if none fools it.
-
-    images: (N, 3, S, S) float32 on the CPU. margins: (N,), -inf where no attack fools the image.
-    """
-
-    def __init__(self, split: Split) -> None:
-        """Begin with the images themselves."""
-        self.images = as_input(split.images.cpu())
-        self.margins = torch.full((len(split.labels),), -torch.inf)
-
-    @property
-    def fooled(self) -> Tensor:
-        """(N,) bool, the images that some attack fools."""
-        return self.margins > -torch.inf
-
-    def take(self, rows: Tensor, images: Tensor, margins: Tensor) -> None:
-        """Take what is worse than before, for the images at `rows`."""
-        worse = margins > self.margins[rows]
-        self.images[rows[worse]] = images[worse]
-        self.margins[rows[worse]] = margins[worse]
-
-    def join(self) -> None:
-        """Take what other ranks have found."""
-        rows = self.fooled.nonzero().squeeze(1)
-        for others in distributed.gathered((rows, self.images[rows], self.margins[rows])):
-            self.take(*others)
+def classify(subject: Subject, batch_size: int) -> tuple[Row, WorstImages]:
+    """Classify the images without an attack; each rank does so for all of them."""
+    began = time.perf_counter()
+    split = subject.split
+    work = partial(right_or_not, subject.model, None)
+    every = torch.arange(len(split.labels))
+    right, images, logits = over_images(split, every, batch_size, work, shared=False)
+    row = Row(right, time.perf_counter() - began, settings={"version": attacks.VERSION})
+    return row, WorstImages(images, logits, split.labels.cpu())
 
 
 def run_attacks(
-    model: nn.Module,
-    split: Split,
+    subject: Subject,
+    natural: Tensor,
     plans: dict[str, PlannedAttack],
-    cache: "BlockCache",
+    cache: BlockCache,
     batch_size: int,
-) -> tuple[dict[str, Row], WorstImages]:
-    """Run every attack on every block, or read its verdicts from the cache; ranks share blocks."""
+    worst: WorstImages,
+) -> dict[str, Row]:
+    """Run every attack on every block, or read its verdicts from the cache; ranks share blocks.
+
+    natural: (N,) bool, the images to attack, those that are right without an attack. `worst` takes
+    the adversarial images.
+    """
+    split = subject.split
     blocks = torch.arange(len(split.labels)).split(BLOCK)
     mine = range(distributed.rank(), len(blocks), distributed.world())
-    worst = WorstImages(split)
-    verdicts_by_block: list[tuple[int, str, Verdicts]] = []
-    bar = tqdm(
-        total=len(mine) * len(plans), unit="attack", leave=False, disable=distributed.quiet()
-    )
-    with bar:
+    verdicts_by_block: dict[int, dict[str, Verdicts]] = {}
+    count = len(mine) * len(plans)
+    with tqdm(total=count, unit="attack", leave=False, disable=distributed.quiet()) as bar:
         for i in mine:
-            numbers = blocks[i]
-            block = split.take(numbers.to(split.labels.device))
-            block = block._replace(numbers=numbers_of(split)[numbers])
-            natural = None
+            rows = blocks[i]
+            block = split.take(rows.to(split.labels.device))
+            block = block._replace(numbers=numbers_of(split)[rows])
+            verdicts_by_block[i] = {}
             for name, plan in plans.items():
                 bar.set_description(name)
                 bar.set_postfix_str("")
-                file = cache.file(name, plan, block)
+                file = cache.file(name, plan.settings, block)
                 verdicts = cache.load(file)
                 if verdicts is None:
-                    monitor = CachingMonitor(file.with_suffix(".parts"), bar.set_postfix_str)
-                    verdicts = attack_block(model, block, plan, natural, batch_size, monitor)
+                    monitor = Monitor(file.with_suffix(".parts"), bar.set_postfix_str)
+                    verdicts = attack_block(
+                        subject.model, block, plan, natural[rows], batch_size, monitor
+                    )
                     cache.save(file, verdicts)
                     monitor.file.unlink(missing_ok=True)
-                if natural is None:
-                    natural = verdicts.right
-                fooled = numbers[natural & ~verdicts.right]
-                worst.take(fooled, verdicts.images, verdicts.margins)
-                without_images = verdicts._replace(images=None, margins=None)
-                verdicts_by_block.append((i, name, without_images))
+                fooled = rows[natural[rows] & ~verdicts.right]
+                worst.take(fooled, verdicts.images, verdicts.logits)
+                verdicts_by_block[i][name] = verdicts._replace(images=None, logits=None)
                 bar.update()
 
-    worst.join()
-    gathered = [entry for rank in distributed.gathered(verdicts_by_block) for entry in rank]
-    gathered.sort(key=lambda entry: entry[0])
-    rows = {}
-    for name, plan in plans.items():
-        verdicts_of_blocks = [verdicts for _, other, verdicts in gathered if other == name]
-        rows[name] = joined_row(verdicts_of_blocks, plan)
-    return rows, worst
+    for of_rank in distributed.gathered(worst.among(worst.fooled)):
+        worst.take(*of_rank)
+    for of_rank in distributed.gathered(verdicts_by_block):
+        verdicts_by_block |= of_rank
+    in_order = [verdicts_by_block[i] for i in range(len(blocks))]
+    return {
+        name: joined_row([verdicts[name] for verdicts in in_order], plan)
+        for name, plan in plans.items()
+    }
 
 
 def attack_block(
     model: nn.Module,
     block: Split,
     plan: PlannedAttack,
-    natural: Tensor | None,
+    natural: Tensor,
     batch_size: int,
-    monitor: "CachingMonitor",
+    monitor: Monitor,
 ) -> Verdicts:
-    """Attack the images of a block that are right without an attack, all if natural is None."""
+    """Attack the images of a block that are right without an attack: `natural`, (n,) bool."""
     began = time.perf_counter()
-    attack = None
-    if plan.build is not None:
-        extra = {"monitor": monitor} if plan.by_library else {}
-        attack = plan.build(**plan.arguments, **extra)
-    rows = torch.arange(len(block.labels)) if natural is None else natural.nonzero().squeeze(1)
-    right = torch.zeros(len(block.labels), dtype=torch.bool)
+    in_parts = {"monitor": monitor} if plan.kind in ("autoattack", "adaptive") else {}
+    attack = plan.build(**plan.arguments, **in_parts)
+    rows = natural.nonzero().squeeze(1)
+    right = torch.zeros_like(natural)
     images = as_input(block.images[:0]).cpu()
-    over = torch.zeros(0)
+    logits = torch.zeros(0, len(block.classes))
     if len(rows):
-        size = BLOCK if plan.by_library else batch_size
+        size = BLOCK if plan.kind in LIBRARY_VERSIONS else batch_size
         work = partial(right_or_not, model, attack)
-        right[rows], x, logits = over_images(block, rows, size, work, shared=False)
-        if natural is not None:
-            fooled = ~right[rows]
-            images = x[fooled]
-            over = margins(logits, block.labels.cpu()[rows])[fooled]
-
-    seconds = time.perf_counter() - began + monitor.seconds_before
-    return Verdicts(right, images, over, seconds, monitor.warnings, monitor.runs)
-
-
-# Verdicts, cached
-
-
-class BlockCache:
-    """Verdicts of finished blocks, an npz file for each attack and block.
-
-    A file is named by the network, the images, the attack, its settings and its version.
-    """
-
-    def __init__(self, folder: Path, network: str, made: str) -> None:
-        """Cache in `folder`. network: its checksum. made: when and where verdicts are made."""
-        self.folder = folder
-        self.network = network
-        self.made = made
-
-    def file(self, name: str, plan: PlannedAttack, block: Split) -> Path:
-        """Return the file of an attack's verdicts on a block."""
-        about = [self.network, name, plan.settings]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        digest.update(images_checksum(block).encode())
-        readable = re.sub("[^a-z0-9]+", "-", name.lower())
-        return self.folder / f"{readable}-{digest.hexdigest()[:24]}.npz"
-
-    def load(self, file: Path) -> Verdicts | None:
-        """Read verdicts; None where there are none that can be read."""
-        try:
-            settings, arrays = read_arrays(file)
-        except UsageError:
-            return None
-        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-        return Verdicts(**tensors, **settings)
-
-    def save(self, file: Path, verdicts: Verdicts) -> None:
-        """Write verdicts, so that a later evaluation, or this one after a stop, reads them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "seconds": verdicts.seconds,
-            "notes": verdicts.notes,
-            "parts": verdicts.parts,
-            "made": self.made,
-        }
-        write_arrays(
-            file,
-            settings,
-            right=verdicts.right.numpy(),
-            images=verdicts.images.numpy(),
-            margins=verdicts.margins.numpy(),
-        )
-
-
-class CachingMonitor(Monitor):
-    """Watches an attack on a block, and caches its finished parts, so that a stop loses only one.
-
-    A part's images are used again for the very images and labels that the part was given.
-    """
-
-    def __init__(self, file: Path, show: Callable[[str], None] = lambda line: None) -> None:
-        """Read what an earlier process has cached in `file`. show: takes lines of progress."""
-        self.file = file
-        self.progress = show
-        self.warnings: list[str] = []
-        self.warn = self.warnings.append
-        self.runs: list[tuple[str, int, float]] = []  # parts, images they were given, seconds
-        self.seconds_before = 0.0
-        self.seconds: dict[str, float] = {}
-        self.arrays: dict[str, np.ndarray] = {}
-        with suppress(UsageError):  # nothing is cached
-            self.seconds, self.arrays = read_arrays(file)
-
-    def run_part(
-        self, name: str, attack: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor
-    ) -> Tensor:
-        """Return attack(x, labels), or the images that an earlier process found."""
-        key = f"{name} {checksum_of([x, labels])[:24]}"
-        if key in self.arrays:
-            self.seconds_before += self.seconds[key]
-        else:
-            began = time.perf_counter()
-            self.arrays[key] = attack(x, labels).detach().cpu().numpy()
-            self.seconds[key] = time.perf_counter() - began
-            if self.seconds[key] >= WORTH_CACHING:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                write_arrays(self.file, self.seconds, **self.arrays)
-        self.runs.append((name, len(x), self.seconds[key]))
-        return torch.from_numpy(self.arrays[key]).to(x)
-
-
-def images_checksum(split: Split) -> str:
-    """Return a checksum of the images of a split, their labels and their numbers."""
-    return checksum_of(value for value in split if isinstance(value, Tensor))
-
-
-def network_checksum(model: nn.Module, info: dict) -> str:
-    """Return a checksum of a network: its weights, and what its checkpoint says it is."""
-    keys = ("arch", "width", "image_size", "reverse_attention", "gate", "ra_blocks", "mean", "std")
-    about = [info.get(key) for key in keys]
-    weights = checksum_of(model.state_dict().values())
-    return hashlib.sha256(f"{about} {model.predict} {weights}".encode()).hexdigest()
+        right[rows], images, logits = over_images(block, rows, size, work, shared=False)
+    fooled = ~right[rows]
+    seconds_of_parts = sum(seconds for _, _, seconds in monitor.parts)  # some of before a stop
+    seconds = max(time.perf_counter() - began, seconds_of_parts)
+    return Verdicts(right, images[fooled], logits[fooled], seconds, monitor.warnings, monitor.parts)
 
 
 # Rows of the table
 
 
 def joined_row(blocks: list[Verdicts], plan: PlannedAttack) -> Row:
-    """Join an attack's verdicts on all blocks, in order, to its row of the table.
-
-    Of notes that are alike but for their numbers the first is taken.
-    """
-    alike: dict[str, list[str]] = {}
-    for block in blocks:
-        for note in block.notes:
-            alike.setdefault(re.sub(r"\d+", "", note), []).append(note)
-    notes = []
-    for first, *others in alike.values():
-        notes.append(f"{first} (and {len(others)} notes like it)" if others else first)
-
+    """Join an attack's verdicts on all blocks, in order, to its row of the table."""
+    # Of notes that are alike but for their numbers one is enough.
+    alike = {re.sub(r"\d+", "", note): note for block in blocks for note in block.notes}
+    notes = list(alike.values())
     cached = [block.made for block in blocks if block.made]
     if cached:
         whole = f"{len(cached)} of {len(blocks)} blocks of {BLOCK} images"
         notes.append(f"{whole} were cached by an earlier evaluation ({cached[0]})")
 
-    parts = parts_of_autoattack(blocks) if plan.build is autoattack else {}
+    parts = parts_of_autoattack(blocks) if plan.kind == "autoattack" else {}
     for name, part in parts.items():
         notes.append(f"{part['robust_accuracy']:.2f} % after {name}, {part['seconds']:.1f} s")
     right = torch.cat([block.right for block in blocks])
@@ -543,41 +409,36 @@ def parts_of_autoattack(blocks: list[Verdicts]) -> dict[str, dict[str, float]]:
     return parts
 
 
+@computing("fp32")
 def run_diagnostics(
-    subject: Subject,
-    natural: Tensor,
-    worst: WorstImages,
-    view_by_name: dict[str, View],
-    seed: int,
-    batch_size: int,
+    settings: Evaluation, target: Target, natural: Tensor, worst: WorstImages
 ) -> tuple[Row, Diagnosis]:
     """Look for signs of gradient masking; `worst` takes the images that fool the network."""
     began = time.perf_counter()
-    fooling = WorstImages(subject.split)
-    bar = tqdm(
-        desc="diagnostics",
-        bar_format="{desc}: {postfix} {elapsed}",
-        leave=False,
-        disable=distributed.quiet(),
-    )
-    with bar, computing("fp32"):
+    subject = target.subject
+    fooling = WorstImages(worst.natural_images, worst.natural_logits, worst.labels)
+    form = "{desc}: {postfix} {elapsed}"
+    quiet = distributed.quiet()
+    with tqdm(desc="diagnostics", bar_format=form, leave=False, disable=quiet) as bar:
         probe = Probe(
             subject.model,
             subject.split,
             natural,
             subject.eps,
             subject.step_size,
-            seed,
-            batch_size,
-            fooling.take,
+            settings.seed,
+            settings.test_batch_size,
+            fooling,
             bar.set_postfix_str,
         )
-        diagnosis = diagnose(probe, view_by_name)
-    rows = fooling.fooled.nonzero().squeeze(1)
-    worst.take(rows, fooling.images[rows], fooling.margins[rows])
-    settings = {"step_size": subject.step_size, "seed": seed}
-    right = natural & ~fooling.fooled
-    return Row(right, time.perf_counter() - began, settings=settings), diagnosis
+        diagnosis = diagnose(probe, target.views)
+    worst.take(*fooling.among(natural))
+    row = Row(
+        natural & ~fooling.fooled,
+        time.perf_counter() - began,
+        settings={"step_size": subject.step_size, "seed": settings.seed},
+    )
+    return row, diagnosis
 
 
 def earlier_rows(
@@ -590,9 +451,9 @@ def earlier_rows(
     """
     try:
         newest = json.loads(file.read_text(encoding="utf-8"))
-        records = [newest, *reversed(newest["earlier"])]
-    except (OSError, ValueError, LookupError, TypeError):  # there is none
+    except (OSError, ValueError):  # there is none
         return {}
+    records = [newest, *reversed(newest["earlier"])]
     same = [record for record in records if record.get("identity") == identity]
     if not same:
         return {}
@@ -606,9 +467,7 @@ def earlier_rows(
         if attack_name in rows:
             now = rows[attack_name].settings
             differing = [
-                f"{key} {settings.get(key)}"
-                for key in {**settings, **now}
-                if settings.get(key) != now.get(key)
+                f"{key} {value}" for key, value in settings.items() if value != now.get(key)
             ]
             if not differing:
                 continue
@@ -628,74 +487,16 @@ def worst_cases(rows: dict[str, Row], network: dict) -> dict[str, Row]:
     """
     if report.overestimated(rows, network):
         return {}
-
-    def together(several: dict[str, Row]) -> Row:
-        seconds = sum(row.seconds for row in several.values())
-        return Row(report.lowest(several), seconds, [f"image by image, over {'; '.join(several)}"])
-
     worst = {}
-    of_views = {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
-    if len(of_views) > 1:
-        worst["adaptive, worst case"] = together(of_views)
-    if len(rows) > 2:
-        worst["worst case"] = together(rows)
+    for name, several in (
+        ("adaptive, worst case", report.adaptive_rows(rows)),
+        ("worst case", rows),
+    ):
+        if len(several.keys() - {"natural"}) > 1:
+            seconds = sum(row.seconds for row in several.values())
+            notes = [f"image by image, over {'; '.join(several)}"]
+            worst[name] = Row(report.lowest(several), seconds, notes)
     return worst
-
-
-def logits_of(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """Return a network's float32 logits, (N, C) on the CPU. images: (N, 3, S, S) on the CPU."""
-    with torch.no_grad(), computing("fp32"):
-        return torch.cat([model(part.to(device)).cpu() for part in images.split(BLOCK)])
-
-
-# What comes before the attacks
-
-
-def load_surrogate(path: str, subject: Subject) -> Surrogate:
-    """Load the network of --surrogate, on the subject's device.
-
-    Errors: UsageError where it does not take the subject's images, or has other classes.
-    """
-    images = subject.split.images
-    model, info = load_model(path, images.device)
-    classes = len(subject.split.classes)
-    side = images.shape[-1]
-    other_side = info["arch"].startswith("PreAct") and info["image_size"] != side
-    other_data = info["dataset"] not in (None, subject.dataset)
-    if other_side or other_data or info["num_classes"] != classes:
-        raise UsageError(
-            f"--surrogate {path} is a network of {info['num_classes']} classes of "
-            f"{info['dataset']}, side {info['image_size']}; name one of {classes} classes of "
-            f"{subject.dataset}, side {side}"
-        )
-    return Surrogate(model, network_checksum(model, info))
-
-
-def attack_copy(model: nn.Module) -> nn.Module:
-    """Return the network that attacks call: a fast copy of one of ours, else the network itself."""
-    return AttackCopy(model).net if isinstance(model, ReverseAttentionNetwork) else model
-
-
-def weaker_than_usual(rows: dict[str, Row]) -> list[str]:
-    """Return a note where settings of the adaptive attack are below the defaults."""
-    usual_settings = {
-        "restarts": Evaluation.restarts,
-        "steps": Evaluation.num_steps,
-        "apgd_steps": Evaluation.apgd_steps,
-    }
-    weaker_by_view: dict[str, list[list[str]]] = {}  # of each row of a view
-    for name, row in rows.items():
-        if name.startswith(ADAPTIVE):
-            weaker = [
-                f"{key} {row.settings[key]} for {usual}"
-                for key, usual in usual_settings.items()
-                if row.settings.get(key, usual) < usual
-            ]
-            weaker_by_view.setdefault(name.partition(" (")[0], []).append(weaker)
-    for of_rows in weaker_by_view.values():
-        if all(of_rows):
-            return [f"a weaker adaptive attack than usual: {', '.join(of_rows[0])}"]
-    return []
 
 
 def stop(signum: int, frame: object) -> None:
