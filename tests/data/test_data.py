@@ -191,13 +191,6 @@ def test_digits_are_those_of_scikit_learn_split_evenly(size):
     assert (abs(shares - 360 / 1797) < 0.01).all()
 
 
-def test_digits_are_always_split_alike():
-    train = load_split("digits", "train", "", 16)
-    torch.manual_seed(5)
-    np.random.seed(5)
-    assert torch.equal(load_split("digits", "train", "", 16).images, train.images)
-
-
 # folders
 
 
@@ -365,13 +358,6 @@ def load_first(root, array, name="0.png", kind="PNG", **options):
     image = array if isinstance(array, Image.Image) else Image.fromarray(array)
     image.save(root / "train" / "cat" / name, kind, **options)
     return as_array(load_folder(root))[0].astype(int)
-
-
-def test_the_first_frame_of_a_tiff_is_read(tmp_path):
-    grey = pixels(7, 16, 16)
-    frames = [Image.fromarray(255 - grey)]
-    image = load_first(tmp_path, grey, "0.TIFF", "TIFF", save_all=True, append_images=frames)
-    assert np.array_equal(image, np.dstack([grey, grey, grey]))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

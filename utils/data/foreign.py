@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from models import ReverseAttentionNetwork
 from utils.data.datasets import Split, as_input, checksum_of
 from utils.system.errors import UsageError, first_line
-from utils.system.settings import BLIND, Evaluation
 
 OURS = Path(__file__).resolve().parents[2]
 
@@ -31,7 +30,7 @@ class Foreign(nn.Module):
         return self.network(x).float()
 
 
-def load_foreign(model: str, device: torch.device) -> tuple[nn.Module, dict]:
+def load_foreign(model: str) -> tuple[nn.Module, dict]:
     """Call the function that --model names -> its network in eval mode, and what is known of it.
 
     Errors: UsageError where the function cannot be imported or called.
@@ -66,7 +65,7 @@ def load_foreign(model: str, device: torch.device) -> tuple[nn.Module, dict]:
         info["ra_blocks"] = network.ra_blocks
     else:
         network = Foreign(network)
-    return network.to(device).requires_grad_(False).eval(), info
+    return network.requires_grad_(False).eval(), info
 
 
 @contextmanager
@@ -90,28 +89,6 @@ def _imports_from(folder: Path) -> Iterator[None]:
 def _remove_modules(packages: set[str]) -> dict[str, ModuleType]:
     names = [name for name in sys.modules if name.partition(".")[0] in packages]
     return {name: sys.modules.pop(name) for name in names}
-
-
-def require_classifier(settings: Evaluation, network: nn.Module, split: Split) -> None:
-    """Try a network of --model on an image.
-
-    Errors: UsageError where its answer is not logits of a split's classes, or has no gradient and
-    the attacks of the settings need one.
-    """
-    x = as_input(split.images[:1]).requires_grad_()
-    classes = len(split.classes)
-    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
-    try:
-        logits = network(x)
-        if logits.shape != (1, classes):
-            raise ValueError(f"it answers with {tuple(logits.shape)}")
-        if by_gradient and not logits.requires_grad:
-            raise ValueError(f"without a gradient of the images only {', '.join(BLIND)} work")
-    except Exception as error:  # whatever the user's own code raises
-        raise UsageError(
-            f"--model {settings.model} must turn float32 images {tuple(x.shape)} into logits "
-            f"(N, {classes}): {type(error).__name__}: {first_line(error)}"
-        ) from error
 
 
 def foreign_checksum(network: nn.Module, info: dict, split: Split) -> str:

@@ -16,12 +16,20 @@ from utils.data.datasets import (
     load_split,
     numbers_of,
 )
-from utils.data.foreign import load_foreign, require_classifier
+from utils.data.foreign import load_foreign
 from utils.system import distributed
 from utils.system.checkpoints import checkpoint_file, load_model
 from utils.system.devices import computing, pick_device
-from utils.system.errors import RunError, UsageError
-from utils.system.settings import Checkpoint, Training, combined, dataset_defaults, fitting
+from utils.system.errors import RunError, UsageError, first_line
+from utils.system.settings import (
+    BLIND,
+    Checkpoint,
+    Evaluation,
+    Training,
+    combined,
+    dataset_defaults,
+    fitting,
+)
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -229,15 +237,13 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
     are the checkpoint's own, eps and step size the data set's, unless the command gave them.
     Errors: UsageError where network and images do not fit each other.
     """
-    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
     if path is None:
         file = Path(settings.model)
-        model, info = load_foreign(settings.model, device)
+        model, info = load_foreign(settings.model)
     else:
         file = checkpoint_file(path)
         model, info = load_model(
             file,
-            device,
             key=settings.key,
             predict=settings.predict,
             reverse_attention=False if settings.no_ra else None,
@@ -252,30 +258,46 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
         )
     dataset = info["dataset"] or settings.dataset or Training.dataset
     defaults = dataset_defaults(dataset)
-    side = info["image_size"] or settings.image_size or defaults.image_size
-    data_dir = settings.data_dir or _recorded_data_dir(dataset, info)
-    split = load_split(dataset, "test", data_dir, side, settings.n_examples).to(device)
-    if path is None:
-        require_classifier(settings, model, split)
-    else:
-        _require_classes(file, info, dataset, split.classes)
     eps = defaults.epsilon if settings.epsilon is None else settings.epsilon
     step_size = settings.step_size or defaults.step_size
-    return Subject(file, model, info, dataset, split, eps, step_size, info["notes"])
+    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
+    model.to(device)
 
-
-def _recorded_data_dir(dataset: str, info: dict) -> str:
-    """Return where the training had its images, or the default folder if that is not here."""
+    side = info["image_size"] or settings.image_size or defaults.image_size
     recorded = (info["recipe"] or {}).get("data_dir", Training.data_dir)
-    if dataset == "folder" or Path(recorded).is_dir():  # `folder` is another one elsewhere
-        return recorded
-    return Training.data_dir
+    if dataset != "folder" and not Path(recorded).is_dir():  # of a run on another machine
+        recorded = Training.data_dir
+    data_dir = settings.data_dir or recorded
+    split = load_split(dataset, "test", data_dir, side, settings.n_examples).to(device)
 
-
-def _require_classes(file: Path, info: dict, dataset: str, classes: tuple[str, ...]) -> None:
-    """Raise UsageError where a network was trained on other classes than those of a data set."""
-    if info["num_classes"] != len(classes) or info["classes"] not in (None, list(classes)):
+    classes = list(split.classes)
+    if path is None:
+        _require_classifier(settings, model, split)
+    elif info["num_classes"] != len(classes) or info["classes"] not in (None, classes):
         raise UsageError(
             f"{file} has {info['num_classes']} classes, other classes than those of {dataset}; "
             "name what it was trained on by --dataset and --data-dir"
         )
+    return Subject(file, model, info, dataset, split, eps, step_size, info["notes"])
+
+
+def _require_classifier(settings: Evaluation, network: nn.Module, split: Split) -> None:
+    """Try a network of --model on an image.
+
+    Errors: UsageError where its answer is not logits of a split's classes, or has no gradient and
+    the attacks of the settings need one.
+    """
+    x = as_input(split.images[:1]).requires_grad_()
+    classes = len(split.classes)
+    by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
+    try:
+        logits = network(x)
+        if logits.shape != (1, classes):
+            raise ValueError(f"it answers with {tuple(logits.shape)}")
+        if by_gradient and not logits.requires_grad:
+            raise ValueError(f"without a gradient of the images only {', '.join(BLIND)} work")
+    except Exception as error:  # whatever the user's own code raises
+        raise UsageError(
+            f"--model {settings.model} must turn float32 images {tuple(x.shape)} into logits "
+            f"(N, {classes}): {type(error).__name__}: {first_line(error)}"
+        ) from error
