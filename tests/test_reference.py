@@ -250,7 +250,7 @@ class Reference:
 
 
 def network(arch, attention, image_size, width):
-    """Return a small network in float64 with BatchNorms unlike new ones and confident predictions."""
+    """Return a small confident network in float64, with BatchNorms unlike new ones."""
     torch.manual_seed(3)
     model = build_model(
         arch, CLASSES, reverse_attention=attention, width=width, image_size=image_size

@@ -48,9 +48,9 @@ def choose_negatives(
         candidates &= (prediction != prediction[:, None]) & (prediction != labels[:, None])
 
     scores = logits.T[labels].masked_fill(~candidates, -torch.inf)  # logits of class y_n
-    values, best = scores.topk(min(chosen.shape[1], len(labels)), dim=1)
-    filled_up = chosen[:, : best.shape[1]]
-    chosen[:, : best.shape[1]] = torch.where(values > -torch.inf, best, filled_up)
+    count = min(chosen.shape[1], len(labels))
+    values, best = scores.topk(count, dim=1)
+    chosen[:, :count] = torch.where(values > -torch.inf, best, chosen[:, :count])
     return chosen
 
 

@@ -216,7 +216,7 @@ def training_loss(
         contrast = over_heads(anc, natural, negative, auxiliary_weight=auxiliary_weight)
         loss = loss + settings.zeta * contrast
 
-    with torch.no_grad():
+    with torch.no_grad():  # the other numbers are for the log alone
         shown = natural if settings.method == "trades" else adversarial
         kl = loss.new_zeros(())
         if not adversarial_only:
