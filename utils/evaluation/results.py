@@ -23,7 +23,6 @@ earlier         the records of earlier evaluations
 
 import argparse
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -120,9 +119,7 @@ def recipe_of(record: dict) -> dict[str, Any]:
         trained = restored(fitting(network["recipe"]))
         without = NOT_OF_THE_RECIPE.union(idle(trained))
         recipe = {key: value for key, value in asdict(trained).items() if key not in without}
-        for key in ("extra_data", "ckpt_url"):
-            recipe[key] = os.path.basename(getattr(trained, key) or "")
-        best = os.path.basename(file) == "best_adv_model.pt"
+        best = file.endswith("best_adv_model.pt")
         recipe["weights"] = "of the best epoch" if best else f"of epoch {network.get('epoch')}"
     return recipe | {
         "name": network.get("method"),

@@ -233,20 +233,22 @@ def file_stem(*parts: str) -> str:
 
 def require_own(files: Sequence[Path], subjects: Sequence[Subject]) -> None:
     """Make the folder of npz files. Errors: UsageError where one holds figures of other runs."""
-    checkpoints = [str(subject.file.resolve()) for subject in subjects]
     for file in files:
         require_writable(file.parent, OUT_HINT)
-        if file.exists():
-            settings, _ = read_arrays(file)
-            if [str(Path(path).resolve()) for path in settings["checkpoints"]] != checkpoints:
-                raise UsageError(f"{file} holds figures of another run; give --name or --out")
+        if file.exists() and read_arrays(file)[0].get("checkpoints") != checkpoint_paths(subjects):
+            raise UsageError(f"{file} holds figures of another run; give --name or --out")
+
+
+def checkpoint_paths(subjects: Sequence[Subject]) -> list[str]:
+    """Return the absolute paths of the checkpoints of some runs."""
+    return [str(subject.file.resolve()) for subject in subjects]
 
 
 def describe_origin(subjects: Sequence[Subject], settings: Distances | Umap) -> dict:
     """Return what every npz file says of the checkpoints, the attack and the computer."""
     first = subjects[0]
     return {
-        "checkpoints": [str(subject.file) for subject in subjects],
+        "checkpoints": checkpoint_paths(subjects),
         "dataset": first.dataset,
         "features": settings.features,
         "epsilon": first.eps,
@@ -486,16 +488,15 @@ def draw_umap(settings: Umap) -> None:
     if not distributed.first():
         return
     panels = []
+    measured = {}
     for subject, name, features in zip(subjects, names, by_kind, strict=True):
-        panels.append(embed_run(subject, name, features, settings))
+        panel = embed_run(subject, name, features, settings)
+        panels.append(panel)
+        measured.update({f"{name}, {key}": value for key, value in panel.measured.items()})
 
     split = subjects[0].split
     labels = split.labels.cpu().numpy()
     kinds = list(by_kind[0])
-    measured = {}
-    for panel in panels:
-        for key, numbers in panel.measured.items():
-            measured[f"{panel.name}, {key}"] = numbers
     about = {"names": list(names), "kinds": kinds, "measured": measured}
     arrays = {f"embedding_{i}": panel.points for i, panel in enumerate(panels)}
     write_arrays(
