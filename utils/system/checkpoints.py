@@ -1,7 +1,6 @@
 """Checkpoints: files that say which network they hold, read without running code."""
 
 import io
-import os
 import warnings
 from collections import OrderedDict
 from contextlib import suppress
@@ -81,7 +80,9 @@ def read(path: Path) -> dict:
         raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder")
     try:
         if path.suffix == ".safetensors":
-            content = _read_safetensors(path)
+            from safetensors.torch import load_file
+
+            content = load_file(path)
         else:
             content = _read_pickle(path)
     except ImportError as error:
@@ -96,15 +97,8 @@ def read(path: Path) -> dict:
             f"TorchScript module, a failed download or truncated; it begins with {beginning}"
         ) from error
     if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UsageError(f"{path} holds a {kind}, not a state dict; save .state_dict()")
+        raise UsageError(f"{path} holds no state dict; save .state_dict()")
     return content
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _read_pickle(path: Path) -> object:
@@ -128,7 +122,7 @@ def checkpoint_file(path: str | Path) -> Path:
 
     Errors: UsageError where a folder holds neither.
     """
-    path = Path(os.path.expanduser(path))
+    path = Path(path).expanduser()
     if not path.is_dir():
         return path
     for name in (BEST, LAST):
@@ -267,7 +261,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()
-        raise UsageError(f"{path} does not fit this network: {problem[:300]}") from error
+        raise UsageError(f"{path} does not fit this network: {problem:.300}") from error
     for name, value in state.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} is not finite; the training that wrote it had failed")
@@ -308,7 +302,7 @@ def find_weights(
     if not chosen:
         wanted = f"network called {key}" if key else f"network known here ({', '.join(ARCHS)})"
         held = ", ".join(networks or map(str, content)) or "nothing"
-        raise UsageError(f"{path} is no checkpoint of a {wanted}; it holds {held[:400]}")
+        raise UsageError(f"{path} is no checkpoint of a {wanted}; it holds {held:.400}")
 
     prefix = chosen[0]
     others = [other for other in networks if other != prefix]
@@ -328,7 +322,7 @@ def find_weights(
     if prefix:
         notes.append(f"weights: {prefix[:-1]}")
     if others:
-        notes.append(f"other weights, which --key takes: {', '.join(others[:9])}")
+        notes.append(f"other weights, which --key takes: {', '.join(others)}")
     return state, normalisation, notes
 
 

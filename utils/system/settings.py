@@ -1,7 +1,7 @@
 """Every setting, once: its name, type, default and a line of help.
 
 Command lines, --help, what a run stores, what may change on resume and the name of a run's folder
-are derived from the five classes below. The value of a setting comes from the command, else from
+are derived from the classes below. The value of a setting comes from the command, else from
 `DEFAULTS_OF`, else from the script's own recipe, else from the class.
 """
 
@@ -489,8 +489,11 @@ def combined(recipe: Mapping[str, Any]) -> list[str]:
         default = getattr(Training, name)
         value = recipe.get(name, default)
         without_effect = recipe.get("no_ra") and name in ("gate", "ra_blocks")
-        if value != default and not without_effect:
-            parts.append(f"{title} {os.path.basename(value) if name == 'extra_data' else value}")
+        if value == default or without_effect:
+            continue
+        if name == "extra_data":
+            value = os.path.basename(value)
+        parts.append(f"{title} {value}")
     return parts
 
 

@@ -120,6 +120,12 @@ def _read_path(text: str) -> str:
     return os.path.expanduser(text)  # shells leave ~ alone behind =
 
 
+def _read_path_or_flag_alone(text: str) -> str | bool:
+    if not text:
+        return True
+    return _read_path(text)
+
+
 def _read_file_name(text: str) -> str:
     if os.path.basename(text) != text:
         raise ValueError(f"{text!r} is no file name; folders belong into --out or --model-dir")
@@ -143,6 +149,5 @@ Truth = tyro.conf.FlagConversionOff[Annotated[bool, _values("[BOOL]", _read_trut
 Switch = tyro.conf.FlagConversionOff[Annotated[bool, _values("", lambda text: True, words=0)]]
 Path = Annotated[str, PATH]
 PathOrFlagAlone = Annotated[
-    str | bool | None,
-    _values("[PATH]", lambda text: _read_path(text) if text else True, words=(0, 1)),
+    str | bool | None, _values("[PATH]", _read_path_or_flag_alone, words=(0, 1))
 ]
