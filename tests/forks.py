@@ -8,8 +8,6 @@ nothing yet: the threads of the tests' own process would not be there in a fork.
 import json
 import os
 import random
-import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -48,8 +46,8 @@ class Nursery:
         The exit status is minus the signal that ended the child. faults: dictionaries, each of
         which waits for those before it. {"at": a key of `points`, "call": n} says where, counted
         from 1, for a later one from the fault before; "when": before or after that call; and one
-        of: "signal" its number, "errno" what to raise, "remove" or "lock" (against writing) a
-        folder, "largest" size of a file. user: id to become.
+        of: "signal" its number, "errno" what to raise, "lock" a folder against writing. user: id to
+        become.
         """
         job = {"argv": list(map(str, argv)), "faults": list(faults), "out": str(out), "user": user}
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -111,12 +109,8 @@ class Faults:
             os.kill(os.getpid(), fault["signal"])
         elif "errno" in fault:
             raise OSError(fault["errno"], os.strerror(fault["errno"]))
-        elif "remove" in fault:
-            shutil.rmtree(fault["remove"])
         elif "lock" in fault:
             os.chmod(fault["lock"], 0o555)
-        elif "largest" in fault:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest"], resource.RLIM_INFINITY))
 
     def patch(self, holder, attribute, name):
         """Let every call of a point pass here."""
@@ -153,7 +147,6 @@ def child(job):
     for name, (holder, attribute) in points().items():
         faults.patch(holder, attribute, name)
     Path.write_bytes = lambda path, content: faults.write_bytes(path, content)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if job["user"] is not None:
         os.setuid(job["user"])

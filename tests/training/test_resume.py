@@ -8,7 +8,6 @@ import torch
 from tests.helpers import (
     PLAIN,
     RA,
-    RUN,
     assert_same_run,
     files,
     image_folder,
@@ -46,6 +45,8 @@ def test_a_folder_is_named_as_published_then_by_what_differs(straight_run):
         named("--wd", 0.1, "--milestones", "5,6") == f"{published}-milestones-5,6-weight_decay-0.1"
     )
     assert named("--method", "pgd") == f"{published}-pgd"
+    schedule = ("--lr-schedule", "cosine", "--epochs", 9, "--seed", 1, "--width", 8)
+    assert named(*schedule) == f"{published}-lr_schedule-cosine-width-8-epochs-9"
     assert named("--tag", "wider gate") == f"{published}-tag-wider gate"
     assert named("--no-ra", "--cr_beta", 1) == named("--no-ra") != published
     assert straight_run.name == (
@@ -137,13 +138,6 @@ def test_a_setting_that_the_named_run_has_otherwise_is_an_error(run, tmp_path, f
     assert f"--resume: {difference}" in str(refusal.value)
     assert str(run) in str(refusal.value)
     assert files(tmp_path) == before
-
-
-def test_resume_alone_does_not_trust_a_folder_s_name(run, tmp_path):
-    command = [*RUN, "--milestones=2", "--lr=0.01", "--model-dir", str(tmp_path / "run")]
-    run.rename(runs.run_folder(parse_training("", RA, command)))
-    with pytest.raises(UsageError, match=r"--lr 0\.01, the run has 0\.03"):
-        train(tmp_path, *TWO, "--lr", 0.01, "--resume")
 
 
 def test_a_setting_without_effect_may_be_given_to_a_resume(tmp_path):

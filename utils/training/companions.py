@@ -1,6 +1,6 @@
 """What training is combined with, all off by default: AWP, averaged weights, schedules.
 
-Nothing here knows the method: each takes a network and numbers, and works in other code as it is.
+Nothing here knows the method: the first two take any network, and the schedules numbers.
 """
 
 import copy
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from utils.system.settings import Training
 
 
 @contextmanager
@@ -68,30 +70,23 @@ class Average:
             buffer.copy_(value)
 
 
-def learning_rate(
-    schedule: str,
-    lr: float,
-    epochs: int,
-    done: float,
-    *,
-    milestones: tuple[int, ...] = (),
-    warmup: int = 0,
-) -> float:
+def learning_rate(settings: Training, done: float) -> float:
     """Return the learning rate of a step after `done` epochs, a fraction within an epoch.
 
-    schedule: `milestones` divides by 10 at the start of each of these epochs, counted from 1.
+    --lr-schedule: `milestones` divides by 10 at the start of each of these epochs, counted from 1.
     `piecewise` divides by 10 from half of the epochs on, and by 100 from three quarters on (Rice
     et al., arXiv 2002.11569). `cosine` is lr / 2 (1 + cos(pi t)). `cyclic` is linear, from 0 to lr
-    over the first quarter and then back to 0. warmup: epochs of a linear rise from 0 before, after
-    which t of `cosine` and `cyclic` begins.
+    over the first quarter and then back to 0. --warmup-lr: epochs of a linear rise from 0 before,
+    after which t of `cosine` and `cyclic` begins.
     """
+    warmup = settings.warmup_lr
     if done < warmup:
-        return lr * done / warmup
-    t = (done - warmup) / max(epochs - warmup, 1)
+        return settings.lr * done / warmup
+    t = (done - warmup) / max(settings.epochs - warmup, 1)
     factors = {
-        "milestones": 0.1 ** sum(math.floor(done) + 1 >= milestone for milestone in milestones),
-        "piecewise": 0.1 ** sum(done >= part * epochs for part in (0.5, 0.75)),
+        "milestones": 0.1 ** sum(math.floor(done) + 1 >= epoch for epoch in settings.milestones),
+        "piecewise": 0.1 ** sum(done >= part * settings.epochs for part in (0.5, 0.75)),
         "cosine": (1 + math.cos(math.pi * t)) / 2,
         "cyclic": min(4 * t, 4 / 3 * (1 - t)),
     }
-    return lr * factors[schedule]
+    return settings.lr * factors[settings.lr_schedule]

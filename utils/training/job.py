@@ -66,7 +66,7 @@ class Job:
         self.folder = folder
         self.device = device
         self.data = data
-        self.provenance = distributed.from_first(lambda: provenance(device, settings.seed))
+        self.provenance = provenance(device, settings.seed)
         self.log = open_log(folder / "train.log")
         self.progress = Progress(settings.restart_epoch + 1)
         self.pending: tuple[int, Sent] | None = None

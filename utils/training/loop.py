@@ -49,17 +49,12 @@ def run(command: Command) -> None:
         del start  # holds a copy of the network
         drawn_at = time.monotonic()
         with stop_signals(job.note_stop), computing(job.settings.precision):
-            try:
-                while job.progress.epoch <= job.settings.epochs:
-                    train_epoch(job)
-                    finish_epoch(job)
-                    if time.monotonic() - drawn_at > DRAW_EVERY:
-                        records.draw_training_curves(job)
-                        drawn_at = time.monotonic()
-            finally:
-                note = records.draw_training_curves(job)
-            if note:
-                job.log(note)
+            while job.progress.epoch <= job.settings.epochs:
+                train_epoch(job)
+                finish_epoch(job)
+                if time.monotonic() - drawn_at > DRAW_EVERY:
+                    records.draw_training_curves(job)
+                    drawn_at = time.monotonic()
             finish_run(job)
 
 
@@ -149,19 +144,11 @@ def train_epoch(job: Job) -> None:
 
 def set_learning_rate(job: Job) -> None:
     """Set the learning rate of the next step."""
-    settings = job.settings
     progress = job.progress
     steps = math.ceil(len(progress.order) / job.own_images)
-    rate = learning_rate(
-        settings.lr_schedule,
-        settings.lr,
-        settings.epochs,
-        progress.epoch - 1 + progress.done // job.own_images / steps,
-        milestones=settings.milestones,
-        warmup=settings.warmup_lr,
-    )
+    done = progress.epoch - 1 + progress.done // job.own_images / steps
     for group in job.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate(job.settings, done)
 
 
 def attack_batch(
@@ -328,8 +315,10 @@ def finish_epoch(job: Job) -> None:
 
 
 def finish_run(job: Job) -> None:
-    """Evaluate the best epoch on images that did not choose it, and log the results."""
+    """Draw the curves, evaluate the best epoch on images that did not choose it, and log it all."""
     data = job.data
+    if note := records.draw_training_curves(job):
+        job.log(note)
     if records.best_row(job.progress.rows) is None:
         return
     on_test = None

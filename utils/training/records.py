@@ -1,7 +1,6 @@
 """What a run says of itself: train.log, run.json, metrics.csv, training_curves.png, TensorBoard."""
 
 import csv
-import math
 import shlex
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from utils.data.subject import at_chance
 from utils.figures.plots import draw_curves, save_or_note
 from utils.system import distributed
 from utils.system.checkpoints import BEST
-from utils.system.devices import peak_memory, precision_name
+from utils.system.devices import precision_name
 from utils.system.files import write_atomically, write_record
 from utils.system.options import flag
 from utils.system.provenance import in_one_line
@@ -80,20 +79,13 @@ def accuracies(natural: float | None, robust: float | None, labels: Tensor) -> s
 
 
 def log_epoch(job: Job, row: Row) -> None:
-    """Log an epoch in a line."""
-    labels = job.data.selection.labels
-    evaluation = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
-    memory = peak_memory(job.device) or math.nan
+    """Log an epoch in a line; metrics.csv has all of its figures."""
     epochs = job.settings.epochs
-    job.log(
-        f"epoch {row['epoch']}/{epochs}  "
-        f"loss {row['loss']:.4f} (contrast {row['contrast']:.4f})  "
-        f"train, first head: robust {row['train_robust_accuracy_first_head']:.2f} %  "
-        f"evaluation: {evaluation}  "
-        f"{row['train_images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
-        f"peak memory {memory / 1e9:.2f} GB, "
-        f"{(epochs - row['epoch']) * row['seconds'] / 60:.1f} min left"
-    )
+    labels = job.data.selection.labels
+    figures = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
+    minutes = (epochs - row["epoch"]) * row["seconds"] / 60
+    speed = f"{row['seconds']:.1f} s, {minutes:.1f} min left"
+    job.log(f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  {figures}  {speed}")
 
 
 def best_row(rows: list[Row]) -> Row | None:

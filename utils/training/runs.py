@@ -4,6 +4,7 @@ import glob
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class Start(NamedTuple):
     settings: Training
     folder: Path
     state: dict | None = None
-    changes: tuple[str, ...] = ()
+    changes: Sequence[str] = ()
 
 
 def prepare(command: Command, lock: ExitStack) -> Start:
@@ -93,8 +94,6 @@ def run_folder(command: Command) -> Path:
     settings = command.settings
     script = training_settings({}, command.script)
     excluded = {"model_dir", "ckpt_url", *FREE, *idle(settings)}
-    if settings.lr_schedule != "milestones":  # the rate of each step depends on their number
-        excluded.remove("epochs")
     published = [name for name in PUBLISHED if name not in excluded or not settings.no_anc]
     parts = [settings.model_dir.rstrip("/\\")]
     parts += [f"{name}-{getattr(settings, name)}" for name in published]
@@ -122,6 +121,9 @@ def run_folder(command: Command) -> Path:
         if name == "extra_data":
             value = Path(value).stem
         parts.append(f"{name}-{value}")
+    # Of other schedules the rate of each step depends on the number of epochs.
+    if settings.lr_schedule != "milestones" and settings.epochs != usual["epochs"]:
+        parts.append(f"epochs-{settings.epochs}")
     if settings.tag:
         parts.append(f"tag-{settings.tag}")
 
@@ -141,7 +143,7 @@ def known_runs(settings: Training) -> str:
     return f"{hint}; runs of this --model-dir: {runs}"
 
 
-def resumed_settings(command: Command, run: Training) -> tuple[Training, tuple[str, ...]]:
+def resumed_settings(command: Command, run: Training) -> tuple[Training, list[str]]:
     """Return a run's settings, with the free ones that a command gives, and what these change.
 
     Errors: UsageError where the command gives any other setting than the run has.
@@ -157,21 +159,17 @@ def resumed_settings(command: Command, run: Training) -> tuple[Training, tuple[s
 
     now = stored(command.settings)
     before = stored(run)
-    changes = {}
-    refused = []
-    for name in sorted(given & now.keys()):
-        if now[name] == before[name]:
-            continue
-        change = f"{flag(name)} {as_given(now[name])}, the run has {as_given(before[name])}"
-        if name in free:
-            changes[name] = change
-        else:
-            refused.append(change)
+    changes = {
+        name: f"{flag(name)} {as_given(now[name])}, the run has {as_given(before[name])}"
+        for name in sorted(given & now.keys())
+        if now[name] != before[name]
+    }
+    refused = [change for name, change in changes.items() if name not in free]
     if refused:
         raise UsageError(f"--resume: {'; '.join(refused)}; {known_runs(command.settings)}")
     values = {name: getattr(command.settings, name) for name in changes}
     settings = replace(run, other_data=command.settings.other_data, **values)
-    return settings, tuple(changes.values())
+    return settings, list(changes.values())
 
 
 def refuse_existing(folder: Path) -> None:
