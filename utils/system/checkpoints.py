@@ -131,16 +131,16 @@ def checkpoint_file(path: str | Path) -> Path:
     raise UsageError(f"{path} holds neither {BEST} nor {LAST}; name a run folder or a checkpoint")
 
 
-def weights_after(path: str | Path, epoch: int) -> Path:
+def weights_after(path: str, epoch: int) -> Path:
     """Return the file with a run's weights after an epoch: in the run folder `path`, or `path`.
 
     Errors: UsageError where the folder holds none.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return path
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
     for name in (f"model-{epoch}.pt", LAST, BEST):
-        file = path / name
+        file = folder / name
         if file.is_file() and read(file).get("epoch") == epoch:
             return file
     raise UsageError(
