@@ -151,14 +151,10 @@ def in_steps():
     return lambda x: robust()((4 * x).round() / 4)
 
 
-def of_type(dtype):
+def in_bfloat16():
     """Compute and answer in another type than float32."""
-    net = copy.deepcopy(robust()).to(dtype)
-    return lambda x: net(x.to(dtype))
-
-
-in_bfloat16 = partial(of_type, torch.bfloat16)
-in_double = partial(of_type, torch.float64)
+    net = copy.deepcopy(robust()).bfloat16()
+    return lambda x: net(x.bfloat16())
 
 
 def saved_script():
