@@ -58,7 +58,9 @@ def read(path: str) -> dict:
     with the most images: a quick look at a few does not hide a whole table.
     Errors: UsageError where there is none, or none that this version reads.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = Path(path)
+    if file.is_dir():
+        file /= FILE
     try:
         newest = json.loads(file.read_text(encoding="utf-8"))
         is_readable = newest["format"] == FORMAT
@@ -174,7 +176,9 @@ def difference(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> tuple[f
         columns = random.integers(images, size=images)
         rows = random.integers(len(one), size=len(one))
         other_rows = random.integers(len(other), size=len(other))
-        differences.append(one[rows][:, columns].mean() - other[other_rows][:, columns].mean())
+        mean = one[rows][:, columns].mean()
+        other_mean = other[other_rows][:, columns].mean()
+        differences.append(mean - other_mean)
     low, high = np.percentile(differences, (2.5, 97.5))
     return 100 * (one.mean() - other.mean()), 100 * low, 100 * high
 
@@ -229,7 +233,11 @@ def table(groups: Groups) -> Iterator[str]:
         for column in columns:
             attacked = [run[column] for run in seeds if column in run]
             cells.append(cell(attacked, count))
-        cells.append(f"**{cell(worst[name], count)}**" if name in worst else "needs adaptive")
+        if name in worst:
+            cells.append(f"**{cell(worst[name], count)}**")
+        else:
+            cells.append("needs adaptive")
+
         if name == first or name not in worst or first not in worst:
             cells.append("")
         elif images_of(groups[name][0]) != images_of(groups[first][0]):
@@ -271,7 +279,10 @@ def _other_settings(groups: Groups) -> Iterator[str]:
                 rows_by_value[setting][value].append(name)
     for setting, rows in rows_by_value.items():
         if len(rows) > 1:
-            parts = [f"{value} for {', '.join(dict.fromkeys(rows[value]))}" for value in rows]
+            parts = []
+            for value, names in rows.items():
+                names = ", ".join(dict.fromkeys(names))
+                parts.append(f"{value} for {names}")
             yield f"Evaluated with {setting} {'; '.join(parts)}."
 
 
