@@ -5,6 +5,7 @@ output. Forking saves the seconds that importing torch takes. The process that f
 nothing yet: the threads of the tests' own process would not be there in a fork.
 """
 
+import io
 import json
 import os
 import random
@@ -166,9 +167,12 @@ def main():
 
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits  # its file may be out of reach of another user
-    # What Python imports only when it is needed is imported once, here.
+    # What is imported only when it is needed may be out of reach of another user, too.
     digits_split("train")
     settings()
+    saved = io.BytesIO()
+    torch.save({}, saved)
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1).zero_grad()
     for line in sys.stdin:
         job = json.loads(line)
