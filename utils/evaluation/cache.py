@@ -41,13 +41,14 @@ def network_checksum(model: nn.Module, info: dict) -> str:
 class Verdicts(NamedTuple):
     """What an attack finds on a block of n images.
 
-    right: (n,) bool. images: (m, 3, S, S), an adversarial one for each image that it fools, in
-    order. logits: (m, C), the network's answers to them. notes: what a reader must know. parts:
-    names of the attack's parts, how many images each was given, and seconds. made: when and where,
-    if an earlier evaluation found them.
+    right: (n,) bool. fooled: (m,), places in the block of the images that the attack turns wrong.
+    images: (m, 3, S, S), their adversarial ones. logits: (m, C), the network's answers to them.
+    notes: what a reader must know. parts: names of the attack's parts, how many images each was
+    given, and seconds. made: when and where, if an earlier evaluation found them.
     """
 
     right: Tensor
+    fooled: Tensor
     images: Tensor
     logits: Tensor
     seconds: float
@@ -119,7 +120,7 @@ class BlockCache:
         """Write verdicts, so that a later evaluation, or this one after a stop, reads them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {**verdicts._asdict(), "made": self.made}
-        arrays = {key: values.pop(key).numpy() for key in ("right", "images", "logits")}
+        arrays = {key: values.pop(key).numpy() for key in ("right", "fooled", "images", "logits")}
         write_arrays(file, values, **arrays)
 
 

@@ -333,8 +333,7 @@ def run_attacks(
                     )
                     cache.save(file, verdicts)
                     monitor.file.unlink(missing_ok=True)
-                fooled = rows[natural[rows] & ~verdicts.right]
-                worst.take(fooled, verdicts.images, verdicts.logits)
+                worst.take(rows[verdicts.fooled], verdicts.images, verdicts.logits)
                 verdicts_by_block[i][name] = verdicts._replace(images=None, logits=None)
                 bar.update()
 
@@ -369,10 +368,12 @@ def attack_block(
         size = BLOCK if plan.kind in LIBRARY_VERSIONS else batch_size
         work = partial(right_or_not, model, attack)
         right[rows], images, logits = over_images(block, rows, size, work, shared=False)
-    fooled = ~right[rows]
+    wrong = ~right[rows]
     seconds_of_parts = sum(seconds for _, _, seconds in monitor.parts)  # some of before a stop
     seconds = max(time.perf_counter() - began, seconds_of_parts)
-    return Verdicts(right, images[fooled], logits[fooled], seconds, monitor.warnings, monitor.parts)
+    return Verdicts(
+        right, rows[wrong], images[wrong], logits[wrong], seconds, monitor.warnings, monitor.parts
+    )
 
 
 # Rows of the table
