@@ -1,6 +1,7 @@
 """README.md: what it says to write is written and runs, and what it names is there."""
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -70,6 +71,13 @@ def test_files_that_it_names_exist():
         assert any(file.endswith(f"/{name}") for file in files), name
     pictures = {f"figure/{file.name}" for file in (ROOT / "figure").glob("*.png")}
     assert pictures == set(linked)
+
+
+def test_the_tree_of_files_has_every_file():
+    tree = section("Which file is what")
+    for package in ("utils", "models"):
+        for file in (ROOT / package).rglob("*.py"):
+            assert file.name == "__init__.py" or f" {file.name} " in tree, file
 
 
 def test_files_of_a_run_have_the_names_that_it_gives():
@@ -261,7 +269,10 @@ def change(root, idea, text):
         count += 1
     for match in re.finditer(f"(?ms){ABOVE}", text):
         line = rf"(?m)^(.*{re.escape(match['place'])})"
-        substituted(line, escaped(marked(idea, match["code"])) + r"\1", root / match["file"])
+        code = marked(idea, match["code"])
+        if code.startswith("def "):
+            code += "\n\n"
+        substituted(line, escaped(code) + r"\1", root / match["file"])
         count += 1
     for match in re.finditer(NAME, text):
         table = rf"(?m)^( *{match['table']}(?:: [^=\n]+)? = (?:Literal)?[\[({{])"
@@ -311,7 +322,7 @@ def test_each_idea_is_changed_as_its_section_says(tmp_path):
         PYTHONPATH="",
     )
     assert trained.returncode == 0, trained.stderr
-    assert "at eps 0.05" in trained.stdout
+    assert json.loads((folder(tmp_path) / "run.json").read_text())["settings"]["epsilon"] == 0.05
     for idea in ("A loss", "A choice of negatives", "A gate", "A data set", "A training attack"):
         assert f"USED: {idea}\n" in trained.stdout, idea
 
@@ -335,11 +346,7 @@ def test_each_idea_is_changed_as_its_section_says(tmp_path):
 # The command that fills it in
 
 
-def test_it_is_up_to_date():
-    """Else: python -m tests.tools.readme."""
-    assert list(readme.differences()) == []
-
-
+@pytest.mark.slow
 def test_a_changed_figure_formula_picture_or_number_is_named(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "figure", tmp_path / "figure")
     monkeypatch.setattr(readme, "PAGE", tmp_path / "README.md")

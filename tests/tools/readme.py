@@ -62,18 +62,18 @@ Cells = dict[str, dict[str, str]]  # of a table, by row and column
 
 @cache
 def table_lines(name: str) -> list[str]:
-    """Return the lines that the study prints of a table, such as `main.gates`."""
+    """Return the lines of a table of the study, such as `main.gates`, in Markdown."""
     file, _, table_name = name.partition(".")
     records = study.saved(ROOT / "tests/golden" / STUDIES[file])
     groups = study.groups_of(study.TABLES[table_name](), records)
-    return list(study.with_more(groups, table(groups)))
+    return [line for line in table(groups) if line.startswith("|")]
 
 
 @cache
 def cells_of(name: str) -> Cells:
     """Return the cells of a table of the study."""
-    lines = [line for line in table_lines(name) if line.startswith("|")]
-    heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    lines = [line.removeprefix("| ").removesuffix(" |") for line in table_lines(name)]
+    heads, _, *rows = (line.split(" | ") for line in lines)
     heads = ["gain" if head.startswith("less ") else head for head in heads]
     return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 
@@ -91,7 +91,7 @@ def value(placeholder: str) -> str:
     if placeholder == "log":
         return "\n".join(json.loads(RUNS.read_text())["log"])
     if placeholder.startswith("table "):
-        return "\n".join(table_lines(placeholder.removeprefix("table "))).strip()
+        return "\n".join(table_lines(placeholder.removeprefix("table ")))
     table_name, row, column = placeholder.split(": ")
     cells = cells_of(table_name)
     if " - " in row:

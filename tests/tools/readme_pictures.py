@@ -3,10 +3,12 @@
 import csv
 import json
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
+from matplotlib.figure import Figure
 
 from tests.tools import draw_idea, study
 from tests.tools.readme_runs import RUNS
@@ -47,6 +49,7 @@ def pictures() -> dict[str, tuple[object, Draw]]:
     }
 
 
+@cache
 def forest_rows() -> list[dict]:
     """Return the gains over TRADES of the rows of `FOREST`, in points of accuracy.
 
@@ -56,48 +59,48 @@ def forest_rows() -> list[dict]:
     records = study.saved(GOLDEN / "study_main.json")
     (first,) = study.groups_of({"TRADES": study.TRADES}, records).values()
     first_verdicts = [verdicts(record) for record in first]
+    first_usual = np.mean([run["PGD-40"] for run in first_verdicts])
+    attacks = list(first_verdicts[0])
     rows = []
     for (table, name), title in FOREST.items():
         row = study.TABLES[table]()[name]
         (group,) = study.groups_of({name: row}, records).values()
         row_verdicts = [verdicts(record) for record in group]
-        gains = []
-        for attacks in (["PGD-40"], list(first_verdicts[0])):
-            one = worst_of(row_verdicts, attacks)
-            other = worst_of(first_verdicts, attacks)
-            gains.append([round(value, 3) for value in difference(one, other)])
-        rows.append({"name": title, "usual": gains[0][0], "worst": gains[1]})
+        usual = np.mean([run["PGD-40"] for run in row_verdicts]) - first_usual
+        gain = difference(worst_of(row_verdicts, attacks), worst_of(first_verdicts, attacks))
+        worst = [round(value, 3) for value in gain]
+        rows.append({"name": title, "usual": round(100 * usual, 3), "worst": worst})
     return rows
 
 
-def save(figure: object, file: Path, dpi: int) -> None:
-    """Save a figure on white, which dark pages do not swallow."""
-    figure.savefig(file, dpi=dpi, facecolor="white")
+def save(draw: Callable[[Figure], None], file: Path, dpi: int) -> None:
+    """Save what `draw` draws, on white, which dark pages do not swallow."""
+    with matplotlib.style.context(["default", plots.STYLE]):
+        figure = Figure()
+        draw(figure)
+        figure.savefig(file, dpi=dpi, facecolor="white")
 
 
 def draw_forest(rows: list[dict], file: Path) -> None:
     """Draw a line for each row: the gain by the usual attack, and that in the worst case."""
-    with matplotlib.style.context(["default", plots.STYLE]):
-        figure = plots.new_figure(3.6, width=7)
+    heights = np.arange(len(rows))[::-1]
+    usual = [row["usual"] for row in rows]
+    worst, low, high = np.array([row["worst"] for row in rows]).T
+    bars = [worst - low, high - worst]
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7, 3.6)
         axes = figure.subplots()
-        heights = np.arange(len(rows))[::-1]
-        usual = [row["usual"] for row in rows]
-        worst, low, high = np.array([row["worst"] for row in rows]).T
         axes.axvline(0, color="black", linewidth=0.8)
         axes.plot(usual, heights, "D", color="#d55e00", mfc="white", label="PGD-40 on the answer")
-        axes.errorbar(
-            worst,
-            heights,
-            xerr=[worst - low, high - worst],
-            fmt="o",
-            color="#0072b2",
-            label="worst case, with its 95 % interval",
-        )
+        label = "worst case, with its 95 % interval"
+        axes.errorbar(worst, heights, xerr=bars, fmt="o", color="#0072b2", label=label)
         axes.set(xlabel="gain over TRADES in points of accuracy; digits, eps 0.1, three seeds each")
         axes.set_yticks(heights, [row["name"] for row in rows], fontsize=8)
         axes.grid(axis="x", alpha=0.3)
         figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-        save(figure, file, 250)
+
+    save(draw, file, 250)
 
 
 def draw_curves(metrics: str, file: Path) -> None:
@@ -107,26 +110,24 @@ def draw_curves(metrics: str, file: Path) -> None:
         row = {key: float(text) if text else None for key, text in line.items()}
         rows.append(row | {"epoch": int(line["epoch"])})
     best = max(rows, key=lambda row: row["pgd40_heads_accuracy"])
-    with matplotlib.style.context(["default", plots.STYLE]):
-        save(plots.draw_curves(rows, best), file, 200)
+    save(partial(plots.draw_curves, rows, best), file, 200)
 
 
 def draw_histogram(cosines: dict[str, list[float]], file: Path) -> None:
     """Draw the histogram of the cosines of images and negatives, by method."""
     values = [(name, np.array(numbers)) for name, numbers in cosines.items()]
-    title = "images and their negatives\ndigits, 10 classes together, weighted features"
-    with matplotlib.style.context(["default", plots.STYLE]):
-        save(plots.draw_histogram(values, "cosine similarity", title), file, SHARP)
+    title = "images and their negatives\ndigits, all classes, weighted features"
+    save(partial(plots.draw_histogram, values, "cosine similarity", title), file, SHARP)
 
 
 def draw_embedding(embedding: dict, file: Path) -> None:
     """Draw the maps of two networks' features."""
-    panels = []
-    for name, panel in embedding["panels"].items():
-        clusters = [plots.Clusters(*one) for one in panel["clusters"]]
-        panels.append(plots.Panel(name, np.array(panel["points"]), clusters))
-    classes = [str(label) for label in range(10)]
+    panels = [
+        plots.Panel(name, np.array(panel["points"]), panel["measured"])
+        for name, panel in embedding["panels"].items()
+    ]
     labels = np.array(embedding["labels"])
-    with matplotlib.style.context(["default", plots.STYLE]):
-        figure = plots.draw_embedding(panels, labels, classes, ["natural"], "weighted features")
-        save(figure, file, SHARP)
+    classes = [str(label) for label in range(10)]
+    kinds = ["natural"]
+    draw = partial(plots.draw_embedding, panels, labels, classes, kinds, "weighted features")
+    save(draw, file, SHARP)

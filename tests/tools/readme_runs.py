@@ -65,22 +65,20 @@ def quick_start(log: Path, evaluation: str) -> list[str]:
 
 def cosines_of(folder: Path, method: str) -> list[float]:
     """Return the cosines of all test images' features with those of their negatives."""
-    files = sorted(folder.glob(f"distances/{method}-ResNet18-digits-*.npz"))
-    numbers = np.concatenate([np.load(file)["weighted_NP_cosine"] for file in files])
-    return numbers.round(4).tolist()
+    content = np.load(folder / f"distances/{method}-ResNet18-digits-all.npz")
+    return content["weighted_NP_cosine"].round(4).tolist()
 
 
 def embedding_of(file: Path) -> dict:
-    """Return the labels of the test images, and the points and clusters of each network."""
+    """Return the labels of the test images, and each network's points and how it clusters them."""
     content = np.load(file)
     settings = json.loads(str(content["settings"]))
     panels = {}
     for i, name in enumerate(settings["names"]):
-        clusters = []
-        for key, measured in settings["measured"].items():
-            method, layer, images = key.split(", ")
-            if method == name:
-                clusters.append([layer, images, *(round(one, 4) for one in measured.values())])
-        points = content[f"embedding_{i}"].round(3).astype(float).round(3).tolist()
-        panels[name] = {"points": points, "clusters": clusters}
+        measured = {}
+        for key, numbers in settings["measured"].items():
+            if key.startswith(f"{name}, "):
+                measured[key.removeprefix(f"{name}, ")] = numbers
+        points = content[f"embedding_{i}"].astype(float).round(3).tolist()
+        panels[name] = {"points": points, "measured": measured}
     return {"labels": content["labels"].tolist(), "panels": panels}
