@@ -39,6 +39,7 @@ Strategy = Literal[
     "random", "random_adv", "soft", "soft_adv", "hard", "hard_adv", "easy", "easy_adv"
 ]
 Inner = Literal["ce", "kl"]
+Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["milestones", "cosine", "cyclic", "piecewise"]
 Augmentation = Literal["crop-flip", "crop", "none"]
 Gate = Literal["label", "predicted", "soft", "none"]
@@ -94,6 +95,7 @@ STDS = {
 COMPANIONS = {
     "awp": "AWP",
     "ema": "EMA",
+    "optimizer": "optimiser",
     "extra_data": "extra data",
     "label_smoothing": "label smoothing",
     "lr_schedule": "schedule",
@@ -128,12 +130,15 @@ class Training:
     """epochs to train"""
     milestones: Epochs = (75, 90, 100)
     """epochs at whose start the learning rate is divided by 10"""
+    optimizer: Optimizer = "sgd"
+    """sgd, as published, or adamw, which suits transformers; its betas are 0.9 and 0.999"""
     lr: Positive = 0.01
-    """learning rate of SGD"""
+    """learning rate"""
     momentum: Share = 0.9
-    """momentum of SGD"""
+    """momentum of sgd"""
     weight_decay: Annotated[NotNegative, also("--wd")] = 2e-4
-    """weight decay, on every parameter"""
+    """weight decay: by sgd of every parameter, by adamw of those that have more than one dimension
+    and no `pos` in their names, so not of BatchNorm, biases and position embeddings"""
 
     # Attack
     epsilon: Share = 8 / 255
@@ -263,9 +268,10 @@ class Training:
         return round(self.batch_size * self.extra_fraction) if self.extra_data else 0
 
 
-# Other defaults of `Training` by data set, method or network, or by several of them together; later
-# rows win. Digits are small and few, and never flipped. The beta of mart and the zeta of WRN-28-10
-# are those of the authors' README of 2023-10-05.
+# Other defaults of `Training` by the values of these settings, or of several of them together;
+# later rows win. Digits are small and few, and never flipped. The beta of mart and the zeta of
+# WRN-28-10 are those of the authors' README of 2023-10-05.
+DECIDING = ("dataset", "method", "arch", "optimizer")
 DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("tiny-imagenet",): {"image_size": 64, "augmentation": "none"},
     ("digits",): {
@@ -284,6 +290,7 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("WRN-28-10",): {"zeta": 6.0},
     ("digits", "WRN-28-10"): {"width": 1},
     ("digits", "WRN-34-10"): {"width": 1},
+    ("adamw",): {"lr": 1e-3, "weight_decay": 0.05},
 }
 
 # Settings that may change on resume: they decide how far and where to train, not what is computed.
@@ -462,7 +469,7 @@ def training_settings(given: Mapping[str, Any], script: Mapping[str, Any] = {}) 
     """The settings of a training. script: a script's own recipe; given: what the command says."""
     recipe = asdict(Training()) | dict(script)
     asked = recipe | dict(given)
-    chosen = {asked["dataset"], asked["method"], asked["arch"]}
+    chosen = {asked[name] for name in DECIDING}
     for owners, defaults in DEFAULTS_OF.items():
         if chosen.issuperset(owners):
             recipe.update(defaults)
@@ -505,6 +512,8 @@ def idle(settings: Training) -> tuple[str, ...]:
         without_effect += ["alpha", "zeta", "warmup_epochs"]
     if settings.method == "pgd":
         without_effect.append("beta")
+    if settings.optimizer != "sgd":
+        without_effect.append("momentum")
     if settings.no_ra:
         without_effect += ["cr_beta", "attack_cr_beta", "gate", "ra_blocks"]
     if not settings.awp:

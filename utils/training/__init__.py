@@ -1,1 +1,1 @@
-"""Training: the loop, a run's folder and state, its records, AWP, averages, schedules."""
+"""Training: the loop, a run's folder and state, its records, optimisers, AWP, averages."""

@@ -1,6 +1,6 @@
-"""What training is combined with, all off by default: AWP, averaged weights, schedules.
+"""What training is combined with: the optimiser, AWP, averaged weights, schedules.
 
-Nothing here knows the method: the first two take any network, and the schedules numbers.
+Nothing here knows the method: the schedules take numbers, and the others any network.
 """
 
 import copy
@@ -12,6 +12,27 @@ import torch
 from torch import nn
 
 from utils.system.settings import Training
+
+
+def make_optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
+    """Return the optimiser of a network's parameters.
+
+    `sgd` decays every parameter, as published. `adamw` (Loshchilov and Hutter, arXiv 1711.05101)
+    has betas of 0.9 and 0.999. It does not decay parameters of at most one dimension, such as
+    biases and BatchNorm's, nor those with `pos` in their names, which embed positions.
+    """
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), settings.lr, settings.momentum, weight_decay=decay
+        )
+    decayed = []
+    exempt = []
+    for name, parameter in model.named_parameters():
+        group = exempt if parameter.ndim <= 1 or "pos" in name else decayed
+        group.append(parameter)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": exempt, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, settings.lr)
 
 
 @contextmanager

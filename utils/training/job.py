@@ -21,7 +21,7 @@ from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.log import open_log
 from utils.system.provenance import provenance
 from utils.system.settings import Training, stored
-from utils.training.companions import Average
+from utils.training.companions import Average, make_optimizer
 from utils.training.runs import VERSION
 from utils.training.splits import Data
 
@@ -88,12 +88,7 @@ class Job:
         distributed.sum_gradients(self.model)
         self.average = Average(self.model) if settings.ema else None
         self.evaluated = self.model if self.average is None else self.average.model
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.model, settings)
         self.generator = torch.Generator(device).manual_seed(settings.seed)
 
     @property

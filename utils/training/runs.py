@@ -14,13 +14,21 @@ from utils.system.checkpoints import BEST, LAST, STATE, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
 from utils.system.options import Command, flag
-from utils.system.settings import FREE, Training, idle, restored, stored, training_settings
+from utils.system.settings import (
+    DECIDING,
+    FREE,
+    Training,
+    idle,
+    restored,
+    stored,
+    training_settings,
+)
 from utils.system.values import as_given
 
 VERSION = 3  # of last_state.pt; other versions are not resumed
 
 # What tells runs apart before any number does
-KIND = ("method", "dataset", "arch", "no_ra", "no_anc")
+KIND = ("method", "dataset", "arch", "no_ra", "no_anc", "optimizer")
 # What the name of a published folder says
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")
 LONGEST_NAME = 200  # bytes; file systems allow 255
@@ -110,7 +118,7 @@ def run_folder(command: Command) -> Path:
         path = os.path.realpath(settings.data_dir)
         parts.append(f"{Path(path).name}-{zlib.crc32(os.fsencode(path)) % 16**4:04x}")
 
-    kind = {name: getattr(settings, name) for name in ("dataset", "method", "arch")}
+    kind = {name: getattr(settings, name) for name in DECIDING}
     usual = stored(training_settings(kind, command.script))
     excluded.update(PUBLISHED, KIND, ["tag"])
     for name, value in stored(settings).items():
