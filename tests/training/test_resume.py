@@ -47,6 +47,8 @@ def test_a_folder_is_named_as_published_then_by_what_differs(straight_run):
     assert named("--method", "pgd") == f"{published}-pgd"
     schedule = ("--lr-schedule", "cosine", "--epochs", 9, "--seed", 1, "--width", 8)
     assert named(*schedule) == f"{published}-lr_schedule-cosine-width-8-epochs-9"
+    assert named("--optimizer", "adamw", "--momentum", 0.5) == f"{published}-adamw"
+    assert named("--optimizer", "adamw", "--lr", 0.01) == f"{published}-adamw-lr-0.01"
     assert named("--tag", "wider gate") == f"{published}-tag-wider gate"
     assert named("--no-ra", "--cr_beta", 1) == named("--no-ra") != published
     assert straight_run.name == (
@@ -128,6 +130,7 @@ def test_a_run_of_a_changed_copy_of_the_code_is_refused(run):
         (("--lr", 0.01), "--lr 0.01, the run has 0.03"),
         (("--lr", 0.03, "--zeta", 2, "--epochs", 9), "--zeta 2.0, the run has 3.0"),
         (("--milestones", "11,14"), "--milestones 11,14, the run has 2"),  # a default
+        (("--optimizer", "adamw"), "--optimizer adamw, the run has sgd"),
         (("--gate", "soft", "--batch-size", 12), "--batch-size 12, the run has 10; --gate soft"),
     ],
 )

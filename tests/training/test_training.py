@@ -99,6 +99,7 @@ def test_defaults_are_the_published_recipe():
         "augmentation": "crop-flip",
     }
     assert {name: getattr(settings(), name) for name in published} == published
+    assert settings().optimizer == "sgd"
     assert settings("--method", "mart").beta == 5
     assert settings("--arch", "WRN-28-10").zeta == 6
     assert settings("--arch", "WRN-28-10", "--zeta", 3).zeta == 3

@@ -85,8 +85,8 @@ def prepare(command: Command, lock: ExitStack) -> Start:
         raise UsageError(f"--resume: {file} does not exist; {known_runs(settings)}")
     take_folder(folder, lock)  # before reading, since another process may write
     state = read(file)
-    known_settings = stored(Training()).keys()
-    if state.get("version") != VERSION or state["recipe"].keys() != known_settings:
+    unknown_settings = state["recipe"].keys() - stored(Training()).keys()
+    if state.get("version") != VERSION or unknown_settings:
         raise UsageError(f"{file} is of another version of this code, which can resume it")
     settings, changes = resumed_settings(command, restored(state["recipe"]))
     return Start(settings, folder, state, changes)
