@@ -6,10 +6,10 @@ from torch import nn
 
 from models.preactresnet import PreActResNet
 from models.resnet import ResNet
-from models.reverse_attention import GATES, Heads, ReverseAttentionNetwork
+from models.reverse_attention import CLASSIFIERS, GATES, Heads, ReverseAttentionNetwork
 from models.wideresnet import WideResNet
 
-__all__ = ["ARCHS", "GATES", "Heads", "ReverseAttentionNetwork", "build_model"]
+__all__ = ["ARCHS", "CLASSIFIERS", "GATES", "Heads", "ReverseAttentionNetwork", "build_model"]
 
 ARCHS = {
     "ResNet18": ResNet,
@@ -27,6 +27,7 @@ def build_model(
     width: int | None = None,
     image_size: int = 32,
     gate: str = "label",
+    classifier: str = "shared",
     ra_blocks: int = 2,
 ) -> nn.Module:
     """Build a network with fresh weights.
@@ -34,14 +35,16 @@ def build_model(
     arch: a key of `ARCHS`. width: channels of the first stage (ResNet18, PreActResNet18; default
     64) or widen factor (WRN-*; default 10). image_size: side of the square images, at least 16, a
     multiple of 8; above 32 PreActResNet18, whose classifier depends on it, takes multiples of 32.
-    gate: how maps are weighted, a key of `GATES`. ra_blocks: 1 for reverse attention on the last
-    block alone.
+    gate: how maps are weighted, a key of `GATES`. classifier: whose rows weight them, one of
+    `CLASSIFIERS`. ra_blocks: 1 for reverse attention on the last block alone.
     Errors: ValueError for an unknown name or such a size of images.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}; known: {', '.join(ARCHS)}")
     if gate not in GATES:
         raise ValueError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
+    if classifier not in CLASSIFIERS:
+        raise ValueError(f"unknown classifier {classifier!r}; known: {', '.join(CLASSIFIERS)}")
     multiple = 32 if arch == "PreActResNet18" and image_size > 32 else 8
     if image_size < 16 or image_size % multiple:
         raise ValueError(f"image_size is {image_size}, no multiple of {multiple} from 16 on")
@@ -52,4 +55,6 @@ def build_model(
     model = ARCHS[arch](num_classes, reverse_attention, **sizes)
     model.gate = gate
     model.ra_blocks = ra_blocks
+    if reverse_attention and classifier == "own":
+        model.add_block_classifiers()
     return model

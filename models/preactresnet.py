@@ -56,12 +56,12 @@ class PreActResNet(ReverseAttentionNetwork):
         self.layer3 = _stage(2 * width, 4 * width, 2)
         self.layer4 = _stage(4 * width, 8 * width, 2)
         self.bn = nn.BatchNorm2d(8 * width)
-        cells = max(1, image_size // 8 // self.pool_window) ** 2
-        self.linear = nn.Linear(8 * width * cells, num_classes)
+        self.pooled_cells = max(1, image_size // 8 // self.pool_window) ** 2
+        self.linear = nn.Linear(8 * width * self.pooled_cells, num_classes)
 
     @property
     def classifier(self) -> nn.Linear:
-        """The linear layer of all heads, under its published name."""
+        """The layer that other networks call `fc`, under its published name."""
         return self.linear
 
     def trunk(self, x: Tensor) -> Tensor:

@@ -7,8 +7,17 @@ from torch import Tensor, nn
 def shape_of(state: dict[str, Tensor]) -> dict:
     """Read arch, width, number of classes and, where it can be told, image size off a state dict.
 
+    Also whose classifiers its gated blocks have, and if their own, how many such blocks there are.
     Errors: KeyError or another one where the state dict belongs to no network here.
     """
+    own = sum(name.startswith("block_classifiers.") and name.endswith("weight") for name in state)
+    blocks = {"classifier": "shared"}
+    if own:
+        blocks = {"classifier": "own", "ra_blocks": own, "reverse_attention": True}
+    return _network_of(state) | blocks
+
+
+def _network_of(state: dict[str, Tensor]) -> dict:
     classes, features = state[f"{classifier_of(state)}.weight"].shape
     width = len(state["conv1.weight"])
     if "bn.weight" in state:

@@ -70,6 +70,10 @@ GATES: dict[str, Gate] = {
     "none": no_gate,
 }
 
+# Whose rows weight maps and give auxiliary logits: those of the network's classifier, or of a
+# classifier of each gated block's own, as in CAS (Bai et al., arXiv 2103.08307).
+CLASSIFIERS = ("shared", "own")
+
 
 def pool(z: Tensor, window: int | None = None) -> Tensor:
     """Average-pool a map (N, D, h, w) and flatten it to (N, F).
@@ -90,9 +94,9 @@ def reverse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Weight a map by the classifier's row of one class: z' = z * W[c], broadcast over space.
 
-    z: (N, D, h, w), after its last ReLU. classifier: the network's only linear layer, (C, F).
-    labels: (N,), for training forwards. window: of `pool`. gate: a value of `GATES`, which
-    chooses the class c.
+    z: (N, D, h, w), after its last ReLU. classifier: the network's linear layer (C, F), or the
+    block's own (C, D). labels: (N,), for training forwards. window: of `pool`. gate: a value of
+    `GATES`, which chooses the class c.
     Returns z' and the auxiliary logits (N, C) of the map before it is weighted. W learns through
     both uses; there is no gradient through an argmax.
     """
@@ -117,10 +121,12 @@ class ReverseAttentionNetwork(nn.Module):
     A network defines `trunk(x)` (all before the last two blocks), `last_blocks()`, the linear
     classifier `fc`, and where it needs to `activate(z)`, which is applied to the map of a last
     block. gate: a name of `GATES`. ra_blocks: how many of the last two blocks carry reverse
-    attention. predict: the head that answers. normalise: what is done to images first.
+    attention. block_classifiers: the own classifiers of these blocks; empty where they share the
+    network's. predict: the head that answers. normalise: what is done to images first.
     """
 
     pool_window: int | None = None
+    pooled_cells = 1  # of the last map, for each of which the classifier has its own weights
     reverse_attention: bool
     gate = "label"
     ra_blocks = 2
@@ -129,6 +135,7 @@ class ReverseAttentionNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.normalise: nn.Module | None = None
+        self.block_classifiers: Sequence[nn.Linear] = ()
 
     def trunk(self, x: Tensor) -> Tensor:
         """Return the map before the last two blocks."""
@@ -144,8 +151,16 @@ class ReverseAttentionNetwork(nn.Module):
 
     @property
     def classifier(self) -> nn.Linear:
-        """The linear layer of all heads."""
+        """The linear layer of the final head, and of all heads that share it."""
         return self.fc
+
+    def add_block_classifiers(self) -> None:
+        """Give each gated block a linear classifier of its own, (C, D) for maps of D channels."""
+        channels = self.classifier.in_features // self.pooled_cells
+        classes = self.classifier.out_features
+        self.block_classifiers = nn.ModuleList(
+            nn.Linear(channels, classes) for _ in range(self.ra_blocks)
+        )
 
     def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
         """Classify images x (N, 3, H, W) in [0, 1] into logits (N, C), or return `Heads`.
@@ -171,13 +186,17 @@ class ReverseAttentionNetwork(nn.Module):
         if not self.reverse_attention:
             z = self.activate(z)
 
+        gated = blocks[plain:]
+        classifiers = self.block_classifiers or [self.classifier] * len(gated)
+        # An own classifier has one weight for each channel, so its map is pooled globally.
+        window = None if self.block_classifiers else self.pool_window
         unweighted = z
         auxiliary = []
-        for block, labels in zip(blocks[plain:], labels_by_block[plain:], strict=True):
+        for block, labels, classifier in zip(
+            gated, labels_by_block[plain:], classifiers, strict=True
+        ):
             unweighted = self.activate(block(z))
-            z, logits = reverse_attention(
-                unweighted, self.classifier, labels, self.pool_window, network_gate
-            )
+            z, logits = reverse_attention(unweighted, classifier, labels, window, network_gate)
             auxiliary.append(logits)
 
         features = pool(z, self.pool_window)

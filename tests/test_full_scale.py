@@ -29,6 +29,7 @@ def network(job):
         width=job.width,
         image_size=16,
         gate=job.gate,
+        classifier=job.classifier,
         ra_blocks=job.ra_blocks,
     )
 
@@ -56,7 +57,7 @@ def one_step(job):
         ("--strategy", "hard", "--sample_class_number", 2),
         ("--method", "pgd", "--alpha", 0.5),
         ("--method", "pgd", "--no-anc"),
-        ("--method", "mart", "--gate", "soft"),
+        ("--method", "mart", "--gate", "soft", "--classifier", "own"),
         ("--awp", 0.005, "--awp-warmup", 0),
         ("--arch", "WRN-28-10", "--width", 1),
     ],

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from models import build_model
-from tests.helpers import ATTACK, assert_equal, digits_checkpoint, execute
+from tests.helpers import (
+    ATTACK,
+    assert_equal,
+    assert_same_run,
+    digits_checkpoint,
+    execute,
+    resume,
+    train,
+)
 from utils.data.datasets import as_input, load_split
 from utils.evaluation.adaptive import views
 from utils.system.checkpoints import load_model
@@ -73,3 +81,60 @@ def test_an_evaluation_judges_by_the_head_that_answers(tmp_path):
     expected = load_model(file)[0](images, heads=True).auxiliary[0].argmax(1)
     assert record["predicted"]["natural"] == expected.tolist()
     assert torch.equal(load_model(file, predict="auxiliary1")[0](images).argmax(1), expected)
+
+
+def test_own_classifiers_are_drawn_after_all_other_weights():
+    shared = gated("label").state_dict()
+    one = gated("label", classifier="own", ra_blocks=1).state_dict()
+    two = gated("label", classifier="own").state_dict()
+    names = ["block_classifiers.0.weight", "block_classifiers.0.bias"]
+    assert list(one) == [*shared, *names]
+    assert len(two) == len(one) + 2
+    assert_equal([two[name] for name in shared], list(shared.values()))
+    assert "block_classifiers.0.weight" not in gated("none", reverse_attention=False).state_dict()
+
+
+def test_with_own_classifiers_every_head_is_a_view():
+    x = torch.rand(3, 3, 16, 16)
+    model = gated("none", classifier="own")
+    heads = model(x, heads=True)
+    of_model = views(True, 2.0, gate="none", classifier="own")
+    assert "auxiliary 2" not in views(True, 2.0, gate="none")
+    for i, logits in enumerate(heads.auxiliary):
+        final, [(_, attacked)] = of_model[f"auxiliary {i + 1}"](model, x)
+        assert_equal((final, attacked), (heads.final, logits))
+    assert not torch.equal(heads.auxiliary[1], heads.final)
+
+
+def test_a_run_with_own_classifiers_is_resumed_and_evaluated_as_such(short_runs, tmp_path):
+    flags = ("--classifier=own", "--ra-blocks=1", "--awp=0.01", "--awp-warmup=0", "--ema=0.9")
+    straight = train(tmp_path / "straight", *flags)
+    run = train(tmp_path / "resumed", *flags, "--epochs=1")
+    assert "-classifier-own-ra_blocks-1" in run.name
+    assert_same_run(resume(run, "--epochs=2"), straight)
+
+    attacks = ("--attacks=adaptive", "--n-examples=8", "--restarts=1", "--num-steps=2")
+    search = ("--apgd-steps=5", "--device=cpu")
+    assert execute(ATTACK, "--ckpt_url", straight, *attacks, *search) == 0
+    record = json.loads((straight / "white_attack.json").read_text())
+    network = record["network"]
+    assert network["method"] == "ANCRA-TRADES, AWP 0.01, EMA 0.9, classifier own, RA blocks 1"
+    assert network["classifier"] == "own"
+    assert {"adaptive: auxiliary 1", "adaptive: smooth gates"} < set(record["attacks"])
+
+
+def test_tensors_tell_own_classifiers(tmp_path, refused):
+    file = tmp_path / "bare.pt"
+    model = gated("label", classifier="own", ra_blocks=1)
+    torch.save(model.state_dict(), file)
+    loaded, info = load_model(file, image_size=16)
+    assert (info["classifier"], info["ra_blocks"]) == ("own", 1)
+    x = torch.rand(3, 3, 16, 16)
+    assert_equal(loaded(x), model(x))
+
+    words = ("classifier own, not shared", "leave the flag out")
+    refused(ATTACK, "--ckpt_url", file, "--classifier=shared", mentions=words)
+    refused(ATTACK, "--ckpt_url", file, "--no-ra", mentions=["reverse_attention True, not False"])
+    other = digits_checkpoint(tmp_path / "shared.pt")
+    words = ["classifier shared, not own"]
+    refused(ATTACK, "--ckpt_url", other, "--classifier=own", mentions=words)

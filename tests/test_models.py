@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import ARCHS, GATES, build_model
+from models import ARCHS, CLASSIFIERS, GATES, build_model
 from tests.golden_numbers import GoldenNetwork, assert_near, published_shapes
 from tests.helpers import digits_network, digits_split
 from utils import attacks
@@ -163,6 +163,7 @@ def test_stored_networks_attain_what_their_table_says(reverse_attention, natural
         ("ResNet18", {"image_size": 20}, "multiple of 8"),
         ("PreActResNet18", {"image_size": 48}, "multiple of 32"),
         ("ResNet18", {"gate": "hard"}, "predicted"),
+        ("ResNet18", {"classifier": "mine"}, "shared"),
     ],
 )
 def test_what_cannot_be_built_is_said(arch, changes, mentioned):
@@ -173,5 +174,6 @@ def test_what_cannot_be_built_is_said(arch, changes, mentioned):
 def test_settings_offer_what_the_registries_hold():
     assert set(settings.ARCHS) == set(ARCHS)
     assert set(settings.GATES) == set(GATES)
+    assert settings.CLASSIFIERS == CLASSIFIERS
     assert set(settings.STRATEGIES) == set(STRATEGIES)
     assert set(settings.METHODS) == set(OBJECTIVES)

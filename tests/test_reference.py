@@ -108,8 +108,9 @@ def objective(natural, adversarial, negative, labels, o):
 class Reference:
     """A network as a table of tensors under their published names, and its forward pass by hand."""
 
-    def __init__(self, model, arch, attention):
+    def __init__(self, model, arch, attention, gate):
         self.attention = attention
+        self.gate = gate
         self.preactivation = arch != "ResNet18"
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         self.parameters = {}
@@ -159,21 +160,30 @@ class Reference:
         side = min(self.window or z.shape[2], z.shape[2])
         return F.avg_pool2d(z, side).flatten(1)
 
-    def classify(self, z):
-        """Return the logits of a map."""
-        weight = self.state[self.linear + ".weight"]
-        return self.pool(z) @ weight.T + self.state[self.linear + ".bias"]
+    def classify(self, z, name):
+        """Return the logits of a map by a classifier; one of a block's own has no cells."""
+        weight = self.state[name + ".weight"]
+        pooled = self.pool(z) if name == self.linear else z.mean((2, 3))
+        return pooled @ weight.T + self.state[name + ".bias"]
 
-    def weigh(self, z, classes):
+    def weigh(self, z, name, logits, labels):
         """Return z'[n, d, i, j] = z[n, d, i, j] * W[c_n] at the pooling cell of (i, j)."""
-        rows = self.state[self.linear + ".weight"][classes]
+        weight = self.state[name + ".weight"]
+        if self.gate == "none":
+            return z
+        if self.gate == "soft":
+            rows = logits.softmax(1) @ weight
+        elif self.gate == "label" and labels is not None:
+            rows = weight[labels]
+        else:
+            rows = weight[logits.argmax(1)]
         cells = int((rows.shape[1] // z.shape[1]) ** 0.5)
         side = z.shape[2] // cells
         rows = rows.reshape(*z.shape[:2], cells, cells)
         return z * rows.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
     def forward(self, x, labels=None, train=False):
-        """Return heads, the final one first; reverse attention by labels, or by the argmax."""
+        """Return heads, the final one first; labels are for gates."""
         z = self.conv("conv1", x)
         if not self.preactivation:
             z = self.norm("bn1", z, train).clamp(min=0)
@@ -186,9 +196,12 @@ class Reference:
             if self.last_norm and (carries or last):
                 z = self.norm(self.last_norm, z, train).clamp(min=0)
             if carries:
-                auxiliary.append(self.classify(z))
-                z = self.weigh(z, auxiliary[-1].argmax(1) if labels is None else labels)
-        return [self.classify(z), *auxiliary]
+                own = f"block_classifiers.{len(auxiliary)}"
+                name = own if own + ".weight" in self.state else self.linear
+                logits = self.classify(z, name)
+                auxiliary.append(logits)
+                z = self.weigh(z, name, logits, labels)
+        return [self.classify(z, self.linear), *auxiliary]
 
     def attack(self, centre, start, o, score):
         """Ascend a score of the heads in the ball and in [0, 1]."""
@@ -249,11 +262,17 @@ class Reference:
         return adversarial, negative, loss, contrast
 
 
-def network(arch, attention, image_size, width):
+def network(arch, o, image_size, width):
     """Return a small confident network in float64, with BatchNorms unlike new ones."""
     torch.manual_seed(3)
     model = build_model(
-        arch, CLASSES, reverse_attention=attention, width=width, image_size=image_size
+        arch,
+        CLASSES,
+        reverse_attention=not o.no_ra,
+        width=width,
+        image_size=image_size,
+        gate=o.gate,
+        classifier=o.classifier,
     ).double()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -283,8 +302,8 @@ def assert_same_steps(
     o, *, arch="ResNet18", width=4, labels=(0, 1, 2, 0, 1, 4), image_size=16, steps=2, epoch=1
 ):
     """Compare training steps of the repository with the reference; return the steps' contrasts."""
-    model = network(arch, not o.no_ra, image_size, width)
-    reference = Reference(model, arch, not o.no_ra)
+    model = network(arch, o, image_size, width)
+    reference = Reference(model, arch, not o.no_ra, o.gate)
     attack_copy = AttackCopy(model)
     sgd = partial(torch.optim.SGD, lr=o.lr, momentum=0.9, weight_decay=o.weight_decay)
     optimizer = sgd(model.parameters())
@@ -349,6 +368,20 @@ def test_training_steps(method, arch, no_ra, no_anc):
 )
 def test_training_steps_of_other_settings(changes, setup):
     assert any(assert_same_steps(options(**changes), **setup))
+
+
+@pytest.mark.parametrize(
+    ("gate", "setup"),
+    [
+        ("label", {"arch": "PreActResNet18", "width": 2, "image_size": 64}),
+        ("predicted", {}),
+        ("soft", {}),
+        ("none", {}),
+    ],
+)
+def test_training_steps_with_own_classifiers(gate, setup):
+    o = options(num_steps=2, gate=gate, classifier="own", alpha=0.5)
+    assert any(assert_same_steps(o, **setup))
 
 
 @pytest.mark.parametrize("inner", ["ce", "kl"])

@@ -125,6 +125,7 @@ def passes(settings: Training, classes: int) -> Passes:
             width=settings.width,
             image_size=side,
             gate=settings.gate,
+            classifier=settings.classifier,
             ra_blocks=settings.ra_blocks,
         )
         x = torch.rand(count, 3, side, side)

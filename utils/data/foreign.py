@@ -62,6 +62,7 @@ def load_foreign(model: str) -> tuple[nn.Module, dict]:
     if isinstance(network, ReverseAttentionNetwork):
         info["reverse_attention"] = network.reverse_attention
         info["gate"] = network.gate
+        info["classifier"] = "own" if network.block_classifiers else "shared"
         info["ra_blocks"] = network.ra_blocks
     else:
         network = Foreign(network)

@@ -207,9 +207,10 @@ class Subject(NamedTuple):
 
     @property
     def gates(self) -> dict:
-        """The gate, and how many blocks have one, by the names of these settings."""
+        """What gates take, and how many blocks have one, by the names of these settings."""
         return {
             "gate": self.info.get("gate") or Training.gate,
+            "classifier": self.info.get("classifier") or Training.classifier,
             "ra_blocks": self.info.get("ra_blocks") or Training.ra_blocks,
         }
 
@@ -254,6 +255,7 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
             mean=settings.mean,
             std=settings.std,
             gate=settings.gate,
+            classifier=settings.classifier,
             ra_blocks=settings.ra_blocks,
         )
     dataset = info["dataset"] or settings.dataset or Training.dataset

@@ -83,14 +83,15 @@ def views(
     surrogate: nn.Module | None = None,
     *,
     gate: str = "label",
+    classifier: str = "shared",
     ra_blocks: int = 2,
     predict: str = "final",
 ) -> dict[str, View]:
     """Return every view of a network by name.
 
     auxiliary_weight: lambda of the loss over heads that the network was trained with.
-    gate, ra_blocks, predict: of a network with reverse attention. The view `final` is the head that
-    answers. Where that is an auxiliary head, `final logits` is the last head.
+    gate, classifier, ra_blocks, predict: of a network with reverse attention. The view `final` is
+    the head that answers. Where that is an auxiliary head, `final logits` is the last head.
     """
     views: dict[str, View] = {"final": plain}
 
@@ -101,8 +102,9 @@ def views(
         if predict != "final":
             add("final logits", lambda heads: [(1, heads.final)])
 
-        # Without a gate the last auxiliary head has the same logits as the final one.
-        different = ra_blocks - 1 if gate == "none" else ra_blocks
+        # By one classifier and without a gate, the last auxiliary and the final logits are equal.
+        equal = gate == "none" and classifier == "shared"
+        different = ra_blocks - 1 if equal else ra_blocks
         for i in range(different):
             if predict != f"auxiliary{i + 1}":  # which is `final` already
                 add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])

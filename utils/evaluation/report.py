@@ -144,7 +144,7 @@ def record(rows: dict[str, Row], subject: Subject, warnings: list[str], made: st
     shuffle of --n-examples. made: when and where this evaluation's rows were found.
     """
     keys = ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size")
-    keys += ("recipe", "mean", "std")
+    keys += ("classifier", "recipe", "mean", "std")
     split = subject.split
     attacks = {}
     for name, row in rows.items():

@@ -9,7 +9,8 @@ whose gate is a label or a prediction has a worst case only if the adaptive atta
 
 white_attack.json keeps these entries; "format" is raised when they change:
 
-network         method, arch, width, reverse_attention, gate, epoch; recipe: the training's settings
+network         method, arch, width, reverse_attention, gate, classifier, epoch; recipe: settings of
+                the training
 dataset, images, image_numbers, labels      the test images; image_numbers is null if they are all
 threat_model, settings      eps and step size on [0, 1], and the other settings of the evaluation
 attacks.NAME    robust_accuracy and interval_95 in %, seconds, notes; verdicts, a character an

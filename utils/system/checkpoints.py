@@ -34,6 +34,7 @@ DESCRIPTION = (
     "recipe",
     "epoch",
     "gate",
+    "classifier",
     "ra_blocks",
     "averaged",
 )
@@ -173,7 +174,7 @@ def load_model(
     path = checkpoint_file(path)
     content = read(path)
     state, info, notes = _describe(content, path, key, overrides)
-    names = ("reverse_attention", "width", "image_size", "gate", "ra_blocks")
+    names = ("reverse_attention", "width", "image_size", "gate", "classifier", "ra_blocks")
     options = {name: info[name] for name in names if info[name] is not None}
     try:
         with torch.device("meta"):  # which draws no weights
@@ -203,7 +204,8 @@ def _describe(
     if is_run:
         state = content["model"]
         notes = []
-        info |= {"gate": "label", "ra_blocks": 2}  # of runs before there were others
+        # Runs of before there were others do not say these.
+        info |= {"gate": "label", "classifier": "shared", "ra_blocks": 2}
         info |= {name: content[name] for name in DESCRIPTION if name in content}
     else:
         state, normalisation, notes = find_weights(content, path, key)

@@ -43,6 +43,7 @@ Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["milestones", "cosine", "cyclic", "piecewise"]
 Augmentation = Literal["crop-flip", "crop", "none"]
 Gate = Literal["label", "predicted", "soft", "none"]
+Classifier = Literal["shared", "own"]
 Prediction = Literal["final", "auxiliary1", "auxiliary2"]
 Layer = Literal["weighted", "unweighted"]
 
@@ -50,6 +51,7 @@ METHODS = get_args(Method)
 ARCHS = get_args(Arch)
 STRATEGIES = tuple(name for name in get_args(Strategy) if not name.endswith("_adv"))
 GATES = get_args(Gate)
+CLASSIFIERS = get_args(Classifier)
 FEATURES = get_args(Layer)
 
 # The number of classes; a folder has its own.
@@ -101,6 +103,7 @@ COMPANIONS = {
     "lr_schedule": "schedule",
     "warmup_lr": "lr warm-up",
     "gate": "gate",
+    "classifier": "classifier",
     "ra_blocks": "RA blocks",
 }
 
@@ -195,6 +198,9 @@ class Training:
     gate: Gate = "label"
     """row of W that weights a map: that of the label in training and of the prediction elsewhere,
     that of the prediction, all of them by softmax, or none"""
+    classifier: Classifier = "shared"
+    """whose W weights maps and gives auxiliary logits: that of all heads, or an own one of each
+    gated block, as in CAS"""
     ra_blocks: Annotated[int, whole(1, 2)] = 2
     """last blocks with reverse attention; the first WRN code had 1"""
     width: Annotated[int | None, whole(1, 1024)] = None
@@ -335,6 +341,8 @@ class Checkpoint:
     """a network without reverse attention"""
     gate: Gate | None = None
     """row of W that weights a map, as in training"""
+    classifier: Classifier | None = None
+    """whose W weights maps; tensors tell it"""
     ra_blocks: Annotated[int | None, whole(1, 2)] = None
     """last blocks with reverse attention"""
     predict: Prediction = "final"
@@ -495,7 +503,7 @@ def combined(recipe: Mapping[str, Any]) -> list[str]:
     for name, title in COMPANIONS.items():
         default = getattr(Training, name)
         value = recipe.get(name, default)
-        without_effect = recipe.get("no_ra") and name in ("gate", "ra_blocks")
+        without_effect = recipe.get("no_ra") and name in ("gate", "classifier", "ra_blocks")
         if value == default or without_effect:
             continue
         if name == "extra_data":
@@ -515,7 +523,7 @@ def idle(settings: Training) -> tuple[str, ...]:
     if settings.optimizer != "sgd":
         without_effect.append("momentum")
     if settings.no_ra:
-        without_effect += ["cr_beta", "attack_cr_beta", "gate", "ra_blocks"]
+        without_effect += ["cr_beta", "attack_cr_beta", "gate", "classifier", "ra_blocks"]
     if not settings.awp:
         without_effect.append("awp_warmup")
     if not settings.extra_data:

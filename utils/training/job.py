@@ -118,6 +118,7 @@ class Job:
             "image_size": settings.image_size,
             "dataset": settings.dataset,
             "gate": settings.gate,
+            "classifier": settings.classifier,
             "ra_blocks": settings.ra_blocks,
             "reverse_attention": not settings.no_ra,
             "classes": list(self.data.train.classes),
@@ -220,6 +221,7 @@ def build(settings: Training, num_classes: int, device: torch.device) -> nn.Modu
             width=settings.width,
             image_size=settings.image_size,
             gate=settings.gate,
+            classifier=settings.classifier,
             ra_blocks=settings.ra_blocks,
         )
     except ValueError as error:
