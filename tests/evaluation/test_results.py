@@ -1,7 +1,9 @@
 """Tables of evaluations: names, worst cases, and rows that were found one after the other."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from tests.evaluation.test_robustness import accuracy, evaluate, right
 from tests.helpers import digits_checkpoint
@@ -50,6 +52,88 @@ def test_a_gated_network_has_a_worst_case_only_where_all_runs_have_the_adaptive_
 def test_a_smooth_gate_needs_no_adaptive_attack(gate):
     smooth = record(GATED | {"gate": gate}, natural="1111", PGD="1110")
     assert rows_of([smooth])[0][0][-2] == "**75.00**"
+
+
+# Differences
+
+
+def verdicts_of_two_rows(random, seeds, images=300, between_seeds=0.0, gain=0.0, shared=0.0):
+    """Draw the verdicts of two rows of runs, (2, seeds, images), and return the true difference.
+
+    An image is right where gain, ease of the image, luck of the run and chance, all normal, sum up
+    to more than 0. shared: the part of the runs' variance that runs of the same seed share.
+    """
+    common = random.normal(size=(1, seeds, 1)) * np.sqrt(shared)
+    own = random.normal(size=(2, seeds, 1)) * np.sqrt(1 - shared)
+    ease = random.normal(1.5, 3, images) + random.normal(0, 0.7, (2, 1, images))
+    chance = random.normal(0, 0.5, (2, seeds, images))
+    gains = np.array([gain, 0])[:, None, None]
+    right = gains + ease + between_seeds * (common + own) + chance > 0
+    deviation = np.sqrt(3**2 + 0.7**2 + 0.5**2 + between_seeds**2)
+    one, other = stats.norm.cdf([1.5 + gain, 1.5], scale=deviation)
+    return right.astype(np.uint8), 100 * (one - other)
+
+
+def test_the_interval_of_images_is_the_normal_one_and_that_of_seeds_is_student_s():
+    """Each alone is SciPy's: seeds that agree on each image, and images that are all alike."""
+    right = np.tile(np.arange(200) % 3 > 0, (4, 1)).astype(np.uint8)
+    _, *interval = results.difference(right, 0 * right, paired=True)
+    error = 100 * right[0].std(ddof=1) / np.sqrt(200)
+    assert interval == pytest.approx(stats.norm.interval(0.95, 100 * right.mean(), error))
+
+    alike = np.array([[1], [0], [1], [1]], dtype=np.uint8).repeat(200, axis=1)
+    _, *interval = results.difference(alike, right, paired=False)
+    of_images = results.variances([-right.astype(float)]).images / 200
+    student = stats.ttest_1samp(100 * alike[:, 0], 0).confidence_interval()
+    half = np.hypot((student.high - student.low) / 2, 196 * np.sqrt(of_images))
+    assert (interval[1] - interval[0]) / 2 == pytest.approx(half, rel=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("between_seeds", [0, 0.1, 0.4])
+@pytest.mark.parametrize("shared", [None, 0, 0.8])
+def test_an_interval_of_95_percent_covers_the_truth_as_often(seeds, between_seeds, shared):
+    """shared: None for rows of different seeds."""
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        rows, truth = verdicts_of_two_rows(random, seeds, 300, between_seeds, 0.3, shared or 0)
+        _, low, high = results.difference(*rows, paired=shared is not None)
+        covered += low <= truth <= high
+    assert 0.94 <= covered / 400 < 1
+
+
+def test_a_study_of_as_many_images_as_it_takes_sees_the_difference():
+    random = np.random.default_rng(0)
+    rows, gain = verdicts_of_two_rows(random, 100, 3000, between_seeds=0.2, gain=0.6)
+    measured = results.variances([rows[0] - 1.0 * rows[1]])
+    images = results.images_needed(gain, 10, measured)
+    seen = 0
+    for _ in range(200):
+        rows, _ = verdicts_of_two_rows(random, 10, images, between_seeds=0.2, gain=0.6)
+        seen += results.difference(*rows, paired=True)[1] > 0
+    assert 0.75 < seen / 200 < 0.9
+    assert results.images_needed(gain / 10, 3, measured) is None
+
+
+def test_a_table_pairs_equal_seeds_and_says_what_more_would_show():
+    """Runs come in any order, and each is compared with that of its seed."""
+
+    def row(method, seeds):
+        verdicts = {1: "1100110010", 2: "1111110000", 3: "1000110001", 4: "1111111000"}
+        network = {"method": method}
+        return [record(network | {"recipe": {"seed": s}}, natural=verdicts[s]) for s in seeds]
+
+    rows, below = rows_of([*row("A", (1, 2, 3)), *row("B", (3, 1, 2))])
+    assert rows[0][2] == "50.00 ± 10.00"
+    assert rows[1][-1] == "+0.0 (+0.0 to +0.0)"
+    assert below[-1].startswith("Power: a difference of one point is seen in 80 % of studies")
+
+    rows, _ = rows_of([*row("A", (1, 2, 3)), *row("B", (2, 3, 4))])
+    assert rows[1][-1].startswith("+6.7 (-")
+    rows, below = rows_of([*row("A", (1, 2, 3)), *row("B", (1,))])
+    assert "images alone" in rows[1][-1]
+    assert below[-1].startswith("Power: unknown")
 
 
 # Names

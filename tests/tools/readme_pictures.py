@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from tests.tools import draw_idea, study
 from tests.tools.readme_runs import RUNS
-from utils.evaluation.results import difference, verdicts, worst_of
+from utils.evaluation.results import difference, seed_of, verdicts, worst_of
 from utils.figures import plots
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -67,7 +67,8 @@ def forest_rows() -> list[dict]:
         (group,) = study.groups_of({name: row}, records).values()
         row_verdicts = [verdicts(record) for record in group]
         usual = np.mean([run["PGD-40"] for run in row_verdicts]) - first_usual
-        gain = difference(worst_of(row_verdicts, attacks), worst_of(first_verdicts, attacks))
+        worsts = worst_of(row_verdicts, attacks), worst_of(first_verdicts, attacks)
+        gain = difference(*worsts, list(map(seed_of, group)) == list(map(seed_of, first)))
         worst = [round(value, 3) for value in gain]
         rows.append({"name": title, "usual": round(100 * usual, 3), "worst": worst})
     return rows

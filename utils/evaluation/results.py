@@ -2,10 +2,11 @@
 
 python -m utils.evaluation.results RUN...       folders of runs, or their white_attack.json
 
-Runs of one recipe and several seeds share a row: the mean robust accuracy in %, and the range of
-the seeds. `worst case` is taken image by image over the attacks that all runs have, and the last
-column is its difference from the first row on the same images. A network with reverse attention
-whose gate is a label or a prediction has a worst case only if the adaptive attack is among them.
+Runs of one recipe and several seeds share a row: mean ± standard deviation of their accuracy in %.
+`worst case` is taken image by image over the attacks that all runs have, and the last column is its
+difference from the first row on the same images. A network with reverse attention whose gate is a
+label or a prediction has a worst case only if the adaptive attack is among them. Below the table
+stands how many seeds and images it would take to see a difference of one and of two points.
 
 white_attack.json keeps these entries; "format" is raised when they change:
 
@@ -24,15 +25,17 @@ earlier         the records of earlier evaluations
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from utils.system.errors import UsageError
 from utils.system.settings import FREE, fitting, idle, restored
@@ -42,6 +45,8 @@ FILE = "white_attack.json"
 ADAPTIVE = "adaptive: "
 WORST_CASES = ("worst case", "adaptive, worst case")  # rows that are made of others
 SEARCH = ("steps", "step_size", "start", "restarts", "apgd_steps")  # settings of an attack
+POWER = 0.8  # with which a difference is to be seen
+PLANS = (3, 5, 10)  # numbers of seeds for which it is said how many images it takes
 Groups = dict[str, list[dict]]  # records by the name of their row
 Verdicts = dict[str, np.ndarray]  # of N images, (N,) of 0 and 1 by column of the table
 
@@ -132,6 +137,12 @@ def recipe_of(record: dict) -> dict[str, Any]:
     }
 
 
+def seed_of(record: dict) -> int | None:
+    """Return the seed of the training of an evaluated network, None where it is not known."""
+    recipe = record.get("network", {}).get("recipe") or {}
+    return record.get("seed", recipe.get("seed"))
+
+
 def grouped(records: list[dict]) -> Groups:
     """Group records that differ in their seeds only, and name the groups.
 
@@ -148,6 +159,8 @@ def grouped(records: list[dict]) -> Groups:
             raise UsageError(f"{', '.join(files)} share a row, but not their test images and eps")
 
     recipes = [recipe_of(members[0]) for members in groups.values()]
+    for members in groups.values():
+        members.sort(key=lambda member: seed_of(member) or 0)
     names = [_row_name(recipe, recipes) for recipe in recipes]
     return dict(zip(names, groups.values(), strict=True))
 
@@ -165,23 +178,87 @@ def _row_name(recipe: dict, recipes: list[dict]) -> str:
 # The table
 
 
-def difference(one: np.ndarray, other: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+class Variances(NamedTuple):
+    """Variances of the difference of two rows, for one seed of each and one image.
+
+    seeds: between seeds; images: between images; rest: what neither explains of a verdict.
+    """
+
+    seeds: float
+    images: float
+    rest: float
+
+
+def quantile(probability: float, seeds: float = math.inf) -> float:
+    """Return a quantile of Student's t of so many seeds, of the normal distribution for inf."""
+    return float(stdtrit(seeds - 1, probability))
+
+
+def _parts(one: np.ndarray, other: np.ndarray, paired: bool) -> list[np.ndarray]:
+    """Return what adds up to a difference, each (seeds, images) with seeds of its own."""
+    if paired:
+        return [one.astype(float) - other]
+    return [one.astype(float), -other.astype(float)]
+
+
+def _residual(part: np.ndarray) -> float:
+    """Return the variance of (seeds, images) that neither seed nor image explains."""
+    rest = part - part.mean(0) - part.mean(1, keepdims=True) + part.mean()
+    return (rest**2).sum() / np.prod(np.subtract(part.shape, 1))
+
+
+def variances(parts: list[np.ndarray]) -> Variances:
+    """Estimate the variances of a sum of parts, each (seeds, images) of several seeds."""
+    images = parts[0].shape[1]
+    of_seeds = 0.0
+    of_images = sum(part.mean(0) for part in parts).var(ddof=1)
+    rest = 0.0
+    for part in parts:
+        residual = _residual(part)
+        of_seeds += part.mean(1).var(ddof=1) - residual / images
+        of_images -= residual / len(part)
+        rest += residual
+    return Variances(max(of_seeds, 0.0), max(of_images, 0.0), rest)
+
+
+def difference(
+    one: np.ndarray, other: np.ndarray, paired: bool = False
+) -> tuple[float, float, float]:
     """Return the mean of one less that of other, and the ends of its 95 % interval, in points.
 
-    one, other: (seeds, images) of 0 and 1. Images and seeds are resampled.
+    one, other: (seeds, images) of 0 and 1, on the same images. paired: whether row s of both is of
+    the same seed.
+    The squared half width is z² times the variance of a mean over images, and t² times that of a
+    mean over seeds, with Student's t for so few. Such a sum covers at least as often as each of its
+    terms would alone, since the distribution function of chi-squared with one degree of freedom is
+    concave (Banerjee, 1961). Where a row has one run, the interval is that of images alone.
     """
-    random = np.random.default_rng(0)
-    images = one.shape[1]
-    differences = []
-    for _ in range(draws):
-        columns = random.integers(images, size=images)
-        rows = random.integers(len(one), size=len(one))
-        other_rows = random.integers(len(other), size=len(other))
-        mean = one[rows][:, columns].mean()
-        other_mean = other[other_rows][:, columns].mean()
-        differences.append(mean - other_mean)
-    low, high = np.percentile(differences, (2.5, 97.5))
-    return 100 * (one.mean() - other.mean()), 100 * low, 100 * high
+    parts = _parts(one, other, paired)
+    by_image = sum(part.mean(0) for part in parts)
+    of_images = by_image.var(ddof=1)
+    of_seeds = 0.0
+    if min(map(len, parts)) > 1:
+        of_images = variances(parts).images
+        for part in parts:
+            of_mean = part.mean(1).var(ddof=1) / len(part)
+            of_seeds += quantile(0.975, len(part)) ** 2 * of_mean
+    squared = quantile(0.975) ** 2 * of_images / len(by_image) + of_seeds
+    mean = 100 * by_image.mean()
+    half = 100 * math.sqrt(squared)
+    return mean, mean - half, mean + half
+
+
+def images_needed(points: float, seeds: int, of: Variances) -> int | None:
+    """Return how many images show a difference in points with `seeds` runs a row; None: too many.
+
+    Shown means that the 95 % interval leaves out 0, with a probability of about `POWER`.
+    """
+    by_seeds = (quantile(0.975, seeds) + quantile(POWER, seeds)) ** 2 / seeds
+    by_images = (quantile(0.975) + quantile(POWER)) ** 2
+    left = (points / 100) ** 2 - by_seeds * of.seeds
+    if left <= 0:
+        return None
+    return math.ceil((by_seeds * of.rest + by_images * of.images) / left)
 
 
 def worst_of(seeds: list[Verdicts], names: list[str]) -> np.ndarray:
@@ -189,32 +266,59 @@ def worst_of(seeds: list[Verdicts], names: list[str]) -> np.ndarray:
     return np.stack([np.minimum.reduce([attacks[name] for name in names]) for attacks in seeds])
 
 
-def cell(right: list[np.ndarray], runs: int) -> str:
-    """Return the mean accuracy in % of those of a row's runs that have an attack, and its range.
-
-    right: (N,) for each of them.
-    """
-    values = [100 * run.mean() for run in right]
-    if not values:
-        return ""
-    text = f"{sum(values) / len(values):.2f}"
+def mean_and_deviation(values: list[float]) -> str:
+    """Format figures of several runs as mean ± standard deviation, and that of one run alone."""
+    text = f"{np.mean(values):.2f}"
     if len(values) > 1:
-        text += f" ({min(values):.2f} to {max(values):.2f})"
-    if len(values) < runs:
-        text += f", {len(values)} of {runs} runs"
+        text += f" ± {np.std(values, ddof=1):.2f}"
     return text
 
 
-def _difference_cell(worst: np.ndarray, first_worst: np.ndarray) -> str:
-    """Return the paired difference of a row's worst case from the first row's."""
-    mean, low, high = difference(worst, first_worst)
+def cell(right: list[np.ndarray], runs: int) -> str:
+    """Return the accuracy in % of those of a row's runs that have an attack.
+
+    right: (N,) for each of them.
+    """
+    if len(right) == 0:
+        return ""
+    text = mean_and_deviation([100 * run.mean() for run in right])
+    if len(right) < runs:
+        text += f", {len(right)} of {runs} runs"
+    return text
+
+
+def _difference_cell(worst: np.ndarray, first_worst: np.ndarray, paired: bool) -> str:
+    """Return the difference of a row's worst case from the first row's."""
+    mean, low, high = difference(worst, first_worst, paired)
     one_run = ", images alone" if 1 in (len(worst), len(first_worst)) else ""
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{one_run})"
+
+
+def _power(of_rows: list[Variances]) -> str:
+    """Say how many seeds and images show a difference, from the mean variances of rows."""
+    if not of_rows:
+        return (
+            "Power: unknown, since a single seed says nothing about others; train by --seed 1,2,3."
+        )
+    mean = Variances(*np.mean(of_rows, axis=0))
+    plans = {}
+    for points in (1, 2):
+        needed = {seeds: images_needed(points, seeds, mean) for seeds in PLANS}
+        ways = [f"{seeds} seeds x {count:,} images" for seeds, count in needed.items() if count]
+        plans[points] = ", ".join(ways) or f"more than {PLANS[-1]} seeds"
+    seeds, images, _ = 100 * np.sqrt(mean)
+    return (
+        f"Power: a difference of one point is seen in {100 * POWER:.0f} % of studies with any of "
+        f"{plans[1]}; of two points with {plans[2]}. This rests on differences' deviations of "
+        f"{seeds:.2f} points between seeds and {images:.0f} between images, over the rows of "
+        "several seeds."
+    )
 
 
 def table(groups: Groups) -> Iterator[str]:
     """Yield the rows in Markdown, and below them what `worst case` and the last column are."""
     right = {name: [verdicts(record) for record in records] for name, records in groups.items()}
+    numbers = {name: [seed_of(record) for record in records] for name, records in groups.items()}
     runs = list(chain.from_iterable(right.values()))
     columns = list(dict.fromkeys(chain.from_iterable(runs)))
     common = [column for column in columns if all(column in run for run in runs)]
@@ -228,6 +332,7 @@ def table(groups: Groups) -> Iterator[str]:
     heads = ["network", "runs", *columns, "worst case", f"less {first}"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
+    compared = []
     for name, seeds in right.items():
         count = len(seeds)
         cells = [name, str(count)]
@@ -244,7 +349,9 @@ def table(groups: Groups) -> Iterator[str]:
         elif images_of(groups[name][0]) != images_of(groups[first][0]):
             cells.append("other images or eps")
         else:
-            cells.append(_difference_cell(worst[name], worst[first]))
+            paired = numbers[name] == numbers[first]
+            cells.append(_difference_cell(worst[name], worst[first], paired))
+            compared.append(_parts(worst[name], worst[first], paired))
         yield f"| {' | '.join(cells)} |"
 
     yield ""
@@ -256,9 +363,13 @@ def table(groups: Groups) -> Iterator[str]:
         )
     yield from _other_settings(groups)
     yield (
-        "Less the first row: on the same images, with a 95 % interval by resampling images and "
-        "seeds. `images alone`: a row has one run, and another seed may differ by more."
+        "Less the first row: on the same images, seed by seed where both rows have the same seeds, "
+        "with a 95 % interval over images and seeds, Student's t for so few seeds. `images alone`: "
+        "a row has one run, and another seed may differ by more."
     )
+    if compared:
+        several = [parts for parts in compared if min(map(len, parts)) > 1]
+        yield _power([variances(parts) for parts in several])
 
 
 def _search_settings(record: dict) -> dict[str, str]:
