@@ -1,8 +1,13 @@
 """Data sets, from small files in the published formats, and parts of the training data."""
 
+import gzip
+import hashlib
+import json
 import os
 import pickle
 import shutil
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +15,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, FashionMNIST
 
 from tests.helpers import (
+    ANCRA,
+    ATTACK,
     CIFARS,
     RunsCode,
+    execute,
     image_folder,
     md5,
     pack_cifar,
     pixels,
     png,
     settings,
+    train,
     write_cifar,
     write_tiny_imagenet,
 )
@@ -196,6 +205,137 @@ def test_digits_are_those_of_scikit_learn_split_evenly(size):
     assert (abs(shares - 360 / 1797) < 0.01).all()
 
 
+# Fashion-MNIST
+
+IDX = {"train": "train", "test": "t10k"}
+
+
+def write_fashion(root, ending=""):
+    """Write the four idx files, of 10 images each -> {part: (images (10, 28, 28), labels)}."""
+    root.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for seed, (part, prefix) in enumerate(IDX.items()):
+        images = pixels(seed, 10, 28, 28)
+        labels = pixels(seed, 10) % 10
+        written[part] = (images, labels)
+        contents = {
+            f"{prefix}-images-idx3-ubyte": struct.pack(">4I", 0x803, 10, 28, 28) + images.tobytes(),
+            f"{prefix}-labels-idx1-ubyte": struct.pack(">2I", 0x801, 10) + labels.tobytes(),
+        }
+        for name, content in contents.items():
+            if ending == ".gz":
+                content = gzip.compress(content)
+            (root / f"{name}{ending}").write_bytes(content)
+    return written
+
+
+def load_fashion(root, part="train", size=32):
+    """Load a part of Fashion-MNIST."""
+    return load_split("fashion-mnist", part, str(root), size)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("folder", ["", "FashionMNIST/raw"])
+def test_fashion_mnist_is_what_was_written_padded_by_zeros(tmp_path, folder, ending):
+    for part, (images, labels) in write_fashion(tmp_path / folder, ending).items():
+        split = load_fashion(tmp_path, part)
+        assert split.images.dtype == torch.uint8
+        padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+        assert np.array_equal(as_array(split), np.stack([padded] * 3, axis=3))
+        assert np.array_equal(split.labels, labels)
+
+
+def test_fashion_mnist_is_what_torchvision_reads(tmp_path):
+    write_fashion(tmp_path / "FashionMNIST" / "raw")
+    for part in IDX:
+        theirs = FashionMNIST(tmp_path, train=part == "train")
+        ours = load_fashion(tmp_path, part, size=28)
+        assert torch.equal(ours.images[:, 2], theirs.data)
+        assert torch.equal(ours.labels, theirs.targets)
+        assert ours.classes == tuple(theirs.classes)
+
+
+@pytest.mark.parametrize("size", [24, 64])
+def test_fashion_mnist_of_other_sides_is_scaled_as_pillow_scales(tmp_path, size):
+    images, _ = write_fashion(tmp_path)["test"]
+    ours = load_fashion(tmp_path, "test", size).images[:, 1].numpy().astype(int)
+    for image, scaled in zip(images, ours, strict=True):
+        theirs = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
+        assert abs(scaled - np.asarray(theirs)).max() <= 1
+
+
+def test_other_images_than_those_of_fashion_mnist_are_noted(monkeypatch, tmp_path):
+    images, labels = write_fashion(tmp_path)["train"]
+    assert load_fashion(tmp_path).note == (
+        f"{tmp_path} has other images than the published ones of fashion-mnist"
+    )
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    monkeypatch.setitem(datasets.FASHION, "train", ("train", digest))
+    assert load_fashion(tmp_path).note == ""
+
+
+IMAGES_OF_14X56 = struct.pack(">4I", 0x803, 10, 14, 56) + bytes(7840)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("train-images-idx3-ubyte", struct.pack(">4I", 0x803, 10, 28, 28) + bytes(7839)),
+        ("train-images-idx3-ubyte", IMAGES_OF_14X56),
+        ("train-labels-idx1-ubyte", struct.pack(">2I", 0x801, 9) + bytes(9)),
+        ("train-labels-idx1-ubyte", struct.pack(">2I10B", 0x801, 10, *range(1, 11))),
+        ("train-labels-idx1-ubyte.gz", b"no gzip"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(bytes(99))[:-9]),
+    ],
+)
+def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, refused, name, content):
+    write_fashion(tmp_path)
+    (tmp_path / name.removesuffix(".gz")).unlink()
+    (tmp_path / name).write_bytes(content)
+    refused(ANCRA, "--dataset=fashion-mnist", f"--data-dir={tmp_path}", mentions=[tmp_path / name])
+
+
+def test_missing_files_of_fashion_mnist_are_named_with_their_source(tmp_path):
+    write_fashion(tmp_path)
+    missing = tmp_path / "t10k-labels-idx1-ubyte"
+    missing.unlink()
+    left = sorted(tmp_path.iterdir())
+    load_fashion(tmp_path)
+    with pytest.raises(UsageError, match=f"{missing.name}.gz from http.*{tmp_path}"):
+        load_fashion(tmp_path, "test")
+    assert sorted(tmp_path.iterdir()) == left
+
+
+def test_fashion_mnist_is_downloaded_whole_or_not_at_all(monkeypatch, tmp_path):
+    errors = [RuntimeError("File not found or corrupted.")]
+
+    def download(url, download_root, filename, md5):
+        write_fashion(Path(download_root))
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", download)
+    with pytest.raises(UsageError, match="could be downloaded"):
+        load_fashion(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert len(load_fashion(tmp_path).labels) == 10
+    assert [file.name for file in tmp_path.iterdir()] == ["FashionMNIST"]
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_fashion_mnist_is_trained_on_and_evaluated(tmp_path):
+    write_fashion(tmp_path / "data")
+    data = ("--dataset=fashion-mnist", "--data-dir", tmp_path / "data", "--image-size=16")
+    run = train(tmp_path, *data, "--epochs=1")
+    assert "-fashion-mnist-" in run.name
+    assert execute(ATTACK, "--ckpt_url", run, "--attacks=natural", "--device=cpu") == 0
+    record = json.loads((run / "white_attack.json").read_text())
+    assert record["dataset"] == "fashion-mnist"
+    assert set(record["classes"]).issubset(FashionMNIST.classes)
+    assert record["settings"]["eps"] == 0.1
+    assert record["settings"]["step_size"] == 0.02
+
+
 # folders
 
 
@@ -297,7 +437,10 @@ def test_a_folder_of_another_layout_is_named(tmp_path, counts, names):
         datasets.load_splits("folder", {"train": None, "test": None}, str(tmp_path), 16)
 
 
-@pytest.mark.parametrize("dataset, size", [("cifar10", 32), ("tiny-imagenet", 64), ("folder", 16)])
+@pytest.mark.parametrize(
+    "dataset, size",
+    [("cifar10", 32), ("tiny-imagenet", 64), ("fashion-mnist", 32), ("folder", 16)],
+)
 def test_a_data_folder_that_is_a_file_is_named(tmp_path, dataset, size):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UsageError, match=str(tmp_path / "file")):

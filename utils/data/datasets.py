@@ -1,6 +1,8 @@
 """Data sets as uint8 tensors: decoded once, held on the device, augmented there by tensor code."""
 
+import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,13 @@ TINY_IMAGENET = (
     "90528d7ca1a48142e341f4ef8d21d0de",
 )
 TINY_FOLDER = "tiny-imagenet-200"
+FASHION_FOLDER = "FashionMNIST/raw"  # as torchvision has it
+
+# By part: beginning of the names of Fashion-MNIST's files, and checksum of what they hold.
+FASHION = {
+    "train": ("train", "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157"),
+    "test": ("t10k", "9f1ec356a747bfe4ebab3cfb722d3694c9ca737e2570f6f90cf31d7b6fd689d4"),
+}
 
 
 class Split(NamedTuple):
@@ -33,7 +42,7 @@ class Split(NamedTuple):
     classes, synonyms between commas; otherwise empty.
     numbers: (N,) places of the images in the whole part, where this is a subset of it; otherwise
     None. whole: how many images that part has, then.
-    note: what to know of a folder: files left out, another part taken, copies.
+    note: what to know of the images: files left out, another part taken, copies, other files.
     files: image files that `load_split` decodes; until then images holds places among them.
     """
 
@@ -232,10 +241,10 @@ def _digits(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 
 
 @contextmanager
-def _downloading(dataset: str, data_dir: Path, archive: str, md5: str, url: str) -> Iterator[None]:
+def _downloading(dataset: str, data_dir: Path, needed: str) -> Iterator[None]:
     """Download a data set in the context, where no other process does.
 
-    Errors: UsageError that says which file to put where.
+    Errors: UsageError that says which files are `needed` in data_dir, and where to get them.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -244,7 +253,7 @@ def _downloading(dataset: str, data_dir: Path, archive: str, md5: str, url: str)
     except Exception as error:  # networks and archives raise nearly anything
         raise UsageError(
             f"{dataset}: no intact copy in {data_dir} and none could be downloaded "
-            f"({first_line(error)}); put {archive} (MD5 {md5}) from {url} into {data_dir}"
+            f"({first_line(error)}); put {needed} into {data_dir}"
         ) from error
 
 
@@ -262,10 +271,88 @@ def _cifar(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     try:
         data = source(data_dir, train=is_train)
     except RuntimeError:  # it is missing or damaged
-        with _downloading(dataset, data_dir, source.filename, source.tgz_md5, source.url):
+        needed = f"{source.filename} (MD5 {source.tgz_md5}) from {source.url}"
+        with _downloading(dataset, data_dir, needed):
             data = source(data_dir, train=is_train, download=True)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.tensor(data.targets), tuple(data.classes))
+
+
+def _fashion_mnist(dataset: str, part: str, data_dir: Path, size: int) -> Split:
+    """Load Fashion-MNIST; its 28x28 pixels are padded to 32x32, or scaled to any other side."""
+    from torchvision.datasets import FashionMNIST
+
+    prefix, published = FASHION[part]
+    names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
+    files = [_find_idx(data_dir, name) for name in names]
+    if None in files:
+        _get_fashion_mnist(data_dir, names)
+        files = [_find_idx(data_dir, name) for name in names]
+
+    pixels = _read_idx(files[0], 28, 28)
+    labels = _read_idx(files[1])
+    classes = tuple(FashionMNIST.classes)
+    if not len(labels) == len(pixels) > 0 or labels.max() >= len(classes):
+        raise UsageError(
+            f"{files[0]} has {len(pixels)} images, {files[1]} has {len(labels)} labels; "
+            f"there must be one label of 0 to {len(classes) - 1} for each image"
+        )
+    note = ""
+    if checksum_of([pixels, labels]) != published:
+        note = f"{files[0].parent} has other images than the published ones of {dataset}"
+
+    images = pixels[:, None]
+    if size == 32:
+        images = F.pad(images, (2, 2, 2, 2))
+    else:
+        images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+        images = images.round().byte()
+    return Split(images.repeat(1, 3, 1, 1), labels.long(), classes, note=note)
+
+
+def _find_idx(data_dir: Path, name: str) -> Path | None:
+    """Find a file, with or without .gz, in a folder or where torchvision keeps Fashion-MNIST."""
+    for folder in (data_dir, data_dir / FASHION_FOLDER):
+        for file in (folder / name, folder / f"{name}.gz"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _get_fashion_mnist(data_dir: Path, names: list[str]) -> None:
+    """Download Fashion-MNIST to where torchvision keeps it; half a file is never left."""
+    from torchvision.datasets import FashionMNIST
+
+    needed = f"{'.gz and '.join(names)}.gz from {FashionMNIST.mirrors[0]}"
+    with _downloading("fashion-mnist", data_dir, needed):
+        if all(_find_idx(data_dir, name) for name in names):  # another process was faster
+            return
+        with TemporaryDirectory(dir=data_dir) as scratch:
+            FashionMNIST(scratch, download=True)
+            folder = data_dir / FASHION_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in (Path(scratch) / FASHION_FOLDER).glob("*-ubyte"):
+                file.replace(folder / file.name)
+
+
+def _read_idx(file: Path, *shape: int) -> Tensor:
+    """Read an idx file of bytes -> (N, *shape) uint8.
+
+    Errors: UsageError where the file is damaged, or its items have another shape.
+    """
+    try:
+        content = file.read_bytes()
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
+        magic, count, *sides = np.frombuffer(content, ">u4", 2 + len(shape)).tolist()
+        if magic != 0x801 + len(shape) or tuple(sides) != shape:
+            raise ValueError("another header than that of the published file")
+        values = np.frombuffer(content, np.uint8, offset=8 + 4 * len(shape))
+        return torch.tensor(values.reshape(count, *shape))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UsageError(
+            f"{file} is damaged ({first_line(error)}); remove it, and it is downloaded anew"
+        ) from error
 
 
 def _of_files(files: list[tuple[str, int]], classes: list[str], words: Sequence[str] = ()) -> Split:
@@ -315,7 +402,7 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
 
     url, md5 = TINY_IMAGENET
     archive = f"{TINY_FOLDER}.zip"
-    with _downloading("tiny-imagenet", data_dir, archive, md5, url):
+    with _downloading("tiny-imagenet", data_dir, f"{archive} (MD5 {md5}) from {url}"):
         if (data_dir / TINY_FOLDER).is_dir():  # another process or rank was faster
             return
         with TemporaryDirectory(dir=data_dir) as scratch:
@@ -353,5 +440,6 @@ LOADERS = {
     "cifar100": _cifar,
     "tiny-imagenet": _tiny_imagenet,
     "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
     "folder": _folder,
 }

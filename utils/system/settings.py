@@ -34,7 +34,7 @@ from utils.system.values import (
 
 Method = Literal["pgd", "trades", "mart"]
 Arch = Literal["ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18"]
-Dataset = Literal["cifar10", "cifar100", "tiny-imagenet", "digits", "folder"]
+Dataset = Literal["cifar10", "cifar100", "tiny-imagenet", "digits", "fashion-mnist", "folder"]
 Strategy = Literal[
     "random", "random_adv", "soft", "soft_adv", "hard", "hard_adv", "easy", "easy_adv"
 ]
@@ -55,7 +55,13 @@ CLASSIFIERS = get_args(Classifier)
 FEATURES = get_args(Layer)
 
 # The number of classes; a folder has its own.
-CLASSES = {"cifar10": 10, "digits": 10, "cifar100": 100, "tiny-imagenet": 200}
+CLASSES = {
+    "cifar10": 10,
+    "digits": 10,
+    "fashion-mnist": 10,
+    "cifar100": 100,
+    "tiny-imagenet": 200,
+}
 
 ATTACKS = (
     "natural",
@@ -206,7 +212,8 @@ class Training:
     width: Annotated[int | None, whole(1, 1024)] = None
     """channels of the first stage, or the widen factor of a WRN; if unset, 64 or 10"""
     image_size: Annotated[int, SIDE] = 32
-    """side of the images of digits and of a folder"""
+    """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
+    fashion-mnist by zeros; other sides scale them"""
     augmentation: Augmentation = "crop-flip"
     """crop shifts images at random by up to an eighth of the side, padded by zeros"""
     val_size: Whole = 0
@@ -232,7 +239,8 @@ class Training:
     data_dir: Path = "./data"
     """where data sets are stored. A folder holds train/<class>/ and test/<class>/ or val/<class>/;
     if it has both, val selects the epoch. Its images are squashed to --image-size, alpha is blended
-    over black, grey becomes three channels"""
+    over black, grey becomes three channels. The four idx files of fashion-mnist, with or without
+    .gz, are taken where they lie here"""
     model_dir: Path = "./model/ANCRA"
     """beginning of the name of the run's folder"""
     restart_epoch: Whole = 0
@@ -291,6 +299,12 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
         "image_size": 16,
         "augmentation": "none",
     },
+    ("fashion-mnist",): {
+        "epochs": 30,
+        "milestones": (20, 26),
+        "epsilon": 0.1,
+        "step_size": 0.02,
+    },
     ("mart",): {"beta": 5.0},
     ("pgd",): {"awp_warmup": 0},
     ("WRN-28-10",): {"zeta": 6.0},
@@ -332,7 +346,8 @@ class Checkpoint:
     data_dir: Annotated[str | None, PATH] = None
     """where data sets are stored; if unset, where the training had them"""
     image_size: Annotated[int | None, whole(1, LARGEST_SIDE)] = None
-    """side of the images of digits and of a folder"""
+    """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
+    fashion-mnist by zeros; other sides scale them"""
     arch: Arch | None = None
     """network; if unset, the checkpoint's own"""
     width: Annotated[int | None, whole(1, 1024)] = None
