@@ -302,7 +302,7 @@ def draw_embedding(
     figure.legend(
         handles=handles,
         loc=BELOW,
-        ncols=legend_columns,
+        ncols=math.ceil(len(handles) / legend_rows),
         title=(
             f"UMAP of {features}; {len(coloured)} of {len(present)} classes in colour\n"
             "above: silhouette, share of the 12 nearest neighbours of the same class"
