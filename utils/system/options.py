@@ -1,20 +1,29 @@
-"""Reads command lines into settings and refuses contradictions.
+"""Reads command lines, and the files of --config, into settings and refuses contradictions.
 
 Nothing here loads PyTorch, so that --help and wrong flags are answered at once.
 """
 
+import json
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import MISSING, fields
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypedDict, TypeVar, get_args, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
+from utils.system.errors import UsageError
 from utils.system.settings import (
     ALL_ATTACKS,
     DEFAULTS_OF,
+    OF_A_COMMAND,
     Checkpoint,
     Evaluation,
+    FromFile,
     Training,
     Umap,
     training_settings,
@@ -43,8 +52,14 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
 
     doc: description for --help; script: the script's own recipe.
     """
-    _parsed(Training, doc + _other_defaults(), argv, default=training_settings({}, script))
-    given = _parsed(Given, doc, argv)
+    from_file = _from_file(Training, argv)
+    default = training_settings(from_file, script)
+    _parsed(Training, doc + _other_defaults(), argv, default=default)
+    # A run's file names its --model-dir, whether or not the run's command did.
+    others = {name: value for name, value in from_file.items() if name != "model_dir"}
+    if training_settings(others, script) == default:
+        from_file = others
+    given = from_file | _parsed(Given, doc, argv)
     settings = training_settings(given, script)
     _refuse_any(_contradictions_in_training(settings))
     return Command(settings, given, script)
@@ -52,7 +67,9 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
 
 def parse(cls: type[T], doc: str, argv: list[str]) -> T:
     """Parse the command line of another script; a wrong one ends the program with status 2."""
-    settings = _parsed(cls, doc, argv)
+    required = {field.name: tyro.MISSING for field in fields(cls) if field.default is MISSING}
+    default = cls(**required | _from_file(cls, argv))
+    settings = _parsed(cls, doc, argv, default=default)
     _refuse_any(_contradictions(settings))
     return settings
 
@@ -60,6 +77,80 @@ def parse(cls: type[T], doc: str, argv: list[str]) -> T:
 def flag(name: str) -> str:
     """A setting as a command line names it."""
     return f"--{name.replace('_', '-')}"
+
+
+def _from_file(cls: type, argv: list[str]) -> dict[str, Any]:
+    """The settings in the file of --config, if a command line has that flag."""
+    known, _ = tyro.cli(FromFile, args=argv, return_unknown_args=True, add_help=False)
+    if known.config is None:
+        return {}
+    try:
+        return _settings_in(known.config, cls)
+    except UsageError as error:
+        return _refuse(f"--config {known.config}: {error}")
+
+
+def _settings_in(file: str, cls: type) -> dict[str, Any]:
+    """Read a file that maps names of settings, with - or _, to values as their flags take them.
+
+    Lists stand for several values, and null leaves a setting unset. Of a run.json its entry
+    `settings` is read. Returns the values of settings of `cls` by name.
+    Errors: UsageError that says what is wrong in the file.
+    """
+    content = _content(file)
+    if isinstance(content, dict):
+        content = content.get("settings", content)
+    if not isinstance(content, dict):
+        raise UsageError("it must map names of settings to values")
+
+    kinds = get_type_hints(cls, include_extras=True)
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in kinds or name in OF_A_COMMAND:
+            raise UsageError(f"{key} is no setting that a file gives here; --help lists them")
+        if value is None:
+            continue
+        try:
+            values[name] = _read(name, value, kinds[name])
+        except SystemExit:  # so tyro refuses a value
+            text = json.dumps(value, default=str)
+            raise UsageError(f"{key} cannot be {text}; --help says what it takes") from None
+    return values
+
+
+def _content(file: str) -> Any:
+    """Return what a file says, as JSON, or as YAML where its name ends so."""
+    read: Callable[[str], Any] = json.loads
+    if file.endswith((".yaml", ".yml")):
+        try:
+            from yaml import safe_load as read  # no requirement of this code
+        except ImportError as error:
+            raise UsageError("YAML needs PyYAML: pip install pyyaml, or write JSON") from error
+    try:
+        return read(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(error.strerror) from error
+    except Exception as error:  # each reader has its own
+        raise UsageError(f"it cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    """Return the value of a setting as its flag reads it. SystemExit where the flag refuses it.
+
+    kind: the setting's type, as annotated.
+    """
+    if isinstance(value, bool) and bool in get_args(kind):
+        return value  # a Switch has no word for False
+    if not isinstance(value, str | int | float | list):
+        raise SystemExit
+    in_one_word = any(isinstance(part, PrimitiveConstructorSpec) for part in get_args(kind))
+    argv = [f"--{name}={as_given(value)}"]
+    if isinstance(value, list) and not in_one_word:
+        argv = [f"--{name}", *map(str, value)]
+    only_this = TypedDict("OnlyThis", {name: kind}, total=False)
+    with redirect_stderr(StringIO()):  # tyro explains in many lines
+        return tyro.cli(only_this, args=argv, add_help=False)[name]
 
 
 def _parsed(cls: type[T], doc: str, argv: list[str], default: Any = tyro.MISSING_NONPROP) -> T:
@@ -89,8 +180,12 @@ def _other_defaults() -> str:
 def _refuse_any(contradictions: Iterator[str]) -> None:
     """End the program with status 2 and the first of the contradictions, if there is one."""
     for message in contradictions:
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(message)
+
+
+def _refuse(message: object) -> NoReturn:
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _contradictions_in_training(settings: Training) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Every setting, once: its name, type, default and a line of help.
 
 Command lines, --help, what a run stores, what may change on resume and the name of a run's folder
-are derived from the classes below. The value of a setting comes from the command, else from
-`DEFAULTS_OF`, else from the script's own recipe, else from the class.
+are derived from the classes below. The value of a setting comes from the command, else from the
+file of --config, else from `DEFAULTS_OF`, else from the script's own recipe, else from the class.
 """
 
 import os
@@ -115,7 +115,15 @@ COMPANIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class FromFile:
+    """What every script takes: settings that a file gives."""
+
+    config: Annotated[str | None, PATH] = None
+    """JSON or YAML file of settings by name, such as a run's run.json; flags win over it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(FromFile):
     """The settings of a training script; the defaults are ANCRA-TRADES on CIFAR-10 as published."""
 
     # What is trained on what
@@ -331,11 +339,11 @@ FREE = frozenset(
 )
 
 # Settings of a command, which its run does not store.
-OF_A_COMMAND = ("resume", "other_data", "overwrite")
+OF_A_COMMAND = ("config", "resume", "other_data", "overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(FromFile):
     """What every script takes that looks at a trained network.
 
     None stands for what the checkpoint or its data set says.
@@ -471,7 +479,7 @@ class Umap(Features):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Histograms:
+class Histograms(FromFile):
     """The settings of draw_hist.py."""
 
     distances: tuple[Path, ...] | None = None
