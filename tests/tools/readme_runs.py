@@ -1,7 +1,6 @@
 """The runs that README.md shows: its quick start, and the two networks of its figures."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -49,11 +48,12 @@ def record(folder: Path) -> None:
 
 def quick_start(log: Path, evaluation: str) -> list[str]:
     """Return ten lines or so of what training and evaluation print; ... marks what is left out."""
-    lines = log.read_text().splitlines()
-    first = next(line for line in lines if line.startswith("epoch 1/"))
-    parts = re.match(r"(epoch \S+)  (loss \S+).*(evaluation: .*? %, .*? %)", first)
-    best = next(line for line in lines if line.startswith("best epoch"))
-    shown = [f"{parts[1]}  {parts[2]} ... {parts[3]} ...", "...", best, ""]
+    shown = []
+    for start in ("epoch 1/", "epoch 2/", "best epoch"):
+        line = next(line for line in log.read_text().splitlines() if line.startswith(start))
+        shown.append(line[: line.rindex("%") + 1])  # without times, which tell of the machine
+    shown.insert(2, "...")
+    shown.append("")
     rows = evaluation.splitlines()
     head = next(row for row in rows if row.startswith("attack  "))
     width = head.index("seconds")
