@@ -11,7 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from models import ReverseAttentionNetwork
+from models import Heads, ReverseAttentionNetwork
+from models.reverse_attention import GateInput
 from utils.data.datasets import Split, as_input, checksum_of
 from utils.system.errors import UsageError, first_line
 
@@ -21,13 +22,17 @@ OURS = Path(__file__).resolve().parents[2]
 class Foreign(nn.Module):
     """A network or function of the user's, whose logits are cast to float32."""
 
-    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, network: Callable[..., Tensor | Heads]) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N, C)."""
-        return self.network(x).float()
+    def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
+        """Return logits (N, C), or the `Heads` of a network that has some."""
+        if not heads:
+            return self.network(x).float()
+        answer = self.network(x, gate, heads=True)
+        auxiliary = tuple(logits.float() for logits in answer.auxiliary)
+        return Heads(answer.final.float(), auxiliary, answer.features.float())
 
 
 def load_foreign(model: str) -> tuple[nn.Module, dict]:
@@ -50,21 +55,21 @@ def load_foreign(model: str) -> tuple[nn.Module, dict]:
             "package.module:function or FILE.py:function, no arguments"
         ) from error
 
+    # A network with heads, `model(x, gate, heads=True)`, is attacked at each of them.
+    own_classifiers = getattr(network, "block_classifiers", None)
     info = {
         "arch": model,
         "dataset": None,
         "image_size": None,
-        "reverse_attention": False,
+        "reverse_attention": getattr(network, "reverse_attention", None) is True,
+        "gate": getattr(network, "gate", None),
+        "classifier": "own" if own_classifiers else "shared",
+        "ra_blocks": getattr(network, "ra_blocks", None),
         "recipe": None,
         "notes": [],
         "file": module.__file__,
     }
-    if isinstance(network, ReverseAttentionNetwork):
-        info["reverse_attention"] = network.reverse_attention
-        info["gate"] = network.gate
-        info["classifier"] = "own" if network.block_classifiers else "shared"
-        info["ra_blocks"] = network.ra_blocks
-    else:
+    if not isinstance(network, ReverseAttentionNetwork):
         network = Foreign(network)
     return network.requires_grad_(False).eval(), info
 

@@ -238,6 +238,7 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
     are the checkpoint's own, eps and step size the data set's, unless the command gave them.
     Errors: UsageError where network and images do not fit each other.
     """
+    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
     if path is None:
         file = Path(settings.model)
         model, info = load_foreign(settings.model)
@@ -262,7 +263,6 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
     defaults = dataset_defaults(dataset)
     eps = defaults.epsilon if settings.epsilon is None else settings.epsilon
     step_size = settings.step_size or defaults.step_size
-    device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
     model.to(device)
 
     side = info["image_size"] or settings.image_size or defaults.image_size
