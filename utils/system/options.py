@@ -39,12 +39,14 @@ Given = TypedDict("Given", get_type_hints(Training, include_extras=True), total=
 class Command(NamedTuple):
     """What a training command asks for.
 
-    given: the settings that the command itself names; script: the script's own recipe.
+    given: the settings that the command itself names; script: the script's own recipe. seeds: those
+    that it names; settings have the first.
     """
 
     settings: Training
     given: dict[str, Any]
     script: dict[str, Any]
+    seeds: tuple[int, ...] = ()
 
 
 def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command:
@@ -60,9 +62,12 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     if training_settings(others, script) == default:
         from_file = others
     given = from_file | _parsed(Given, doc, argv)
+    seeds = given.get("seed", ())
+    if seeds:
+        given["seed"] = seeds[0]
     settings = training_settings(given, script)
-    _refuse_any(_contradictions_in_training(settings))
-    return Command(settings, given, script)
+    _refuse_any(_contradictions_in_training(settings, len(seeds)))
+    return Command(settings, given, script, seeds)
 
 
 def parse(cls: type[T], doc: str, argv: list[str]) -> T:
@@ -188,7 +193,7 @@ def _refuse(message: object) -> NoReturn:
     sys.exit(2)
 
 
-def _contradictions_in_training(settings: Training) -> Iterator[str]:
+def _contradictions_in_training(settings: Training, seeds: int) -> Iterator[str]:
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):
         yield "--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other"
     if settings.restart_epoch >= settings.epochs:
@@ -197,6 +202,10 @@ def _contradictions_in_training(settings: Training) -> Iterator[str]:
         yield "--label-smoothing is of the cross-entropy of pgd and trades, not of mart's"
     if settings.extra_data and not 0 < settings.extra_images < settings.batch_size:
         yield "--extra-fraction leaves no image of one kind in a batch of --batch-size"
+    if settings.jobs > 1 and seeds < 2:
+        yield "--jobs is of several seeds, such as --seed 1,2,3"
+    if settings.resume is not None and seeds > 1:
+        yield "several seeds are resumed by the same command; leave --resume out"
     if settings.resume is not None:
         if settings.restart_epoch or settings.overwrite:
             yield "--resume continues a run, --restart_epoch and --overwrite start one"

@@ -20,6 +20,7 @@ from utils.system.values import (
     PathOrFlagAlone,
     Positive,
     PositiveShare,
+    Seeds,
     Share,
     ShareBelowOne,
     Switch,
@@ -242,8 +243,11 @@ class Training(FromFile):
     """keep a checkpoint every N epochs"""
 
     # Seed and files
-    seed: Whole = 1
-    """seed of all random numbers"""
+    seed: Seeds = 1
+    """seed of all random numbers; of 1,2,3 each trains a run of its own. The same command goes on
+    with those that were stopped, and ends with mean and standard deviation"""
+    jobs: Count = 1
+    """of several seeds, train N at once, which share the threads; each has the next CUDA device"""
     data_dir: Path = "./data"
     """where data sets are stored. A folder holds train/<class>/ and test/<class>/ or val/<class>/;
     if it has both, val selects the epoch. Its images are squashed to --image-size, alpha is blended
@@ -339,7 +343,7 @@ FREE = frozenset(
 )
 
 # Settings of a command, which its run does not store.
-OF_A_COMMAND = ("config", "resume", "other_data", "overwrite")
+OF_A_COMMAND = ("config", "jobs", "resume", "other_data", "overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,13 @@ def _read_file_name(text: str) -> str:
     return text
 
 
+def _read_seeds(text: str) -> tuple[int, ...]:
+    seeds = listed(whole(), {}).instance_from_str([text])
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{text} names a seed twice")
+    return seeds
+
+
 PATH = _values("PATH", _read_path)
 FILE_NAME = _values("NAME", _read_file_name)
 
@@ -143,6 +150,7 @@ Positive = Annotated[float, number("(0, inf)")]
 Share = Annotated[float, number("[0, 1]")]
 PositiveShare = Annotated[float, number("(0, 1]")]
 ShareBelowOne = Annotated[float, number("[0, 1)")]
+Seeds = Annotated[int | tuple[int, ...], _values("N[,N]", _read_seeds)]  # a run has one of them
 Epochs = Annotated[tuple[int, ...], listed(whole(1), {"none": ()})]
 Truth = tyro.conf.FlagConversionOff[Annotated[bool, _values("[BOOL]", _read_truth, words=(0, 1))]]
 # A flag alone, which switches something on whatever the default is

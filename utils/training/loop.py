@@ -31,16 +31,20 @@ from utils.training import records
 from utils.training.companions import adversarial_weights, learning_rate
 from utils.training.job import Job, Progress
 from utils.training.runs import Start, prepare, refuse_existing, remove_existing, take_folder
+from utils.training.seeds import train_seeds
 from utils.training.splits import load_training_data
 
 DRAW_EVERY = 30  # seconds between two drawings of the curves, which take most of a second
 
 
 def run(command: Command) -> None:
-    """Train as a command says.
+    """Train as a command says, a run for each of its seeds.
 
     Errors: UsageError, RunError, Stopped; whatever was saved stays loadable.
     """
+    if len(command.seeds) > 1:
+        train_seeds(command)
+        return
     with ExitStack() as lock:
         start = distributed.from_first(lambda: prepare(command, lock))
         job = set_up(start, lock)
