@@ -53,6 +53,7 @@ IMAGES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "tiny-imagenet": (100_000, 10_000),
+    "fashion-mnist": (60_000, 10_000),
 }
 UNCOUNTED = (
     "limit_train",

@@ -323,7 +323,8 @@ def _get_fashion_mnist(data_dir: Path, names: list[str]) -> None:
     """Download Fashion-MNIST to where torchvision keeps it; half a file is never left."""
     from torchvision.datasets import FashionMNIST
 
-    needed = f"{'.gz and '.join(names)}.gz from {FashionMNIST.mirrors[0]}"
+    source = f"{FashionMNIST.mirrors[0]} or Debian's package dataset-fashion-mnist"
+    needed = f"{'.gz and '.join(names)}.gz from {source}"
     with _downloading("fashion-mnist", data_dir, needed):
         if all(_find_idx(data_dir, name) for name in names):  # another process was faster
             return
