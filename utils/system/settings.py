@@ -369,7 +369,7 @@ class Checkpoint(FromFile):
     gate: Gate | None = None
     """row of W that weights a map, as in training"""
     classifier: Classifier | None = None
-    """whose W weights maps; tensors tell it"""
+    """whose W weights maps, as in training; tensors tell it"""
     ra_blocks: Annotated[int | None, whole(1, 2)] = None
     """last blocks with reverse attention"""
     predict: Prediction = "final"
