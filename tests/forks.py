@@ -72,7 +72,7 @@ def points():
         "loss": (job, "training_loss"),
         "update": (torch.optim.SGD, "step"),
         "evaluation": (loop, "verdicts"),
-        "evaluation attack": (attacks, "linf_pgd"),
+        "evaluation attack": (attacks, "projected_ascent"),
         "table": (csv.DictWriter, "writerows"),
         "curves": (records, "save_or_note"),
         "save": (torch, "save"),

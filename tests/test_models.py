@@ -13,8 +13,8 @@ from utils import attacks
 from utils.attacks import (
     ToAttack,
     cross_entropy_over_heads,
-    linf_pgd_together,
     pgd40_heads,
+    pgd_together,
 )
 from utils.data.subject import percent, verdicts
 from utils.losses import over_heads
@@ -86,7 +86,7 @@ def test_training_attacks_end_where_the_official_ones_do(golden, name, small, mo
     untargeted = ToAttack(g.x, g.start, away_from_labels, g.y)
     targeted = ToAttack(g.x, g.start, towards_labels, target_labels)
     with frozen(g.model) as net:
-        attacked = linf_pgd_together(net, [untargeted, targeted], 2, EPS, 0.007, 10)
+        attacked = pgd_together(net, [untargeted, targeted], 2, EPS, 0.007, 10)
     for images, official in zip(attacked, (g["pgd_untargeted"], g["pgd_targeted"]), strict=True):
         assert (images - g.x).abs().max() <= EPS + 1e-6
         assert images.min() >= 0

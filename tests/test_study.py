@@ -86,7 +86,7 @@ def test_other_images_are_not_compared():
     first = record(natural="1111", PGD="1110")
     second = record(natural="1111", PGD="1110") | {"image_numbers": [3, 1, 2, 0]}
     row = list(results.table({"first": [first], "second": [second]}))[3]
-    assert row.endswith("| other images or eps |")
+    assert row.endswith("| other images, norm or eps |")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 0}'])

@@ -1,4 +1,4 @@
-"""L-infinity attacks: one loop of projected gradient ascent, and the attacks made of it."""
+"""One loop of projected gradient ascent, in L-infinity or L2 balls, and the attacks made of it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +18,7 @@ Objective = Callable[[Tensor], Tensor]  # images -> scalar to ascend
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 NOISE_DRAWS = 100
+TINY = torch.finfo(torch.float32).tiny  # in the place of 0 in a denominator
 VERSION = 1  # of these attacks; raise it when results change, so that no stored verdict is reused
 
 # Up to this much work, parameters times pixels of a pass, a CPU attacks several batches as one.
@@ -25,7 +26,38 @@ VERSION = 1  # of these attacks; raise it when results change, so that no stored
 SMALL = 2.5e11
 
 
-def linf_pgd(
+def linf_step(
+    x: Tensor, adversarial: Tensor, gradient: Tensor, eps: float, step_size: float
+) -> Tensor:
+    """Return clip_[0,1](clip_{x +- eps}(adversarial + step_size * sign(gradient)))."""
+    stepped = adversarial + step_size * gradient.sign()
+    return stepped.clamp(x - eps, x + eps).clamp(0, 1)
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """Return the L2 norm of each image of (N, 3, H, W), (N, 1, 1, 1), and for 0 a tiny number."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp(min=TINY)
+
+
+def l2_step(
+    x: Tensor, adversarial: Tensor, gradient: Tensor, eps: float, step_size: float
+) -> Tensor:
+    """Return clip_[0,1](project(adversarial + step_size * gradient / |gradient|_2)).
+
+    `project` moves what is further than eps from x to that distance. A zero gradient is no step.
+    """
+    # The squares of small gradients would vanish, so the largest entry becomes 1 first.
+    gradient = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=TINY)
+    stepped = adversarial + step_size * gradient / l2_norm(gradient)
+    shortened = (eps / l2_norm(stepped - x)).clamp(max=1)
+    return (x + shortened * (stepped - x)).clamp(0, 1)
+
+
+STEPS = {"Linf": linf_step, "L2": l2_step}  # by norm
+
+
+def projected_ascent(
+    norm: str,
     x: Tensor,
     objective: Objective,
     eps: float,
@@ -34,27 +66,28 @@ def linf_pgd(
     start: Tensor,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Ascend an objective inside the L-infinity ball of radius eps around x, by gradient signs.
+    """Ascend an objective inside a ball around x (PGD: Madry et al., arXiv 1706.06083).
 
-    `steps` times x_{t+1} = clip_[0,1](clip_{x +- eps}(x_t + step_size * sign(gradient at x_t))),
-    from x_0 = start (PGD: Madry et al., arXiv 1706.06083).
+    `steps` times x_{t+1} = STEPS[norm](x, x_t, gradient at x_t, eps, step_size) from x_0 = start.
 
     x: (N, 3, H, W) in [0, 1], the centre. objective: a sum over images, so that each image is
-    attacked by itself. eps, step_size: in units of [0, 1]. start: like x, used as it is, which may
-    leave the ball and [0, 1]. on_step(t, x_t), t from 1, sees every iterate.
+    attacked by itself. eps, the radius, and step_size: in units of [0, 1]. start: like x, used as
+    it is, which may leave the ball and [0, 1]. on_step(t, x_t), t from 1, sees every iterate.
     Returns x_steps, (N, 3, H, W), detached, in the ball and in [0, 1].
     """
-    low = (x - eps).clamp(min=0)
-    high = (x + eps).clamp(max=1)
     adversarial = start.detach()
     for step in range(1, steps + 1):
         with torch.enable_grad():
             adversarial.requires_grad_()
             (gradient,) = torch.autograd.grad(objective(adversarial), adversarial)
-        adversarial = torch.clamp(adversarial.detach() + step_size * gradient.sign(), low, high)
+        adversarial = STEPS[norm](x, adversarial.detach(), gradient, eps, step_size)
         if on_step is not None:
             on_step(step, adversarial)
     return adversarial
+
+
+# (x, objective, eps, step_size, steps, start, on_step=None) -> adversarial images
+linf_pgd = partial(projected_ascent, "Linf")
 
 
 class ToAttack(NamedTuple):
@@ -69,15 +102,16 @@ class ToAttack(NamedTuple):
     target: Tensor | Heads
 
 
-def linf_pgd_together(
+def pgd_together(
     net: nn.Module,
     batches: list[ToAttack],
     auxiliary_weight: float,
+    norm: str,
     eps: float,
     step_size: float,
     steps: int,
 ) -> list[Tensor]:
-    """Run `linf_pgd` on several batches, each with its own objective.
+    """Run `projected_ascent` on several batches, each with its own objective.
 
     Small batches are attacked as one, and on CUDA all are: they take less memory there than the
     training forwards that follow. No image's gradient depends on another image, so only rounding
@@ -88,7 +122,7 @@ def linf_pgd_together(
     if len(batches) > 1 and work > SMALL and not x.is_cuda:
         attacked = []
         for batch in batches:
-            attacked += linf_pgd_together(net, [batch], auxiliary_weight, eps, step_size, steps)
+            attacked += pgd_together(net, [batch], auxiliary_weight, norm, eps, step_size, steps)
         return attacked
 
     def objective(x: Tensor) -> Tensor:
@@ -102,7 +136,7 @@ def linf_pgd_together(
         return total
 
     start = torch.cat([batch.start for batch in batches])
-    attacked = linf_pgd(x, objective, eps, step_size, steps, start)
+    attacked = projected_ascent(norm, x, objective, eps, step_size, steps, start)
     return list(attacked.split([len(batch.x) for batch in batches]))
 
 
@@ -146,18 +180,21 @@ def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def image_noise(x: Tensor, numbers: Tensor, seed: int, kind: str, draw: int = 0) -> Tensor:
-    """Return noise like x (N, 3, H, W) for evaluation: `normal` N(0, 1), `uniform` in [-1, 1).
+    """Return noise like x (N, 3, H, W) for evaluation.
 
-    The noise of an image depends on the seed, on its number in the test set and on the draw, not
-    on the batch or the device.
+    kind: `normal` for N(0, 1), or a norm, `Linf` or `L2`, for uniform noise in its unit ball. The
+    noise of an image depends on the seed, on its number in the test set and on the draw, not on
+    the batch or the device.
     """
     noise = torch.empty(x.shape)
     for image, number in zip(noise, numbers.tolist(), strict=True):
         rng = np.random.default_rng((seed, number, draw) if draw else (seed, number))
-        if kind == "normal":
-            values = rng.standard_normal(image.shape, np.float32)
-        else:
+        if kind == "Linf":
             values = 2 * rng.random(image.shape, np.float32) - 1
+        else:
+            values = rng.standard_normal(image.shape, np.float32)
+        if kind == "L2":
+            values *= rng.random() ** (1 / values.size) / np.linalg.norm(values)
         image.copy_(torch.from_numpy(values))
     return noise.to(x.device)
 
@@ -171,32 +208,40 @@ def pgd(
     start: str,
     seed: int,
     draw: int = 0,
+    norm: str = "Linf",
 ) -> Attack:
-    """Return `linf_pgd` on objective(net, labels) as an attack of an evaluation.
+    """Return `projected_ascent` on objective(net, labels) as an attack of an evaluation.
 
     start: `uniform` in the ball, `normal` at x + 0.001 N(0, 1), both unclipped, or `image`, at the
-    image itself. seed, draw: of `image_noise`. One step of eps from the image is FGSM.
+    image itself. seed, draw: of `image_noise`. One step of eps from the image is FGSM, or for L2
+    FGM.
     """
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         x_0 = x
-        if start != "image":
-            radius = eps if start == "uniform" else 0.001
-            x_0 = x + radius * image_noise(x, numbers, seed, start, draw)
-        return linf_pgd(x, objective(net, labels), eps, step_size, steps, x_0)
+        if start == "uniform":
+            x_0 = x + eps * image_noise(x, numbers, seed, norm, draw)
+        if start == "normal":
+            x_0 = x + 0.001 * image_noise(x, numbers, seed, "normal", draw)
+        return projected_ascent(norm, x, objective(net, labels), eps, step_size, steps, x_0)
 
     return attack
 
 
 def pgd40_heads(
-    eps: float, step_size: float, auxiliary_weight: float, seed: int, steps: int = 40
+    eps: float,
+    step_size: float,
+    auxiliary_weight: float,
+    seed: int,
+    steps: int = 40,
+    norm: str = "Linf",
 ) -> Attack:
     """Return the PGD-40 that selects epochs: cross-entropy over heads, from x + 0.001 N(0, 1)."""
     objective = partial(cross_entropy_over_heads, auxiliary_weight=auxiliary_weight)
-    return pgd(objective, eps, step_size, steps, start="normal", seed=seed)
+    return pgd(objective, eps, step_size, steps, start="normal", seed=seed, norm=norm)
 
 
-def noise(eps: float, seed: int, draws: int = NOISE_DRAWS) -> Attack:
+def noise(eps: float, seed: int, draws: int = NOISE_DRAWS, norm: str = "Linf") -> Attack:
     """Return uniform noise in the ball, clipped to [0, 1], as an attack of an evaluation.
 
     Of each image it returns the last draw that fools the network, or the image where none does.
@@ -205,7 +250,7 @@ def noise(eps: float, seed: int, draws: int = NOISE_DRAWS) -> Attack:
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         fooling = x
         for draw in range(draws):
-            noisy = (x + eps * image_noise(x, numbers, seed, "uniform", draw)).clamp(0, 1)
+            noisy = (x + eps * image_noise(x, numbers, seed, norm, draw)).clamp(0, 1)
             with torch.no_grad():
                 wrong = net(noisy).argmax(1) != labels
             fooling = torch.where(wrong[:, None, None, None], noisy, fooling)

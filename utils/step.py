@@ -146,7 +146,7 @@ def attack(
 ) -> Attacked:
     """Attack a batch x (N, 3, H, W), labels (N,), and push its negatives to look like its classes.
 
-    pgd: `linf_pgd_together` on the copy of the network that attacks see. natural: that copy's
+    pgd: `pgd_together` on the copy of the network that attacks see. natural: that copy's
     heads on x, for `--inner kl`.
     """
     untargeted = {
@@ -163,6 +163,7 @@ def attack(
     adversarial, *pushed = pgd(
         batches,
         settings.attack_auxiliary_weight,
+        settings.norm,
         settings.epsilon,
         settings.step_size,
         settings.num_steps,

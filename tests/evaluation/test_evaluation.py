@@ -79,7 +79,7 @@ def test_starts_are_noise_of_the_images_numbers(trained):
     numbers = torch.arange(100, 106)
     with frozen(model) as net:
         uniform = pgd(cross_entropy, EPS, STEP, 2, start="uniform", seed=3)
-        start = x + EPS * image_noise(x, numbers, 3, "uniform")
+        start = x + EPS * image_noise(x, numbers, 3, "Linf")
         expected = linf_pgd(x, cross_entropy(net, y), EPS, STEP, 2, start)
         assert torch.equal(uniform(net, x, y, numbers), expected)
 
@@ -109,7 +109,7 @@ def test_margin_keeps_attacking_each_image(trained):
     assert together.flatten(1).abs().sum(1).min() > 0
 
 
-@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("kind", ["normal", "Linf", "L2"])
 def test_noise_of_an_image_depends_on_seed_and_number_alone(kind):
     x = torch.zeros(5, 3, 16, 16)
     whole = image_noise(x, torch.arange(5), 1, kind)
@@ -117,7 +117,9 @@ def test_noise_of_an_image_depends_on_seed_and_number_alone(kind):
     assert not torch.equal(whole, image_noise(x, torch.arange(5), 2, kind))
     assert not torch.equal(whole[0], whole[1])
     many = image_noise(torch.zeros(50, 3, 16, 16), torch.arange(50), 1, kind)
-    assert abs(many.mean()) < 0.02 and abs(many.std() - (1 if kind == "normal" else 3**-0.5)) < 0.02
+    deviation = {"normal": 1, "Linf": 3**-0.5, "L2": 768**-0.5}[kind]
+    assert abs(many.mean()) < 0.02 * deviation
+    assert many.std().item() == pytest.approx(deviation, rel=0.02)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -200,6 +200,7 @@ def test_a_weaker_search_does_not_hide_a_stronger_one(tmp_path):
     ("model", "flags"),
     [
         ("robust", ("--epsilon", "0.05")),
+        ("robust", ("--epsilon", "0.1", "--norm", "L2")),
         ("robust", ("--n-examples", "30")),
         ("with_ra", ()),
     ],

@@ -147,7 +147,7 @@ def full(tmp_path_factory):
 # AutoAttack
 
 
-def same_as_directly(model, folder, count, eps, block, record):
+def same_as_directly(model, folder, count, eps, block, record, norm="Linf"):
     """Assert that the library, called on the right images of each block, finds the same."""
     split, x = digits(count)
     found = x.clone()
@@ -156,7 +156,7 @@ def same_as_directly(model, folder, count, eps, block, record):
         for here in torch.arange(count).split(block):
             rows = here[natural[here]]
             library = AutoAttack(
-                net, norm="Linf", eps=eps, seed=SEED, version="standard", device="cpu"
+                net, norm=norm, eps=eps, seed=SEED, version="standard", device="cpu"
             )
             found[rows], _ = library.run_standard_evaluation(
                 x[rows], split.labels[rows], batch_size=len(rows)
@@ -169,12 +169,13 @@ def same_as_directly(model, folder, count, eps, block, record):
         assert torch.equal(torch.from_numpy(content["images"]), found)
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", EPS), ("L2", 1.0)])
 def test_autoattack_through_the_script_is_autoattack_called_directly(
-    tmp_path, brief_library, small_blocks
+    tmp_path, brief_library, small_blocks, norm, eps
 ):
-    flags = ("--attacks", "autoattack", "--n-examples", "45")
+    flags = ("--attacks", "autoattack", "--n-examples", "45", "--norm", norm)
     record = evaluate(tmp_path, "robust", *flags, "--save-adversarial", tmp_path / "found.npz")
-    same_as_directly(robust(), tmp_path, 45, EPS, small_blocks, record)
+    same_as_directly(robust(), tmp_path, 45, eps, small_blocks, record, norm)
 
     parts = record["attacks"]["AutoAttack"]["parts"]
     left = [part["robust_accuracy"] for part in parts.values()]
@@ -439,7 +440,7 @@ def test_adaptive_finds_what_pgd_on_each_head_finds(full):
     worst = right(record, "adaptive, worst case")
     rows = right(record, "natural").nonzero().squeeze(1)
     x, y = x[rows], split.labels[rows]
-    start = x + FULL_EPS * image_noise(x, split.numbers[rows], SEED, "uniform")
+    start = x + FULL_EPS * image_noise(x, split.numbers[rows], SEED, "Linf")
     wrong = []
     with frozen(with_ra()) as net:
         for head in (
@@ -532,14 +533,14 @@ def test_vanishing_gradients_are_exposed(tmp_path):
     assert accuracy(record, "adaptive: final") < 10
 
 
-def diagnosis(model, count):
+def diagnosis(model, count, norm="Linf", eps=EPS):
     """Diagnosis of a plain network: the names of raised signs, and the diagnosis."""
     split, _ = digits(count)
     with frozen(model) as net:
         natural = verdicts(net, split, count)
         logits = net(as_input(split.images)).detach()
         fooling = WorstImages(as_input(split.images), logits, split.labels)
-        probe = Probe(net, split, natural, EPS, EPS / 5, SEED, count, fooling, progress=str)
+        probe = Probe(net, split, natural, eps, eps / 5, SEED, count, fooling, str, norm)
         found = diagnose(probe, views(False, 2))
     return {sign.name for sign in found.signs if sign.raised}, found
 
@@ -550,6 +551,14 @@ def test_diagnostics_raise_signs_for_vanishing_gradients(monkeypatch):
     assert "gradients vanish" in raised
     assert "eps 1 leaves images right" in raised
     assert "black-box finds what white-box misses" in raised
+
+
+def test_diagnostics_in_l2_go_as_far_as_the_diagonal(monkeypatch):
+    shorten_diagnostics(monkeypatch)
+    raised, diagnosed = diagnosis(undefended(), 20, "L2", 1.0)
+    assert [eps for eps, *_ in diagnosed.by_eps] == pytest.approx([0, 1, 2, 768**0.5])
+    assert diagnosed.by_eps[-1][1] == 0 < diagnosed.by_eps[0][1]
+    assert "eps 27.7 leaves images right" not in raised
 
 
 @pytest.mark.slow
@@ -651,7 +660,7 @@ def test_noise_stays_in_the_ball_and_counts_any_draw():
         wrong = net(attacked).argmax(1) != split.labels
         any_draw = net(x).argmax(1) != split.labels
         for draw in range(20):
-            noisy = (x + 0.6 * image_noise(x, rows, SEED, "uniform", draw)).clamp(0, 1)
+            noisy = (x + 0.6 * image_noise(x, rows, SEED, "Linf", draw)).clamp(0, 1)
             any_draw |= net(noisy).argmax(1) != split.labels
     assert (attacked - x).abs().max() <= 0.6 + 1e-6
     assert torch.equal(wrong, any_draw)

@@ -45,7 +45,7 @@ from utils.attacks import (
     cross_entropy,
     cross_entropy_over_heads,
     linf_pgd,
-    linf_pgd_together,
+    pgd_together,
 )
 from utils.data.datasets import Split, as_input, augment, batches, load_split
 from utils.losses import over_heads, trades_loss
@@ -401,7 +401,7 @@ def together(device: torch.device, quick: bool) -> Rows:
                     for towards in (away_from_labels, towards_labels)
                 ]
                 with mock.patch.object(attacks, "SMALL", small):
-                    linf_pgd_together(net, both, 2.0, EPS, STEP, 1 if quick else 4)
+                    pgd_together(net, both, 2.0, EPS, STEP, 1 if quick else 4)
 
             variants = {
                 "apart": lambda i, run=attack: run(0),

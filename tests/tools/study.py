@@ -336,7 +336,7 @@ def other_settings(run: Run, record: dict, folder: Path) -> list[str]:
     evaluation = parse(Evaluation, "", [*run.evaluate[1:], f"--ckpt_url={folder}"])
     wanted = asdict(evaluation) | {"eps": evaluation.epsilon}
     for name, value in evaluated.items():
-        if name in ("eps", "step_size") and wanted[name] is None:  # the data set's
+        if name in ("norm", "eps", "step_size") and wanted[name] is None:  # the data set's
             continue
         if name in wanted and value != json.loads(json.dumps(wanted[name])):
             names.append(name)

@@ -54,13 +54,13 @@ def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(
         return tuple(switch.fp32_precision == "tf32" for switch in both)
 
     noted = {"attack": set(), "pgd": set(), "verdict": set()}
-    real_attack, real_pgd = training.attack_batch, attacks.linf_pgd
+    real_attack, real_pgd = training.attack_batch, attacks.projected_ascent
 
     def attack_batch(*args):
         noted["attack"].add(switches())
         return real_attack(*args)
 
-    def linf_pgd(*args):
+    def projected_ascent(*args):
         noted["pgd"].add(switches())
         return real_pgd(*args)
 
@@ -69,7 +69,7 @@ def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(
         return x.flatten(1)[:, :4]
 
     monkeypatch.setattr(training, "attack_batch", attack_batch)
-    monkeypatch.setattr(attacks, "linf_pgd", linf_pgd)
+    monkeypatch.setattr(attacks, "projected_ascent", projected_ascent)
     train(tmp_path, *ONE_EPOCH, "--precision", precision)
     right_or_not(network, None, *some_batch(4), torch.arange(4))
     assert noted == {"attack": {expected}, "pgd": {expected}, "verdict": {(False, False)}}

@@ -26,10 +26,12 @@ from utils.system.settings import (
     Checkpoint,
     Evaluation,
     Training,
+    beyond_all_images,
     combined,
     dataset_defaults,
     fitting,
 )
+from utils.system.values import eps_text
 
 # (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
 Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -161,8 +163,8 @@ def at_chance(natural: float, labels: Tensor) -> str:
 class Subject(NamedTuple):
     """A network and the test images it is looked at with, on the device.
 
-    info: what `load_model` or `load_foreign` says of it. eps, step_size: of attacks. notes: what
-    was assumed, for whoever reads its figures.
+    info: what `load_model` or `load_foreign` says of it. eps, step_size, norm: of attacks. notes:
+    what was assumed, for whoever reads its figures.
     """
 
     file: Path
@@ -173,6 +175,21 @@ class Subject(NamedTuple):
     eps: float
     step_size: float
     notes: tuple[str, ...] = ()
+    norm: str = Training.norm
+
+    @property
+    def ball(self) -> dict[str, object]:
+        """The ball of attacks, as an evaluation's files tell it; the usual norm is left out."""
+        ball: dict[str, object] = {"eps": self.eps}
+        if self.norm != Training.norm:
+            ball["norm"] = self.norm
+        return ball
+
+    @property
+    def radius(self) -> str:
+        """The ball of attacks in words: `eps 8/255`, or `L2 eps 0.5`."""
+        radius = f"eps {eps_text(self.eps)}"
+        return radius if self.norm == Training.norm else f"{self.norm} {radius}"
 
     @property
     def recipe(self) -> dict:
@@ -234,9 +251,10 @@ class Subject(NamedTuple):
 def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
     """Load a network, and test images for it (`--n-examples` of them).
 
-    path: a checkpoint file or run folder; None for the network of --model. Data set and data folder
-    are the checkpoint's own, eps and step size the data set's, unless the command gave them.
-    Errors: UsageError where network and images do not fit each other.
+    path: a checkpoint file or run folder; None for the network of --model. Data set, data folder
+    and norm are the checkpoint's own, eps and step size those of the data set and the norm, unless
+    the command gave them.
+    Errors: UsageError where network and images do not fit each other, or the ball is too large.
     """
     device = pick_device(settings.device, settings.no_cuda, settings.precision, shared=True)
     if path is None:
@@ -260,13 +278,18 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
             ra_blocks=settings.ra_blocks,
         )
     dataset = info["dataset"] or settings.dataset or Training.dataset
-    defaults = dataset_defaults(dataset)
+    recipe = info["recipe"] or {}
+    trained_norm = recipe.get("norm", Training.norm)
+    norm = settings.norm or trained_norm
+    defaults = dataset_defaults(dataset, norm)
     eps = defaults.epsilon if settings.epsilon is None else settings.epsilon
     step_size = settings.step_size or defaults.step_size
     model.to(device)
 
     side = info["image_size"] or settings.image_size or defaults.image_size
-    recorded = (info["recipe"] or {}).get("data_dir", Training.data_dir)
+    if problem := beyond_all_images(norm, eps, step_size, side):
+        raise UsageError(problem)
+    recorded = recipe.get("data_dir", Training.data_dir)
     if dataset != "folder" and not Path(recorded).is_dir():  # of a run on another machine
         recorded = Training.data_dir
     data_dir = settings.data_dir or recorded
@@ -280,7 +303,10 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
             f"{file} has {info['num_classes']} classes, other classes than those of {dataset}; "
             "name what it was trained on by --dataset and --data-dir"
         )
-    return Subject(file, model, info, dataset, split, eps, step_size, info["notes"])
+    notes = info["notes"]
+    if recipe and norm != trained_norm:
+        notes = [*notes, f"trained against {trained_norm} attacks, and attacked in {norm} here"]
+    return Subject(file, model, info, dataset, split, eps, step_size, notes, norm)
 
 
 def _require_classifier(settings: Evaluation, network: nn.Module, split: Split) -> None:

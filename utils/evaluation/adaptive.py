@@ -23,7 +23,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
 from models import Heads
-from utils.attacks import Attack, image_noise, linf_pgd, margins
+from utils.attacks import Attack, image_noise, margins, projected_ascent
 from utils.evaluation.cache import Monitor
 
 VERSION = 1  # raise it when a view or the attack changes, so that no cached verdict is used
@@ -191,6 +191,7 @@ def view_pgd(
     steps: int,
     seed: int,
     draw: int = 0,
+    norm: str = "Linf",
 ) -> tuple[Tensor, Tensor]:
     """Run PGD on a view from a uniform start, and judge every iterate by the real prediction.
 
@@ -214,8 +215,8 @@ def view_pgd(
         judge(iterate, viewed(iterate))  # by the forward that the gradient needs anyway
         return viewed.loss(lambda logits: criterion(logits, labels)).sum()
 
-    start = x + eps * image_noise(x, numbers, seed, "uniform", draw)
-    last = linf_pgd(x, objective, eps, step_size, steps, start)
+    start = x + eps * image_noise(x, numbers, seed, norm, draw)
+    last = projected_ascent(norm, x, objective, eps, step_size, steps, start)
     with torch.no_grad():
         judge(last, net(last))
 
@@ -233,6 +234,7 @@ def adaptive(
     seed: int,
     apgd_steps: int,
     monitor: Monitor,
+    norm: str = "Linf",
 ) -> Attack:
     """Make the attack on one view: PGD with restarts, APGD-CE, then targeted APGD on the margin.
 
@@ -246,7 +248,7 @@ def adaptive(
 
         def restart(draw: int, *batch: Tensor) -> Tensor:
             criterion = margins if draw % 2 else cross_entropies
-            sizes = {"eps": eps, "step_size": step_size, "steps": steps}
+            sizes = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps}
             images, _ = view_pgd(net, view, *batch, criterion, **sizes, seed=seed, draw=draw)
             return images
 
@@ -256,7 +258,7 @@ def adaptive(
         viewed = ViewedNetwork(net, view)
         library_arguments = {
             "eps": eps,
-            "norm": "Linf",
+            "norm": norm,
             "n_iter": apgd_steps,
             "seed": seed,
             "device": x.device,

@@ -14,8 +14,8 @@ VERSION = 1  # raise it when results change, so that no cached verdict of before
 BLOCK = 250  # images in a call; the library draws the start noise of all of them at once
 
 
-def autoattack(eps: float, seed: int, monitor: Monitor) -> Attack:
-    """Make AutoAttack, standard version, L-infinity (Croce & Hein, arXiv 2003.01690).
+def autoattack(eps: float, seed: int, monitor: Monitor, norm: str = "Linf") -> Attack:
+    """Make AutoAttack, standard version (Croce & Hein, arXiv 2003.01690), for `Linf` or `L2`.
 
     Its parts are APGD-CE, targeted APGD-DLR, targeted FAB and Square with 5,000 queries. The
     targeted ones take 9 classes, or all other classes where there are fewer than 10. Below 4
@@ -25,7 +25,7 @@ def autoattack(eps: float, seed: int, monitor: Monitor) -> Attack:
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         library = AutoAttack(
-            net, norm="Linf", eps=eps, seed=seed, version="standard", device=x.device
+            net, norm=norm, eps=eps, seed=seed, version="standard", device=x.device
         )
         library.logger = monitor.logger
         library.apgd.logger = monitor.logger
@@ -56,13 +56,13 @@ def autoattack(eps: float, seed: int, monitor: Monitor) -> Attack:
     return attack
 
 
-def square(eps: float, seed: int, queries: int = 5000) -> Attack:
+def square(eps: float, seed: int, queries: int = 5000, norm: str = "Linf") -> Attack:
     """Make black-box Square alone (Andriushchenko et al., arXiv 1912.00049), as in AutoAttack."""
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         library = SquareAttack(
             net,
-            norm="Linf",
+            norm=norm,
             eps=eps,
             seed=seed,
             device=x.device,

@@ -16,9 +16,10 @@ from utils.evaluation.adaptive import View, cross_entropies, plain, view_pgd
 from utils.evaluation.autoattack import square
 from utils.evaluation.cache import WorstImages
 from utils.system.devices import computing
+from utils.system.settings import largest_radius
 from utils.system.values import eps_text
 
-RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # times eps; 0 and the whole range are added
+RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # times eps; 0 and `largest` are added
 STEPS = (1, 2, 5, 10, 20, 40, 100, 200)
 RESTARTS = 10
 QUERIES = 5000
@@ -101,6 +102,12 @@ class Probe:
     batch_size: int
     fooling: WorstImages
     progress: Callable[[str], None]
+    norm: str = "Linf"
+
+    @property
+    def largest(self) -> float:
+        """The eps at which every image may become every other."""
+        return largest_radius(self.norm, self.split.images.shape[-1])
 
     def attack(self, name: str, attack: Attack) -> Tensor:
         """Return which images an attack within eps fools, (n,) bool."""
@@ -118,7 +125,7 @@ class Probe:
         """
         self.progress(name)
         step_size = eps if steps == 1 else self.step_size * eps / self.eps
-        sizes = {"eps": eps, "step_size": step_size, "steps": steps}
+        sizes = {"norm": self.norm, "eps": eps, "step_size": step_size, "steps": steps}
 
         def work(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             images, wrong = view_pgd(
@@ -167,7 +174,8 @@ def diagnose(probe: Probe, view_by_name: dict[str, View]) -> Diagnosis:
 
     natural = percent(probe.natural)
     by_eps = [(0.0, natural, natural), (probe.eps, *accuracies(final, every, 40))]
-    radii = {min(probe.eps * factor, 1.0) for factor in RADII} | {1.0}
+    largest = probe.largest
+    radii = {min(probe.eps * factor, largest) for factor in RADII} | {largest}
     for radius in radii - {probe.eps}:
         of_radius = on_views(f"eps {eps_text(radius)}", radius, 40)
         by_eps.append((radius, *accuracies(*of_radius, 40)))
@@ -185,13 +193,13 @@ def _signs(probe: Probe, final: Tensor, by_eps: Curve, by_steps: Curve) -> list[
     for draw in range(1, RESTARTS):
         name = f"restart {draw + 1}"
         by_restarts |= probe.pgd(name, plain, probe.eps, draw=draw)[:, -1]
-    by_square = probe.attack("Square", square(probe.eps, probe.seed, QUERIES))
+    by_square = probe.attack("Square", square(probe.eps, probe.seed, QUERIES, probe.norm))
 
     pgd = probe.accuracy(by_pgd)
     longest = by_steps[-1][1]
     restarts = probe.accuracy(by_restarts)
     both = probe.accuracy(by_pgd | by_square)
-    noisy = probe.accuracy(probe.attack("noise", noise(probe.eps, probe.seed)))
+    noisy = probe.accuracy(probe.attack("noise", noise(probe.eps, probe.seed, norm=probe.norm)))
     fgsm = probe.accuracy(probe.pgd("FGSM", plain, probe.eps, steps=1)[:, 0])
     iterates = probe.accuracy(final[:, :40].any(1))  # any iterate counts, as for the views
     every = by_steps[STEPS.index(40)][2]
@@ -224,8 +232,9 @@ def _signs(probe: Probe, final: Tensor, by_eps: Curve, by_steps: Curve) -> list[
         f"iterates of PGD-40 on the answer leave {iterates:.1f} % right, on all views {every:.1f} %"
     )
     signs.append(Sign("the answer hides what the views show", iterates - every > 2, figure))
-    figure = f"accuracy at eps 1 is {full_ball:.1f} %"
-    signs.append(Sign("eps 1 leaves images right", full_ball > 1, figure))
+    largest = eps_text(probe.largest)
+    figure = f"accuracy at eps {largest} is {full_ball:.1f} %"
+    signs.append(Sign(f"eps {largest} leaves images right", full_ball > 1, figure))
     figure = f"accuracy rises with eps by {rise:.1f} points at most"
     signs.append(Sign("a larger eps raises accuracy", rise > 1, figure))
     figure = f"gradients are zero at {vanishing.sum()} of {len(vanishing)} right images"

@@ -132,9 +132,9 @@ def _notes(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Itera
         )
 
 
-def threat_model(eps: float) -> str:
+def threat_model(subject: Subject) -> str:
     """Return the ball of an evaluation in words."""
-    return f"Linf, eps {eps_text(eps)} on images in [0, 1]"
+    return f"{subject.norm}, eps {eps_text(subject.eps)} on images in [0, 1]"
 
 
 def record(rows: dict[str, Row], subject: Subject, warnings: list[str], made: str) -> dict:
@@ -168,8 +168,9 @@ def record(rows: dict[str, Row], subject: Subject, warnings: list[str], made: st
         "dataset": subject.dataset,
         "images": len(split.labels),
         "image_numbers": None if split.numbers is None else split.numbers.tolist(),
-        "threat_model": threat_model(subject.eps),
+        "threat_model": threat_model(subject),
         "settings": {
+            "norm": subject.norm,
             "eps": subject.eps,
             "step_size": subject.step_size,
             "auxiliary_weight": subject.auxiliary_weight,
@@ -207,8 +208,10 @@ def diagnosis_lines(diagnosis: Diagnosis, subject: Subject, folder: Path) -> Ite
         return _picture(picture, folder / f"robust_vs_{name}.png")
 
     if diagnosis.by_eps:
-        yield draw(diagnosis.by_eps, "eps", "eps of PGD-40", subject.recipe.get("epsilon"))
-        steps = f"steps of PGD at eps {eps_text(subject.eps)}"
+        same_norm = subject.recipe.get("norm", subject.norm) == subject.norm
+        trained = subject.recipe.get("epsilon") if same_norm else None
+        yield draw(diagnosis.by_eps, "eps", f"{subject.norm} eps of PGD-40", trained)
+        steps = f"steps of PGD at {subject.radius}"
         yield draw(diagnosis.by_steps, "steps", steps)
 
 
@@ -233,15 +236,18 @@ def draw_worst(file: Path, subject: Subject, worst: WorstImages, attacks: list[s
     title = (
         f"Of {len(order)} images: {percent(fooled):.1f} % fooled, {percent(wrong):.1f} % wrong "
         f"without an attack, {percent(right):.1f} % right throughout\n"
-        f"below: the worst image of {', '.join(attacks)} at eps {eps_text(subject.eps)}"
+        f"below: the worst image of {', '.join(attacks)} at {subject.radius}"
     )
+    largest_change = subject.eps  # of a pixel
+    if subject.norm == "L2":
+        largest_change = (pairs[1] - pairs[0]).abs().max().item()
     draw = partial(
         draw_examples,
         [images.expand(-1, 3, -1, -1) for images in pairs],  # grey ones too
         [logits.softmax(1) for logits in answers],
         fooled[chosen],
         worst.labels[chosen],
-        subject.eps,
+        largest_change,
         subject.split.classes,
         title,
     )
@@ -266,7 +272,7 @@ def save_adversarial(file: Path, subject: Subject, worst: WorstImages) -> str:
                 predicted=predicted.numpy(),
                 right=right.numpy(),
                 eps=np.float32(subject.eps),
-                threat_model=threat_model(subject.eps),
+                threat_model=threat_model(subject),
             )
 
     write_atomically(file, write)

@@ -13,12 +13,12 @@ white_attack.json keeps these entries; "format" is raised when they change:
 network         method, arch, width, reverse_attention, gate, classifier, epoch; recipe: settings of
                 the training
 dataset, images, image_numbers, labels      the test images; image_numbers is null if they are all
-threat_model, settings      eps and step size on [0, 1], and the other settings of the evaluation
+threat_model, settings      norm, eps and step size on [0, 1], and other settings of the evaluation
 attacks.NAME    robust_accuracy and interval_95 in %, seconds, notes; verdicts, a character an
                 image, 1 where it is right; settings, those of the attack; made, when and where.
                 `natural` is no attack, `adaptive: VIEW` one of the views, `worst case` the worst
                 of all, image by image. Rows of earlier evaluations stay where `identity` is equal
-identity        checksums of the network and of the images, and eps
+identity        checksums of the network and of the images, eps, and the norm where it is not Linf
 provenance      command, commit, versions, device, processor, threads, seed, time
 earlier         the records of earlier evaluations
 """
@@ -38,7 +38,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from utils.system.errors import UsageError
-from utils.system.settings import FREE, fitting, idle, restored
+from utils.system.settings import FREE, Training, fitting, idle, restored
 
 FORMAT = 1
 FILE = "white_attack.json"
@@ -85,7 +85,8 @@ def read(path: str) -> dict:
 def _subject(record: dict) -> tuple:
     """Return what tells the network and the ball of an evaluation, if the record says it."""
     identity = record.get("identity") or {}
-    return record.get("format"), identity.get("network"), identity.get("eps")
+    ball = identity.get("eps"), identity.get("norm")
+    return record.get("format"), identity.get("network"), *ball
 
 
 def images_of(record: dict) -> list:
@@ -133,6 +134,7 @@ def recipe_of(record: dict) -> dict[str, Any]:
         "name": network.get("method"),
         "network": network.get("arch"),
         "answers": record["settings"].get("predict", "final"),
+        "evaluated in": record["settings"].get("norm", Training.norm),
         "evaluated at eps": record["settings"].get("eps"),
     }
 
@@ -347,7 +349,7 @@ def table(groups: Groups) -> Iterator[str]:
         if name == first or name not in worst or first not in worst:
             cells.append("")
         elif images_of(groups[name][0]) != images_of(groups[first][0]):
-            cells.append("other images or eps")
+            cells.append("other images, norm or eps")
         else:
             paired = numbers[name] == numbers[first]
             cells.append(_difference_cell(worst[name], worst[first], paired))

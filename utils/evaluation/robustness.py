@@ -100,7 +100,7 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     log(in_one_line(origin))
     log(f"{subject.file}: {subject.described()}")
     log(
-        f"eps {eps_text(subject.eps)}, step {eps_text(subject.step_size)}, "
+        f"{subject.radius}, step {eps_text(subject.step_size)}, "
         f"{'random' if settings.random else 'natural'} start, seed {settings.seed}; adaptive "
         f"attack: {settings.restarts} starts of PGD, {settings.apgd_steps} steps of APGD"
     )
@@ -152,7 +152,7 @@ class Target(NamedTuple):
 
     subject, surrogate: their models are the copies that attacks see. identity: what rows of
     several evaluations have in common if they belong together: checksums of the network and of the
-    images, and eps. saved_file: that of --save-adversarial.
+    images, and the ball. saved_file: that of --save-adversarial.
     """
 
     subject: Subject
@@ -198,7 +198,7 @@ def load(settings: Evaluation, path: str | None) -> Target:
             require_writable(file.parent, f"name a file in another folder by {flag}")
 
     images = images_checksum(subject.split)
-    identity = {"network": checksum, "images": images, "eps": subject.eps}
+    identity = {"network": checksum, "images": images, **subject.ball}
     subject = subject._replace(model=attack_copy(subject.model))
     return Target(subject, surrogate, identity, log_file, saved_file)
 
@@ -244,7 +244,7 @@ def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAt
     eps = target.subject.eps
     steps = settings.num_steps
     half = max(1, steps // 2)
-    common = {"eps": eps, "seed": settings.seed}
+    common = {**target.subject.ball, "seed": settings.seed}
     stepped = {**common, "step_size": target.subject.step_size, "steps": steps}
     from_start = {**stepped, "start": "uniform" if settings.random else "image"}
     one_step = {**from_start, "step_size": eps, "steps": 1}
@@ -263,7 +263,7 @@ def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAt
             depends["library"] = f"{LIBRARY_VERSIONS[kind]}, {metadata.version(PACKAGE)}"
         plans[name] = PlannedAttack(kind, build, arguments, depends)
 
-    plan("fgsm", "FGSM", ce_pgd, one_step)
+    plan("fgsm", "FGM" if target.subject.norm == "L2" else "FGSM", ce_pgd, one_step)
     plan("pgd", f"PGD-{steps}", ce_pgd, from_start)
     plan("cw", f"CW-{half}", partial(pgd, margin), {**from_start, "steps": half})
     plan("noise", f"noise, {NOISE_DRAWS} draws", noise, {**common, "draws": NOISE_DRAWS})
@@ -431,6 +431,7 @@ def run_diagnostics(
             settings.test_batch_size,
             fooling,
             bar.set_postfix_str,
+            subject.norm,
         )
         diagnosis = diagnose(probe, target.views)
     worst.take(*fooling.among(natural))

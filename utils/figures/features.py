@@ -36,7 +36,6 @@ from utils.system.errors import RunError, UsageError, first_line
 from utils.system.files import read_arrays, require_writable, write_arrays
 from utils.system.provenance import provenance
 from utils.system.settings import FEATURES, Distances, Histograms, Umap
-from utils.system.values import eps_text
 
 BLOCK = 200  # negatives come from the same 200 images, whatever --test-batch-size is
 NEIGHBOURS = 12
@@ -104,6 +103,7 @@ def pgd_attack(
         settings.num_steps,
         start="normal",
         seed=settings.seed,
+        norm=subject.norm,
     )
 
 
@@ -251,6 +251,7 @@ def describe_origin(subjects: Sequence[Subject], settings: Distances | Umap) -> 
         "checkpoints": checkpoint_paths(subjects),
         "dataset": first.dataset,
         "features": settings.features,
+        "norm": first.norm,
         "epsilon": first.eps,
         "step_size": first.step_size,
         "num_steps": settings.num_steps,
@@ -288,7 +289,7 @@ def feature_distance(settings: Distances) -> None:
         return
 
     print(f"{name}: {subject.described()}")
-    attack = f"PGD-{settings.num_steps}, eps {eps_text(subject.eps)}"
+    attack = f"PGD-{settings.num_steps}, {subject.radius}"
     print(f"PP: {attack}, on the answer; NP: {settings.strategy} negatives")
     about = {
         "name": name,
@@ -426,6 +427,7 @@ def load_entries(settings: Histograms) -> list[Entry]:
         about, values = read_arrays(file)
         if "target_name" not in about:
             raise UsageError(f"{file} is not a file of feature_distance.py")
+        about.setdefault("norm", "Linf")
         about["features"] = settings.features or about["features"]
         if settings.dataset in (None, about["dataset"]):
             entries.append(Entry(label, about, values))
@@ -438,7 +440,15 @@ def load_entries(settings: Histograms) -> list[Entry]:
 
 def note_differences(entries: list[Entry]) -> None:
     """Print the settings in which the files of one figure differ."""
-    for key in ("target_name", "epsilon", "step_size", "num_steps", "strategy", "test_images"):
+    for key in (
+        "target_name",
+        "norm",
+        "epsilon",
+        "step_size",
+        "num_steps",
+        "strategy",
+        "test_images",
+    ):
         values = {str(entry.settings.get(key)) for entry in entries}
         if len(values) > 1:
             target = entries[0].settings["target"]

@@ -145,7 +145,7 @@ def draw_examples(
     probabilities: list[Tensor],
     fooled: Tensor,
     labels: Tensor,
-    eps: float,
+    largest_change: float,
     classes: Sequence[str],
     title: str,
     figure: Figure,
@@ -154,11 +154,11 @@ def draw_examples(
 
     images: natural and adversarial ones, (n, 3, S, S) in [0, 1]. probabilities: of both, (n, C).
     fooled: (n,) bool; the others have no adversarial image, and the figure says so. labels: (n,).
-    The perturbation is scaled to use the whole range.
+    largest_change: of a pixel; the perturbation is scaled so that it uses the whole range.
     """
     natural, adversarial = images
     natural_answers, adversarial_answers = probabilities
-    scale = 0.5 / max(eps, 1e-12)
+    scale = 0.5 / max(largest_change, 1e-12)
     perturbation = ((adversarial - natural) * scale + 0.5).clamp(0, 1)
 
     count = len(labels)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput
-from utils.attacks import linf_pgd_together
+from utils.attacks import pgd_together
 from utils.system.graphs import Graphed
 
 # SyncBatchNorm is not a subclass of BatchNorm2d.
@@ -97,7 +97,7 @@ class AttackCopy:
             )
         self.net = in_precision(net, precision)
         self.sync_weights()
-        pgd = partial(linf_pgd_together, self.net)
+        pgd = partial(pgd_together, self.net)
         self.pgd = Graphed(pgd, warned) if graph else pgd
 
     def _fold_batch_norms(self, model: nn.Module, net: nn.Module) -> None:

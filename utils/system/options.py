@@ -26,6 +26,7 @@ from utils.system.settings import (
     FromFile,
     Training,
     Umap,
+    beyond_all_images,
     training_settings,
 )
 from utils.system.values import as_given
@@ -194,6 +195,9 @@ def _refuse(message: object) -> NoReturn:
 
 
 def _contradictions_in_training(settings: Training, seeds: int) -> Iterator[str]:
+    attack = (settings.norm, settings.epsilon, settings.step_size)
+    if problem := beyond_all_images(*attack, settings.image_size):
+        yield problem
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):
         yield "--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other"
     if settings.restart_epoch >= settings.epochs:

@@ -5,6 +5,7 @@ are derived from the classes below. The value of a setting comes from the comman
 file of --config, else from `DEFAULTS_OF`, else from the script's own recipe, else from the class.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +20,6 @@ from utils.system.values import (
     Path,
     PathOrFlagAlone,
     Positive,
-    PositiveShare,
     Seeds,
     Share,
     ShareBelowOne,
@@ -27,6 +27,7 @@ from utils.system.values import (
     Truth,
     Whole,
     also,
+    as_given,
     listed,
     number,
     one_of,
@@ -40,6 +41,7 @@ Strategy = Literal[
     "random", "random_adv", "soft", "soft_adv", "hard", "hard_adv", "easy", "easy_adv"
 ]
 Inner = Literal["ce", "kl"]
+Norm = Literal["Linf", "L2"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["milestones", "cosine", "cyclic", "piecewise"]
 Augmentation = Literal["crop-flip", "crop", "none"]
@@ -102,6 +104,7 @@ STDS = {
 
 # Settings that combine the method with something else, and what a run that has one is called.
 COMPANIONS = {
+    "norm": "norm",
     "awp": "AWP",
     "ema": "EMA",
     "optimizer": "optimiser",
@@ -159,11 +162,15 @@ class Training(FromFile):
     and no `pos` in their names, so not of BatchNorm, biases and position embeddings"""
 
     # Attack
-    epsilon: Share = 8 / 255
-    """L-infinity radius"""
+    norm: Norm = "Linf"
+    """norm of the ball of attacks: Linf steps along the gradient's signs, L2 along the gradient
+    divided by its L2 norm. L2 radii: 0.5 as usual on CIFAR, 1 on Tiny-ImageNet, whose diagonal is
+    twice as long, and 1.5 on digits, where TRADES keeps as much as in Linf at 0.1"""
+    epsilon: NotNegative = 8 / 255
+    """radius of the ball, for images in [0, 1]"""
     num_steps: Count = 10
     """steps of a training attack"""
-    step_size: PositiveShare = 0.007
+    step_size: Positive = 0.007
     """size of an attack step"""
     inner: Inner = "ce"
     """loss that the untargeted training attack ascends"""
@@ -297,7 +304,7 @@ class Training(FromFile):
 # Other defaults of `Training` by the values of these settings, or of several of them together;
 # later rows win. Digits are small and few, and never flipped. The beta of mart and the zeta of
 # WRN-28-10 are those of the authors' README of 2023-10-05.
-DECIDING = ("dataset", "method", "arch", "optimizer")
+DECIDING = ("dataset", "method", "arch", "optimizer", "norm")
 DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("tiny-imagenet",): {"image_size": 64, "augmentation": "none"},
     ("digits",): {
@@ -323,6 +330,9 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("digits", "WRN-28-10"): {"width": 1},
     ("digits", "WRN-34-10"): {"width": 1},
     ("adamw",): {"lr": 1e-3, "weight_decay": 0.05},
+    ("L2",): {"epsilon": 0.5, "step_size": 0.1},
+    ("tiny-imagenet", "L2"): {"epsilon": 1.0, "step_size": 0.2},
+    ("digits", "L2"): {"epsilon": 1.5, "step_size": 0.3},
 }
 
 # Settings that may change on resume: they decide how far and where to train, not what is computed.
@@ -385,10 +395,12 @@ class Checkpoint(FromFile):
     """first N test images of a fixed shuffle"""
     test_batch_size: Count = 200
     """images in a batch"""
-    epsilon: Annotated[float | None, number("[0, 1]")] = None
-    """L-infinity radius on [0, 1]; if unset, the data set's"""
-    step_size: Annotated[float | None, number("(0, 1]")] = None
-    """size of an attack step; if unset, the data set's"""
+    norm: Norm | None = None
+    """norm of the ball of attacks; if unset, that of the training"""
+    epsilon: Annotated[float | None, number("[0, inf)")] = None
+    """radius of the ball, for images in [0, 1]; if unset, that of the norm and the data set"""
+    step_size: Annotated[float | None, number("(0, inf)")] = None
+    """size of an attack step; if unset, that of the norm and the data set"""
     seed: Whole = 1
     """seed of all random numbers"""
     precision: Literal["default", "fp32", "tf32"] = "default"
@@ -514,9 +526,23 @@ def training_settings(given: Mapping[str, Any], script: Mapping[str, Any] = {}) 
     return Training(**recipe | dict(given))
 
 
-def dataset_defaults(dataset: str) -> Training:
+def dataset_defaults(dataset: str, norm: str = Training.norm) -> Training:
     """The training defaults of a data set, whose eps, step and image size also hold elsewhere."""
-    return training_settings({"dataset": dataset})
+    return training_settings({"dataset": dataset, "norm": norm})
+
+
+def largest_radius(norm: str, side: int) -> float:
+    """The radius of a ball that holds all images of this side, whichever is its centre."""
+    return 1.0 if norm == "Linf" else math.sqrt(3 * side * side)
+
+
+def beyond_all_images(norm: str, eps: float, step_size: float, side: int) -> str:
+    """What is wrong with a ball and a step, or '' where neither leads beyond all images."""
+    largest = largest_radius(norm, side)
+    if max(eps, step_size) <= largest:
+        return ""
+    given = f"--epsilon {as_given(eps)} and --step-size {as_given(step_size)}"
+    return f"{given} are at most {largest:.4g} for --norm {norm} in images of side {side}"
 
 
 def fitting(recipe: Mapping[str, Any]) -> dict[str, Any]:

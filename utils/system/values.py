@@ -148,7 +148,6 @@ Count = Annotated[int, whole(1)]
 NotNegative = Annotated[float, number("[0, inf)")]
 Positive = Annotated[float, number("(0, inf)")]
 Share = Annotated[float, number("[0, 1]")]
-PositiveShare = Annotated[float, number("(0, 1]")]
 ShareBelowOne = Annotated[float, number("[0, 1)")]
 Seeds = Annotated[int | tuple[int, ...], _values("N[,N]", _read_seeds)]  # a run has one of them
 Epochs = Annotated[tuple[int, ...], listed(whole(1), {"none": ()})]

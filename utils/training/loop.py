@@ -242,7 +242,13 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
         attacked_net = AttackCopy(model, "bf16").net
     batch_size = settings.test_batch_size or largest_batch(split.labels.device)
     attack = halving(
-        pgd40_heads(settings.epsilon, settings.step_size, settings.cr_beta, settings.seed)
+        pgd40_heads(
+            settings.epsilon,
+            settings.step_size,
+            settings.cr_beta,
+            settings.seed,
+            norm=settings.norm,
+        )
     )
 
     # `verdicts` would attack the network that judges; this one may be in another precision.

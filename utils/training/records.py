@@ -156,7 +156,7 @@ def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
 
     script = Path(__file__).resolve().parents[2] / "test_white_attack.py"
     command = [str(script), "--ckpt_url", str(job.folder / BEST)]
-    usual = dataset_defaults(job.settings.dataset)
+    usual = dataset_defaults(job.settings.dataset, job.settings.norm)
     for name in ("epsilon", "step_size"):
         value = getattr(job.settings, name)
         if value != getattr(usual, name):

@@ -28,7 +28,7 @@ from utils.system.values import as_given
 VERSION = 3  # of last_state.pt; other versions are not resumed
 
 # What tells runs apart before any number does
-KIND = ("method", "dataset", "arch", "no_ra", "no_anc", "optimizer")
+KIND = ("method", "dataset", "norm", "arch", "no_ra", "no_anc", "optimizer")
 # What the name of a published folder says
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")
 LONGEST_NAME = 200  # bytes; file systems allow 255
