@@ -106,10 +106,10 @@ def pgd_together(
     net: nn.Module,
     batches: list[ToAttack],
     auxiliary_weight: float,
-    norm: str,
     eps: float,
     step_size: float,
     steps: int,
+    norm: str = "Linf",
 ) -> list[Tensor]:
     """Run `projected_ascent` on several batches, each with its own objective.
 
@@ -122,7 +122,7 @@ def pgd_together(
     if len(batches) > 1 and work > SMALL and not x.is_cuda:
         attacked = []
         for batch in batches:
-            attacked += pgd_together(net, [batch], auxiliary_weight, norm, eps, step_size, steps)
+            attacked += pgd_together(net, [batch], auxiliary_weight, eps, step_size, steps, norm)
         return attacked
 
     def objective(x: Tensor) -> Tensor:

@@ -163,10 +163,10 @@ def attack(
     adversarial, *pushed = pgd(
         batches,
         settings.attack_auxiliary_weight,
-        settings.norm,
         settings.epsilon,
         settings.step_size,
         settings.num_steps,
+        settings.norm,
     )
     if draws.negative is None:
         return Attacked(adversarial)

@@ -542,7 +542,7 @@ def beyond_all_images(norm: str, eps: float, step_size: float, side: int) -> str
     if max(eps, step_size) <= largest:
         return ""
     given = f"--epsilon {as_given(eps)} and --step-size {as_given(step_size)}"
-    return f"{given} are at most {largest:.4g} for --norm {norm} in images of side {side}"
+    return f"{given} must be at most {largest:.4g} for --norm {norm} and images of side {side}"
 
 
 def fitting(recipe: Mapping[str, Any]) -> dict[str, Any]:
