@@ -16,8 +16,8 @@ import torch
 
 from models import build_model
 from tests.helpers import RunsCode, checkpoint, digits_content
-from utils.data.foreign import foreign_checksum
 from utils.data.subject import load_subject
+from utils.evaluation.cache import foreign_checksum
 from utils.system.checkpoints import load_model, read, save
 from utils.system.errors import UsageError
 from utils.system.options import parse

@@ -16,11 +16,11 @@ from utils.data.datasets import (
     load_split,
     numbers_of,
 )
-from utils.data.foreign import load_foreign
 from utils.system import distributed
 from utils.system.checkpoints import checkpoint_file, load_model
 from utils.system.devices import computing, pick_device
 from utils.system.errors import RunError, UsageError, first_line
+from utils.system.foreign import load_foreign
 from utils.system.settings import (
     BLIND,
     Checkpoint,
@@ -163,8 +163,8 @@ def at_chance(natural: float, labels: Tensor) -> str:
 class Subject(NamedTuple):
     """A network and the test images it is looked at with, on the device.
 
-    info: what `load_model` or `load_foreign` says of it. eps, step_size, norm: of attacks. notes:
-    what was assumed, for whoever reads its figures.
+    info: what `load_model` or `load_foreign` says of it; its `file` is that of a user's own code.
+    eps, step_size, norm: of attacks. notes: what was assumed, for whoever reads its figures.
     """
 
     file: Path

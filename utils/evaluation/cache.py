@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.attacks import margins
-from utils.data.datasets import Split, checksum_of
+from utils.data.datasets import Split, as_input, checksum_of
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays, write_arrays
 
@@ -36,6 +36,18 @@ def network_checksum(model: nn.Module, info: dict) -> str:
     about = [info.get(key) for key in keys]
     weights = checksum_of(model.state_dict().values())
     return hashlib.sha256(f"{about} {model.predict} {weights}".encode()).hexdigest()
+
+
+def foreign_checksum(network: nn.Module, info: dict, split: Split) -> str:
+    """Return a checksum of a network of a user's own code: its file, state dict and some logits.
+
+    The logits cover what a function without a state dict keeps elsewhere, and code in other files.
+    """
+    with torch.no_grad():
+        logits = network(as_input(split.images[:8]))
+    file = Path(info["file"]).read_bytes()
+    values = checksum_of([*network.state_dict().values(), logits])
+    return hashlib.sha256(file + values.encode()).hexdigest()
 
 
 class Verdicts(NamedTuple):

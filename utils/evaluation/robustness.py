@@ -24,7 +24,6 @@ from models import ReverseAttentionNetwork
 from utils import attacks
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, noise, pgd
 from utils.data.datasets import Split, as_input, checksum_of, numbers_of
-from utils.data.foreign import foreign_checksum
 from utils.data.subject import Subject, load_subject, over_images, right_or_not
 from utils.evaluation import report, results
 from utils.evaluation.adaptive import VERSION as ADAPTIVE_VERSION
@@ -36,6 +35,7 @@ from utils.evaluation.cache import (
     Monitor,
     Verdicts,
     WorstImages,
+    foreign_checksum,
     images_checksum,
     network_checksum,
 )
@@ -50,7 +50,7 @@ from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import require_writable, write_record
 from utils.system.log import open_log
 from utils.system.provenance import in_one_line, provenance
-from utils.system.settings import Evaluation
+from utils.system.settings import Evaluation, is_code
 from utils.system.values import eps_text
 
 PACKAGE = "pyautoattack"  # AutoAttack, Square, and the APGD of the adaptive attack
@@ -180,14 +180,16 @@ def load(settings: Evaluation, path: str | None) -> Target:
     """
     subject = load_subject(settings, path)
     if path is None:
-        checksum = foreign_checksum(subject.model, subject.info, subject.split)
         folder = Path("evaluated") / re.sub(r"\W+", "-", settings.model).strip("-")
     else:
-        checksum = network_checksum(subject.model, subject.info)
         folder = subject.file.parent
+    if "file" in subject.info:
+        checksum = foreign_checksum(subject.model, subject.info, subject.split)
+    else:
+        checksum = network_checksum(subject.model, subject.info)
     if settings.diagnostics and subject.eps == 0:
         raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
-    surrogate = load_surrogate(settings.surrogate, subject) if settings.surrogate else None
+    surrogate = load_surrogate(settings, subject) if settings.surrogate else None
 
     log_file = Path(settings.log_path or folder / "test.log")
     saved_file = Path(settings.save_adversarial) if settings.save_adversarial else None
@@ -203,12 +205,14 @@ def load(settings: Evaluation, path: str | None) -> Target:
     return Target(subject, surrogate, identity, log_file, saved_file)
 
 
-def load_surrogate(path: str, subject: Subject) -> nn.Module:
+def load_surrogate(settings: Evaluation, subject: Subject) -> nn.Module:
     """Load the network of --surrogate, on the subject's device.
 
     Errors: UsageError where it has another number of classes.
     """
-    model, info = load_model(path, subject.split.labels.device)
+    path = settings.surrogate
+    code = settings.arch if is_code(settings.arch) else None
+    model, info = load_model(path, subject.split.labels.device, arch=code)
     classes = len(subject.split.classes)
     if info["num_classes"] != classes:
         raise UsageError(

@@ -35,7 +35,7 @@ from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError, first_line
 from utils.system.files import read_arrays, require_writable, write_arrays
 from utils.system.provenance import provenance
-from utils.system.settings import FEATURES, Distances, Histograms, Umap
+from utils.system.settings import FEATURES, Distances, Histograms, Umap, arch_name
 
 BLOCK = 200  # negatives come from the same 200 images, whatever --test-batch-size is
 NEIGHBOURS = 12
@@ -276,7 +276,7 @@ def feature_distance(settings: Distances) -> None:
     targets = find_classes(settings.target_label, split)
     strategy = "" if settings.strategy == "random" else settings.strategy
     name = settings.name or file_stem(
-        subject.method, subject.info["arch"], subject.dataset, strategy
+        subject.method, arch_name(subject.info["arch"]), subject.dataset, strategy
     )
     titles = {target: class_names(split)[target] for target in targets}
     if len(targets) > 1:

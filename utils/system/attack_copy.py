@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput
 from utils.attacks import pgd_together
+from utils.system.foreign import OwnNetwork
 from utils.system.graphs import Graphed
 
 # SyncBatchNorm is not a subclass of BatchNorm2d.
@@ -75,7 +76,7 @@ class AttackCopy:
         # (convolution of the network or None, BatchNorm behind it, the copy's layer for both)
         self._folded: list[tuple[nn.Module | None, nn.Module, nn.Module]] = []
         self._fold_batch_norms(model, net)
-        if isinstance(net, ReverseAttentionNetwork):
+        if isinstance(net, ReverseAttentionNetwork) and not isinstance(net, OwnNetwork):
             if needs_affine(net):
                 self._replace_batch_norms(model, net)
             _to_channels_last(net)

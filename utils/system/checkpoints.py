@@ -16,7 +16,8 @@ from models.published import named_as, shape_of
 from utils.system import distributed
 from utils.system.errors import UsageError
 from utils.system.files import write_atomically
-from utils.system.settings import ARCHS, Training, dataset_defaults
+from utils.system.foreign import build_own, named_code, source_of
+from utils.system.settings import ARCHS, Training, dataset_defaults, is_code
 
 BEST = "best_adv_model.pt"
 LAST = "model-wrn-last.pt"
@@ -25,6 +26,7 @@ STATE = "last_state.pt"
 # What a checkpoint says of its network.
 DESCRIPTION = (
     "arch",
+    "source",
     "classes",
     "num_classes",
     "reverse_attention",
@@ -168,7 +170,8 @@ def load_model(
     tensors; its reverse_attention is True unless overridden, since no tensor tells.
 
     key: which of several state dicts in a published file. predict: the head that answers.
-    overrides: values for entries that the file leaves open, None for unknown.
+    overrides: values for entries that the file leaves open, None for unknown; arch, the
+    FILE.py:function of a network of the user's own, which is not run unless it is named here.
     Errors: UsageError where the file is no checkpoint or does not fit its description.
     """
     path = checkpoint_file(path)
@@ -176,12 +179,13 @@ def load_model(
     state, info, notes = _describe(content, path, key, overrides)
     names = ("reverse_attention", "width", "image_size", "gate", "classifier", "ra_blocks")
     options = {name: info[name] for name in names if info[name] is not None}
-    try:
-        with torch.device("meta"):  # which draws no weights
-            model = build_model(info["arch"], info["num_classes"], **options)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} describes a network that cannot be built: {error}") from error
-    model.to_empty(device="cpu")
+    if is_code(info["arch"]):
+        model = build_own(info["arch"], info["num_classes"], **options)
+        info["file"] = info["arch"].rpartition(":")[0]
+        if info["source"] != source_of(info["arch"]):
+            notes.append(f"{info['file']} has changed since the training")
+    else:
+        model = _without_weights(info, options, path)
     if info["mean"]:
         model.normalise = Normalise(info["mean"], info["std"])
     gated_blocks = model.ra_blocks if model.reverse_attention else 0
@@ -193,6 +197,16 @@ def load_model(
     load_state(model, state, path)
     info["notes"] = print_notes(path, notes)
     return model.to(device).eval(), info
+
+
+def _without_weights(info: dict, options: dict, path: Path) -> nn.Module:
+    """Build a network of `models` whose weights are yet to be loaded."""
+    try:
+        with torch.device("meta"):  # which draws no weights
+            model = build_model(info["arch"], info["num_classes"], **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} describes a network that cannot be built: {error}") from error
+    return model.to_empty(device="cpu")
 
 
 def _describe(
@@ -207,6 +221,8 @@ def _describe(
         # Runs of before there were others do not say these.
         info |= {"gate": "label", "classifier": "shared", "ra_blocks": 2}
         info |= {name: content[name] for name in DESCRIPTION if name in content}
+        if is_code(info["arch"]):
+            info["arch"] = named_code(info["arch"], overrides.get("arch"), path)
     else:
         state, normalisation, notes = find_weights(content, path, key)
         try:
@@ -217,7 +233,8 @@ def _describe(
 
     for name, value in overrides.items():
         is_known = info[name] is not None or (is_run and name in ("mean", "std"))
-        if value is None or value == info[name]:
+        code_of_others = name == "arch" and is_run and is_code(value)  # of the same command
+        if value is None or value == info[name] or code_of_others:
             continue
         if is_known and name != "dataset":
             raise UsageError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from utils.system import distributed
 from utils.system.errors import UsageError, first_line
+from utils.system.foreign import OwnNetwork
 from utils.system.settings import Training
 
 # Graphs of one network: for each batch size those of the attacked copy, of natural images and of
@@ -73,9 +74,11 @@ def compute_error(device: torch.device) -> str | None:
 def for_training(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
     """Move a network to its device, on CUDA in the memory format of the card's matrix units.
 
-    Float32 does not use these units, and keeps the default format.
+    Float32 does not use these units, and keeps the default format. So do users' own networks, whose
+    code may not expect another one.
     """
-    if device.type == "cuda" and precision != "fp32":
+    has_default_format = precision == "fp32" or isinstance(model, OwnNetwork)
+    if device.type == "cuda" and not has_default_format:
         return model.to(device, memory_format=torch.channels_last)
     return model.to(device)
 

@@ -178,7 +178,11 @@ def _other_defaults() -> str:
     """What --help says of the defaults by data set, method and network."""
     lines = ["\n\nOther defaults:"]
     for owners, defaults in DEFAULTS_OF.items():
-        flags = [f"{flag(name)} {as_given(value)}" for name, value in defaults.items()]
+        flags = [
+            f"{flag(name)} {as_given(value)}"
+            for name, value in defaults.items()
+            if value is not None
+        ]
         lines.append(f"    {' and '.join(owners)}: {' '.join(flags)}")
     return "\n".join(lines)
 

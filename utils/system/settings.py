@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from utils.system.values import (
+    CODE,
     FILE_NAME,
     PATH,
     Count,
@@ -29,6 +30,7 @@ from utils.system.values import (
     also,
     as_given,
     listed,
+    network,
     number,
     one_of,
     whole,
@@ -56,6 +58,7 @@ STRATEGIES = tuple(name for name in get_args(Strategy) if not name.endswith("_ad
 GATES = get_args(Gate)
 CLASSIFIERS = get_args(Classifier)
 FEATURES = get_args(Layer)
+NETWORK = network(ARCHS)
 
 # The number of classes; a folder has its own.
 CLASSES = {
@@ -135,8 +138,10 @@ class Training(FromFile):
     """objective"""
     dataset: Dataset = "cifar10"
     """data set"""
-    arch: Arch = "ResNet18"
-    """network"""
+    arch: Annotated[str, NETWORK] = "ResNet18"
+    """network. A function of your own takes num_classes, and image_size and width if you like, and
+    returns a module that turns images in [0, 1] into logits. Reverse attention needs features(x),
+    a map or tokens (N, D, ...), and the linear layer fc, and forward has to be fc of their mean"""
     no_ra: Switch = False
     """train without reverse attention"""
     no_anc: Switch = False
@@ -327,6 +332,7 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("mart",): {"beta": 5.0},
     ("pgd",): {"awp_warmup": 0},
     ("WRN-28-10",): {"zeta": 6.0},
+    (CODE,): {"width": None, "ra_blocks": 1},
     ("digits", "WRN-28-10"): {"width": 1},
     ("digits", "WRN-34-10"): {"width": 1},
     ("adamw",): {"lr": 1e-3, "weight_decay": 0.05},
@@ -370,8 +376,8 @@ class Checkpoint(FromFile):
     image_size: Annotated[int | None, whole(1, LARGEST_SIDE)] = None
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
     fashion-mnist by zeros; other sides scale them"""
-    arch: Arch | None = None
-    """network; if unset, the checkpoint's own"""
+    arch: Annotated[str | None, NETWORK] = None
+    """network; if unset, the checkpoint's own. One of your own code has to be named"""
     width: Annotated[int | None, whole(1, 1024)] = None
     """channels of the first stage, or the widen factor of a WRN"""
     no_ra: Switch = False
@@ -512,11 +518,28 @@ class Histograms(FromFile):
     """also open a window"""
 
 
+def is_code(arch: object) -> bool:
+    """Whether a network is FILE.py:function, the user's own code, and none of `ARCHS`."""
+    return isinstance(arch, str) and ".py:" in arch
+
+
+def code_flags(arch: str) -> list[str]:
+    """The flag that every command on a network of the user's own code has to have."""
+    return ["--arch", arch] if is_code(arch) else []
+
+
+def arch_name(arch: str) -> str:
+    """What a network is called in the names of files: of FILE.py:function the function."""
+    return arch.rpartition(":")[2]
+
+
 def training_settings(given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> Training:
     """The settings of a training. script: a script's own recipe; given: what the command says."""
     recipe = asdict(Training()) | dict(script)
     asked = recipe | dict(given)
     chosen = {asked[name] for name in DECIDING}
+    if is_code(asked["arch"]):
+        chosen.add(CODE)
     for owners, defaults in DEFAULTS_OF.items():
         if chosen.issuperset(owners):
             recipe.update(defaults)

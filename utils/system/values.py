@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+CODE = "FILE.py:function"
+
 
 def eps_text(eps: float) -> str:
     """Format an eps or a step size as papers do: 8/255 or 0.5/255, but 0.1 and 0.007."""
@@ -91,6 +93,20 @@ def one_of(names: Sequence[str]) -> PrimitiveConstructorSpec:
         return text.strip()
 
     return _values("A", read)
+
+
+def network(names: Sequence[str]) -> PrimitiveConstructorSpec:
+    """One of several names, or FILE.py:function, whose path becomes an absolute one."""
+
+    def read(text: str) -> str:
+        path, _, function = text.rpartition(":")
+        if path.endswith(".py") and function.isidentifier():
+            return f"{os.path.abspath(os.path.expanduser(path))}:{function}"
+        if text not in names:
+            raise ValueError(f"{text!r} is neither FILE.py:function nor one of {', '.join(names)}")
+        return text
+
+    return _values(f"{{{','.join(names)},{CODE}}}", read)
 
 
 def listed(

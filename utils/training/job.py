@@ -18,9 +18,10 @@ from utils.system.attack_copy import AttackCopy, in_precision
 from utils.system.checkpoints import STATE, load_state, load_weights, save
 from utils.system.devices import Sent, compile_for_training, for_training
 from utils.system.errors import RunError, Stopped, UsageError
+from utils.system.foreign import build_own, source_of
 from utils.system.log import open_log
 from utils.system.provenance import provenance
-from utils.system.settings import Training, stored
+from utils.system.settings import Training, code_flags, is_code, stored
 from utils.training.companions import Average, make_optimizer
 from utils.training.runs import VERSION
 from utils.training.splits import Data
@@ -74,6 +75,7 @@ class Job:
 
         torch.manual_seed(settings.seed)
         self.model = build(settings, len(data.train.classes), device)
+        self.source = source_of(settings.arch)
         if weights is not None:
             load_weights(self.model, weights)
         self.attack_copy = AttackCopy(
@@ -114,6 +116,7 @@ class Job:
         return {
             "model": weights,
             "arch": settings.arch,
+            "source": self.source,
             "width": settings.width,
             "image_size": settings.image_size,
             "dataset": settings.dataset,
@@ -205,7 +208,9 @@ class Job:
         distributed.from_first(self.save_state)
         progress = self.progress
         self.log(f"stopped    in epoch {progress.epoch}, {progress.done} images done")
-        command = shlex.join([sys.argv[0], "--resume", str(self.folder)])
+        command = shlex.join(
+            [sys.argv[0], "--resume", str(self.folder), *code_flags(self.settings.arch)]
+        )
         start = distributed.launcher()
         cause = signal.Signals(signum).name
         raise Stopped(signum, f"stopped by {cause}; continue by: {start} {command}")
@@ -213,8 +218,9 @@ class Job:
 
 def build(settings: Training, num_classes: int, device: torch.device) -> nn.Module:
     """Build the network of a run, on its device. UsageError where it takes no such images."""
+    builder = build_own if is_code(settings.arch) else build_model
     try:
-        model = build_model(
+        model = builder(
             settings.arch,
             num_classes,
             reverse_attention=not settings.no_ra,

@@ -131,6 +131,9 @@ def train_epoch(job: Job) -> None:
             if data.extra is not None:
                 seeds = (settings.seed, progress.epoch, progress.done)
                 batch = with_extra(batch, data.extra, settings.extra_images, seeds)
+            # For dropout in a network of the user's own, which a resumed run repeats.
+            seeds = (settings.seed, progress.epoch, progress.done, distributed.rank())
+            torch.manual_seed(hash(seeds))
             stats = train_step(job, batch)
 
             # The numbers of the step before have arrived by now.
@@ -334,6 +337,8 @@ def finish_run(job: Job) -> None:
     on_test = None
     if data.test is not None and data.tested != data.selected:
         # A network of its own: a stop saves job.model, which is that of the last epoch.
-        best, _ = distributed.from_first(lambda: load_model(job.folder / BEST))
+        best, _ = distributed.from_first(
+            lambda: load_model(job.folder / BEST, arch=job.settings.arch)
+        )
         on_test = evaluate(job, best.to(job.device), data.test.to(job.device))
     records.log_results(job, on_test)

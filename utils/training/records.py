@@ -16,7 +16,7 @@ from utils.system.devices import precision_name
 from utils.system.files import write_atomically, write_record
 from utils.system.options import flag
 from utils.system.provenance import in_one_line
-from utils.system.settings import dataset_defaults, stored
+from utils.system.settings import code_flags, dataset_defaults, stored
 from utils.system.values import as_given
 from utils.training.job import Job
 from utils.training.runs import Start
@@ -31,6 +31,7 @@ def announce(job: Job, start: Start) -> None:
     record = {
         **job.provenance,
         "settings": stored(settings),
+        "source": job.source,
         "precision": precision_name(settings, job.device),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
         "classes": list(data.train.classes),
@@ -42,7 +43,11 @@ def announce(job: Job, start: Start) -> None:
     write_record(job.folder / "run.json", record)
 
     usual = stored(dataset_defaults(settings.dataset))
-    changed = [name for name, value in record["settings"].items() if value != usual[name]]
+    changed = [
+        name
+        for name, value in record["settings"].items()
+        if value is not None and value != usual[name]
+    ]
     flags = " ".join(f"{flag(name)} {as_given(getattr(settings, name))}" for name in changed)
     job.log(in_one_line(job.provenance))
     job.log(f"settings   {settings.dataset}'s defaults, but for {flags or 'none'}")
@@ -65,6 +70,8 @@ def log_resume(job: Job, start: Start) -> None:
     ranks = start.state["ranks"]
     if ranks != distributed.world():  # which decides the slices that BatchNorm sees
         job.log(f"ranks      {ranks} before, {distributed.world()} now")
+    if job.source != start.state.get("source"):
+        job.log(f"network    {job.settings.arch.rpartition(':')[0]} has changed since then")
     if job.data.checksums != start.state["checksums"]:
         job.log("data       other images than before, by --other-data")
     if progress.epoch > job.settings.epochs:
@@ -155,7 +162,7 @@ def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
         job.log(f"best epoch on {data.tested}: {accuracies(*on_test, data.test.labels)}")
 
     script = Path(__file__).resolve().parents[2] / "test_white_attack.py"
-    command = [str(script), "--ckpt_url", str(job.folder / BEST)]
+    command = [str(script), "--ckpt_url", str(job.folder / BEST), *code_flags(job.settings.arch)]
     usual = dataset_defaults(job.settings.dataset, job.settings.norm)
     for name in ("epsilon", "step_size"):
         value = getattr(job.settings, name)

@@ -13,12 +13,15 @@ from typing import NamedTuple
 from utils.system.checkpoints import BEST, LAST, STATE, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
+from utils.system.foreign import named_code
 from utils.system.options import Command, flag
 from utils.system.settings import (
     DECIDING,
     FREE,
     Training,
+    arch_name,
     idle,
+    is_code,
     restored,
     stored,
     training_settings,
@@ -88,7 +91,10 @@ def prepare(command: Command, lock: ExitStack) -> Start:
     unknown_settings = state["recipe"].keys() - stored(Training()).keys()
     if state.get("version") != VERSION or unknown_settings:
         raise UsageError(f"{file} is of another version of this code, which can resume it")
-    settings, changes = resumed_settings(command, restored(state["recipe"]))
+    run = restored(state["recipe"])
+    if is_code(run.arch):
+        named_code(run.arch, command.given.get("arch"), file)
+    settings, changes = resumed_settings(command, run)
     return Start(settings, folder, state, changes)
 
 
@@ -113,7 +119,7 @@ def run_folder(command: Command) -> Path:
         value = getattr(settings, name)
         if value == getattr(script, name) or (name == "method" and method_in_model_dir):
             continue
-        parts.append(name.replace("_", "-") if value is True else str(value))
+        parts.append(name.replace("_", "-") if value is True else arch_name(str(value)))
     if settings.dataset == "folder":
         path = os.path.realpath(settings.data_dir)
         parts.append(f"{Path(path).name}-{zlib.crc32(os.fsencode(path)) % 16**4:04x}")
@@ -159,6 +165,8 @@ def resumed_settings(command: Command, run: Training) -> tuple[Training, list[st
     free = set(FREE)
     if run.lr_schedule != "milestones":
         free.remove("epochs")
+    if is_code(run.arch):
+        free.add("arch")  # the file may have moved
     if run.extra_data:
         free.add("extra_data")  # the file may have moved, and its content has a checksum
     given = set(command.given) - {"model_dir", *idle(run)}

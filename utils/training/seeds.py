@@ -18,7 +18,7 @@ from utils.system import distributed
 from utils.system.checkpoints import STATE, read
 from utils.system.errors import RunError, Stopped, UsageError, stop_signals
 from utils.system.options import Command
-from utils.system.settings import Training
+from utils.system.settings import Training, code_flags
 from utils.training.runs import run_folder
 
 # Stops a run, however often it comes. A second SIGTERM would end it before its state is saved, and
@@ -71,7 +71,7 @@ def child_command(settings: Training, seed: int, folder: Path) -> list[str]:
     if settings.overwrite or not (folder / STATE).exists():
         return one_run
     if settings.restart_epoch:  # a flag that starts a run
-        return [sys.executable, sys.argv[0], resume]
+        return [sys.executable, sys.argv[0], resume, *code_flags(settings.arch)]
     return [*one_run, resume]
 
 

@@ -1,0 +1,287 @@
+"""Networks of the user's own code: those that --arch trains, and those that --model evaluates."""
+
+import copy
+import hashlib
+import importlib
+import inspect
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import Heads, ReverseAttentionNetwork
+from models.reverse_attention import GateInput, pool
+from utils.system import distributed
+from utils.system.errors import UsageError, first_line
+from utils.system.settings import is_code
+
+OURS = Path(__file__).resolve().parents[2]
+AS_HEADS = "fc(features(x).flatten(2).mean(2))"  # what reverse attention takes forward(x) for
+
+
+# --arch FILE.py:function
+
+
+class OwnNetwork(ReverseAttentionNetwork):
+    """A module of the user's with the interface of the networks in `models`.
+
+    network: turns images (N, 3, H, W) in [0, 1] into logits (N, C). With reverse attention its
+    `features(x)`, a map or tokens (N, D, ...), is the map of the one gated block, and its linear
+    layer `fc` the classifier. Features of a plain network are the input of its last linear layer
+    if that answers, else the logits. A state dict is that of `network`.
+    """
+
+    ra_blocks = 1
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.last_input: Tensor | None = None
+
+    def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
+        if self.reverse_attention:
+            return super().forward(x, gate, heads)
+        final = self.network(x)
+        features = final if self.last_input is None else self.last_input
+        self.last_input = None
+        return Heads(final, (), features, features) if heads else final
+
+    def keep_input(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Keep what a layer gets; a forward hook of the last one."""
+        self.last_input = inputs[0]
+
+    def trunk(self, x: Tensor) -> Tensor:
+        z = self.network.features(x)
+        return z.reshape(*z.shape[:2], -1, 1)
+
+    def last_blocks(self) -> tuple[nn.Module, nn.Module]:
+        return nn.Identity(), nn.Identity()
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The linear layer of all heads."""
+        return self.network.fc
+
+    def add_block_classifiers(self) -> None:
+        """Give the block a classifier of its own, which the state dict has, too."""
+        super().add_block_classifiers()
+        self.network.block_classifiers = self.block_classifiers
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Return the state dict of the user's module."""
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: object, **kwargs: object) -> object:
+        """Load a state dict of the user's module."""
+        return self.network.load_state_dict(*args, **kwargs)
+
+
+def build_own(
+    arch: str,
+    num_classes: int,
+    *,
+    reverse_attention: bool,
+    image_size: int,
+    gate: str,
+    classifier: str,
+    ra_blocks: int,
+    width: int | None = None,
+) -> nn.Module:
+    """Build the network of FILE.py:function, and try it on images; arguments as of `build_model`.
+
+    The function gets num_classes, width where it is given, and image_size and reverse_attention
+    where it names them. Errors: UsageError where it does not return such a network.
+    """
+    given = {"num_classes": num_classes}
+    if width is not None:
+        given["width"] = width
+    offered = {"image_size": image_size, "reverse_attention": reverse_attention}
+    images = torch.linspace(0, 1, 6 * image_size**2).view(2, 3, image_size, image_size)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network, _ = _run(arch, given, offered)
+            if not isinstance(network, nn.Module):
+                raise TypeError(f"it returns {type(network).__name__}, no torch.nn.Module")
+            with torch.no_grad():
+                for training in (True, False):
+                    trial = copy.deepcopy(network).train(training)
+                    _require_logits(trial(images), (2, num_classes))
+                model = _with_heads(network, images, reverse_attention, ra_blocks)
+            model.gate = gate
+            model.ra_blocks = ra_blocks
+            if reverse_attention and classifier == "own":
+                model.add_block_classifiers()
+            return model
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        kind = type(error).__name__
+        raise UsageError(f"--arch {arch}: {kind}: {first_line(error)}") from error
+
+
+def _require_logits(answer: object, shape: tuple[int, int]) -> None:
+    given = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if given != shape:
+        raise ValueError(f"its answer to two images is {given}, not logits {shape}")
+
+
+def _with_heads(
+    network: nn.Module, images: Tensor, reverse_attention: bool, ra_blocks: int
+) -> ReverseAttentionNetwork:
+    """Return a module that answers with heads.
+
+    Errors: ValueError where it has no map or classifier for reverse attention.
+    """
+    is_ours = isinstance(network, ReverseAttentionNetwork)
+    model = network if is_ours else OwnNetwork(network)
+    model.reverse_attention = reverse_attention
+    if is_ours:
+        return model
+
+    logits = network.eval()(images)
+    if reverse_attention:
+        classifier = getattr(network, "fc", None)
+        if not isinstance(classifier, nn.Linear) or not hasattr(network, "features"):
+            raise ValueError("no features(x) and linear fc for reverse attention; add --no-ra")
+        if ra_blocks > 1:
+            raise ValueError("it has one block for reverse attention; leave --ra-blocks out")
+        if not torch.allclose(classifier(pool(model.trunk(images))), logits, 1e-3, 1e-5):
+            raise ValueError(f"forward(x) is not {AS_HEADS}; mend it, or add --no-ra")
+        return model.train()
+
+    linears = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    for last in linears[-1:]:
+        hook = last.register_forward_pre_hook(model.keep_input)
+        features = model(images, heads=True).features
+        fits = features.shape[-1] == last.in_features
+        if not fits or not torch.equal(F.linear(features, last.weight, last.bias), logits):
+            hook.remove()
+    return model.train()
+
+
+def source_of(arch: str) -> str | None:
+    """Return a checksum of the file of FILE.py:function; None of a network in `models`."""
+    if not is_code(arch):
+        return None
+    return hashlib.sha256(Path(arch.rpartition(":")[0]).read_bytes()).hexdigest()
+
+
+def named_code(recorded: str, named: str | None, file: Path) -> str:
+    """Return the FILE.py:function that a command names for a file's network of the user's own.
+
+    Errors: UsageError where it names none: code is not run because a file says where it lies.
+    """
+    if is_code(named):
+        return named
+    command = shlex.join([*sys.argv, "--arch", recorded])
+    raise UsageError(
+        f"{file} holds a network of your own code, which is run only if you name it: "
+        f"{distributed.launcher()} {command}"
+    )
+
+
+# --model module:function
+
+
+class Foreign(nn.Module):
+    """A network or function of the user's, whose logits are cast to float32."""
+
+    def __init__(self, network: Callable[..., Tensor | Heads]) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
+        """Return logits (N, C), or the `Heads` of a network that has some."""
+        if not heads:
+            return self.network(x).float()
+        answer = self.network(x, gate, heads=True)
+        auxiliary = tuple(logits.float() for logits in answer.auxiliary)
+        return Heads(answer.final.float(), auxiliary, answer.features.float())
+
+
+def load_foreign(model: str) -> tuple[nn.Module, dict]:
+    """Call the function that --model names -> its network in eval mode, and what is known of it.
+
+    Errors: UsageError where the function cannot be imported or called.
+    """
+    try:
+        network, file = _run(model)
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        raise UsageError(
+            f"--model {model}: {type(error).__name__}: {first_line(error)}; name "
+            "package.module:function or FILE.py:function, no arguments"
+        ) from error
+
+    # A network with heads, `model(x, gate, heads=True)`, is attacked at each of them.
+    own_classifiers = getattr(network, "block_classifiers", None)
+    info = {
+        "arch": model,
+        "dataset": None,
+        "image_size": None,
+        "reverse_attention": getattr(network, "reverse_attention", None) is True,
+        "gate": getattr(network, "gate", None),
+        "classifier": "own" if own_classifiers else "shared",
+        "ra_blocks": getattr(network, "ra_blocks", None),
+        "recipe": None,
+        "notes": [],
+        "file": file,
+    }
+    if not isinstance(network, ReverseAttentionNetwork):
+        network = Foreign(network)
+    return network.requires_grad_(False).eval(), info
+
+
+# The user's code
+
+
+def _run(
+    code: str, given: Mapping[str, object] = {}, offered: Mapping[str, object] = {}
+) -> tuple[object, str]:
+    """Call package.module:function or FILE.py:function -> what it returns, and its file.
+
+    given: its arguments. offered: further ones, for a function that names them.
+    """
+    module_name, _, function_name = code.rpartition(":")
+    file = None
+    folder = Path.cwd()
+    if module_name.endswith(".py"):
+        file = Path(module_name).resolve()
+        folder = file.parent
+        module_name = file.stem
+    with _imports_from(folder):
+        module = importlib.import_module(module_name)
+        if file not in (None, Path(module.__file__).resolve()):
+            raise ImportError(f"another module is called {module_name}; rename the file")
+        function = getattr(module, function_name)
+        arguments = dict(given)
+        if offered:
+            names = inspect.signature(function).parameters
+            arguments |= {name: value for name, value in offered.items() if name in names}
+        return function(**arguments), module.__file__
+
+
+@contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    """Let imports find the user's packages, also those called `models` and `utils` as ours are."""
+    names = set()
+    if folder != OURS:
+        names = {"models", "utils"} & {path.stem for path in folder.iterdir()}
+    ours = _remove_modules(names)
+    path = sys.path[:]
+    others = [entry for entry in path if not names or Path(entry).resolve() != OURS]
+    sys.path[:] = [str(folder), str(Path.cwd()), *others]
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        _remove_modules(names)
+        sys.modules.update(ours)
+
+
+def _remove_modules(packages: set[str]) -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name.partition(".")[0] in packages]
+    return {name: sys.modules.pop(name) for name in names}
