@@ -35,12 +35,12 @@ from utils.attacks import cross_entropy, image_noise, linf_pgd, noise, pgd
 from utils.data.datasets import as_input, load_split, shuffled, subset
 from utils.data.subject import load_subject, percent, verdicts
 from utils.evaluation import results
-from utils.evaluation.adaptive import views
-from utils.evaluation.cache import BlockCache, WorstImages
+from utils.evaluation.adaptive import adaptive, plain, views
+from utils.evaluation.cache import BlockCache, Monitor, WorstImages
 from utils.evaluation.diagnostics import Probe, diagnose
 from utils.evaluation.report import wilson
 from utils.evaluation.robustness import Target, planned_attacks, white_attack
-from utils.system.attack_copy import frozen
+from utils.system.attack_copy import AttackCopy, SearchedInBfloat16, frozen
 from utils.system.checkpoints import load_model
 from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.options import parse
@@ -314,6 +314,52 @@ def test_a_finished_autoattack_serves_later_commands(tmp_path, counted):
     assert len(counted) == 1  # only the last block is another one then
 
 
+@pytest.mark.parametrize("network", ["trained", "robust"])
+def test_attacks_search_in_bfloat16_and_float32_judges(network, trained, tmp_path, no_pictures):
+    model = trained[2] if network == "trained" else network
+    split, x = digits(20)
+    net = trained[0] if network == "trained" else tiny_networks.robust()
+    images = tmp_path / "images.npz"
+    flags = ("--n-examples=20", "--attacks=natural,pgd,noise", "--num-steps=2", "--step-size=0.1")
+    in_float32 = evaluate(tmp_path, model, *flags)
+    record = evaluate(tmp_path, model, *flags, "--precision=bf16", "--save-adversarial", images)
+    attack = pgd(cross_entropy, EPS, 0.1, 2, start="uniform", seed=SEED)
+    searched = AttackCopy(net, "bf16").net
+    adversarial = attack(searched, x, split.labels, split.numbers)
+    with torch.no_grad():
+        judged = net(adversarial).argmax(1) == split.labels
+        natural = net(x).argmax(1) == split.labels
+    assert torch.equal(right(record, "natural"), natural)
+    assert torch.equal(right(record, "PGD-2"), judged & natural)
+    fooled = natural & ~judged
+    assert fooled.any()
+    assert np.array_equal(np.load(images)["images"][fooled], adversarial[fooled])
+    in_float32_too = attack(net, x, split.labels, split.numbers)
+    assert not torch.equal(in_float32_too[fooled], adversarial[fooled])
+
+    earlier = "PGD-2 (precision default)"
+    assert torch.equal(right(record, earlier), right(in_float32, "PGD-2"))
+    assert torch.equal(right(record, "noise, 100 draws"), right(in_float32, "noise, 100 draws"))
+    log = (tmp_path / "test.log").read_text()
+    assert log.count("a first look: PGD-2 searched in bfloat16") == 1
+    table = [*results.table(results.grouped([record]))]
+    assert any(line.startswith("A first look") for line in table)
+    assert not any(map(results._is_first_look, [in_float32]))
+
+
+def test_parts_of_an_attack_are_judged_in_float32_and_search_in_bfloat16(trained, tmp_path):
+    """By a network to search that is always wrong, and a ball in which the judge stays right."""
+    model = trained[0]
+    split, x = digits(20)
+    kept = model(x).argmax(1) == split.labels
+    net = SearchedInBfloat16(model, lambda x: model(x).roll(1, 1))
+    monitor = Monitor(tmp_path / "parts", print)
+    sizes = {"eps": 1e-4, "step_size": 1e-4, "steps": 2, "apgd_steps": 5}
+    attack = adaptive(plain, **sizes, restarts=2, seed=SEED, monitor=monitor)
+    attack(net, x[kept], split.labels[kept], split.numbers[kept])
+    assert [images for _, images, _ in monitor.parts] == [int(kept.sum())] * 4
+
+
 VIEWS = {"adaptive: final", "adaptive: auxiliary 1", "adaptive: over heads", "adaptive: surrogate"}
 FIRST_ORDER = {"FGSM", "PGD-40", "CW-20", "transfer PGD-40"}
 KNOWN = {"AutoAttack", "Square", "noise, 100 draws"} | FIRST_ORDER | VIEWS
@@ -329,7 +375,7 @@ def files_of_blocks(tmp_path):
         flags = ("--surrogate", "x", "--attacks", attacks, "--n-examples", "10", *flags)
         settings = settings_of("with_ra", *flags)
         subject = load_subject(settings)
-        target = Target(subject, undefended(), {}, tmp_path, None)
+        target = Target(subject, subject.model, undefended(), {}, tmp_path, None)
         subject.split.images[3] += image
         cache = BlockCache(tmp_path, network, "now")
         plans = planned_attacks(settings, target)
@@ -345,6 +391,7 @@ def files_of_blocks(tmp_path):
         (("--epsilon", "0.09"), KNOWN),
         (("--random", "False"), FIRST_ORDER),
         (("--restarts", "4"), VIEWS),
+        (("--precision", "bf16"), KNOWN - {"noise, 100 draws", "Square", "transfer PGD-40"}),
     ],
 )
 def test_cached_verdicts_belong_to_settings(flags, other_files, files_of_blocks):

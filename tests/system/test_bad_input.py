@@ -105,6 +105,7 @@ def test_an_unknown_flag_is_told_the_nearest_one(capsys):
         (Evaluation, "--ckpt_url x --mean cifar10", "--std"),
         (Evaluation, "--ckpt_url x --attacks transfer", "--surrogate"),
         (Distances, "--model_dir x", "--target-label"),
+        (Distances, "--model_dir x --target_label 0 --precision bf16", "bf16"),
         (Umap, "--model_dir x y --labels one", "--labels"),
         (Umap, "--model_dir", "needs a path"),
     ],

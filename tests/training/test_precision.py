@@ -23,7 +23,7 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_verdicts(tmp_path, monkeypa
     judges = []
 
     def verdicts(net, *args, **kwargs):
-        judges.append(net)
+        judges.append(net.judge)
         return real(net, *args, **kwargs)
 
     monkeypatch.setattr(training, "verdicts", verdicts)

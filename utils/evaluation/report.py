@@ -116,6 +116,12 @@ def _notes(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Itera
         yield f"note: {count} of {subject.split.total} test images, the first of a fixed shuffle"
     for note in subject.notes:
         yield f"note: {note}"
+    first_look = [name for name, row in rows.items() if row.settings.get("precision") == "bf16"]
+    if first_look:
+        yield (
+            f"note: a first look: {', '.join(first_look)} searched in bfloat16, and may miss what "
+            "a search in float32 finds; verdicts are float32"
+        )
     for name, row in rows.items():
         if row.made:
             yield f"note, {name}: from an earlier evaluation of this network ({row.made})"

@@ -364,6 +364,9 @@ def table(groups: Groups) -> Iterator[str]:
             "a worst case only when all runs are evaluated with --attacks adaptive, too."
         )
     yield from _other_settings(groups)
+    first_look = [name for name, records in groups.items() if any(map(_is_first_look, records))]
+    if first_look:
+        yield f"A first look, searched by --precision bf16: {', '.join(first_look)}."
     yield (
         "Less the first row: on the same images, seed by seed where both rows have the same seeds, "
         "with a 95 % interval over images and seeds, Student's t for so few seeds. `images alone`: "
@@ -372,6 +375,12 @@ def table(groups: Groups) -> Iterator[str]:
     if compared:
         several = [parts for parts in compared if min(map(len, parts)) > 1]
         yield _power([variances(parts) for parts in several])
+
+
+def _is_first_look(record: dict) -> bool:
+    """Return whether an attack of a record searched in bfloat16."""
+    settings = [attack.get("settings", {}) for attack in record["attacks"].values()]
+    return any(of_attack.get("precision") == "bf16" for of_attack in settings)
 
 
 def _search_settings(record: dict) -> dict[str, str]:

@@ -43,14 +43,14 @@ from utils.evaluation.diagnostics import Diagnosis, Probe, diagnose, sanity_warn
 from utils.evaluation.report import Row
 from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES
 from utils.system import distributed
-from utils.system.attack_copy import AttackCopy
+from utils.system.attack_copy import AttackCopy, SearchedInBfloat16, in_precision
 from utils.system.checkpoints import load_model
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import require_writable, write_record
 from utils.system.log import open_log
 from utils.system.provenance import in_one_line, provenance
-from utils.system.settings import Evaluation, is_code
+from utils.system.settings import BLIND, Evaluation, is_code
 from utils.system.values import eps_text
 
 PACKAGE = "pyautoattack"  # AutoAttack, Square, and the APGD of the adaptive attack
@@ -111,7 +111,8 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
         natural, worst = classify(subject, settings.test_batch_size)
         rows = {"natural": natural}
         cache = BlockCache(folder / "white_attack.blocks", target.identity["network"], made)
-        rows |= run_attacks(subject, natural.right, plans, cache, settings.test_batch_size, worst)
+        attacked = subject._replace(model=target.attacked)
+        rows |= run_attacks(attacked, natural.right, plans, cache, settings.test_batch_size, worst)
         if settings.diagnostics:
             rows["diagnostics"], diagnosis = run_diagnostics(settings, target, natural.right, worst)
     if not distributed.first():
@@ -150,12 +151,14 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
 class Target(NamedTuple):
     """A network to attack, with all that is loaded for it.
 
-    subject, surrogate: their models are the copies that attacks see. identity: what rows of
-    several evaluations have in common if they belong together: checksums of the network and of the
-    images, and the ball. saved_file: that of --save-adversarial.
+    subject: its model is the copy that judges. attacked: what attacks call, the same but with
+    --precision bf16. surrogate: a copy, too. identity: what rows of several evaluations have in
+    common if they belong together: checksums of the network and of the images, and the ball.
+    saved_file: that of --save-adversarial.
     """
 
     subject: Subject
+    attacked: nn.Module
     surrogate: nn.Module | None
     identity: dict[str, object]
     log_file: Path
@@ -201,8 +204,12 @@ def load(settings: Evaluation, path: str | None) -> Target:
 
     images = images_checksum(subject.split)
     identity = {"network": checksum, "images": images, **subject.ball}
-    subject = subject._replace(model=attack_copy(subject.model))
-    return Target(subject, surrogate, identity, log_file, saved_file)
+    judge = attack_copy(subject.model)
+    attacked = judge
+    if settings.precision == "bf16":
+        attacked = SearchedInBfloat16(judge, attack_copy(subject.model, "bf16"))
+    subject = subject._replace(model=judge)
+    return Target(subject, attacked, surrogate, identity, log_file, saved_file)
 
 
 def load_surrogate(settings: Evaluation, subject: Subject) -> nn.Module:
@@ -222,9 +229,11 @@ def load_surrogate(settings: Evaluation, subject: Subject) -> nn.Module:
     return attack_copy(model)
 
 
-def attack_copy(model: nn.Module) -> nn.Module:
+def attack_copy(model: nn.Module, precision: str = "default") -> nn.Module:
     """Return the network that attacks call: a fast copy of one of ours, else the network itself."""
-    return AttackCopy(model).net if isinstance(model, ReverseAttentionNetwork) else model
+    if isinstance(model, ReverseAttentionNetwork):
+        return AttackCopy(model, precision).net
+    return in_precision(model, precision)
 
 
 # The plan: which attacks, with which settings
@@ -263,6 +272,8 @@ def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAt
             return
         depends = {**arguments, **further, "version": attacks.VERSION}
         depends["precision"] = settings.precision
+        if settings.precision == "bf16" and kind in BLIND:
+            depends["precision"] = "default"  # no gradients of the network
         if kind in LIBRARY_VERSIONS:
             depends["library"] = f"{LIBRARY_VERSIONS[kind]}, {metadata.version(PACKAGE)}"
         plans[name] = PlannedAttack(kind, build, arguments, depends)

@@ -26,15 +26,33 @@ class Bfloat16(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
+    def forward(self, x: Tensor, *args: GateInput, **kwargs: bool) -> Tensor | Heads:
         with torch.autocast(x.device.type, torch.bfloat16):
-            out = self.network(x, gate, heads)
+            out = self.network(x, *args, **kwargs)
         return tree_map(Tensor.float, out)
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
     """Return the network as it computes with `--precision`: in bfloat16, or as it is."""
     return Bfloat16(model) if precision == "bf16" else model
+
+
+class SearchedInBfloat16(nn.Module):
+    """A network for attacks: with gradients it computes in bfloat16, without them in float32.
+
+    So attacks search in bfloat16, and what they ask or find without a gradient is judged in
+    float32.
+    """
+
+    def __init__(self, judge: nn.Module, searched: nn.Module) -> None:
+        """Take a network in float32, and the same in bfloat16."""
+        super().__init__()
+        self.judge = judge
+        self.searched = searched
+
+    def forward(self, x: Tensor, *args: GateInput, **kwargs: bool) -> Tensor | Heads:
+        net = self.searched if torch.is_grad_enabled() else self.judge
+        return net(x, *args, **kwargs)
 
 
 class Affine(nn.Module):

@@ -443,6 +443,9 @@ class Evaluation(Checkpoint):
     """start FGSM, PGD and CW at random"""
     restarts: Count = 5
     """starts of the adaptive attack's PGD on each view"""
+    precision: Literal["default", "fp32", "tf32", "bf16"] = "default"
+    """of attacks: on CUDA PyTorch's own (TF32 in convolutions), float32 or TF32; for a first look
+    bfloat16 in all steps by gradients. Verdicts are float32 in any case"""
     apgd_steps: Annotated[int, whole(5)] = APGD_STEPS
     """steps of the adaptive attack's APGD; fewer for a first look"""
     surrogate: Annotated[str | None, PATH] = None

@@ -21,7 +21,7 @@ from utils.data.datasets import Split, as_input, augment, batches, with_extra
 from utils.data.subject import halving, largest_batch, percent, verdicts
 from utils.step import Attacked, Draws, StepStats, attack, draw, negative_strategy
 from utils.system import distributed
-from utils.system.attack_copy import AttackCopy
+from utils.system.attack_copy import AttackCopy, SearchedInBfloat16
 from utils.system.checkpoints import BEST, LAST, load_model, save, weights_after
 from utils.system.devices import Sent, computing, pick_device
 from utils.system.errors import UsageError, stop_signals
@@ -240,9 +240,8 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
     """
     settings = job.settings
     net = AttackCopy(model).net
-    attacked_net = net
     if settings.precision == "bf16":
-        attacked_net = AttackCopy(model, "bf16").net
+        net = SearchedInBfloat16(net, AttackCopy(model, "bf16").net)
     batch_size = settings.test_batch_size or largest_batch(split.labels.device)
     attack = halving(
         pgd40_heads(
@@ -254,10 +253,6 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
         )
     )
 
-    # `verdicts` would attack the network that judges; this one may be in another precision.
-    def search(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        return attack(attacked_net, x, labels, numbers)
-
     with tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
 
         def progress(images: int) -> None:
@@ -265,7 +260,7 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
             job.check_stop()
 
         natural = verdicts(net, split, batch_size, progress=progress)
-        robust = verdicts(net, split, batch_size, search, natural, progress)
+        robust = verdicts(net, split, batch_size, attack, natural, progress)
     return percent(natural), percent(robust)
 
 
