@@ -170,7 +170,8 @@ class Training(FromFile):
     norm: Norm = "Linf"
     """norm of the ball of attacks: Linf steps along the gradient's signs, L2 along the gradient
     divided by its L2 norm. L2 radii: 0.5 as usual on CIFAR, 1 on Tiny-ImageNet, whose diagonal is
-    twice as long, and 1.5 on digits, where TRADES keeps as much as in Linf at 0.1"""
+    twice as long, and 1.5 on fashion-mnist and on digits, where TRADES keeps as much as in Linf at
+    0.1"""
     epsilon: NotNegative = 8 / 255
     """radius of the ball, for images in [0, 1]"""
     num_steps: Count = 10
@@ -326,8 +327,10 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("fashion-mnist",): {
         "epochs": 30,
         "milestones": (20, 26),
+        "lr": 0.03,
         "epsilon": 0.1,
         "step_size": 0.02,
+        "augmentation": "none",
     },
     ("mart",): {"beta": 5.0},
     ("pgd",): {"awp_warmup": 0},
@@ -339,6 +342,7 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("L2",): {"epsilon": 0.5, "step_size": 0.1},
     ("tiny-imagenet", "L2"): {"epsilon": 1.0, "step_size": 0.2},
     ("digits", "L2"): {"epsilon": 1.5, "step_size": 0.3},
+    ("fashion-mnist", "L2"): {"epsilon": 1.5, "step_size": 0.3},
 }
 
 # Settings that may change on resume: they decide how far and where to train, not what is computed.
