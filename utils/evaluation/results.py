@@ -311,9 +311,9 @@ def _power(of_rows: list[Variances]) -> str:
     seeds, images, _ = 100 * np.sqrt(mean)
     return (
         f"Power: a difference of one point is seen in {100 * POWER:.0f} % of studies with any of "
-        f"{plans[1]}; of two points with {plans[2]}. This rests on differences' deviations of "
-        f"{seeds:.2f} points between seeds and {images:.0f} between images, over the rows of "
-        "several seeds."
+        f"{plans[1]}; of two points with {plans[2]}. A rough guide, by deviations of differences "
+        f"of {seeds:.2f} points between seeds and {images:.0f} between images, as estimated from "
+        "the few seeds here."
     )
 
 
