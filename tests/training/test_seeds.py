@@ -107,8 +107,8 @@ def test_a_run_is_resumed_where_there_is_a_state_and_started_otherwise(tmp_path,
     assert not seeds.is_finished(tmp_path, 4)
     assert seeds.child_command(run, 2, tmp_path) == [*new, resume]
     assert seeds.child_command(replace(run, overwrite=True), 2, tmp_path) == new
-    restart = replace(run, restart_epoch=2)
-    assert seeds.child_command(restart, 2, tmp_path) == [sys.executable, "train.py", resume]
+    restart = seeds.child_command(replace(run, restart_epoch=2, epochs=9), 2, tmp_path)
+    assert restart == [sys.executable, "train.py", resume, "--epochs=9"]
     (tmp_path / STATE).write_bytes(b"damaged")
     assert not seeds.is_finished(tmp_path, 3)
 

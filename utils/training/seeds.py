@@ -71,7 +71,8 @@ def child_command(settings: Training, seed: int, folder: Path) -> list[str]:
     if settings.overwrite or not (folder / STATE).exists():
         return one_run
     if settings.restart_epoch:  # a flag that starts a run
-        return [sys.executable, sys.argv[0], resume, *code_flags(settings.arch)]
+        also = [f"--epochs={settings.epochs}", *code_flags(settings.arch)]
+        return [sys.executable, sys.argv[0], resume, *also]
     return [*one_run, resume]
 
 
