@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import Heads, ReverseAttentionNetwork
@@ -33,22 +32,24 @@ class OwnNetwork(ReverseAttentionNetwork):
 
     network: turns images (N, 3, H, W) in [0, 1] into logits (N, C). With reverse attention its
     `features(x)`, a map or tokens (N, D, ...), is the map of the one gated block, and its linear
-    layer `fc` the classifier. Features of a plain network are the input of its last linear layer
-    if that answers, else the logits. A state dict is that of `network`.
+    layer `fc` the classifier. Features of a plain network are the input of its last linear layer,
+    or the logits where there is none. A state dict is that of `network`.
     """
 
-    ra_blocks = 1
-
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, reverse_attention: bool) -> None:
         super().__init__()
         self.network = network
+        self.reverse_attention = reverse_attention
         self.last_input: Tensor | None = None
+        linears = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+        if linears and not reverse_attention:
+            linears[-1].register_forward_pre_hook(self.keep_input)
 
     def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
         if self.reverse_attention:
             return super().forward(x, gate, heads)
         final = self.network(x)
-        features = final if self.last_input is None else self.last_input
+        features = final if self.last_input is None else self.last_input.flatten(1)
         self.last_input = None
         return Heads(final, (), features, features) if heads else final
 
@@ -111,8 +112,16 @@ def build_own(
             with torch.no_grad():
                 for training in (True, False):
                     trial = copy.deepcopy(network).train(training)
-                    _require_logits(trial(images), (2, num_classes))
-                model = _with_heads(network, images, reverse_attention, ra_blocks)
+                    shape = getattr(trial(images), "shape", None)
+                    if shape != (2, num_classes):
+                        raise ValueError(f"its answer is {shape}, not logits {(2, num_classes)}")
+                if isinstance(network, ReverseAttentionNetwork):
+                    model = network
+                elif reverse_attention:
+                    model = _with_one_block(network, images, ra_blocks)
+                else:
+                    model = OwnNetwork(network, False)
+            model.reverse_attention = reverse_attention
             model.gate = gate
             model.ra_blocks = ra_blocks
             if reverse_attention and classifier == "own":
@@ -123,43 +132,16 @@ def build_own(
         raise UsageError(f"--arch {arch}: {kind}: {first_line(error)}") from error
 
 
-def _require_logits(answer: object, shape: tuple[int, int]) -> None:
-    given = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-    if given != shape:
-        raise ValueError(f"its answer to two images is {given}, not logits {shape}")
-
-
-def _with_heads(
-    network: nn.Module, images: Tensor, reverse_attention: bool, ra_blocks: int
-) -> ReverseAttentionNetwork:
-    """Return a module that answers with heads.
-
-    Errors: ValueError where it has no map or classifier for reverse attention.
-    """
-    is_ours = isinstance(network, ReverseAttentionNetwork)
-    model = network if is_ours else OwnNetwork(network)
-    model.reverse_attention = reverse_attention
-    if is_ours:
-        return model
-
-    logits = network.eval()(images)
-    if reverse_attention:
-        classifier = getattr(network, "fc", None)
-        if not isinstance(classifier, nn.Linear) or not hasattr(network, "features"):
-            raise ValueError("no features(x) and linear fc for reverse attention; add --no-ra")
-        if ra_blocks > 1:
-            raise ValueError("it has one block for reverse attention; leave --ra-blocks out")
-        if not torch.allclose(classifier(pool(model.trunk(images))), logits, 1e-3, 1e-5):
-            raise ValueError(f"forward(x) is not {AS_HEADS}; mend it, or add --no-ra")
-        return model.train()
-
-    linears = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
-    for last in linears[-1:]:
-        hook = last.register_forward_pre_hook(model.keep_input)
-        features = model(images, heads=True).features
-        fits = features.shape[-1] == last.in_features
-        if not fits or not torch.equal(F.linear(features, last.weight, last.bias), logits):
-            hook.remove()
+def _with_one_block(network: nn.Module, images: Tensor, ra_blocks: int) -> OwnNetwork:
+    """Return a module with reverse attention. ValueError where it has nothing for it."""
+    classifier = getattr(network, "fc", None)
+    if not isinstance(classifier, nn.Linear) or not hasattr(network, "features"):
+        raise ValueError("no features(x) and linear fc for reverse attention; add --no-ra")
+    if ra_blocks > 1:
+        raise ValueError("it has one block for reverse attention; leave --ra-blocks out")
+    model = OwnNetwork(network, True).eval()
+    if not torch.allclose(classifier(pool(model.trunk(images))), network(images), 1e-3, 1e-5):
+        raise ValueError(f"forward(x) is not {AS_HEADS}; mend it, or add --no-ra")
     return model.train()
 
 
@@ -246,16 +228,12 @@ def _run(
     given: its arguments. offered: further ones, for a function that names them.
     """
     module_name, _, function_name = code.rpartition(":")
-    file = None
     folder = Path.cwd()
     if module_name.endswith(".py"):
-        file = Path(module_name).resolve()
-        folder = file.parent
-        module_name = file.stem
+        folder = Path(module_name).resolve().parent
+        module_name = Path(module_name).stem
     with _imports_from(folder):
         module = importlib.import_module(module_name)
-        if file not in (None, Path(module.__file__).resolve()):
-            raise ImportError(f"another module is called {module_name}; rename the file")
         function = getattr(module, function_name)
         arguments = dict(given)
         if offered:

@@ -99,12 +99,9 @@ def network(names: Sequence[str]) -> PrimitiveConstructorSpec:
     """One of several names, or FILE.py:function, whose path becomes an absolute one."""
 
     def read(text: str) -> str:
-        path, _, function = text.rpartition(":")
-        if path.endswith(".py") and function.isidentifier():
-            return f"{os.path.abspath(os.path.expanduser(path))}:{function}"
-        if text not in names:
-            raise ValueError(f"{text!r} is neither FILE.py:function nor one of {', '.join(names)}")
-        return text
+        if ".py:" in text:
+            return os.path.abspath(os.path.expanduser(text))
+        return one_of(names).instance_from_str([text])
 
     return _values(f"{{{','.join(names)},{CODE}}}", read)
 

@@ -128,12 +128,10 @@ def train_epoch(job: Job) -> None:
         for indices in batches(progress.order[progress.done :], job.own_images):
             set_learning_rate(job)
             batch = data.train.take(indices)
+            seeds = (settings.seed, progress.epoch, progress.done)
             if data.extra is not None:
-                seeds = (settings.seed, progress.epoch, progress.done)
                 batch = with_extra(batch, data.extra, settings.extra_images, seeds)
-            # For dropout in a network of the user's own, which a resumed run repeats.
-            seeds = (settings.seed, progress.epoch, progress.done, distributed.rank())
-            torch.manual_seed(hash(seeds))
+            torch.manual_seed(hash(seeds))  # for dropout in a network of the user's own
             stats = train_step(job, batch)
 
             # The numbers of the step before have arrived by now.
