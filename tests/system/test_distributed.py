@@ -169,6 +169,9 @@ def small_things():
     norm = nn.BatchNorm1d(1)
     norm.running_mean.fill_(5 + rank)
     distributed.share_buffers(norm)
+    norm.bias.requires_grad_(False)  # a parameter that is not trained has no gradient to sum
+    distributed.sum_gradients(norm)
+    norm.weight.sum().backward()
     return {
         "total": distributed.total(torch.tensor([rank + 1])).item(),
         "joined": distributed.joined(torch.arange(7.0)[distributed.own_slice(7)], 7).tolist(),
@@ -177,6 +180,7 @@ def small_things():
         "agreed": distributed.agreed(15 if rank == world - 1 else 0),
         "from_first": distributed.gathered(distributed.from_first(lambda: rank)),
         "buffers": distributed.gathered(norm.running_mean.item()),
+        "gradient": norm.weight.grad.item(),
     }
 
 
@@ -343,6 +347,7 @@ def test_sums_wishes_and_buffers_reach_every_rank(ranks):
         "agreed": 15,
         "from_first": [0] * count,
         "buffers": [5] * count,
+        "gradient": count,
     }
 
 

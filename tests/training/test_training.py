@@ -100,6 +100,7 @@ def test_defaults_are_the_published_recipe():
     }
     assert {name: getattr(settings(), name) for name in published} == published
     assert settings().optimizer == "sgd"
+    assert settings("--optimizer", "adamw").lr == 0.001
     assert settings("--method", "mart").beta == 5
     assert settings("--arch", "WRN-28-10").zeta == 6
     assert settings("--arch", "WRN-28-10", "--zeta", 3).zeta == 3

@@ -207,9 +207,11 @@ def share_buffers(model: nn.Module) -> None:
 def sum_gradients(model: nn.Module) -> None:
     """Let each later backward through a network leave the sum over ranks in its gradients.
 
-    Each rank has to use every parameter in each backward. Attacks see copies of the network, and
-    communicate nothing. BatchNorm's statistics stay each rank's own.
+    Each rank has to use every parameter in each backward, but for those that are not trained.
+    Attacks see copies of the network, and communicate nothing. BatchNorm's statistics stay each
+    rank's own.
     """
     if world() > 1:
         for parameter in model.parameters():
-            parameter.register_hook(total)
+            if parameter.requires_grad:
+                parameter.register_hook(total)

@@ -339,6 +339,7 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
     ("digits", "WRN-28-10"): {"width": 1},
     ("digits", "WRN-34-10"): {"width": 1},
     ("adamw",): {"lr": 1e-3, "weight_decay": 0.05},
+    ("digits", "adamw"): {"lr": 3e-3},
     ("L2",): {"epsilon": 0.5, "step_size": 0.1},
     ("tiny-imagenet", "L2"): {"epsilon": 1.0, "step_size": 0.2},
     ("digits", "L2"): {"epsilon": 1.5, "step_size": 0.3},
