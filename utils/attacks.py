@@ -54,6 +54,7 @@ def l2_step(
 
 
 STEPS = {"Linf": linf_step, "L2": l2_step}  # by norm
+ONE_STEP = {"Linf": "FGSM", "L2": "FGM"}  # what an attack of one step is called
 
 
 def projected_ascent(

@@ -605,7 +605,8 @@ def test_diagnostics_in_l2_go_as_far_as_the_diagonal(monkeypatch):
     raised, diagnosed = diagnosis(undefended(), 20, "L2", 1.0)
     assert [eps for eps, *_ in diagnosed.by_eps] == pytest.approx([0, 1, 2, 768**0.5])
     assert diagnosed.by_eps[-1][1] == 0 < diagnosed.by_eps[0][1]
-    assert "eps 27.7 leaves images right" not in raised
+    assert "eps 27.71 leaves images right" not in raised
+    assert "eps 27.71 is 0.0 %" in " ".join(sign.figure for sign in diagnosed.signs)
 
 
 @pytest.mark.slow

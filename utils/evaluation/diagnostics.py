@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.attacks import Attack, noise
+from utils.attacks import ONE_STEP, Attack, noise
 from utils.data.datasets import Split, as_input
 from utils.data.subject import over_images, percent, right_or_not
 from utils.evaluation.adaptive import View, cross_entropies, plain, view_pgd
@@ -219,7 +219,7 @@ def _signs(probe: Probe, final: Tensor, by_eps: Curve, by_steps: Curve) -> list[
 
     compared = [  # each with PGD-40: the sign, whether it is there, the other attack, its accuracy
         ("more steps still help", pgd - longest > 1, f"PGD-{STEPS[-1]}", longest),
-        ("one step beats many", fgsm < pgd, "FGSM", fgsm),
+        ("one step beats many", fgsm < pgd, ONE_STEP[probe.norm], fgsm),
         ("restarts still help", pgd - restarts > 3, f"the worst of {RESTARTS} starts", restarts),
         ("random noise beats PGD", noisy < pgd, "random noise", noisy),
         ("black-box finds what white-box misses", pgd - both > 1, "PGD-40 and Square", both),

@@ -278,7 +278,7 @@ def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAt
             depends["library"] = f"{LIBRARY_VERSIONS[kind]}, {metadata.version(PACKAGE)}"
         plans[name] = PlannedAttack(kind, build, arguments, depends)
 
-    plan("fgsm", "FGM" if target.subject.norm == "L2" else "FGSM", ce_pgd, one_step)
+    plan("fgsm", attacks.ONE_STEP[target.subject.norm], ce_pgd, one_step)
     plan("pgd", f"PGD-{steps}", ce_pgd, from_start)
     plan("cw", f"CW-{half}", partial(pgd, margin), {**from_start, "steps": half})
     plan("noise", f"noise, {NOISE_DRAWS} draws", noise, {**common, "draws": NOISE_DRAWS})

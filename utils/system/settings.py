@@ -170,8 +170,8 @@ class Training(FromFile):
     norm: Norm = "Linf"
     """norm of the ball of attacks: Linf steps along the gradient's signs, L2 along the gradient
     divided by its L2 norm. L2 radii: 0.5 as usual on CIFAR, 1 on Tiny-ImageNet, whose diagonal is
-    twice as long, and 1.5 on fashion-mnist and on digits, where TRADES keeps as much as in Linf at
-    0.1"""
+    twice as long, 1.5 on fashion-mnist, and 1.5 on digits, where TRADES keeps as much as in Linf
+    at 0.1"""
     epsilon: NotNegative = 8 / 255
     """radius of the ball, for images in [0, 1]"""
     num_steps: Count = 10
