@@ -110,6 +110,8 @@ def test_code_that_only_a_checkpoint_names_is_not_run(here, trained):
     del sys.modules["mine"]
     with pytest.raises(UsageError, match=f"--arch {arch}"):
         load_model("net.pt")
+    with pytest.raises(UsageError, match=f"--arch {arch}"):
+        load_model("net.pt", arch=f"{FILE}:ViT")
     assert not (here / "ran").exists()
 
     model, info = load_model("net.pt", arch=arch)

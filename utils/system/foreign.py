@@ -18,7 +18,7 @@ from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput, pool
 from utils.system import distributed
 from utils.system.errors import UsageError, first_line
-from utils.system.settings import is_code
+from utils.system.settings import arch_name, is_code
 
 OURS = Path(__file__).resolve().parents[2]
 AS_HEADS = "fc(features(x).flatten(2).mean(2))"  # what reverse attention takes forward(x) for
@@ -155,9 +155,9 @@ def source_of(arch: str) -> str | None:
 def named_code(recorded: str, named: str | None, file: Path) -> str:
     """Return the FILE.py:function that a command names for a file's network of the user's own.
 
-    Errors: UsageError where it names none: code is not run because a file says where it lies.
+    Errors: UsageError where it names no such function: no code is run because a file names it.
     """
-    if is_code(named):
+    if is_code(named) and arch_name(named) == arch_name(recorded):
         return named
     command = shlex.join([*sys.argv, "--arch", recorded])
     raise UsageError(
