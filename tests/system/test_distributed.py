@@ -169,6 +169,7 @@ def small_things():
     norm = nn.BatchNorm1d(1)
     norm.running_mean.fill_(5 + rank)
     distributed.share_buffers(norm)
+    nn.init.constant_(norm.weight, 5 + rank)
     norm.bias.requires_grad_(False)  # a parameter that is not trained has no gradient to sum
     distributed.sum_gradients(norm)
     norm.weight.sum().backward()
@@ -180,6 +181,7 @@ def small_things():
         "agreed": distributed.agreed(15 if rank == world - 1 else 0),
         "from_first": distributed.gathered(distributed.from_first(lambda: rank)),
         "buffers": distributed.gathered(norm.running_mean.item()),
+        "parameters": distributed.gathered(norm.weight.item()),
         "gradient": norm.weight.grad.item(),
     }
 
@@ -347,6 +349,7 @@ def test_sums_wishes_and_buffers_reach_every_rank(ranks):
         "agreed": 15,
         "from_first": [0] * count,
         "buffers": [5] * count,
+        "parameters": [5] * count,
         "gradient": count,
     }
 

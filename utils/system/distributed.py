@@ -205,13 +205,15 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Let each later backward through a network leave the sum over ranks in its gradients.
+    """Give all ranks the first one's weights; each later backward sums gradients over ranks.
 
     Each rank has to use every parameter in each backward, but for those that are not trained.
     Attacks see copies of the network, and communicate nothing. BatchNorm's statistics stay each
     rank's own.
     """
     if world() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(total)
