@@ -3,6 +3,7 @@
 import argparse
 import collections
 import enum
+import functools
 import os
 import pathlib
 import sys
@@ -63,6 +64,7 @@ def test_objects_beside_the_weights_do_not_stop_them_from_loading(tmp_path):
         "optimizer": torch.optim.SGD(net.parameters(), 0.1),
         "log": collections.defaultdict(list, loss=[1.0]),
         "best": np.float64(3.5),
+        "hyper_parameters": {"optimizer": functools.partial(torch.optim.SGD, lr=0.1)},
         "net": net.state_dict(),
     }
     torch.save(content, file)

@@ -60,10 +60,10 @@ class UnreadDict:
         return OrderedDict()
 
 
-class UnreadArray:
-    """Stands for a number or an array of numpy."""
+class Unread:
+    """Stands for a number or an array of numpy, or for a function of functools."""
 
-    def __new__(cls, *args: object) -> "UnreadArray":
+    def __new__(cls, *args: object) -> "Unread":
         """Ignore what it would have been made of."""
         return super().__new__(cls)
 
@@ -110,7 +110,7 @@ def _read_pickle(path: Path) -> object:
         unread = get_unsafe_globals_in_checkpoint(path)
     stand_ins = []
     for name in unread:
-        stand_in = UnreadArray if name.startswith("numpy") else UnreadDict
+        stand_in = Unread if name.startswith(("numpy", "functools")) else UnreadDict
         stand_ins.append((stand_in, name))
     with safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")
