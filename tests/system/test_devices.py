@@ -96,7 +96,12 @@ def set_older():
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-@pytest.mark.parametrize("by_user", [lambda: None, set_newer, set_older])
+def set_all_products():
+    """Set what products are computed in on all devices."""
+    torch.set_float32_matmul_precision("high")
+
+
+@pytest.mark.parametrize("by_user", [lambda: None, set_newer, set_older, set_all_products])
 def test_what_is_computed_in_does_not_depend_on_a_user_s_switches(untouched, by_user):
     by_user()
     before = switches()

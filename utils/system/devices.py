@@ -131,7 +131,7 @@ def _set_precision(convolutions: str, products: str) -> None:
     cudnn = torch.backends.cudnn
     matmul = torch.backends.cuda.matmul
     cudnn.allow_tf32 = convolutions == "tf32"
-    matmul.allow_tf32 = products == "tf32"
+    torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
     cudnn.conv.fp32_precision = convolutions
     cudnn.rnn.fp32_precision = convolutions
     matmul.fp32_precision = products
