@@ -179,7 +179,7 @@ def load_extra(path: str, like: Split) -> Split:
             images = file["image"]
             labels = file["label"]
     except Exception as error:  # damaged archives make numpy raise nearly anything
-        raise UsageError(f"{needed}: {first_line(error)}") from error
+        raise UsageError(f"{needed}; it cannot be read ({type(error).__name__})") from error
     right_format = images.dtype == np.uint8 and images.shape == (*labels.shape, side, side, 3)
     if not right_format or not np.array_equal(np.unique(labels), np.arange(classes)):
         raise UsageError(f"{needed}; they are {images.dtype} {images.shape} and {labels.shape}")
