@@ -1,4 +1,4 @@
-"""Histograms of feature distances, PP and NP, of all classes together and of each.
+"""Draws histograms of feature distances, PP and NP, of all classes together and of each.
 
     python draw_hist.py
         everything in ./distances

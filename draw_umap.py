@@ -1,4 +1,4 @@
-"""UMAP of the features of test images, coloured by class; a panel for each run, on the same images.
+"""Draws features of test images by UMAP, coloured by class; a panel for each run, the same images.
 
     python draw_umap.py --model_dir RUN [RUN ...] [--adversarial] [--n-examples N]
     python draw_umap.py --model_dir FILE --dataset cifar10 --no-ra

@@ -1,4 +1,4 @@
-"""Distances of features: an image to its adversarial example (PP) and to a negative (NP).
+"""Measures distances of features: of an image to its adversarial example (PP), to a negative (NP).
 
     python feature_distance.py --model_dir RUN --target_label 0
         one class, of a run folder or a checkpoint file

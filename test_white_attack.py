@@ -1,4 +1,4 @@
-"""How robust is a network? The standard attacks and those that know the defence, in one table.
+"""Attacks trained networks by standard attacks and by those that know the defence; prints a table.
 
     python test_white_attack.py --ckpt_url PATH
         a checkpoint file or a run folder

@@ -1,4 +1,4 @@
-"""ANCRA on ResNet-18, CIFAR-10.
+"""Trains ANCRA on CIFAR-10 with a ResNet-18.
 
     python train_CIFAR10_ResNet.py                    as published
     python train_CIFAR10_ResNet.py --dataset digits   small real data, no download

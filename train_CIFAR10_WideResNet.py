@@ -1,4 +1,4 @@
-"""ANCRA on WideResNet-34-10 (--arch WRN-28-10 for the other one), CIFAR-10.
+"""Trains ANCRA on CIFAR-10 with a WideResNet-34-10, or by --arch WRN-28-10 with that one.
 
     python train_CIFAR10_WideResNet.py                    as published
     python train_CIFAR10_WideResNet.py --dataset digits   small real data, no download

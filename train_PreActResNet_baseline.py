@@ -1,4 +1,4 @@
-"""Baseline: TRADES (or --method pgd, mart) on a plain PreActResNet-18, Tiny-ImageNet.
+"""Trains the baseline on Tiny-ImageNet: TRADES with a plain PreActResNet-18.
 
     python train_PreActResNet_baseline.py                    as published
     python train_PreActResNet_baseline.py --dataset digits   small real data, no download

@@ -1,4 +1,4 @@
-"""Baseline: TRADES (or --method pgd, mart) on a plain ResNet-18, CIFAR-10.
+"""Trains the baseline on CIFAR-10: TRADES with a plain ResNet-18.
 
     python train_ResNet18_baseline.py                    as published
     python train_ResNet18_baseline.py --dataset digits   small real data, no download

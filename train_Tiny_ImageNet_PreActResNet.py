@@ -1,4 +1,4 @@
-"""ANCRA on PreActResNet-18, Tiny-ImageNet.
+"""Trains ANCRA on Tiny-ImageNet with a PreActResNet-18.
 
     python train_Tiny_ImageNet_PreActResNet.py                  as published
     python train_Tiny_ImageNet_PreActResNet.py --dataset digits small real data, no download

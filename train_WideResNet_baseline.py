@@ -1,4 +1,4 @@
-"""Baseline: TRADES (or --method pgd, mart) on a plain WideResNet-34-10, CIFAR-10.
+"""Trains the baseline on CIFAR-10: TRADES with a plain WideResNet-34-10.
 
     python train_WideResNet_baseline.py                    as published
     python train_WideResNet_baseline.py --dataset digits   small real data, no download

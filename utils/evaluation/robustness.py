@@ -51,7 +51,7 @@ from utils.system.files import require_writable, write_record
 from utils.system.log import open_log
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import BLIND, Evaluation, is_code
-from utils.system.values import eps_text
+from utils.system.values import counted, eps_text
 
 PACKAGE = "pyautoattack"  # AutoAttack, Square, and the APGD of the adaptive attack
 LIBRARY_VERSIONS = {  # of the attacks that it runs, which take all images of a block at once
@@ -102,7 +102,7 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     log(
         f"{subject.radius}, step {eps_text(subject.step_size)}, "
         f"{'random' if settings.random else 'natural'} start, seed {settings.seed}; adaptive "
-        f"attack: {settings.restarts} starts of PGD, {settings.apgd_steps} steps of APGD"
+        f"attack: {counted(settings.restarts, 'start')} of PGD, {settings.apgd_steps} steps of APGD"
     )
     log(f"blocks of {BLOCK} images, each cached when an attack has finished it")
 

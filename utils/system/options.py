@@ -164,19 +164,22 @@ def _parsed(cls: type[T], doc: str, argv: list[str], default: Any = tyro.MISSING
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # whatever the console's own encoding is
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    return tyro.cli(
-        cls,
-        prog=os.path.basename(sys.argv[0]),
-        description=doc,
-        args=argv,
-        default=default,
-        config=(tyro.conf.DisallowNone,),
-    )
+    try:
+        return tyro.cli(
+            cls,
+            prog=os.path.basename(sys.argv[0]),
+            description=doc,
+            args=argv,
+            default=default,
+            config=(tyro.conf.DisallowNone,),
+        )
+    except BrokenPipeError:  # of `--help | head`
+        os._exit(1)
 
 
 def _other_defaults() -> str:
     """What --help says of the defaults by data set, method and network."""
-    lines = ["\n\nOther defaults:"]
+    lines = ["\n\nOther defaults, by data set, method, network, optimiser and norm:"]
     for owners, defaults in DEFAULTS_OF.items():
         flags = [
             f"{flag(name)} {as_given(value)}"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from utils.system import distributed
+from utils.system.values import counted
 
 # Variables that settle how OpenMP's threads wait for work.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -56,7 +57,7 @@ def in_one_line(record: dict) -> str:
         *versions,
         record["device"],
         *record.get("card", {}).values(),
-        f"{record['threads']} threads ({record['waiting']})",
+        f"{counted(record['threads'], 'thread')} ({record['waiting']})",
         f"seed {record['seed']}",
     ]
     return f"{record['started']}  {record['command']}  {', '.join(parts)}"

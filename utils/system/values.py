@@ -38,6 +38,11 @@ def as_given(value: object) -> str:
     return str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a number of things: `1 thread`, `2 threads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def also(*flags: str) -> object:
     """Further spellings of a flag."""
     return tyro.conf.arg(aliases=flags)

@@ -16,7 +16,7 @@ from utils.system.devices import precision_name
 from utils.system.files import write_atomically, write_record
 from utils.system.options import flag
 from utils.system.provenance import in_one_line
-from utils.system.settings import code_flags, dataset_defaults, stored
+from utils.system.settings import code_flags, dataset_defaults, idle, stored
 from utils.system.values import as_given
 from utils.training.job import Job
 from utils.training.runs import Start
@@ -43,14 +43,14 @@ def announce(job: Job, start: Start) -> None:
     write_record(job.folder / "run.json", record)
 
     usual = stored(dataset_defaults(settings.dataset))
-    changed = [
-        name
-        for name, value in record["settings"].items()
-        if value is not None and value != usual[name]
-    ]
-    flags = " ".join(f"{flag(name)} {as_given(getattr(settings, name))}" for name in changed)
+    changed = []
+    for name, value in record["settings"].items():
+        if value is None or value == usual[name] or name in idle(settings):
+            continue
+        changed.append(flag(name) if value is True else f"{flag(name)} {as_given(value)}")
     job.log(in_one_line(job.provenance))
-    job.log(f"settings   {settings.dataset}'s defaults, but for {flags or 'none'}")
+    others = f", but for {' '.join(changed)}" if changed else ""
+    job.log(f"settings   the defaults of {settings.dataset}{others}")
     job.log(f"network    {record['parameters']:,} parameters, {record['precision']}")
     job.log(f"data       {record['training_images']} images to train")
     job.log(f"selection  by pgd40_heads on {data.selected}, {record['evaluation_images']} images")
@@ -78,11 +78,12 @@ def log_resume(job: Job, start: Start) -> None:
         job.log("nothing is left to train; raise --epochs")
 
 
-def accuracies(natural: float | None, robust: float | None, labels: Tensor) -> str:
+def accuracies(natural: float | None, robust: float | None, labels: Tensor, where: str = "") -> str:
     """Format the two accuracies of an evaluation on images of these labels, in percent."""
     if natural is None:
         return "not evaluated"
-    return f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{at_chance(natural, labels)}"
+    figures = f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %"
+    return f"{figures}{where}{at_chance(natural, labels)}"
 
 
 def log_epoch(job: Job, row: Row) -> None:
@@ -156,8 +157,9 @@ def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
     rows = job.progress.rows
     labels = data.selection.labels
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
-        figures = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
-        job.log(f"{name} epoch, {row['epoch']}: {figures} on {data.selected}")
+        both = (row["natural_accuracy"], row["pgd40_heads_accuracy"])
+        figures = accuracies(*both, labels, f" on {data.selected}")
+        job.log(f"{name} epoch, {row['epoch']}: {figures}")
     if on_test is not None:
         job.log(f"best epoch on {data.tested}: {accuracies(*on_test, data.test.labels)}")
 

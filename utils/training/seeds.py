@@ -19,6 +19,7 @@ from utils.system.checkpoints import STATE, read
 from utils.system.errors import RunError, Stopped, UsageError, stop_signals
 from utils.system.options import Command
 from utils.system.settings import Training, code_flags
+from utils.system.values import counted
 from utils.training.runs import run_folder
 
 # Stops a run, however often it comes. A second SIGTERM would end it before its state is saved, and
@@ -86,7 +87,7 @@ def train_processes(settings: Training, commands: dict[int, list[str]]) -> dict[
         threads = max(1, torch.get_num_threads() // settings.jobs)
         environment["OMP_NUM_THREADS"] = str(threads)
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads take no core
-        line = f"{settings.jobs} runs at once, each with {threads} threads"
+        line = f"{settings.jobs} runs at once, each with {counted(threads, 'thread')}"
         cards = torch.cuda.device_count()
         if cards > 1 and settings.device in ("auto", "cuda") and not settings.no_cuda:
             line += f" and the next of {cards} cards"
