@@ -643,7 +643,7 @@ def test_a_network_that_is_never_right(tmp_path, brief_library):
     ("model", "said"),
     [
         ("in_training_mode", "alone is answered otherwise than in a batch"),
-        ("at_random", "two calls answer differently"),
+        ("at_random", "two calls answer differently, which"),
         ("probabilities", "answers are probabilities"),
         ("in_steps", "gradients are exactly zero at"),
         ("scaled", "gradients are exactly zero at"),

@@ -24,6 +24,7 @@ STEPS = (1, 2, 5, 10, 20, 40, 100, 200)
 RESTARTS = 10
 QUERIES = 5000
 CHECKED = 64  # images that `sanity_warnings` looks at
+NOISE = 8 / 255  # that it adds to some of them
 
 
 class Sign(NamedTuple):
@@ -45,12 +46,25 @@ class Diagnosis(NamedTuple):
     by_steps: Curve
 
 
-def zero_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    """Return at which images the cross-entropy's gradient is exactly zero, (N,) bool."""
+def input_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Return the gradient of each image's cross-entropy, (N, 3, H, W)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(cross_entropies(net(x), labels).sum(), x)
-    return gradient.flatten(1).abs().amax(1) == 0
+    return gradient
+
+
+def zero_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Return at which images the cross-entropy's gradient is exactly zero, (N,) bool."""
+    return input_gradient(net, x, labels).flatten(1).abs().amax(1) == 0
+
+
+def repeatable(function: Callable[[], Tensor], tolerance: float) -> bool:
+    """Whether two calls return the same. tolerance: a share of the largest magnitude."""
+    first = function().detach()
+    scale = first.abs().amax().item()
+    again = function().detach()
+    return torch.allclose(again, first, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 @computing("fp32")
@@ -61,14 +75,21 @@ def sanity_warnings(net: nn.Module, split: Split) -> list[str]:
     logits = net(x)
     differentiable = logits.requires_grad
     logits = logits.detach()
-    repeated = net(x).detach()
+    # Images that are as unlike the data as those of attacks.
+    uniform = torch.rand(x[:16].shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    noisy = (x.detach()[:16] + NOISE * (2 * uniform - 1)).clamp(0, 1)
+    slopes = partial(input_gradient, net, noisy, labels[:16])
     with torch.no_grad():
         alone = torch.cat([net(image[None]) for image in x[:16]])
     scale = logits.abs().amax().item()
     hint = "which leads attacks astray; where a part of it is in training mode, call eval()"
     warnings = []
-    if not torch.allclose(repeated, logits, rtol=0, atol=1e-5 * scale):
+    if not repeatable(lambda: net(x), 1e-5):
         warnings.append(f"two calls answer differently, {hint}")
+    elif not repeatable(lambda: net(noisy), 1e-5):
+        warnings.append("two calls answer differently on noisy images, which leads attacks astray")
+    elif differentiable and not repeatable(slopes, 1e-2):
+        warnings.append("two calls have other gradients on noisy images, which mislead attacks")
     elif not torch.allclose(alone, logits[: len(alone)], rtol=0, atol=1e-3 * scale):
         warnings.append(f"an image alone is answered otherwise than in a batch, {hint}")
     if logits.amin() >= 0 and (logits.sum(1) - 1).abs().amax() < 1e-3:
