@@ -1,0 +1,274 @@
+"""Is the evaluator right? Tricked and honest networks whose robust accuracy is known.
+
+python -m tests.tools.truth                all networks; 5 minutes on a CPU core
+python -m tests.tools.truth scaled mart    some of them; which there are: --help
+python -m tests.tools.truth --print        the tables of tests/golden/truth.json, or of a FILE
+
+tests/tools/truth_networks.py has the networks: small ones of digits, whose robustness a planted
+trick hides, and honest ones. Each is evaluated as a user would do it, by `test_white_attack.py
+--model tests.tools.truth_networks:NAME` with the flags below. An attacker who knows the trick finds
+the truth: AutoAttack and the adaptive attack on a network of the same decisions without the trick.
+Its images are judged by the tricked network.
+
+An attack is right where it leaves at most MARGIN points more than the truth. A trick counts as
+exposed where an attack is right or a warning is given. A warning of an honest network is a false
+alarm. Finished networks are kept in --out, and the same command goes on with the others.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tests.tiny_networks import EPS
+from tests.tools.truth_networks import CONTROLS, SIDE, TRICKS, Known
+from utils.data.datasets import as_input, load_split, numbers_of
+from utils.data.subject import percent
+from utils.evaluation import robustness
+from utils.evaluation.adaptive import adaptive, plain
+from utils.evaluation.autoattack import autoattack
+from utils.evaluation.cache import Monitor
+from utils.system.files import write_atomically
+from utils.system.options import parse
+from utils.system.provenance import provenance
+from utils.system.settings import Evaluation
+
+FILE = Path(__file__).parents[1] / "golden" / "truth.json"
+NETWORKS = [*TRICKS, *CONTROLS]
+FLAGS = ("--attacks=natural,pgd,autoattack,adaptive", "--diagnostics")
+FLAGS += ("--restarts=2", "--apgd-steps=30")
+MARGIN = 5.0  # points
+SEED = 1
+KINDS = {  # of AutoAttack's warnings: a part of each, and a word for the table
+    "randomized defense": "random",
+    "probability distribution": "probabilities",
+    "dynamic defense": "dynamic",
+    "zero gradient": "zero gradients",
+    "Square Attack has decreased": "Square finds more",
+}
+
+
+def known_accuracy(name: str, images: int) -> float:
+    """Return the accuracy in percent that an attacker who knows the trick leaves."""
+    trick = TRICKS[name]
+    tricked = trick.network()
+    around = trick.around()
+    target = around if trick.random else Known(tricked, around)
+    split = load_split("digits", "test", "", SIDE, images)
+    batch = (as_input(split.images), split.labels, numbers_of(split))
+
+    def monitor() -> Monitor:
+        return Monitor(Path("nothing is cached"), str)
+
+    searched = {"step_size": EPS / 5, "steps": 100, "restarts": 4, "apgd_steps": 50}
+    with torch.no_grad():
+        right = tricked(batch[0]).argmax(1) == split.labels
+        for attack in (
+            autoattack(EPS, SEED, monitor()),
+            adaptive(plain, eps=EPS, seed=SEED, monitor=monitor(), **searched),
+        ):
+            adversarial = attack(target, *batch)
+            right &= tricked(adversarial).argmax(1) == split.labels
+    return percent(right)
+
+
+def measured(name: str, folder: Path, images: int) -> dict:
+    """Evaluate a network by the script's own function -> figures in percent, and warnings."""
+    began = time.perf_counter()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # the networks are small
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    command = [f"--model=tests.tools.truth_networks:{name}", "--dataset=digits", *FLAGS]
+    command += [f"--image-size={SIDE}", f"--n-examples={images}"]
+    command += [f"--log_path={folder / name / 'test.log'}"]
+    with contextlib.redirect_stdout(sys.stderr):
+        record = robustness.evaluate(parse(Evaluation, "", command), None)
+
+    attacks = record["attacks"]
+    accuracies = {row: attack["robust_accuracy"] for row, attack in attacks.items()}
+    seen_at_once = attacks["natural"]["notes"]
+    by_autoattack = [
+        note
+        for note in attacks["AutoAttack"]["notes"]
+        if note not in seen_at_once and "% after" not in note
+    ]
+    signs = record["diagnostics"]["signs"]
+    raised = [f"{sign['name']}: {sign['figure']}" for sign in signs if sign["raised"]]
+    views = [accuracy for row, accuracy in accuracies.items() if row.startswith("adaptive")]
+    figures = {
+        "natural": accuracies["natural"],
+        "PGD-40": accuracies["PGD-40"],
+        "AutoAttack": accuracies["AutoAttack"],
+        "adaptive": min(views),
+    }
+    figures["truth"] = min(figures.values())
+    if name in TRICKS:
+        figures["truth"] = known_accuracy(name, images)
+    return {
+        "words": TRICKS[name].words if name in TRICKS else CONTROLS[name][0],
+        "figures": figures,
+        "warnings": {
+            "AutoAttack": by_autoattack,
+            "sanity_warnings": seen_at_once,
+            "--diagnostics": raised,
+        },
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+# Tables
+
+
+class Judge(NamedTuple):
+    """What may expose a trick: attacks whose figures are right, and givers of warnings."""
+
+    attacks: tuple[str, ...]
+    warners: tuple[str, ...]
+
+    def exposes(self, network: dict) -> bool:
+        """Whether an attack finds the truth of a tricked network, or a warning is given."""
+        figures = network["figures"]
+        right = any(figures[attack] <= figures["truth"] + MARGIN for attack in self.attacks)
+        return right or self.warns(network)
+
+    def warns(self, network: dict) -> bool:
+        """Whether a warning is given."""
+        return any(network["warnings"][warner] for warner in self.warners)
+
+
+JUDGES = {
+    "PGD-40": Judge(("PGD-40",), ()),
+    "AutoAttack's figure": Judge(("AutoAttack",), ()),
+    "AutoAttack's warnings": Judge((), ("AutoAttack",)),
+    "AutoAttack, figure or warnings": Judge(("AutoAttack",), ("AutoAttack",)),
+    "the adaptive attack's figure": Judge(("adaptive",), ()),
+    "the checks of every evaluation": Judge((), ("sanity_warnings",)),
+    "`--diagnostics`": Judge((), ("--diagnostics",)),
+    "adaptive attack, checks and `--diagnostics`": Judge(
+        ("adaptive",), ("sanity_warnings", "--diagnostics")
+    ),
+}
+
+
+def networks_table(record: dict) -> Iterator[str]:
+    """Yield a row in Markdown for each network; figures that are right are bold."""
+    heads = ("network", "natural", "truth", "PGD-40", "AutoAttack", "it warns")
+    heads += ("adaptive", "checks", "signs")
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for network in record["networks"].values():
+        figures = network["figures"]
+
+        def cell(attack: str, figures: dict = figures) -> str:
+            text = f"{figures[attack]:.0f}"
+            return f"**{text}**" if figures[attack] <= figures["truth"] + MARGIN else text
+
+        warnings = network["warnings"]
+        kinds = [
+            word
+            for part, word in KINDS.items()
+            if any(part in warning for warning in warnings["AutoAttack"])
+        ]
+        checks = [re.split(",| at ", warning)[0] for warning in warnings["sanity_warnings"]]
+        cells = [
+            network["words"],
+            f"{figures['natural']:.0f}",
+            f"{figures['truth']:.0f}",
+            cell("PGD-40"),
+            cell("AutoAttack"),
+            ", ".join(kinds),
+            cell("adaptive"),
+            ", ".join(checks),
+            str(len(warnings["--diagnostics"]) or ""),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def judges_table(record: dict) -> Iterator[str]:
+    """Yield a row in Markdown for each judge: tricks that it exposes, and its false alarms."""
+    networks = record["networks"]
+    tricked = [network for name, network in networks.items() if name in TRICKS]
+    honest = [network for name, network in networks.items() if name in CONTROLS]
+    yield f"| judge | tricks exposed, of {len(tricked)} | false alarms, of {len(honest)} | missed |"
+    yield "|---|---|---|---|"
+    for name, judge in JUDGES.items():
+        missed = [network["words"] for network in tricked if not judge.exposes(network)]
+        alarms = sum(judge.warns(network) for network in honest)
+        count = str(alarms) if judge.warners else ""
+        yield f"| {name} | {len(tricked) - len(missed)} | {count} | {'; '.join(missed)} |"
+
+
+TABLES: dict[str, Callable[[dict], Iterator[str]]] = {
+    "networks": networks_table,
+    "judges": judges_table,
+}
+
+
+def show(record: dict) -> None:
+    """Print the tables, and all warnings."""
+    for lines in TABLES.values():
+        print(*lines(record), "", sep="\n")
+    for name, network in record["networks"].items():
+        for warner, warnings in network["warnings"].items():
+            for warning in warnings:
+                print(f"{name}: {warner}: {warning}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate the networks that the command line names, and print the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.truth",
+        description=f"{__doc__}\nFlags of each evaluation: {' '.join(FLAGS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NETWORKS))
+    parser.add_argument("--out", type=Path, default=Path("truth"), help="folder, default ./truth")
+    parser.add_argument("--images", type=int, default=60, help="test images, default 60")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at once, default 1")
+    parser.add_argument("--print", nargs="?", type=Path, const=FILE, metavar="FILE")
+    given = parser.parse_args(argv)
+    if unknown := set(given.names) - set(NETWORKS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(NETWORKS)}")
+    if given.images < 1 or given.jobs < 1:
+        parser.error("--images and --jobs take a number of at least 1")
+
+    file = given.print or given.out / "truth.json"
+    record = {"images": given.images, "eps": EPS, "flags": list(FLAGS), "networks": {}}
+    try:
+        if given.print or file.exists():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if not given.print and kept | {"networks": {}} != record | {"machine": kept["machine"]}:
+                parser.error(f"{file} has other settings; name another --out")
+            record = kept
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{file} holds no tables: {error}")
+    if given.print:
+        show(record)
+        return
+
+    names = given.names or NETWORKS
+    record["machine"] = provenance("cpu")["cpu"]
+    missing = [name for name in names if name not in record["networks"]]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given.jobs, context) as pool:
+        work = {pool.submit(measured, name, given.out, given.images): name for name in missing}
+        for done in as_completed(work):
+            networks = record["networks"] | {work[done]: done.result()}
+            record["networks"] = {name: networks[name] for name in NETWORKS if name in networks}
+            write_atomically(file, partial(Path.write_text, data=json.dumps(record, indent=1)))
+            print(f"finished {work[done]}", file=sys.stderr)
+    show(record)
+
+
+if __name__ == "__main__":
+    main()
