@@ -73,13 +73,6 @@ def test_files_that_it_names_exist():
     assert pictures == set(linked)
 
 
-def test_the_tree_of_files_has_every_file():
-    tree = section("Which file is what")
-    for package in ("utils", "models"):
-        for file in (ROOT / package).rglob("*.py"):
-            assert file.name == "__init__.py" or f" {file.name} " in tree, file
-
-
 def test_files_of_a_run_have_the_names_that_it_gives():
     names = set(re.findall(r"`([\w-]+\.(?:pt|csv|log|json|png))`", README))
     code = "".join(file.read_text() for file in (ROOT / "utils").rglob("*.py"))

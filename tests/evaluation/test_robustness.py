@@ -169,7 +169,7 @@ def same_as_directly(model, folder, count, eps, block, record, norm="Linf"):
         assert torch.equal(torch.from_numpy(content["images"]), found)
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("Linf", EPS), ("L2", 1.0)])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", EPS), ("L2", 1.5)])
 def test_autoattack_through_the_script_is_autoattack_called_directly(
     tmp_path, brief_library, small_blocks, norm, eps
 ):
@@ -776,7 +776,7 @@ def test_examples_are_chosen_by_the_share_of_their_kind(tmp_path, monkeypatch):
     logits[:20] = logits[:20].roll(1, 1)  # wrong without an attack
     worst = WorstImages(as_input(split.images), logits, split.labels)
     worst.take(torch.arange(20, 60), worst.images[20:60], logits[20:60].roll(1, 1))
-    subject = SimpleNamespace(split=split, eps=8 / 255)
+    subject = SimpleNamespace(split=split, eps=8 / 255, norm="Linf", radius="eps 8/255")
     utils.evaluation.report.draw_worst(tmp_path / "x.png", subject, worst, ["fgsm"])
     _, _, fooled, labels, _, _, title, _ = drawn[0]
     assert fooled.tolist() == [True] * 4 + [False] * 4

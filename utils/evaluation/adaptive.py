@@ -116,7 +116,7 @@ def views(
             "over heads",
             lambda heads: [(1, heads.final), *((weight, logits) for logits in heads.auxiliary)],
         )
-        if gate in ("label", "predicted"):
+        if gate not in ("soft", "none"):
             views["smooth gates"] = smooth_gates(predict)
 
     if surrogate is not None:

@@ -198,20 +198,19 @@ def load_foreign(model: str) -> tuple[nn.Module, dict]:
             "package.module:function or FILE.py:function, no arguments"
         ) from error
 
-    # A network with heads, `model(x, gate, heads=True)`, is attacked at each of them.
-    own_classifiers = getattr(network, "block_classifiers", None)
     info = {
         "arch": model,
         "dataset": None,
         "image_size": None,
         "reverse_attention": getattr(network, "reverse_attention", None) is True,
-        "gate": getattr(network, "gate", None),
-        "classifier": "own" if own_classifiers else "shared",
-        "ra_blocks": getattr(network, "ra_blocks", None),
         "recipe": None,
         "notes": [],
         "file": file,
     }
+    if info["reverse_attention"]:  # `model(x, gate, heads=True)`, which is attacked at each head
+        info["gate"] = getattr(network, "gate", None)
+        info["classifier"] = "own" if getattr(network, "block_classifiers", None) else "shared"
+        info["ra_blocks"] = getattr(network, "ra_blocks", None)
     if not isinstance(network, ReverseAttentionNetwork):
         network = Foreign(network)
     return network.requires_grad_(False).eval(), info

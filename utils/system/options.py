@@ -209,8 +209,8 @@ def _contradictions_in_training(settings: Training, seeds: int) -> Iterator[str]
         yield "--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other"
     if settings.restart_epoch >= settings.epochs:
         yield f"--restart_epoch leaves nothing to train; --epochs is {settings.epochs}"
-    if settings.label_smoothing and settings.method == "mart":
-        yield "--label-smoothing is of the cross-entropy of pgd and trades, not of mart's"
+    if settings.label_smoothing and settings.method not in ("pgd", "trades"):
+        yield f"--label-smoothing is of the losses of pgd and trades, not of {settings.method}'s"
     if settings.extra_data and not 0 < settings.extra_images < settings.batch_size:
         yield "--extra-fraction leaves no image of one kind in a batch of --batch-size"
     if settings.jobs > 1 and seeds < 2:
