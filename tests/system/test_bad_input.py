@@ -43,6 +43,17 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 
 # Command lines
 
+
+def test_help_that_a_pipe_cuts_short_prints_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, str(ROOT / ANCRA), "--help"]
+    cut = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert cut.returncode == 1
+    assert cut.stderr == ""
+
+
 WRONG_VALUES = [
     "--lr=0",
     "--lr=nan",
