@@ -103,6 +103,16 @@ def test_an_interval_of_95_percent_covers_the_truth_as_often(seeds, between_seed
     assert 0.94 <= covered / 400 < 1
 
 
+def test_equal_differences_of_all_seeds_still_leave_those_of_images():
+    trades = np.ones((3, 100))
+    ancra = np.ones((3, 100))
+    for seed in range(3):
+        ancra[seed, seed * 4 : seed * 4 + 4] = 0
+    gain, low, high = results.difference(ancra, trades, paired=True)
+    assert gain == pytest.approx(-4)
+    assert low < -5 < -3 < high
+
+
 def test_a_study_of_as_many_images_as_it_takes_sees_the_difference():
     random = np.random.default_rng(0)
     rows, gain = verdicts_of_two_rows(random, 100, 3000, between_seeds=0.2, gain=0.6)

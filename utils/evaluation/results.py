@@ -237,14 +237,11 @@ def difference(
     """
     parts = _parts(one, other, paired)
     by_image = sum(part.mean(0) for part in parts)
-    of_images = by_image.var(ddof=1)
-    of_seeds = 0.0
+    squared = quantile(0.975) ** 2 * by_image.var(ddof=1) / len(by_image)
     if min(map(len, parts)) > 1:
-        of_images = variances(parts).images
         for part in parts:
             of_mean = part.mean(1).var(ddof=1) / len(part)
-            of_seeds += quantile(0.975, len(part)) ** 2 * of_mean
-    squared = quantile(0.975) ** 2 * of_images / len(by_image) + of_seeds
+            squared += quantile(0.975, len(part)) ** 2 * of_mean
     mean = 100 * by_image.mean()
     half = 100 * math.sqrt(squared)
     return mean, mean - half, mean + half
@@ -260,7 +257,8 @@ def images_needed(points: float, seeds: int, of: Variances) -> int | None:
     left = (points / 100) ** 2 - by_seeds * of.seeds
     if left <= 0:
         return None
-    return math.ceil((by_seeds * of.rest + by_images * of.images) / left)
+    of_image = by_seeds * of.rest + by_images * (of.images + of.rest / seeds)
+    return math.ceil(of_image / left)
 
 
 def worst_of(seeds: list[Verdicts], names: list[str]) -> np.ndarray:
