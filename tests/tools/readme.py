@@ -74,7 +74,7 @@ def cells_of(name: str) -> Cells:
     """Return the cells of a table of the study."""
     lines = [line.removeprefix("| ").removesuffix(" |") for line in table_lines(name)]
     heads, _, *rows = (line.split(" | ") for line in lines)
-    heads = ["gain" if head.startswith("less ") else head for head in heads]
+    heads = ["gain" if head.startswith("minus ") else head for head in heads]
     return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 
 

@@ -329,7 +329,7 @@ def table(groups: Groups) -> Iterator[str]:
             worst[name] = worst_of(right[name], common)
 
     first = next(iter(groups))
-    heads = ["network", "runs", *columns, "worst case", f"less {first}"]
+    heads = ["network", "runs", *columns, "worst case", f"minus {first}"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
     compared = []
@@ -366,7 +366,7 @@ def table(groups: Groups) -> Iterator[str]:
     if first_look:
         yield f"A first look, searched by --precision bf16: {', '.join(first_look)}."
     yield (
-        "Less the first row: on the same images, seed by seed where both rows have the same seeds, "
+        "Minus the first row: on the same images, seed by seed where both rows have the same seeds, "
         "with a 95 % interval over images and seeds, Student's t for so few seeds. `images alone`: "
         "a row has one run, and another seed may differ by more."
     )
