@@ -366,9 +366,9 @@ def table(groups: Groups) -> Iterator[str]:
     if first_look:
         yield f"A first look, searched by --precision bf16: {', '.join(first_look)}."
     yield (
-        "Minus the first row: on the same images, seed by seed where both rows have the same seeds, "
-        "with a 95 % interval over images and seeds, Student's t for so few seeds. `images alone`: "
-        "a row has one run, and another seed may differ by more."
+        "Minus the first row: on the same images, seed by seed where both rows have the same "
+        "seeds, with a 95 % interval over images and seeds, Student's t for so few seeds. "
+        "`images alone`: a row has one run, and another seed may differ by more."
     )
     if compared:
         several = [parts for parts in compared if min(map(len, parts)) > 1]
