@@ -8,7 +8,7 @@ import torch
 from tests.evaluation.test_robustness import shorten, shorten_diagnostics
 from tests.helpers import digits_split
 from tests.tools import truth
-from tests.tools.truth_networks import TRICKS, Known
+from tests.tools.truth_networks import CONTROLS, TRICKS, Known
 from utils.data.datasets import as_input
 from utils.evaluation import report
 from utils.evaluation.diagnostics import sanity_warnings
@@ -94,6 +94,13 @@ def test_judges_are_judged_by_truth_and_by_warnings():
     assert lines[0] == "| judge | tricks exposed, of 1 | false alarms, of 1 | missed |"
     assert "| PGD-40 | 0 |  | it |" in lines
     assert "| the checks of every evaluation | 1 | 1 |  |" in lines
+
+
+def test_the_committed_tables_are_printed(capsys):
+    truth.main(["--print"])
+    printed = capsys.readouterr().out
+    for words in [trick.words for trick in TRICKS.values()] + [row[0] for row in CONTROLS.values()]:
+        assert f"| {words} |" in printed
 
 
 def test_wrong_use(tmp_path, capsys):

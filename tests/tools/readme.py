@@ -17,6 +17,7 @@ main.gates: gate none: PGD-40, mean      its figure without the range of the see
 main.gates: gate none: gain              the column of differences from the first row
 cpu.gates: gate label - TRADES: PGD-40   a difference of two rows
 table main.gates                         a whole table
+truth judges                             a table of tests.tools.truth: networks, judges
 log                                      what the quick start prints
 
 A picture holds a checksum of the data that it was drawn from and of its pixels.
@@ -36,7 +37,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.tools import readme_pictures, study
+from tests.tools import readme_pictures, study, truth
 from tests.tools.readme_runs import RUNS, record
 from utils.evaluation.results import table
 
@@ -90,6 +91,9 @@ def value(placeholder: str) -> str:
     """
     if placeholder == "log":
         return "\n".join(json.loads(RUNS.read_text())["log"])
+    if placeholder.startswith("truth "):
+        record = json.loads(truth.FILE.read_text())
+        return "\n".join(truth.TABLES[placeholder.removeprefix("truth ")](record))
     if placeholder.startswith("table "):
         return "\n".join(table_lines(placeholder.removeprefix("table ")))
     table_name, row, column = placeholder.split(": ")
