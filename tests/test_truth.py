@@ -96,13 +96,6 @@ def test_judges_are_judged_by_truth_and_by_warnings():
     assert "| the checks of every evaluation | 1 | 1 |  |" in lines
 
 
-def test_the_committed_tables_are_printed(capsys):
-    truth.main(["--print"])
-    printed = capsys.readouterr().out
-    for words in [trick.words for trick in TRICKS.values()] + [row[0] for row in CONTROLS.values()]:
-        assert f"| {words} |" in printed
-
-
 def test_wrong_use(tmp_path, capsys):
     (tmp_path / "truth.json").write_text(json.dumps({"machine": "", "images": 5}))
     wrong = {

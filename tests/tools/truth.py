@@ -1,6 +1,6 @@
 """Is the evaluator right? Tricked and honest networks whose robust accuracy is known.
 
-python -m tests.tools.truth                all networks; 5 minutes on a CPU core
+python -m tests.tools.truth                all networks; about a quarter of an hour of a core
 python -m tests.tools.truth scaled mart    some of them; which there are: --help
 python -m tests.tools.truth --print        the tables of tests/golden/truth.json, or of a FILE
 
