@@ -8,7 +8,7 @@ import torch
 from tests.evaluation.test_robustness import shorten, shorten_diagnostics
 from tests.helpers import digits_split
 from tests.tools import truth
-from tests.tools.truth_networks import CONTROLS, TRICKS, Known
+from tests.tools.truth_networks import TRICKS, Known
 from utils.data.datasets import as_input
 from utils.evaluation import report
 from utils.evaluation.diagnostics import sanity_warnings
