@@ -62,7 +62,7 @@ def zero_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 def repeatable(function: Callable[[], Tensor], tolerance: float) -> bool:
     """Whether two calls return the same. tolerance: a share of the largest magnitude."""
     first = function().detach()
-    scale = first.abs().amax().item()
+    scale = first.nan_to_num(0, 0, 0).abs().amax().item()
     again = function().detach()
     return torch.allclose(again, first, rtol=0, atol=tolerance * scale, equal_nan=True)
 
@@ -75,6 +75,8 @@ def sanity_warnings(net: nn.Module, split: Split) -> list[str]:
     logits = net(x)
     differentiable = logits.requires_grad
     logits = logits.detach()
+    if not logits.isfinite().all():  # which is an error as soon as images are judged
+        return []
     # Images that are as unlike the data as those of attacks.
     uniform = torch.rand(x[:16].shape, generator=torch.Generator().manual_seed(0)).to(x.device)
     noisy = (x.detach()[:16] + NOISE * (2 * uniform - 1)).clamp(0, 1)
