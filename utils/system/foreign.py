@@ -54,7 +54,7 @@ class OwnNetwork(ReverseAttentionNetwork):
         return Heads(final, (), features, features) if heads else final
 
     def keep_input(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Keep what a layer gets; a forward hook of the last one."""
+        """Keep what the last linear layer gets; a hook that runs before its forward."""
         self.last_input = inputs[0]
 
     def trunk(self, x: Tensor) -> Tensor:
