@@ -58,7 +58,7 @@ def test_an_l2_step_is_the_formula_in_float64_for_gradients_of_any_size():
     gradient[3] = 0
     adversarial[4:] = x[4:]
     for eps, step_size in ((0.5, 0.2), (9.0, 0.2), (0.1, 0.2), (0.0, 0.2)):
-        stepped = attacks.l2_step(x, adversarial, gradient, eps, step_size)
+        stepped = attacks.l2_step(x, eps, step_size)(adversarial, gradient)
         for i in range(6):
             centre, image, slope = (part[i].double().numpy() for part in (x, adversarial, gradient))
             length = np.sqrt((slope**2).sum())
@@ -67,7 +67,7 @@ def test_an_l2_step_is_the_formula_in_float64_for_gradients_of_any_size():
             if distance > eps:
                 moved = centre + eps * (moved - centre) / distance
             assert np.allclose(stepped[i], moved.clip(0, 1), rtol=0, atol=2e-6), (eps, i)
-    assert norms(attacks.l2_step(x, x, gradient, 9.0, 1e-3))[[0, 1, 2]].gt(0).all()
+    assert norms(attacks.l2_step(x, 9.0, 1e-3)(x, gradient))[[0, 1, 2]].gt(0).all()
 
 
 def test_l2_noise_is_uniform_in_the_unit_ball():

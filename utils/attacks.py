@@ -13,6 +13,7 @@ from models import Heads
 from utils.losses import over_heads
 
 Objective = Callable[[Tensor], Tensor]  # images -> scalar to ascend
+Step = Callable[[Tensor, Tensor], Tensor]  # adversarial images, gradient -> adversarial images
 # An attack of an evaluation: (network, images (N, 3, H, W) in [0, 1], labels (N,), numbers (N,) of
 # the images in the test set) -> adversarial images
 Attack = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -26,12 +27,15 @@ VERSION = 1  # of these attacks; raise it when results change, so that no stored
 SMALL = 2.5e11
 
 
-def linf_step(
-    x: Tensor, adversarial: Tensor, gradient: Tensor, eps: float, step_size: float
-) -> Tensor:
-    """Return clip_[0,1](clip_{x +- eps}(adversarial + step_size * sign(gradient)))."""
-    stepped = adversarial + step_size * gradient.sign()
-    return stepped.clamp(x - eps, x + eps).clamp(0, 1)
+def linf_step(x: Tensor, eps: float, step_size: float) -> Step:
+    """Return the step clip_[0,1](clip_{x +- eps}(adversarial + step_size * sign(gradient)))."""
+    low = (x - eps).clamp(min=0)
+    high = (x + eps).clamp(max=1)
+
+    def step(adversarial: Tensor, gradient: Tensor) -> Tensor:
+        return torch.clamp(adversarial + step_size * gradient.sign(), low, high)
+
+    return step
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -39,18 +43,20 @@ def l2_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp(min=TINY)
 
 
-def l2_step(
-    x: Tensor, adversarial: Tensor, gradient: Tensor, eps: float, step_size: float
-) -> Tensor:
-    """Return clip_[0,1](project(adversarial + step_size * gradient / |gradient|_2)).
+def l2_step(x: Tensor, eps: float, step_size: float) -> Step:
+    """Return the step clip_[0,1](project(adversarial + step_size * gradient / |gradient|_2)).
 
     `project` moves what is further than eps from x to that distance. A zero gradient is no step.
     """
-    # The squares of small gradients would vanish, so the largest entry becomes 1 first.
-    gradient = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=TINY)
-    stepped = adversarial + step_size * gradient / l2_norm(gradient)
-    shortened = (eps / l2_norm(stepped - x)).clamp(max=1)
-    return (x + shortened * (stepped - x)).clamp(0, 1)
+
+    def step(adversarial: Tensor, gradient: Tensor) -> Tensor:
+        # The squares of small gradients would vanish, so the largest entry becomes 1 first.
+        gradient = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=TINY)
+        change = adversarial + step_size * gradient / l2_norm(gradient) - x
+        shortened = (eps / l2_norm(change)).clamp(max=1)
+        return (x + shortened * change).clamp(0, 1)
+
+    return step
 
 
 STEPS = {"Linf": linf_step, "L2": l2_step}  # by norm
@@ -69,21 +75,22 @@ def projected_ascent(
 ) -> Tensor:
     """Ascend an objective inside a ball around x (PGD: Madry et al., arXiv 1706.06083).
 
-    `steps` times x_{t+1} = STEPS[norm](x, x_t, gradient at x_t, eps, step_size) from x_0 = start.
+    `steps` times x_{t+1} = STEPS[norm](x, eps, step_size)(x_t, gradient at x_t) from x_0 = start.
 
     x: (N, 3, H, W) in [0, 1], the centre. objective: a sum over images, so that each image is
     attacked by itself. eps, the radius, and step_size: in units of [0, 1]. start: like x, used as
     it is, which may leave the ball and [0, 1]. on_step(t, x_t), t from 1, sees every iterate.
     Returns x_steps, (N, 3, H, W), detached, in the ball and in [0, 1].
     """
+    step = STEPS[norm](x, eps, step_size)
     adversarial = start.detach()
-    for step in range(1, steps + 1):
+    for t in range(1, steps + 1):
         with torch.enable_grad():
             adversarial.requires_grad_()
             (gradient,) = torch.autograd.grad(objective(adversarial), adversarial)
-        adversarial = STEPS[norm](x, adversarial.detach(), gradient, eps, step_size)
+        adversarial = step(adversarial.detach(), gradient)
         if on_step is not None:
-            on_step(step, adversarial)
+            on_step(t, adversarial)
     return adversarial
 
 
