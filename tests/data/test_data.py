@@ -287,6 +287,7 @@ IMAGES_OF_14X56 = struct.pack(">4I", 0x803, 10, 14, 56) + bytes(7840)
         ("train-labels-idx1-ubyte.gz", b"no gzip"),
         ("train-labels-idx1-ubyte.gz", gzip.compress(bytes(99))[:-9]),
     ],
+    ids=["short", "other side", "fewer labels", "label 10", "no gzip", "cut gzip"],
 )
 def test_a_damaged_file_of_fashion_mnist_is_named(tmp_path, refused, name, content):
     write_fashion(tmp_path)
