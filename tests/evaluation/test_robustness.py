@@ -360,6 +360,30 @@ def test_parts_of_an_attack_are_judged_in_float32_and_search_in_bfloat16(trained
     assert [images for _, images, _ in monitor.parts] == [int(kept.sum())] * 4
 
 
+def test_restarts_of_apgd_repeat_its_steps_at_each_target(trained, tmp_path):
+    """In a ball that fools no image: PGD and APGD take all steps that they are allowed."""
+    model = trained[0]
+    split, x = digits(4)
+    kept = model(x).argmax(1) == split.labels
+    with_gradients = 0
+
+    def net(images):
+        nonlocal with_gradients
+        with_gradients += images.requires_grad
+        return model(images)
+
+    sizes = {"eps": 1e-4, "step_size": 1e-4, "steps": 2, "restarts": 1, "apgd_steps": 5}
+    counts = []
+    for restarts in (1, 3):
+        with_gradients = 0
+        monitor = Monitor(tmp_path / f"{restarts}", print)
+        attack = adaptive(plain, **sizes, apgd_restarts=restarts, seed=SEED, monitor=monitor)
+        attack(net, x[kept], split.labels[kept], split.numbers[kept])
+        counts.append(with_gradients)
+    # APGD takes a gradient at its start, too.
+    assert counts == [2 + 10 * 6, 2 + 3 * 10 * 6]
+
+
 VIEWS = {"adaptive: final", "adaptive: auxiliary 1", "adaptive: over heads", "adaptive: surrogate"}
 FIRST_ORDER = {"FGSM", "PGD-40", "CW-20", "transfer PGD-40"}
 KNOWN = {"AutoAttack", "Square", "noise, 100 draws"} | FIRST_ORDER | VIEWS
@@ -391,6 +415,7 @@ def files_of_blocks(tmp_path):
         (("--epsilon", "0.09"), KNOWN),
         (("--random", "False"), FIRST_ORDER),
         (("--restarts", "4"), VIEWS),
+        (("--apgd-restarts", "2"), VIEWS),
         (("--precision", "bf16"), KNOWN - {"noise, 100 draws", "Square", "transfer PGD-40"}),
     ],
 )

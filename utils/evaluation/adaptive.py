@@ -233,6 +233,7 @@ def adaptive(
     restarts: int,
     seed: int,
     apgd_steps: int,
+    apgd_restarts: int = 1,
     monitor: Monitor,
     norm: str = "Linf",
 ) -> Attack:
@@ -240,7 +241,7 @@ def adaptive(
 
     Each part attacks the images that are still right. steps, restarts: of PGD, which ascends
     cross-entropy and the margin in turn. Its first restart is the row PGD of the table, but on this
-    view.
+    view. apgd_restarts: starts of APGD-CE, and of the targeted one at each target.
     """
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
@@ -260,6 +261,7 @@ def adaptive(
             "eps": eps,
             "norm": norm,
             "n_iter": apgd_steps,
+            "n_restarts": apgd_restarts,
             "seed": seed,
             "device": x.device,
             "logger": monitor.logger,

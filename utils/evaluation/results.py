@@ -44,7 +44,7 @@ FORMAT = 1
 FILE = "white_attack.json"
 ADAPTIVE = "adaptive: "
 WORST_CASES = ("worst case", "adaptive, worst case")  # rows that are made of others
-SEARCH = ("steps", "step_size", "start", "restarts", "apgd_steps")  # settings of an attack
+SEARCH = ("steps", "step_size", "start", "restarts", "apgd_steps", "apgd_restarts")  # of an attack
 POWER = 0.8  # with which a difference is to be seen
 PLANS = (3, 5, 10)  # numbers of seeds for which it is said how many images it takes
 Groups = dict[str, list[dict]]  # records by the name of their row
@@ -224,12 +224,12 @@ def variances(parts: list[np.ndarray]) -> Variances:
 
 
 def difference(
-    one: np.ndarray, other: np.ndarray, paired: bool = False
+    one: np.ndarray, other: np.ndarray, paired: bool = False, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Return the mean of one less that of other, and the ends of its 95 % interval, in points.
+    """Return the mean of one less that of other, and the ends of its interval, in points.
 
     one, other: (seeds, images) of 0 and 1, on the same images. paired: whether row s of both is of
-    the same seed.
+    the same seed. level: how often the interval covers.
     The squared half width is z² times the variance of a mean over images, and t² times that of a
     mean over seeds, with Student's t for so few. Such a sum covers at least as often as each of its
     terms would alone, since the distribution function of chi-squared with one degree of freedom is
@@ -237,11 +237,12 @@ def difference(
     """
     parts = _parts(one, other, paired)
     by_image = sum(part.mean(0) for part in parts)
-    squared = quantile(0.975) ** 2 * by_image.var(ddof=1) / len(by_image)
+    upper = (1 + level) / 2
+    squared = quantile(upper) ** 2 * by_image.var(ddof=1) / len(by_image)
     if min(map(len, parts)) > 1:
         for part in parts:
             of_mean = part.mean(1).var(ddof=1) / len(part)
-            squared += quantile(0.975, len(part)) ** 2 * of_mean
+            squared += quantile(upper, len(part)) ** 2 * of_mean
     mean = 100 * by_image.mean()
     half = 100 * math.sqrt(squared)
     return mean, mean - half, mean + half

@@ -64,6 +64,7 @@ RECORDED = (  # settings that white_attack.json keeps
     "random",
     "restarts",
     "apgd_steps",
+    "apgd_restarts",
     "seed",
     "surrogate",
     "attacks",
@@ -102,7 +103,8 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     log(
         f"{subject.radius}, step {eps_text(subject.step_size)}, "
         f"{'random' if settings.random else 'natural'} start, seed {settings.seed}; adaptive "
-        f"attack: {counted(settings.restarts, 'start')} of PGD, {settings.apgd_steps} steps of APGD"
+        f"attack: {counted(settings.restarts, 'start')} of PGD, "
+        f"{counted(settings.apgd_restarts, 'start')} of APGD with {settings.apgd_steps} steps"
     )
     log(f"blocks of {BLOCK} images, each cached when an attack has finished it")
 
@@ -261,7 +263,12 @@ def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAt
     stepped = {**common, "step_size": target.subject.step_size, "steps": steps}
     from_start = {**stepped, "start": "uniform" if settings.random else "image"}
     one_step = {**from_start, "step_size": eps, "steps": 1}
-    searched = {**stepped, "restarts": settings.restarts, "apgd_steps": settings.apgd_steps}
+    searched = {
+        **stepped,
+        "restarts": settings.restarts,
+        "apgd_steps": settings.apgd_steps,
+        "apgd_restarts": settings.apgd_restarts,
+    }
     ce_pgd = partial(pgd, cross_entropy)
 
     plans: dict[str, PlannedAttack] = {}

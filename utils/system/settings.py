@@ -453,6 +453,8 @@ class Evaluation(Checkpoint):
     bfloat16 in all steps by gradients. Verdicts are float32 in any case"""
     apgd_steps: Annotated[int, whole(5)] = APGD_STEPS
     """steps of the adaptive attack's APGD; fewer for a first look"""
+    apgd_restarts: Count = 1
+    """starts of each APGD of the adaptive attack, and of each of its targets"""
     surrogate: Annotated[str | None, PATH] = None
     """checkpoint whose gradients `transfer` and the adaptive attack take"""
     diagnostics: Switch = False
