@@ -57,12 +57,16 @@ def test_a_folder_is_named_as_published_then_by_what_differs(straight_run):
     )
 
 
-def test_a_baseline_s_folder_is_named_by_its_method():
-    recipe = PLAIN | {"model_dir": "./model/TRADES"}
-    assert named(recipe=recipe) == "TRADES-beta-6.0-seed-1"
-    assert named("--zeta", 2, "--strategy", "soft", recipe=recipe) == "TRADES-beta-6.0-seed-1"
-    assert named("--method", "pgd", "--beta", 2, recipe=recipe) == "PGD-seed-1"
-    assert named("--method", "mart", "--lr", 1, recipe=recipe) == "MART-beta-5.0-seed-1-lr-1.0"
+def test_a_folder_is_named_by_its_method():
+    recipe = PLAIN | {"model_dir": "./model/TRADES-ResNet18"}
+    trades = "TRADES-ResNet18-beta-6.0-seed-1"
+    assert named(recipe=recipe) == trades
+    assert named("--zeta", 2, "--strategy", "soft", recipe=recipe) == trades
+    assert named("--method", "pgd", "--beta", 2, recipe=recipe) == "PGD-ResNet18-seed-1"
+    mart = named("--method", "mart", "--lr", 1, recipe=recipe)
+    assert mart == "MART-ResNet18-beta-5.0-seed-1-lr-1.0"
+    ancra = RA | {"model_dir": "./model/ANCRA-WideResNet34-TRADES"}
+    assert named("--method", "mart", recipe=ancra).startswith("ANCRA-WideResNet34-MART-")
 
 
 def test_folders_of_data_are_told_apart_by_their_paths(tmp_path, monkeypatch):

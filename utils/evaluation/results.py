@@ -28,11 +28,11 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -69,11 +69,11 @@ def read(path: str) -> dict:
         file /= FILE
     try:
         newest = json.loads(file.read_text(encoding="utf-8"))
-        is_readable = newest["format"] == FORMAT
+        is_readable = isinstance(newest, dict) and newest.get("format") == FORMAT
     except OSError as error:
         hint = "run test_white_attack.py --ckpt_url RUN first"
         raise UsageError(f"{file}: {error.strerror}; {hint}") from error
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         is_readable = False
     if not is_readable:
         raise UsageError(f"{file} is no {FILE} of this version; evaluate the run anew")
@@ -85,8 +85,7 @@ def read(path: str) -> dict:
 def _subject(record: dict) -> tuple:
     """Return what tells the network and the ball of an evaluation, if the record says it."""
     identity = record.get("identity") or {}
-    ball = identity.get("eps"), identity.get("norm")
-    return record.get("format"), identity.get("network"), *ball
+    return record.get("format"), *map(identity.get, ("network", "eps", "norm"))
 
 
 def images_of(record: dict) -> list:
@@ -160,9 +159,9 @@ def grouped(records: list[dict]) -> Groups:
         if any(images_of(member) != images_of(members[0]) for member in members):
             raise UsageError(f"{', '.join(files)} share a row, but not their test images and eps")
 
-    recipes = [recipe_of(members[0]) for members in groups.values()]
-    for members in groups.values():
         members.sort(key=lambda member: seed_of(member) or 0)
+
+    recipes = [recipe_of(members[0]) for members in groups.values()]
     names = [_row_name(recipe, recipes) for recipe in recipes]
     return dict(zip(names, groups.values(), strict=True))
 
@@ -180,47 +179,9 @@ def _row_name(recipe: dict, recipes: list[dict]) -> str:
 # The table
 
 
-class Variances(NamedTuple):
-    """Variances of the difference of two rows, for one seed of each and one image.
-
-    seeds: between seeds; images: between images; rest: what neither explains of a verdict.
-    """
-
-    seeds: float
-    images: float
-    rest: float
-
-
 def quantile(probability: float, seeds: float = math.inf) -> float:
     """Return a quantile of Student's t of so many seeds, of the normal distribution for inf."""
     return float(stdtrit(seeds - 1, probability))
-
-
-def _parts(one: np.ndarray, other: np.ndarray, paired: bool) -> list[np.ndarray]:
-    """Return what adds up to a difference, each (seeds, images) with seeds of its own."""
-    if paired:
-        return [one.astype(float) - other]
-    return [one.astype(float), -other.astype(float)]
-
-
-def _residual(part: np.ndarray) -> float:
-    """Return the variance of (seeds, images) that neither seed nor image explains."""
-    rest = part - part.mean(0) - part.mean(1, keepdims=True) + part.mean()
-    return (rest**2).sum() / np.prod(np.subtract(part.shape, 1))
-
-
-def variances(parts: list[np.ndarray]) -> Variances:
-    """Estimate the variances of a sum of parts, each (seeds, images) of several seeds."""
-    images = parts[0].shape[1]
-    of_seeds = 0.0
-    of_images = sum(part.mean(0) for part in parts).var(ddof=1)
-    rest = 0.0
-    for part in parts:
-        residual = _residual(part)
-        of_seeds += part.mean(1).var(ddof=1) - residual / images
-        of_images -= residual / len(part)
-        rest += residual
-    return Variances(max(of_seeds, 0.0), max(of_images, 0.0), rest)
 
 
 def difference(
@@ -235,31 +196,52 @@ def difference(
     terms would alone, since the distribution function of chi-squared with one degree of freedom is
     concave (Banerjee, 1961). Where a row has one run, the interval is that of images alone.
     """
-    parts = _parts(one, other, paired)
-    by_image = sum(part.mean(0) for part in parts)
+    by_image = one.mean(0) - other.mean(0)
+    by_seed = [one.mean(1), other.mean(1)]
+    if paired:
+        by_seed = [one.mean(1) - other.mean(1)]
     upper = (1 + level) / 2
     squared = quantile(upper) ** 2 * by_image.var(ddof=1) / len(by_image)
-    if min(map(len, parts)) > 1:
-        for part in parts:
-            of_mean = part.mean(1).var(ddof=1) / len(part)
-            squared += quantile(upper, len(part)) ** 2 * of_mean
+    if min(len(one), len(other)) > 1:
+        for means in by_seed:
+            squared += quantile(upper, len(means)) ** 2 * means.var(ddof=1) / len(means)
     mean = 100 * by_image.mean()
     half = 100 * math.sqrt(squared)
     return mean, mean - half, mean + half
 
 
-def images_needed(points: float, seeds: int, of: Variances) -> int | None:
+def variances(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """Estimate the variances of a difference: between seeds, between images, and the rest.
+
+    one, other: (seeds, images), of which the first seeds that both have are taken. The rest is
+    what neither seed nor image explains of a verdict.
+    """
+    seeds = min(len(one), len(other))
+    gains = one[:seeds].astype(float) - other[:seeds]
+    by_seed = gains.mean(1)
+    by_image = gains.mean(0)
+    images = len(by_image)
+    residuals = gains - by_seed[:, None] - by_image + gains.mean()
+    rest = (residuals**2).sum() / (seeds - 1) / (images - 1)
+    of_seeds = by_seed.var(ddof=1) - rest / images
+    of_images = by_image.var(ddof=1) - rest / seeds
+    return max(of_seeds, 0.0), max(of_images, 0.0), rest
+
+
+def images_needed(
+    points: float, seeds: int, of_seeds: float, of_images: float, rest: float
+) -> int | None:
     """Return how many images show a difference in points with `seeds` runs a row; None: too many.
 
     Shown means that the 95 % interval leaves out 0, with a probability of about `POWER`.
+    of_seeds, of_images, rest: the `variances` of the difference.
     """
     by_seeds = (quantile(0.975, seeds) + quantile(POWER, seeds)) ** 2 / seeds
     by_images = (quantile(0.975) + quantile(POWER)) ** 2
-    left = (points / 100) ** 2 - by_seeds * of.seeds
+    left = (points / 100) ** 2 - by_seeds * of_seeds
     if left <= 0:
         return None
-    of_image = by_seeds * of.rest + by_images * (of.images + of.rest / seeds)
-    return math.ceil(of_image / left)
+    return math.ceil((by_seeds * rest + by_images * (of_images + rest / seeds)) / left)
 
 
 def worst_of(seeds: list[Verdicts], names: list[str]) -> np.ndarray:
@@ -267,7 +249,7 @@ def worst_of(seeds: list[Verdicts], names: list[str]) -> np.ndarray:
     return np.stack([np.minimum.reduce([attacks[name] for name in names]) for attacks in seeds])
 
 
-def mean_and_deviation(values: list[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """Format figures of several runs as mean ± standard deviation, and that of one run alone."""
     text = f"{np.mean(values):.2f}"
     if len(values) > 1:
@@ -275,55 +257,23 @@ def mean_and_deviation(values: list[float]) -> str:
     return text
 
 
-def cell(right: list[np.ndarray], runs: int) -> str:
-    """Return the accuracy in % of those of a row's runs that have an attack.
-
-    right: (N,) for each of them.
-    """
-    if len(right) == 0:
+def _cell(runs: list[Verdicts], column: str) -> str:
+    """Return the accuracy in % of those of a row's runs that have an attack."""
+    accuracies = [100 * run[column].mean() for run in runs if column in run]
+    if not accuracies:
         return ""
-    text = mean_and_deviation([100 * run.mean() for run in right])
-    if len(right) < runs:
-        text += f", {len(right)} of {runs} runs"
+    text = mean_and_deviation(accuracies)
+    if len(accuracies) < len(runs):
+        text += f", {len(accuracies)} of {len(runs)} runs"
     return text
-
-
-def _difference_cell(worst: np.ndarray, first_worst: np.ndarray, paired: bool) -> str:
-    """Return the difference of a row's worst case from the first row's."""
-    mean, low, high = difference(worst, first_worst, paired)
-    one_run = ", images alone" if 1 in (len(worst), len(first_worst)) else ""
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{one_run})"
-
-
-def _power(of_rows: list[Variances]) -> str:
-    """Say how many seeds and images show a difference, from the mean variances of rows."""
-    if not of_rows:
-        return (
-            "Power: unknown, since a single seed says nothing about others; train by --seed 1,2,3."
-        )
-    mean = Variances(*np.mean(of_rows, axis=0))
-    plans = {}
-    for points in (1, 2):
-        needed = {seeds: images_needed(points, seeds, mean) for seeds in PLANS}
-        ways = [f"{seeds} seeds x {count:,} images" for seeds, count in needed.items() if count]
-        plans[points] = ", ".join(ways) or f"more than {PLANS[-1]} seeds"
-    seeds, images, _ = 100 * np.sqrt(mean)
-    return (
-        f"Power: a difference of one point is seen in {100 * POWER:.0f} % of studies with any of "
-        f"{plans[1]}; of two points with {plans[2]}. A rough guide, by deviations of differences "
-        f"of {seeds:.2f} points between seeds and {images:.0f} between images, as estimated from "
-        "the few seeds here."
-    )
 
 
 def table(groups: Groups) -> Iterator[str]:
     """Yield the rows in Markdown, and below them what `worst case` and the last column are."""
     right = {name: [verdicts(record) for record in records] for name, records in groups.items()}
-    numbers = {name: [seed_of(record) for record in records] for name, records in groups.items()}
     runs = list(chain.from_iterable(right.values()))
     columns = list(dict.fromkeys(chain.from_iterable(runs)))
     common = [column for column in columns if all(column in run for run in runs)]
-
     worst = {}
     for name, records in groups.items():
         if "adaptive" in common or not needs_adaptive(records[0].get("network", {})):
@@ -334,25 +284,20 @@ def table(groups: Groups) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
     compared = []
-    for name, seeds in right.items():
-        count = len(seeds)
-        cells = [name, str(count)]
-        for column in columns:
-            attacked = [run[column] for run in seeds if column in run]
-            cells.append(cell(attacked, count))
+    for name, records in groups.items():
+        worst_case = "needs adaptive"
         if name in worst:
-            cells.append(f"**{cell(worst[name], count)}**")
-        else:
-            cells.append("needs adaptive")
-
-        if name == first or name not in worst or first not in worst:
-            cells.append("")
-        elif images_of(groups[name][0]) != images_of(groups[first][0]):
-            cells.append("other images, norm or eps")
-        else:
-            paired = numbers[name] == numbers[first]
-            cells.append(_difference_cell(worst[name], worst[first], paired))
-            compared.append(_parts(worst[name], worst[first], paired))
+            worst_case = f"**{mean_and_deviation(100 * worst[name].mean(1))}**"
+        gain = ""
+        if name != first and name in worst and first in worst:
+            if images_of(records[0]) == images_of(groups[first][0]):
+                paired = list(map(seed_of, records)) == list(map(seed_of, groups[first]))
+                gain = _difference_cell(worst[name], worst[first], paired)
+                compared.append((worst[name], worst[first]))
+            else:
+                gain = "other images, norm or eps"
+        attacked = [_cell(right[name], column) for column in columns]
+        cells = [name, str(len(records)), *attacked, worst_case, gain]
         yield f"| {' | '.join(cells)} |"
 
     yield ""
@@ -372,8 +317,14 @@ def table(groups: Groups) -> Iterator[str]:
         "`images alone`: a row has one run, and another seed may differ by more."
     )
     if compared:
-        several = [parts for parts in compared if min(map(len, parts)) > 1]
-        yield _power([variances(parts) for parts in several])
+        yield _power(compared)
+
+
+def _difference_cell(worst: np.ndarray, first_worst: np.ndarray, paired: bool) -> str:
+    """Return the difference of a row's worst case from the first row's."""
+    mean, low, high = difference(worst, first_worst, paired)
+    one_run = ", images alone" if 1 in (len(worst), len(first_worst)) else ""
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{one_run})"
 
 
 def _is_first_look(record: dict) -> bool:
@@ -382,30 +333,47 @@ def _is_first_look(record: dict) -> bool:
     return any(of_attack.get("precision") == "bf16" for of_attack in settings)
 
 
-def _search_settings(record: dict) -> dict[str, str]:
+def _search_settings(record: dict) -> dict[str, object]:
     """Return how hard the attacks of a record search, by `attack's setting`."""
     settings = {}
     for name, attack in record["attacks"].items():
-        for key in SEARCH:
-            if key in attack.get("settings", {}):
-                settings[f"{column_of(name)}'s {key}"] = str(attack["settings"][key])
+        for key, value in attack.get("settings", {}).items():
+            if key in SEARCH:
+                settings[f"{column_of(name)}'s {key}"] = value
     return settings
 
 
 def _other_settings(groups: Groups) -> Iterator[str]:
     """Yield a line for each setting of an attack in which evaluations differ."""
-    rows_by_value = defaultdict(lambda: defaultdict(list))
+    uses = defaultdict(dict)  # by setting, and by value and row in words: the value
     for name, records in groups.items():
         for record in records:
             for setting, value in _search_settings(record).items():
-                rows_by_value[setting][value].append(name)
-    for setting, rows in rows_by_value.items():
-        if len(rows) > 1:
-            parts = []
-            for value, names in rows.items():
-                names = ", ".join(dict.fromkeys(names))
-                parts.append(f"{value} for {names}")
-            yield f"Evaluated with {setting} {'; '.join(parts)}."
+                uses[setting][f"{value} for {name}"] = value
+    for setting, values in uses.items():
+        if len(set(values.values())) > 1:
+            yield f"Evaluated with {setting} {'; '.join(values)}."
+
+
+def _power(rows: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Say how many seeds and images show a difference, from the mean variances of rows.
+
+    rows: the worst cases of a row and of the first, (seeds, images) each.
+    """
+    several = [variances(*pair) for pair in rows if min(map(len, pair)) > 1]
+    if not several:
+        return "Power: unknown, as one seed says nothing about others; train by --seed 1,2,3."
+    mean = np.mean(several, axis=0)
+    plans = {}
+    for points in (1, 2):
+        needed = {seeds: images_needed(points, seeds, *mean) for seeds in PLANS}
+        ways = [f"{seeds} seeds x {count:,} images" for seeds, count in needed.items() if count]
+        plans[points] = ", ".join(ways) or f"more than {PLANS[-1]} seeds"
+    return (
+        f"Power: a difference of one point is seen in {100 * POWER:.0f} % of studies with any of "
+        f"{plans[1]}; of two points with {plans[2]}. A rough guide, estimated from the few seeds "
+        "here."
+    )
 
 
 def main(argv: list[str]) -> int:
