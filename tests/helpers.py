@@ -5,35 +5,22 @@ tests/golden. Fixtures are in conftest.py, smaller networks in tiny_networks.py.
 """
 
 import csv
-import hashlib
-import io
-import itertools
 import json
 import os
-import pickle
 import runpy
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tarfile
 import traceback
-import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from filelock import FileLock
 from PIL import Image
 from torch.utils._pytree import tree_flatten
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from models import build_model
-from utils.data import datasets
 from utils.data.datasets import load_split
 from utils.system.options import parse_training
 from utils.training.loop import run
@@ -78,32 +65,6 @@ def python(*argv, cwd=ROOT, **extra):
     command = [sys.executable, *map(str, argv)]
     env = environment(**extra)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-
-_ports = itertools.count(os.getpid())
-
-
-def free_port():
-    """Return a port that no other test gets, below those that systems give out by themselves."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    while True:
-        port = 20000 + 400 * (worker % 30) + next(_ports) % 400
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-
-
-def made_once(tmp_path_factory, name, make):
-    """Return a folder that make(folder) fills once for all processes of a session."""
-    parent = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        parent = parent.parent
-    with FileLock(parent / f"{name}.lock"):
-        if not (parent / name / "made").exists():
-            (parent / name).mkdir(exist_ok=True)
-            make(parent / name)
-            (parent / name / "made").touch()
-    return parent / name
 
 
 def end_forked(work, out, err):
@@ -288,18 +249,6 @@ def some_batch(count=12, size=16, classes=4):
     return torch.rand(count, 3, size, size, generator=generator), torch.arange(count) % classes
 
 
-def a_few_steps(model, x, labels, steps=4):
-    """Train a little, so that BatchNorm is no longer that of a new network."""
-    optimizer = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
-    for _ in range(steps):
-        heads = model(x, labels, heads=True)
-        loss = sum(F.cross_entropy(logits, labels) for logits in (heads.final, *heads.auxiliary))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
-
-
 # Data
 
 
@@ -323,11 +272,6 @@ def png(file, array, mode=None):
     image.save(file)
 
 
-def md5(content):
-    """Return the MD5 of bytes."""
-    return hashlib.md5(content).hexdigest()
-
-
 def image_folder(root, counts=None):
     """Write a folder of 16x16 PNG images, and return it.
 
@@ -340,112 +284,6 @@ def image_folder(root, counts=None):
             for i in range(count):
                 png(root / part / name / f"{i}.png", pixels(10 * seed + i, 16, 16, 3))
     return root
-
-
-# By data set: key of the labels, files of the two parts, number of classes
-CIFARS = {
-    "cifar10": ("labels", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], 10),
-    "cifar100": ("fine_labels", ["train"], ["test"], 100),
-}
-
-
-def cifar_source(dataset):
-    """Return torchvision's class of a CIFAR."""
-    return {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-
-
-def write_cifar(monkeypatch, folder, dataset="cifar10"):
-    """Write a CIFAR of 3 images a file, and let torchvision expect its MD5s.
-
-    Returns {part: (images NHWC, labels)} and {name of a file: what it pickles}.
-    """
-    source = cifar_source(dataset)
-    key, train, test, classes = CIFARS[dataset]
-    root = folder / source.base_folder
-    root.mkdir(parents=True, exist_ok=True)
-    contents = {}
-    sums = {}
-
-    def write(name, content):
-        contents[name] = content
-        (root / name).write_bytes(pickle.dumps(content, protocol=2))
-        sums[name] = md5((root / name).read_bytes())
-
-    written = {"train": ([], []), "test": ([], [])}
-    for seed, name in enumerate(train + test):
-        images = pixels(seed, 3, 32, 32, 3)
-        labels = [(7 * seed + i) % classes for i in range(3)]
-        write(name, {"data": images.transpose(0, 3, 1, 2).reshape(3, 3072), key: labels})
-        all_images, all_labels = written["test" if name in test else "train"]
-        all_images.extend(images)
-        all_labels.extend(labels)
-    meta = source.meta["filename"]
-    write(meta, {source.meta["key"]: [f"name{i}" for i in range(classes)]})
-
-    monkeypatch.setattr(source, "train_list", [[name, sums[name]] for name in train])
-    monkeypatch.setattr(source, "test_list", [[name, sums[name]] for name in test])
-    monkeypatch.setattr(source, "meta", source.meta | {"md5": sums[meta]})
-    return written, contents
-
-
-def pack_cifar(monkeypatch, folder, dataset="cifar10"):
-    """Replace the unpacked folder by the archive that torchvision downloads, and return that."""
-    source = cifar_source(dataset)
-    archive = folder / source.filename
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder / source.base_folder, source.base_folder)
-    shutil.rmtree(folder / source.base_folder)
-    monkeypatch.setattr(source, "tgz_md5", md5(archive.read_bytes()))
-    return archive
-
-
-WNIDS = ("n03", "n01", "n02")  # in the order of the file, unsorted
-
-
-def write_tiny_imagenet(monkeypatch, folder):
-    """Write the zip of a Tiny-ImageNet of 3 classes, and let `datasets` expect it.
-
-    Returns the zip, and {part: (decoded images NHWC, labels)} in order.
-    """
-    expected = {"train": ([], []), "test": ([], [])}
-    entries = {
-        "wnids.txt": "".join(f"{wnid}\n" for wnid in WNIDS),
-        "words.txt": "".join(f"{wnid}\tthing {wnid}\n" for wnid in WNIDS),
-    }
-
-    def add(part, name, seed, label):
-        content = jpeg(seed)
-        entries[name] = content
-        images, labels = expected[part]
-        images.append(np.array(Image.open(io.BytesIO(content)).convert("RGB")))
-        labels.append(label)
-
-    for label, wnid in enumerate(sorted(WNIDS)):
-        for i in range(2):
-            add("train", f"train/{wnid}/images/{wnid}_{i}.JPEG", 10 * label + i, label)
-        entries[f"train/{wnid}/{wnid}_boxes.txt"] = f"{wnid}_0.JPEG\t0\t0\t63\t63\n"
-    annotations = ""
-    for i, wnid in enumerate(("n02", "n03", "n01", "n03")):
-        add("test", f"val/images/val_{i}.JPEG", 100 + i, sorted(WNIDS).index(wnid))
-        annotations += f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n"
-    entries["val/val_annotations.txt"] = annotations
-
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / "tiny-imagenet-200.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
-        for name, content in entries.items():
-            out.writestr(f"tiny-imagenet-200/{name}", content)
-    url = "http://localhost/tiny.zip"
-    monkeypatch.setattr(datasets, "TINY_IMAGENET", (url, md5(archive.read_bytes())))
-    return archive, expected
-
-
-def jpeg(seed):
-    """Return the bytes of a JPEG of 64x64; one is grey, as some of the published ones are."""
-    array = pixels(seed, 64, 64) if seed == 1 else pixels(seed, 8, 8, 3).repeat(8, 0).repeat(8, 1)
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, "JPEG")
-    return out.getvalue()
 
 
 # Code of others

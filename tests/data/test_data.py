@@ -17,21 +17,17 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, FashionMNIST
 
+from tests.data.published_sets import CIFARS, md5, pack_cifar, write_cifar, write_tiny_imagenet
 from tests.helpers import (
     ANCRA,
     ATTACK,
-    CIFARS,
     RunsCode,
     execute,
     image_folder,
-    md5,
-    pack_cifar,
     pixels,
     png,
     settings,
     train,
-    write_cifar,
-    write_tiny_imagenet,
 )
 from utils.data import datasets
 from utils.data.datasets import Split, as_input, load_split, subset
@@ -57,7 +53,7 @@ def test_an_unknown_data_set_is_an_error(tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dataset", CIFARS)
 def test_cifar_is_what_was_written(monkeypatch, tmp_path, dataset, packed):
-    written, _ = write_cifar(monkeypatch, tmp_path, dataset)
+    written = write_cifar(monkeypatch, tmp_path, dataset)
     if packed:
         pack_cifar(monkeypatch, tmp_path, dataset)
     for part in ("train", "test"):
@@ -65,7 +61,7 @@ def test_cifar_is_what_was_written(monkeypatch, tmp_path, dataset, packed):
         split = load_split(dataset, part, str(tmp_path), 32)
         assert split.images.dtype == torch.uint8
         assert split.labels.dtype == torch.int64
-        assert np.array_equal(as_array(split), np.stack(images))
+        assert np.array_equal(as_array(split), images)
         assert split.labels.tolist() == labels
         assert len(split.classes) == CIFARS[dataset][-1]
         assert split.classes[:2] == ("name0", "name1")

@@ -6,11 +6,12 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
 from tests.golden_numbers import assert_near
-from tests.helpers import RUN, a_few_steps, assert_equal, settings, some_batch
+from tests.helpers import RUN, assert_equal, settings, some_batch
 from utils.attacks import pgd40_heads
 from utils.data.subject import verdicts
 from utils.step import training_loss
@@ -27,6 +28,17 @@ def trained_network(arch="ResNet18", *, width=None, size=16, **changes):
     model = build_model(arch, 4, width=width, image_size=size, **changes)
     a_few_steps(model, x, labels)
     return model, x, labels
+
+
+def a_few_steps(model, x, labels):
+    """Train a little, so that BatchNorm is no longer that of a new network."""
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.05, momentum=0.9)
+    for _ in range(4):
+        heads = model(x, labels, heads=True)
+        loss = sum(F.cross_entropy(logits, labels) for logits in (heads.final, *heads.auxiliary))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def count(net, kind):

@@ -5,10 +5,12 @@ forks into COUNT ranks, which run the script or else `work`. Their output and re
 """
 
 import contextlib
+import itertools
 import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from models import build_model
@@ -34,8 +37,6 @@ from tests.helpers import (
     end_forked,
     environment,
     folder,
-    free_port,
-    made_once,
     metrics,
     settings,
     state,
@@ -204,6 +205,18 @@ def evaluate_and_measure(parent):
 
 # Starting ranks
 
+_ports = itertools.count(os.getpid())
+
+
+def free_port():
+    """Return a port that no other test gets, below those that systems give out by themselves."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    while True:
+        port = 20000 + 400 * (worker % 30) + next(_ports) % 400
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+
 
 class Forked:
     """Ranks forked from one process that has loaded PyTorch, which takes most of their time."""
@@ -292,15 +305,17 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
-    """Return the results of 3 or 2 ranks, their number and their folder."""
+    """Return the results of 3 or 2 ranks, their number and their folder, made once a session."""
     count = request.param
-
-    def launch(parent):
-        digits_checkpoint(parent / "net.pt")
-        statuses, written = Forked(count, parent).finish()
-        assert statuses == [0] * count, written
-
-    parent = made_once(tmp_path_factory, f"{count}-ranks", launch)
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # that of all processes of the session
+    parent = base / f"{count}-ranks"
+    with FileLock(f"{parent}.lock"):
+        if not (parent / "results.pt").exists():
+            digits_checkpoint(parent / "net.pt")
+            statuses, written = Forked(count, parent).finish()
+            assert statuses == [0] * count, written
     results = torch.load(parent / "results.pt", weights_only=True)
     return results, count, parent
 
