@@ -1,5 +1,6 @@
 """A trained network with its test images, and the loop that looks at them batch by batch."""
 
+import math
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -147,6 +148,17 @@ def verdicts(
 def percent(right: Tensor) -> float:
     """Return the share of true verdicts, in percent."""
     return 100 * right.double().mean().item()
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of the share of right ones, in percent (Wilson, 1927)."""
+    share = right / count
+    z = 1.959963984540054
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low = (centre - spread) / (1 + z * z / count)
+    high = (centre + spread) / (1 + z * z / count)
+    return 100 * max(0.0, low), 100 * min(1.0, high)
 
 
 def at_chance(natural: float, labels: Tensor) -> str:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.attacks import ONE_STEP, Attack, noise
-from utils.data.datasets import Split, as_input
-from utils.data.subject import over_images, percent, right_or_not
+from utils.attacks import ONE_STEP, Attack, image_noise, margins, noise
+from utils.data.datasets import Split, as_input, numbers_of
+from utils.data.subject import Work, over_images, percent, right_or_not, wilson
 from utils.evaluation.adaptive import View, cross_entropies, plain, view_pgd
 from utils.evaluation.autoattack import square
 from utils.evaluation.cache import WorstImages
@@ -28,14 +28,15 @@ NOISE = 8 / 255  # that it adds to some of them
 
 
 class Sign(NamedTuple):
-    """One sign of masking: its name, whether it is there, and the figures that say so, in words."""
+    """One sign of masking: its name, whether it is there, and how many images show it, in words."""
 
     name: str
     raised: bool
     figure: str
 
 
-Curve = list[tuple[float, float, float]]  # eps or steps, PGD on the final view, PGD on every view
+# Robust accuracy in percent by eps or steps: that number, PGD on the final view, PGD on every view.
+Curve = list[tuple[float, float, float]]
 
 
 class Diagnosis(NamedTuple):
@@ -59,12 +60,10 @@ def zero_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return input_gradient(net, x, labels).flatten(1).abs().amax(1) == 0
 
 
-def repeatable(function: Callable[[], Tensor], tolerance: float) -> bool:
-    """Whether two calls return the same. tolerance: a share of the largest magnitude."""
-    first = function().detach()
-    scale = first.nan_to_num(0, 0, 0).abs().amax().item()
-    again = function().detach()
-    return torch.allclose(again, first, rtol=0, atol=tolerance * scale, equal_nan=True)
+def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether two tensors are equal. tolerance: a share of the largest magnitude."""
+    scale = one.nan_to_num(0, 0, 0).abs().amax().item()
+    return torch.allclose(other, one, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
 @computing("fp32")
@@ -74,25 +73,24 @@ def sanity_warnings(net: nn.Module, split: Split) -> list[str]:
     labels = split.labels[:CHECKED]
     logits = net(x)
     differentiable = logits.requires_grad
-    logits = logits.detach()
     if not logits.isfinite().all():  # which is an error as soon as images are judged
         return []
-    # Images that are as unlike the data as those of attacks.
-    uniform = torch.rand(x[:16].shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-    noisy = (x.detach()[:16] + NOISE * (2 * uniform - 1)).clamp(0, 1)
-    slopes = partial(input_gradient, net, noisy, labels[:16])
+    first = x.detach()[:16]
     with torch.no_grad():
-        alone = torch.cat([net(image[None]) for image in x[:16]])
-    scale = logits.abs().amax().item()
+        alone = torch.cat([net(image[None]) for image in first])
+    # Images that are as unlike the data as those of attacks.
+    uniform = image_noise(first, numbers_of(split)[:16], 0, "Linf")
+    noisy = (first + NOISE * uniform).clamp(0, 1)
+    slopes = partial(input_gradient, net, noisy, labels[:16])
     hint = "which leads attacks astray; where a part of it is in training mode, call eval()"
     warnings = []
-    if not repeatable(lambda: net(x), 1e-5):
+    if not close(logits, net(x), 1e-5):
         warnings.append(f"two calls answer differently, {hint}")
-    elif not repeatable(lambda: net(noisy), 1e-5):
+    elif not close(net(noisy), net(noisy), 1e-5):
         warnings.append("two calls answer differently on noisy images, which leads attacks astray")
-    elif differentiable and not repeatable(slopes, 1e-2):
+    elif differentiable and not close(slopes(), slopes(), 1e-2):
         warnings.append("two calls have other gradients on noisy images, which mislead attacks")
-    elif not torch.allclose(alone, logits[: len(alone)], rtol=0, atol=1e-3 * scale):
+    elif not close(logits[:16], alone, 1e-3):
         warnings.append(f"an image alone is answered otherwise than in a batch, {hint}")
     if logits.amin() >= 0 and (logits.sum(1) - 1).abs().amax() < 1e-3:
         warnings.append("answers are probabilities, whose gradients vanish; return logits")
@@ -128,45 +126,60 @@ class Probe:
     norm: str = "Linf"
 
     @property
-    def largest(self) -> float:
-        """The eps at which every image may become every other."""
-        return largest_radius(self.norm, self.split.images.shape[-1])
+    def rows(self) -> Tensor:
+        """The places of the images to attack in the split, (n,)."""
+        return self.natural.nonzero().squeeze(1)
+
+    def run(self, name: str, work: Work) -> tuple[Tensor, ...]:
+        """Call `work` on the images to attack, batch by batch -> its answers, each (n, ...)."""
+        self.progress(name)
+        return over_images(self.split, self.rows, self.batch_size, work)
+
+    def keep(self, fooled: Tensor, images: Tensor, logits: Tensor) -> None:
+        """Hand adversarial images (n, 3, H, W) within eps on, where they fool: fooled (n,) bool."""
+        self.fooling.take(self.rows[fooled], images[fooled], logits[fooled])
 
     def attack(self, name: str, attack: Attack) -> Tensor:
         """Return which images an attack within eps fools, (n,) bool."""
-        self.progress(name)
-        rows = self.natural.nonzero().squeeze(1)
-        work = partial(right_or_not, self.net, attack)
-        right, images, logits = over_images(self.split, rows, self.batch_size, work)
-        self.fooling.take(rows[~right], images[~right], logits[~right])
+        right, images, logits = self.run(name, partial(right_or_not, self.net, attack))
+        self.keep(~right, images, logits)
         return ~right
 
-    def pgd(self, name: str, view: View, eps: float, steps: int = 40, draw: int = 0) -> Tensor:
+    def pgd(
+        self,
+        name: str,
+        view: View,
+        eps: float,
+        steps: int = 40,
+        draw: int = 0,
+        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropies,
+    ) -> Tensor:
         """Return which iterates of PGD on a view fool the network, (n, steps) bool.
 
         Steps grow with the ball; a single step is as large as the ball.
         """
-        self.progress(name)
         step_size = eps if steps == 1 else self.step_size * eps / self.eps
-        sizes = {"norm": self.norm, "eps": eps, "step_size": step_size, "steps": steps}
 
         def work(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             images, wrong = view_pgd(
-                self.net, view, *batch, cross_entropies, **sizes, seed=self.seed, draw=draw
+                self.net,
+                view,
+                *batch,
+                criterion,
+                eps=eps,
+                step_size=step_size,
+                steps=steps,
+                seed=self.seed,
+                draw=draw,
+                norm=self.norm,
             )
             with torch.no_grad():
                 return images, self.net(images), wrong
 
-        rows = self.natural.nonzero().squeeze(1)
-        images, logits, wrong = over_images(self.split, rows, self.batch_size, work)
-        fooled = wrong.any(1)
+        images, logits, wrong = self.run(name, work)
         if eps <= self.eps:
-            self.fooling.take(rows[fooled], images[fooled], logits[fooled])
+            self.keep(wrong.any(1), images, logits)
         return wrong
-
-    def accuracy(self, fooled: Tensor) -> float:
-        """Return robust accuracy on the whole split in percent. fooled: (n,) bool."""
-        return 100 * (len(fooled) - fooled.sum().item()) / len(self.natural)
 
 
 def diagnose(probe: Probe, view_by_name: dict[str, View]) -> Diagnosis:
@@ -176,92 +189,86 @@ def diagnose(probe: Probe, view_by_name: dict[str, View]) -> Diagnosis:
     image, over the iterates of PGD on every view with one start each: cheaper, and so weaker, than
     `--attacks adaptive`.
     """
+    total = len(probe.natural)
     if not probe.natural.any():
-        figure = "no image is right without an attack"
-        return Diagnosis([Sign("there is nothing to attack", True, figure)], [], [])
+        sign = Sign("no image is right without an attack", True, f"{total} of {total} images")
+        return Diagnosis([sign], [], [])
 
-    def on_views(name: str, eps: float, steps: int) -> tuple[Tensor, Tensor]:
+    def on_views(eps: float, steps: int) -> tuple[Tensor, Tensor]:
         """Attack each view -> which iterates fool, on the final view; so far, on every view."""
-        fooled = {
-            view_name: probe.pgd(f"{name}, {view_name}", view, eps, steps)
-            for view_name, view in view_by_name.items()
-        }
-        so_far = torch.stack([wrong.cummax(1).values for wrong in fooled.values()]).any(0)
-        return fooled["final"], so_far
+        fooled = torch.stack(
+            [
+                probe.pgd(f"eps {eps_text(eps)}, {name}", view, eps, steps)
+                for name, view in view_by_name.items()
+            ]
+        )
+        return fooled[0], fooled.any(0).cummax(1).values
 
-    def accuracies(final: Tensor, every: Tensor, steps: int) -> tuple[float, float]:
-        return probe.accuracy(final[:, steps - 1]), probe.accuracy(every[:, steps - 1])
+    def accuracies(fooled: tuple[Tensor, Tensor], steps: int) -> list[float]:
+        return [100 * int((~iterates[:, steps - 1]).sum()) / total for iterates in fooled]
 
-    final, every = on_views("steps", probe.eps, STEPS[-1])
-    by_steps = [(steps, *accuracies(final, every, steps)) for steps in STEPS]
+    fooled = on_views(probe.eps, STEPS[-1])
+    by_steps = [(steps, *accuracies(fooled, steps)) for steps in STEPS]
 
     natural = percent(probe.natural)
-    by_eps = [(0.0, natural, natural), (probe.eps, *accuracies(final, every, 40))]
-    largest = probe.largest
-    radii = {min(probe.eps * factor, largest) for factor in RADII} | {largest}
-    for radius in radii - {probe.eps}:
-        of_radius = on_views(f"eps {eps_text(radius)}", radius, 40)
-        by_eps.append((radius, *accuracies(*of_radius, 40)))
-    by_eps.sort()
-    return Diagnosis(_signs(probe, final, by_eps, by_steps), by_eps, by_steps)
+    by_eps = [(0.0, natural, natural)]
+    largest = largest_radius(probe.norm, probe.split.images.shape[-1])
+    radii = {min(probe.eps * factor, largest) for factor in RADII}
+    for radius in sorted(radii | {probe.eps, largest}):
+        of_radius = fooled if radius == probe.eps else on_views(radius, 40)
+        by_eps.append((radius, *accuracies(of_radius, 40)))
+    return Diagnosis(_signs(probe, *fooled, by_eps), by_eps, by_steps)
 
 
-def _signs(probe: Probe, final: Tensor, by_eps: Curve, by_steps: Curve) -> list[Sign]:
+def _signs(probe: Probe, final: Tensor, every: Tensor, by_eps: Curve) -> list[Sign]:
     """Run further attacks, and return all signs.
 
-    final: which iterates of PGD on the final view fool the images, (n, steps) bool.
+    final: which iterates of PGD on the final view fool the images, (n, steps) bool. every: which
+    images an iterate so far on any view fools, likewise.
     """
-    by_pgd = final[:, 39]
-    by_restarts = by_pgd.clone()
+    pgd = final[:, 39]  # the last iterate of PGD-40, as in the table
+    restarts = pgd.clone()
     for draw in range(1, RESTARTS):
-        name = f"restart {draw + 1}"
-        by_restarts |= probe.pgd(name, plain, probe.eps, draw=draw)[:, -1]
+        restarts |= probe.pgd(f"restart {draw}", plain, probe.eps, draw=draw)[:, -1]
+    one_step = probe.pgd(ONE_STEP[probe.norm], plain, probe.eps, steps=1)[:, 0]
+    by_noise = probe.attack("noise", noise(probe.eps, probe.seed, norm=probe.norm))
     by_square = probe.attack("Square", square(probe.eps, probe.seed, QUERIES, probe.norm))
+    # The margin still has gradients where the cross-entropy underflows.
+    by_margin = probe.pgd("margin", plain, probe.eps, criterion=margins).any(1)
+    by_gradients = restarts | every[:, -1] | by_margin
 
-    pgd = probe.accuracy(by_pgd)
-    longest = by_steps[-1][1]
-    restarts = probe.accuracy(by_restarts)
-    both = probe.accuracy(by_pgd | by_square)
-    noisy = probe.accuracy(probe.attack("noise", noise(probe.eps, probe.seed, norm=probe.norm)))
-    fgsm = probe.accuracy(probe.pgd("FGSM", plain, probe.eps, steps=1)[:, 0])
-    iterates = probe.accuracy(final[:, :40].any(1))  # any iterate counts, as for the views
-    every = by_steps[STEPS.index(40)][2]
-    full_ball = by_eps[-1][1]
-    rise = max(0.0, *(after[1] - before[1] for before, after in pairwise(by_eps)))
-
-    def gradients(x: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor]:
-        return (zero_gradient(probe.net, x, labels),)
-
-    rows = probe.natural.nonzero().squeeze(1)
-    (vanishing,) = over_images(probe.split, rows, probe.batch_size, gradients)
-    wrong = int((~probe.natural).sum())
-    turned_right = 0
-    if wrong:
-        others = replace(probe, natural=~probe.natural)
-        turned_right = int((~others.pgd("wrong images", plain, probe.eps)[:, -1]).sum())
-
-    compared = [  # each with PGD-40: the sign, whether it is there, the other attack, its accuracy
-        ("more steps still help", pgd - longest > 1, f"PGD-{STEPS[-1]}", longest),
-        ("one step beats many", fgsm < pgd, ONE_STEP[probe.norm], fgsm),
-        ("restarts still help", pgd - restarts > 3, f"the worst of {RESTARTS} starts", restarts),
-        ("random noise beats PGD", noisy < pgd, "random noise", noisy),
-        ("black-box finds what white-box misses", pgd - both > 1, "PGD-40 and Square", both),
-    ]
-    signs = [
-        Sign(name, raised, f"PGD-40 leaves {pgd:.1f} % right, {attack} {accuracy:.1f} %")
-        for name, raised, attack, accuracy in compared
-    ]
-    figure = (
-        f"iterates of PGD-40 on the answer leave {iterates:.1f} % right, on all views {every:.1f} %"
+    (vanishing,) = probe.run(
+        "gradients", lambda x, labels, numbers: (zero_gradient(probe.net, x, labels),)
     )
-    signs.append(Sign("the answer hides what the views show", iterates - every > 2, figure))
-    largest = eps_text(probe.largest)
-    figure = f"accuracy at eps {largest} is {full_ball:.1f} %"
-    signs.append(Sign(f"eps {largest} leaves images right", full_ball > 1, figure))
-    figure = f"accuracy rises with eps by {rise:.1f} points at most"
-    signs.append(Sign("a larger eps raises accuracy", rise > 1, figure))
-    figure = f"gradients are zero at {vanishing.sum()} of {len(vanishing)} right images"
-    signs.append(Sign("gradients vanish", bool(vanishing.any()), figure))
-    figure = f"PGD-40 turns {turned_right} of {wrong} wrong images right"
-    signs.append(Sign("attacks mend wrong images", turned_right > 0.05 * max(wrong, 20), figure))
-    return signs
+    wrong = replace(probe, natural=~probe.natural)
+    turned_right = 0
+    if len(wrong.rows):
+        turned_right = (~wrong.pgd("wrong images", plain, probe.eps)[:, -1]).sum()
+
+    total = len(probe.natural)
+    right = [round(accuracy * total / 100) for _, accuracy, _ in by_eps]
+    rise = max(after - before for before, after in pairwise(right))
+    largest = eps_text(by_eps[-1][0])
+
+    def sign(name: str, points: float, images: int | Tensor, count: int = total) -> Sign:
+        """Make a sign, raised where more than `points` percent of images show it.
+
+        images, count: how many do, of how many. So few that they may be chance raise no sign.
+        """
+        images = max(0, int(images))
+        raised = images > 0 and wilson(images, count)[0] > points
+        return Sign(name, raised, f"{images} of {count} images")
+
+    only_on_views = every[:, 39] & ~final[:, :40].any(1)  # any iterate counts, on both sides
+    return [
+        sign("more steps still help", 1, final[:, -1].sum() - pgd.sum()),
+        sign("one step beats many", 0, one_step.sum() - pgd.sum()),
+        sign("restarts still help", 3, restarts.sum() - pgd.sum()),
+        sign("random noise beats PGD", 0, by_noise.sum() - pgd.sum()),
+        sign("black-box finds what white-box misses", 1, (by_square & ~by_gradients).sum()),
+        sign("the answer hides what the views show", 2, only_on_views.sum()),
+        sign(f"eps {largest} leaves images right", 1, right[-1]),
+        sign("a larger eps raises accuracy", 1, rise),
+        sign("gradients vanish", 0, vanishing.sum(), len(vanishing)),
+        sign("attacks mend wrong images", 5, turned_right, len(wrong.rows)),
+    ]

@@ -1,6 +1,5 @@
 """What an evaluation looks like: the table, the record for white_attack.json, pictures, an npz."""
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.subject import Subject, at_chance, percent
+from utils.data.subject import Subject, at_chance, percent, wilson
 from utils.evaluation.cache import WorstImages
 from utils.evaluation.diagnostics import Diagnosis
 from utils.evaluation.results import ADAPTIVE, FORMAT, needs_adaptive
@@ -35,17 +34,6 @@ class Row(NamedTuple):
     settings: dict[str, object] = {}
     parts: dict[str, dict[str, float]] = {}
     made: str = ""
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of the share of right ones, in percent (Wilson, 1927)."""
-    share = right / count
-    z = 1.959963984540054
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    low = (centre - spread) / (1 + z * z / count)
-    high = (centre + spread) / (1 + z * z / count)
-    return 100 * max(0.0, low), 100 * min(1.0, high)
 
 
 def lowest(rows: dict[str, Row]) -> Tensor:
@@ -201,7 +189,7 @@ def diagnosis_record(diagnosis: Diagnosis) -> dict:
 def diagnosis_lines(diagnosis: Diagnosis, subject: Subject, folder: Path) -> Iterator[str]:
     """Draw the curves of --diagnostics -> a line for each sign, and for each picture."""
     for sign in diagnosis.signs:
-        yield f"{sign.figure}: {f'SIGN, {sign.name}' if sign.raised else 'ok'}"
+        yield f"{'SIGN' if sign.raised else 'no sign'}: {sign.name} ({sign.figure})"
 
     count = len(subject.split.labels)
 
