@@ -12,7 +12,7 @@ Its images are judged by the tricked network.
 
 An attack is right where it leaves at most MARGIN points more than the truth. A trick counts as
 exposed where an attack is right or a warning is given. A warning of an honest network is a false
-alarm. Finished networks are kept in --out, and the same command goes on with the others.
+alarm. The folder --out keeps what finished attacks have found, so that the same command goes on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +101,6 @@ def measured(name: str, folder: Path, images: int) -> dict:
 
     attacks = record["attacks"]
     accuracies = {row: attack["robust_accuracy"] for row, attack in attacks.items()}
-    seen_at_once = attacks["natural"]["notes"]
     by_autoattack = [
         note for note in attacks["AutoAttack"]["notes"] if any(part in note for part in KINDS)
     ]
@@ -122,7 +121,7 @@ def measured(name: str, folder: Path, images: int) -> dict:
         "figures": figures,
         "warnings": {
             "AutoAttack": by_autoattack,
-            "sanity_warnings": seen_at_once,
+            "sanity_warnings": attacks["natural"]["notes"],
             "--diagnostics": raised,
         },
         "seconds": round(time.perf_counter() - began, 1),
@@ -132,16 +131,20 @@ def measured(name: str, folder: Path, images: int) -> dict:
 # Tables
 
 
+def is_right(figures: dict[str, float], attack: str) -> bool:
+    """Whether the figure of an attack is at most MARGIN points above the truth."""
+    return figures[attack] <= figures["truth"] + MARGIN
+
+
 class Judge(NamedTuple):
     """What may expose a trick: attacks whose figures are right, and givers of warnings."""
 
-    attacks: tuple[str, ...]
-    warners: tuple[str, ...]
+    attacks: tuple[str, ...] = ()
+    warners: tuple[str, ...] = ()
 
     def exposes(self, network: dict) -> bool:
         """Whether an attack finds the truth of a tricked network, or a warning is given."""
-        figures = network["figures"]
-        right = any(figures[attack] <= figures["truth"] + MARGIN for attack in self.attacks)
+        right = any(is_right(network["figures"], attack) for attack in self.attacks)
         return right or self.warns(network)
 
     def warns(self, network: dict) -> bool:
@@ -149,52 +152,42 @@ class Judge(NamedTuple):
         return any(network["warnings"][warner] for warner in self.warners)
 
 
+CHECKS = ("sanity_warnings",)
+SIGNS = ("--diagnostics",)
 JUDGES = {
-    "PGD-40": Judge(("PGD-40",), ()),
-    "AutoAttack's figure": Judge(("AutoAttack",), ()),
-    "AutoAttack's warnings": Judge((), ("AutoAttack",)),
+    "PGD-40": Judge(("PGD-40",)),
+    "AutoAttack's figure": Judge(("AutoAttack",)),
+    "AutoAttack's warnings": Judge(warners=("AutoAttack",)),
     "AutoAttack, figure or warnings": Judge(("AutoAttack",), ("AutoAttack",)),
-    "the adaptive attack's figure": Judge(("adaptive",), ()),
-    "the checks of every evaluation": Judge((), ("sanity_warnings",)),
-    "`--diagnostics`": Judge((), ("--diagnostics",)),
-    "adaptive attack, checks and `--diagnostics`": Judge(
-        ("adaptive",), ("sanity_warnings", "--diagnostics")
-    ),
+    "the adaptive attack's figure": Judge(("adaptive",)),
+    "the checks of every evaluation": Judge(warners=CHECKS),
+    "`--diagnostics`": Judge(warners=SIGNS),
+    "adaptive attack, checks and `--diagnostics`": Judge(("adaptive",), CHECKS + SIGNS),
 }
 
 
 def networks_table(record: dict) -> Iterator[str]:
     """Yield a row in Markdown for each network; figures that are right are bold."""
-    heads = ("network", "natural", "truth", "PGD-40", "AutoAttack", "it warns")
-    heads += ("adaptive", "checks", "signs")
-    yield f"| {' | '.join(heads)} |"
-    yield "|---" * len(heads) + "|"
+    yield (
+        "| network | natural | truth | PGD-40 | AutoAttack | it warns | adaptive | checks | signs |"
+    )
+    yield "|---" * 9 + "|"
     for network in record["networks"].values():
         figures = network["figures"]
-
-        def cell(attack: str, figures: dict = figures) -> str:
-            text = f"{figures[attack]:.0f}"
-            return f"**{text}**" if figures[attack] <= figures["truth"] + MARGIN else text
-
+        shown = {attack: f"{figure:.0f}" for attack, figure in figures.items()}
+        for attack in ("PGD-40", "AutoAttack", "adaptive"):
+            if is_right(figures, attack):
+                shown[attack] = f"**{shown[attack]}**"
         warnings = network["warnings"]
-        kinds = [
-            word
-            for part, word in KINDS.items()
-            if any(part in warning for warning in warnings["AutoAttack"])
-        ]
+        by_autoattack = " ".join(warnings["AutoAttack"])
+        kinds = [word for part, word in KINDS.items() if part in by_autoattack]
         checks = [re.split(",| at ", warning)[0] for warning in warnings["sanity_warnings"]]
-        cells = [
-            network["words"],
-            f"{figures['natural']:.0f}",
-            f"{figures['truth']:.0f}",
-            cell("PGD-40"),
-            cell("AutoAttack"),
-            ", ".join(kinds),
-            cell("adaptive"),
-            ", ".join(checks),
-            str(len(warnings["--diagnostics"]) or ""),
-        ]
-        yield f"| {' | '.join(cells)} |"
+        signs = len(warnings["--diagnostics"])
+        yield (
+            f"| {network['words']} | {shown['natural']} | {shown['truth']} | {shown['PGD-40']} "
+            f"| {shown['AutoAttack']} | {', '.join(kinds)} | {shown['adaptive']} "
+            f"| {', '.join(checks)} | {signs or ''} |"
+        )
 
 
 def judges_table(record: dict) -> Iterator[str]:
@@ -228,6 +221,14 @@ def show(record: dict) -> None:
                 print(f"{name}: {warner}: {warning}")
 
 
+def count(text: str) -> int:
+    """Return the number of at least 1 that an argument gives. Errors: ValueError for others."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def main(argv: list[str] | None = None) -> None:
     """Evaluate the networks that the command line names, and print the tables."""
     parser = argparse.ArgumentParser(
@@ -237,40 +238,32 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NETWORKS))
     parser.add_argument("--out", type=Path, default=Path("truth"), help="folder, default ./truth")
-    parser.add_argument("--images", type=int, default=60, help="test images, default 60")
-    parser.add_argument("--jobs", type=int, default=1, help="networks at once, default 1")
+    parser.add_argument("--images", type=count, default=60, help="test images, default 60")
+    parser.add_argument("--jobs", type=count, default=1, help="networks at once, default 1")
     parser.add_argument("--print", nargs="?", type=Path, const=FILE, metavar="FILE")
     given = parser.parse_args(argv)
+    if given.print:
+        try:
+            show(json.loads(given.print.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{given.print} holds no tables: {error}")
+        return
     if unknown := set(given.names) - set(NETWORKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(NETWORKS)}")
-    if given.images < 1 or given.jobs < 1:
-        parser.error("--images and --jobs take a number of at least 1")
 
-    file = given.print or given.out / "truth.json"
-    record = {"images": given.images, "eps": EPS, "flags": list(FLAGS), "networks": {}}
-    try:
-        if given.print or file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if not given.print and kept | {"networks": {}} != record | {"machine": kept["machine"]}:
-                parser.error(f"{file} has other settings; name another --out")
-            record = kept
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{file} holds no tables: {error}")
-    if given.print:
-        show(record)
-        return
-
-    names = given.names or NETWORKS
-    record["machine"] = provenance("cpu")["cpu"]
-    missing = [name for name in names if name not in record["networks"]]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.jobs, context) as pool:
-        work = {pool.submit(measured, name, given.out, given.images): name for name in missing}
-        for done in as_completed(work):
-            networks = record["networks"] | {work[done]: done.result()}
-            record["networks"] = {name: networks[name] for name in NETWORKS if name in networks}
-            write_atomically(file, partial(Path.write_text, data=json.dumps(record, indent=1)))
-            print(f"finished {work[done]}", file=sys.stderr)
+    names = [name for name in NETWORKS if name in (given.names or NETWORKS)]
+    work = partial(measured, folder=given.out, images=given.images)
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        networks = dict(zip(names, pool.map(work, names), strict=True))
+    record = {
+        "images": given.images,
+        "eps": EPS,
+        "flags": list(FLAGS),
+        "machine": provenance("cpu")["cpu"],
+        "networks": networks,
+    }
+    file = given.out / "truth.json"
+    write_atomically(file, partial(Path.write_text, data=json.dumps(record, indent=1)))
     show(record)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models import Heads
-from tests.tiny_networks import EPS, Tiny, robust, undefended
+from tests.tiny_networks import EPS, Tiny, robust, scaled, undefended
 from utils.attacks import cross_entropy, linf_pgd
 from utils.data.datasets import as_input, load_split
 from utils.losses import mart_loss, over_heads, pgd_loss, trades_loss
@@ -129,14 +129,6 @@ class Undefended(nn.Module):
         self.net = undefended()
 
 
-class Scaled(Undefended):
-    """Multiplies logits, so that the cross-entropy underflows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits."""
-        return 1e4 * self.net(x)
-
-
 class Cut(Undefended):
     """Has zero gradients everywhere."""
 
@@ -233,7 +225,6 @@ class Trick(NamedTuple):
 ra_gate = partial(tiny, "trades", 0, "label")
 cas_gate = partial(tiny, "trades", 0, "label", own_classifiers=True)
 quantised = partial(Quantised, 4)
-scaled = Scaled
 cut = Cut
 noisy = Noisy
 detector = partial(Detector, slope=False)
