@@ -30,6 +30,11 @@ def options(**changes):
     return replace(Training(), **{"num_steps": 3, "step_size": 0.012} | changes)
 
 
+def l2(images):
+    """Return the L2 norm of each image, (N, 1, 1, 1)."""
+    return images.square().sum((1, 2, 3), keepdim=True).sqrt()
+
+
 # The objectives. Heads are a list of (N, C) logits, the final one first.
 
 
@@ -209,8 +214,13 @@ class Reference:
         for _ in range(o.num_steps):
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(score(self.forward(x)), x)
-            x = x.detach() + o.step_size * torch.sign(gradient)
-            x = x.clamp(centre - o.epsilon, centre + o.epsilon).clamp(0, 1)
+            if o.norm == "L2":
+                change = x.detach() + o.step_size * gradient / l2(gradient) - centre
+                change = change * (o.epsilon / l2(change)).clamp(max=1)
+            else:
+                change = x.detach() + o.step_size * torch.sign(gradient) - centre
+                change = change.clamp(-o.epsilon, o.epsilon)
+            x = (centre + change).clamp(0, 1)
         return x
 
     def likelihood(self, heads, labels, o):
@@ -352,21 +362,22 @@ def test_training_steps(method, arch, no_ra, no_anc):
     assert any(contrasts) != no_anc
 
 
-@pytest.mark.parametrize(
-    ("changes", "setup"),
-    [
-        ({"inner": "kl"}, {}),
-        ({"strategy": "random", "alpha": 0.5}, {}),
-        ({"strategy": "hard_adv"}, {"arch": "PreActResNet18", "epoch": 10}),
-        ({"strategy": "hard_adv", "alpha": 0.0}, {"arch": "PreActResNet18", "epoch": 11}),
-        ({"strategy": "soft"}, {"epoch": 11}),
-        ({"sample_class_number": 2, "method": "mart", "alpha": 0.5}, {}),
-        ({"method": "pgd"}, {"arch": "WRN-28-10", "width": 1}),
-        ({"num_steps": 2}, {"arch": "PreActResNet18", "width": 2, "image_size": 64}),
-    ],
-    ids=["kl", "not-attacked", "warm-up", "hard", "soft", "two-negatives", "wide", "four-cells"],
-)
-def test_training_steps_of_other_settings(changes, setup):
+OTHER_SETTINGS = {
+    "kl": ({"inner": "kl"}, {}),
+    "L2": ({"norm": "L2", "epsilon": 0.4, "step_size": 0.3}, {}),
+    "not attacked": ({"strategy": "random", "alpha": 0.5}, {}),
+    "warm-up": ({"strategy": "hard_adv"}, {"arch": "PreActResNet18", "epoch": 10}),
+    "hard": ({"strategy": "hard_adv", "alpha": 0.0}, {"arch": "PreActResNet18", "epoch": 11}),
+    "soft": ({"strategy": "soft"}, {"epoch": 11}),
+    "two negatives": ({"sample_class_number": 2, "method": "mart", "alpha": 0.5}, {}),
+    "wide": ({"method": "pgd"}, {"arch": "WRN-28-10", "width": 1}),
+    "four cells": ({"num_steps": 2}, {"arch": "PreActResNet18", "width": 2, "image_size": 64}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_training_steps_of_other_settings(name):
+    changes, setup = OTHER_SETTINGS[name]
     assert any(assert_same_steps(options(**changes), **setup))
 
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import foolbox
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchattacks
 from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
@@ -34,14 +32,13 @@ from tests.tiny_networks import robust, scaled, undefended, with_ra
 from tests.tools.truth_networks import Cut
 from utils.attacks import cross_entropy, image_noise, linf_pgd, noise, pgd
 from utils.data.datasets import as_input, load_split, shuffled, subset
-from utils.data.subject import load_subject, percent, verdicts, wilson
+from utils.data.subject import load_subject, verdicts, wilson
 from utils.evaluation import results
 from utils.evaluation.adaptive import adaptive, plain, views
 from utils.evaluation.cache import BlockCache, Monitor, WorstImages
 from utils.evaluation.diagnostics import Probe, diagnose
 from utils.evaluation.robustness import Target, planned_attacks, white_attack
 from utils.system.attack_copy import AttackCopy, SearchedInBfloat16, frozen
-from utils.system.checkpoints import load_model
 from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.options import parse
 from utils.system.settings import Evaluation
@@ -833,32 +830,6 @@ def test_examples_are_chosen_by_the_share_of_their_kind(tmp_path, monkeypatch):
     assert torch.equal(labels[:4], split.labels[20:60][torch.tensor([0, 11, 23, 34])])
     for words in ("50.0 % fooled", "25.0 % wrong", "25.0 % right", "fgsm"):
         assert words in title
-
-
-# Against others, and from Python
-
-
-def test_fgsm_and_pgd_agree_with_torchattacks_and_foolbox(trained):
-    model, _ = load_model(trained[2])  # as the README says, without `frozen`
-    split, x = digits(100)
-    step, steps = 0.02, 10
-    y, other = split.labels, foolbox.PyTorchModel(model, bounds=(0, 1))
-    fgsm = foolbox.attacks.LinfFastGradientAttack(random_start=False)
-    many = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=steps, random_start=False)
-    theirs = {
-        (EPS, 1): (torchattacks.FGSM(model, eps=EPS)(x, y), fgsm(other, x, y, epsilons=EPS)[1]),
-        (step, steps): (
-            torchattacks.PGD(model, eps=EPS, alpha=step, steps=steps, random_start=False)(x, y),
-            many(other, x, y, epsilons=EPS)[1],
-        ),
-    }
-    with frozen(model) as net:
-        natural = verdicts(net, split, 100)
-        for how, found in theirs.items():
-            ours = verdicts(net, split, 50, pgd(cross_entropy, EPS, *how, start="image", seed=SEED))
-            assert 0 < ours.sum() < natural.sum()
-            for images in found:
-                assert abs(percent(ours) - percent(model(images).argmax(1) == y)) <= 1, how
 
 
 # Foreign classifiers and wrong use
