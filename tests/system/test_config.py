@@ -68,36 +68,33 @@ def test_other_scripts_take_lists_and_required_flags_from_a_file(tmp_path):
     assert parse(Umap, "", [*flags, "--model_dir", "run"]).labels == ("one",)
 
 
+# What files hold, and a word of what is said of them
 WRONG = {
-    '{"lr": "fast"}': 'lr cannot be "fast"',
-    '{"lr": 0}': "lr",
-    '{"epochs": 3.5}': "epochs",
-    '{"epochs": true}': "true",
-    '{"method": "TRADES"}': "method",
-    '{"no-ra": "yes"}': "no-ra",
-    '{"milestones": [3, "x"]}': '[3, "x"]',
-    '{"tag": {"a": 1}}': "tag",
-    '{"tag": "a/\\nb"}': "tag",
-    '{"bogus": 1}': "bogus",
-    '{"settings": {"resume": true}}': "resume",
+    '{"lr": "fast"}': "--lr: could not convert string to float: 'fast'",
+    '{"lr": 0}': "--lr",
+    '{"epochs": 3.5}': "3.5",
+    '{"epochs": true}': "True",
+    '{"no-ra": "maybe"}': "maybe",
+    '{"milestones": [3, "x"]}': "'x'",
+    '{"tag": "a/\\nb"}': "no file name",
+    '{"bogus": 1}': "--bogus",
+    '{"settings": {"resume": true}}': "--resume",
     '{"settings": 1}': "map names",
     '{"lr': "line 1",
     "\xff": "utf-8",
-    "": "line 1",
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_wrong_file_is_refused_in_a_line(here, refused, text):
+def test_a_wrong_file_is_refused(here, refused, text):
     (here / "x.json").write_text(text, encoding="latin-1")
-    message = refused(ANCRA, "--config", "x.json", mentions=["x.json", WRONG[text]])
-    assert message.startswith(f"{ANCRA}: error: --config ")
+    refused(ANCRA, "--config", "x.json", mentions=["error: --config x.json: ", WRONG[text]])
 
 
 def test_a_file_is_refused_that_is_missing_or_another_script_s(here, refused):
     refused(ANCRA, "--config", "x.json", mentions=["x.json: No such file"])
     written(here / "run.json", {"settings": {"method": "mart"}})
-    refused("test_white_attack.py", "--config=run.json", mentions=["run.json: method"])
+    refused("test_white_attack.py", "--config=run.json", mentions=["--method", "--config run.json"])
 
 
 def test_yaml_says_the_same_as_json(here, refused):
@@ -113,4 +110,5 @@ def test_yaml_says_the_same_as_json(here, refused):
 
 def test_yaml_without_its_package_is_refused(here, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
+    (here / "x.yml").write_text("lr: 1")
     refused(ANCRA, "--config", "x.yml", mentions=["x.yml", "pip install pyyaml"])

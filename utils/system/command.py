@@ -18,24 +18,25 @@ def guarded(job: Callable[[], None]) -> NoReturn:
         with started():
             job()
     except UsageError as error:
-        _end(2, f"error: {error}")
+        end(2, f"error: {error}")
     except RunError as error:
-        _end(1, f"failed: {error}")
+        end(1, f"failed: {error}")
     except OSError as error:  # a full disk, a folder that vanished
-        _end(1, f"failed: {error}; what was saved before is intact")
+        end(1, f"failed: {error}; what was saved before is intact")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        _end(1, "failed: out of memory; lower --batch-size, --test-batch-size or --width")
+        end(1, "failed: out of memory; lower --batch-size, --test-batch-size or --width")
     except Stopped as stop:
         signum, line = stop.args
-        _end(128 + signum, line)
+        end(128 + signum, line)
     except KeyboardInterrupt:
-        _end(128 + signal.SIGINT, "interrupted")
+        end(128 + signal.SIGINT, "interrupted")
     sys.exit(0)
 
 
-def _end(status: int, line: str) -> NoReturn:
+def end(status: int, line: str) -> NoReturn:
+    """End the program with a line on standard error."""
     with suppress(OSError):  # the terminal may be gone
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.exit(status)

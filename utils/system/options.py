@@ -6,16 +6,14 @@ Nothing here loads PyTorch, so that --help and wrong flags are answered at once.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
 from dataclasses import MISSING, fields
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypedDict, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from utils.system.command import end
 from utils.system.errors import UsageError
 from utils.system.settings import (
     ALL_ATTACKS,
@@ -57,26 +55,25 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     """
     from_file = _from_file(Training, argv)
     default = training_settings(from_file, script)
-    _parsed(Training, doc + _other_defaults(), argv, default=default)
+    _parsed(Training, argv, doc + _other_defaults(), default)
     # A run's file names its --model-dir, whether or not the run's command did.
     others = {name: value for name, value in from_file.items() if name != "model_dir"}
     if training_settings(others, script) == default:
         from_file = others
-    given = from_file | _parsed(Given, doc, argv)
+    given = from_file | _parsed(Given, argv)
     seeds = given.get("seed", ())
     if seeds:
         given["seed"] = seeds[0]
     settings = training_settings(given, script)
-    _refuse_any(_contradictions_in_training(settings, len(seeds)))
+    _refuse_contradictions_in_training(settings, len(seeds))
     return Command(settings, given, script, seeds)
 
 
 def parse(cls: type[T], doc: str, argv: list[str]) -> T:
     """Parse the command line of another script; a wrong one ends the program with status 2."""
     required = {field.name: tyro.MISSING for field in fields(cls) if field.default is MISSING}
-    default = cls(**required | _from_file(cls, argv))
-    settings = _parsed(cls, doc, argv, default=default)
-    _refuse_any(_contradictions(settings))
+    settings = _parsed(cls, argv, doc, cls(**required | _from_file(cls, argv)))
+    _refuse_contradictions(settings)
     return settings
 
 
@@ -86,80 +83,66 @@ def flag(name: str) -> str:
 
 
 def _from_file(cls: type, argv: list[str]) -> dict[str, Any]:
-    """The settings in the file of --config, if a command line has that flag."""
+    """Return the settings of `cls` in the file of --config, if a command line has that flag.
+
+    Each entry counts as the flag of its name, with - or _. Lists stand for several values, and null
+    leaves a setting unset.
+    """
     known, _ = tyro.cli(FromFile, args=argv, return_unknown_args=True, add_help=False)
-    if known.config is None:
+    file = known.config
+    if file is None:
         return {}
     try:
-        return _settings_in(known.config, cls)
+        content = _content(file)
     except UsageError as error:
-        return _refuse(f"--config {known.config}: {error}")
-
-
-def _settings_in(file: str, cls: type) -> dict[str, Any]:
-    """Read a file that maps names of settings, with - or _, to values as their flags take them.
-
-    Lists stand for several values, and null leaves a setting unset. Of a run.json its entry
-    `settings` is read. Returns the values of settings of `cls` by name.
-    Errors: UsageError that says what is wrong in the file.
-    """
-    content = _content(file)
-    if isinstance(content, dict):
-        content = content.get("settings", content)
-    if not isinstance(content, dict):
-        raise UsageError("it must map names of settings to values")
+        _refuse(f"--config {file}: {error}")
 
     kinds = get_type_hints(cls, include_extras=True)
-    values = {}
+    for name in OF_A_COMMAND:
+        kinds.pop(name, None)
+    flags = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in kinds or name in OF_A_COMMAND:
-            raise UsageError(f"{key} is no setting that a file gives here; --help lists them")
-        if value is None:
-            continue
-        try:
-            values[name] = _read(name, value, kinds[name])
-        except SystemExit:  # so tyro refuses a value
-            text = json.dumps(value, default=str)
-            raise UsageError(f"{key} cannot be {text}; --help says what it takes") from None
-    return values
-
-
-def _content(file: str) -> Any:
-    """Return what a file says, as JSON, or as YAML where its name ends so."""
-    read: Callable[[str], Any] = json.loads
-    if file.endswith((".yaml", ".yml")):
-        try:
-            from yaml import safe_load as read  # no requirement of this code
-        except ImportError as error:
-            raise UsageError("YAML needs PyYAML: pip install pyyaml, or write JSON") from error
+        in_one_word = any(
+            isinstance(part, PrimitiveConstructorSpec) for part in get_args(kinds.get(name))
+        )
+        if isinstance(value, list) and not in_one_word:
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={as_given(value)}")
     try:
-        return read(Path(file).read_text(encoding="utf-8"))
+        return _parsed(TypedDict("InFile", kinds, total=False), flags)
+    except SystemExit:
+        _refuse(f"--config {file}: its entries count as flags, and one is refused above")
+
+
+def _content(file: str) -> dict:
+    """Return what a file says in JSON, or in YAML where its name ends so; of a run.json `settings`.
+
+    Errors: UsageError where it cannot be read or maps nothing.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        if file.endswith((".yaml", ".yml")):
+            import yaml  # no requirement of this code
+
+            content = yaml.safe_load(text)
+        else:
+            content = json.loads(text)
+    except ImportError as error:
+        raise UsageError("YAML needs PyYAML: pip install pyyaml, or write JSON") from error
     except OSError as error:
         raise UsageError(error.strerror) from error
     except Exception as error:  # each reader has its own
         raise UsageError(f"it cannot be read: {' '.join(str(error).split())}") from error
+    if isinstance(content, dict):
+        content = content.get("settings", content)
+    if not isinstance(content, dict):
+        raise UsageError("it must map names of settings to values")
+    return content
 
 
-def _read(name: str, value: Any, kind: Any) -> Any:
-    """Return the value of a setting as its flag reads it. SystemExit where the flag refuses it.
-
-    kind: the setting's type, as annotated.
-    """
-    if isinstance(value, bool) and bool in get_args(kind):
-        return value  # a Switch has no word for False
-    if not isinstance(value, str | int | float | list):
-        raise SystemExit
-    in_one_word = any(isinstance(part, PrimitiveConstructorSpec) for part in get_args(kind))
-    argv = [f"--{name}={as_given(value)}"]
-    if isinstance(value, list) and not in_one_word:
-        argv = [f"--{name}", *map(str, value)]
-    only_this = TypedDict("OnlyThis", {name: kind}, total=False)
-    with redirect_stderr(StringIO()):  # tyro explains in many lines
-        return tyro.cli(only_this, args=argv, add_help=False)[name]
-
-
-def _parsed(cls: type[T], doc: str, argv: list[str], default: Any = tyro.MISSING_NONPROP) -> T:
+def _parsed(cls: type[T], argv: list[str], doc: str = "", default: Any = tyro.MISSING_NONPROP) -> T:
     """What tyro reads from a command line; settings that it does not name are those of default."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # whatever the console's own encoding is
@@ -171,7 +154,7 @@ def _parsed(cls: type[T], doc: str, argv: list[str], default: Any = tyro.MISSING
             description=doc,
             args=argv,
             default=default,
-            config=(tyro.conf.DisallowNone,),
+            config=(tyro.conf.DisallowNone, tyro.conf.FlagConversionOff),
         )
     except BrokenPipeError:  # of `--help | head`
         os._exit(1)
@@ -190,53 +173,52 @@ def _other_defaults() -> str:
     return "\n".join(lines)
 
 
-def _refuse_any(contradictions: Iterator[str]) -> None:
-    """End the program with status 2 and the first of the contradictions, if there is one."""
-    for message in contradictions:
-        _refuse(message)
+def _refuse(message: str) -> NoReturn:
+    end(2, f"error: {message}")
 
 
-def _refuse(message: object) -> NoReturn:
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _contradictions_in_training(settings: Training, seeds: int) -> Iterator[str]:
+def _refuse_contradictions_in_training(settings: Training, seeds: int) -> None:
     attack = (settings.norm, settings.epsilon, settings.step_size)
     if problem := beyond_all_images(*attack, settings.image_size):
-        yield problem
+        _refuse(problem)
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):
-        yield "--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other"
+        _refuse("--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other")
     if settings.restart_epoch >= settings.epochs:
-        yield f"--restart_epoch leaves nothing to train; --epochs is {settings.epochs}"
+        _refuse(f"--restart_epoch leaves nothing to train; --epochs is {settings.epochs}")
     if settings.label_smoothing and settings.method not in ("pgd", "trades"):
-        yield f"--label-smoothing is of the losses of pgd and trades, not of {settings.method}'s"
+        _refuse(f"--label-smoothing is of the losses of pgd and trades, not of {settings.method}'s")
     if settings.extra_data and not 0 < settings.extra_images < settings.batch_size:
-        yield "--extra-fraction leaves no image of one kind in a batch of --batch-size"
+        _refuse("--extra-fraction leaves no image of one kind in a batch of --batch-size")
     if settings.jobs > 1 and seeds < 2:
-        yield "--jobs is of several seeds, such as --seed 1,2,3"
+        _refuse("--jobs is of several seeds, such as --seed 1,2,3")
     if settings.resume is not None and seeds > 1:
-        yield "several seeds are resumed by the same command; leave --resume out"
+        _refuse("several seeds are resumed by the same command; leave --resume out")
     if settings.resume is not None:
         if settings.restart_epoch or settings.overwrite:
-            yield "--resume continues a run, --restart_epoch and --overwrite start one"
+            _refuse("--resume continues a run, --restart_epoch and --overwrite start one")
     elif settings.awp and settings.awp_warmup >= settings.epochs:
-        yield "--awp never acts within --epochs; lower --awp-warmup"
+        _refuse("--awp never acts within --epochs; lower --awp-warmup")
 
 
-def _contradictions(settings: object) -> Iterator[str]:
+def _refuse_contradictions(settings: object) -> None:
     if isinstance(settings, Checkpoint) and len(settings.mean or ()) != len(settings.std or ()):
-        yield "--mean and --std need each other, such as --mean cifar10 --std cifar10"
+        _refuse("--mean and --std need each other, such as --mean cifar10 --std cifar10")
     if isinstance(settings, Evaluation):
         runs = settings.ckpt_url or ()
         if bool(runs) == bool(settings.model):
-            yield "give either --ckpt_url PATH, a checkpoint file or a run folder, or --model M:F"
+            _refuse(
+                "give either --ckpt_url PATH, a checkpoint file or a run folder, or --model M:F"
+            )
         if len(runs) > 1 and (settings.save_adversarial or settings.log_path):
-            yield "--save-adversarial and --log_path are of one run, and --ckpt_url names several"
+            _refuse(
+                "--save-adversarial and --log_path are of one run, and --ckpt_url names several"
+            )
         asked_for_transfer = "transfer" in settings.attacks and settings.attacks != ALL_ATTACKS
         if asked_for_transfer and settings.surrogate is None:
-            yield "--attacks transfer needs --surrogate, a checkpoint that gives the gradients"
+            _refuse("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
     if isinstance(settings, Umap):
         panels = len(settings.model_dir)
         if len(settings.labels or settings.model_dir) != panels or panels == 0:
-            yield "--model_dir needs a path for each panel, and --labels, if given, a name for each"
+            _refuse(
+                "--model_dir needs a path for each panel, and --labels, if given, a name for each"
+            )

@@ -14,18 +14,18 @@ from typing import Annotated, Any, Literal, get_args
 from utils.system.values import (
     CODE,
     FILE_NAME,
-    PATH,
     Count,
+    CountOrNone,
     Epochs,
     NotNegative,
     Path,
     PathOrFlagAlone,
+    PathOrNone,
     Positive,
     Seeds,
     Share,
     ShareBelowOne,
     Switch,
-    Truth,
     Whole,
     also,
     as_given,
@@ -51,6 +51,8 @@ Gate = Literal["label", "predicted", "soft", "none"]
 Classifier = Literal["shared", "own"]
 Prediction = Literal["final", "auxiliary1", "auxiliary2"]
 Layer = Literal["weighted", "unweighted"]
+Precision = Literal["default", "fp32", "tf32", "bf16"]
+Width = Annotated[int | None, whole(1, 1024)]
 
 METHODS = get_args(Method)
 ARCHS = get_args(Arch)
@@ -125,7 +127,7 @@ COMPANIONS = {
 class FromFile:
     """What every script takes: settings that a file gives."""
 
-    config: Annotated[str | None, PATH] = None
+    config: PathOrNone = None
     """JSON or YAML file of settings by name, such as a run's run.json; flags win over it"""
 
 
@@ -150,7 +152,7 @@ class Training(FromFile):
     # Length and optimiser
     batch_size: Annotated[int, whole(2)] = 128
     """images in a training step"""
-    test_batch_size: Annotated[int | None, whole(1)] = None
+    test_batch_size: CountOrNone = None
     """images in a batch of evaluation; if unset, 100, on CUDA what fits"""
     epochs: Count = 120
     """epochs to train"""
@@ -216,7 +218,7 @@ class Training(FromFile):
     """epochs in which the learning rate rises from 0"""
     label_smoothing: ShareBelowOne = 0.0
     """smoothing of pgd's cross-entropy and of that of trades on natural images, such as 0.1"""
-    extra_data: Annotated[str | None, PATH] = None
+    extra_data: PathOrNone = None
     """npz file of generated images: image (M, S, S, 3) uint8, label (M,)"""
     extra_fraction: Annotated[float, number("(0, 1)")] = 0.7
     """share of --extra-data in a batch. An epoch sees each other image once; releases count all
@@ -231,7 +233,7 @@ class Training(FromFile):
     gated block, as in CAS"""
     ra_blocks: Annotated[int, whole(1, 2)] = 2
     """last blocks with reverse attention; the first WRN code had 1"""
-    width: Annotated[int | None, whole(1, 1024)] = None
+    width: Width = None
     """channels of the first stage, or the widen factor of a WRN; if unset, 64 or 10"""
     image_size: Annotated[int, SIDE] = 32
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
@@ -242,7 +244,7 @@ class Training(FromFile):
     """select the best epoch on N held-out training images, not on the test set"""
     limit_train: Annotated[int | None, whole(2)] = None
     """train on N images only, for trials"""
-    limit_test: Annotated[int | None, whole(1)] = None
+    limit_test: CountOrNone = None
     """evaluate on N images only, for trials"""
 
     # Log
@@ -270,7 +272,7 @@ class Training(FromFile):
     """beginning of the name of the run's folder"""
     restart_epoch: Whole = 0
     """start after epoch N from the weights of --ckpt_url"""
-    ckpt_url: Annotated[str | None, PATH] = None
+    ckpt_url: PathOrNone = None
     """weights for --restart_epoch: a file or a run folder"""
     tag: Annotated[str | None, FILE_NAME] = None
     """end of the name of the run's folder; tells runs of changed code apart"""
@@ -282,12 +284,12 @@ class Training(FromFile):
     """replace the run that the folder holds; says what is lost"""
 
     # Device
-    compile: Truth = False
+    compile: Switch = False
     """train through torch.compile; needs a compiler"""
-    precision: Annotated[Literal["default", "fp32", "tf32", "bf16"], also("--amp")] = "default"
+    precision: Annotated[Precision, also("--amp")] = "default"
     """of training: PyTorch's own (TF32 in convolutions on CUDA), float32, TF32 in matrix products,
     too, or bfloat16 autocast, also in the search of each epoch's PGD-40; verdicts are float32"""
-    cuda_graph: Truth = True
+    cuda_graph: Switch = True
     """replay the training attack as one CUDA graph; same images"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
@@ -376,14 +378,14 @@ class Checkpoint(FromFile):
 
     dataset: Dataset | None = None
     """data set; if unset, the checkpoint's own"""
-    data_dir: Annotated[str | None, PATH] = None
+    data_dir: PathOrNone = None
     """where data sets are stored; if unset, where the training had them"""
     image_size: Annotated[int | None, whole(1, LARGEST_SIDE)] = None
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
     fashion-mnist by zeros; other sides scale them"""
     arch: Annotated[str | None, NETWORK] = None
     """network; if unset, the checkpoint's own. One of your own code has to be named"""
-    width: Annotated[int | None, whole(1, 1024)] = None
+    width: Width = None
     """channels of the first stage, or the widen factor of a WRN"""
     no_ra: Switch = False
     """a network without reverse attention"""
@@ -431,7 +433,7 @@ class Evaluation(Checkpoint):
     """checkpoint files or run folders; either this or --model is required"""
     test_batch_size: Count = 250
     """images in a batch"""
-    model: Annotated[str | None, PATH] = None
+    model: PathOrNone = None
     """any classifier instead: package.module:function or FILE.py:function"""
     attacks: Annotated[tuple[str, ...], listed(one_of(ATTACKS), {"all": ALL_ATTACKS})] = (
         "natural",
@@ -444,24 +446,24 @@ class Evaluation(Checkpoint):
     all but square"""
     num_steps: Count = 40
     """steps of PGD; CW takes half as many"""
-    random: Truth = True
+    random: Switch = True
     """start FGSM, PGD and CW at random"""
     restarts: Count = 5
     """starts of the adaptive attack's PGD on each view"""
-    precision: Literal["default", "fp32", "tf32", "bf16"] = "default"
+    precision: Precision = "default"
     """of attacks: on CUDA PyTorch's own (TF32 in convolutions), float32 or TF32; for a first look
     bfloat16 in all steps by gradients. Verdicts are float32 in any case"""
     apgd_steps: Annotated[int, whole(5)] = APGD_STEPS
     """steps of the adaptive attack's APGD; fewer for a first look"""
     apgd_restarts: Count = 1
     """starts of each APGD of the adaptive attack, and of each of its targets"""
-    surrogate: Annotated[str | None, PATH] = None
+    surrogate: PathOrNone = None
     """checkpoint whose gradients `transfer` and the adaptive attack take"""
     diagnostics: Switch = False
     """look for signs of gradient masking; draws two pictures"""
-    save_adversarial: Annotated[str | None, PATH] = None
+    save_adversarial: PathOrNone = None
     """npz file for the worst adversarial example of each image"""
-    log_path: Annotated[str | None, PATH] = None
+    log_path: PathOrNone = None
     """log to append to; other files go beside it. If unset, test.log beside the checkpoint or in
     ./evaluated"""
 

@@ -124,7 +124,7 @@ def listed(
     return _values(f"{item.metavar},{item.metavar}", read)
 
 
-def _read_truth(text: str) -> bool:
+def _read_switch(text: str) -> bool:
     if text.lower() in ("", "true", "yes", "1"):  # nothing: the flag alone
         return True
     if text.lower() in ("false", "no", "0"):
@@ -163,16 +163,17 @@ FILE_NAME = _values("NAME", _read_file_name)
 # The most frequent types of settings
 Whole = Annotated[int, whole(0)]
 Count = Annotated[int, whole(1)]
+CountOrNone = Annotated[int | None, whole(1)]
 NotNegative = Annotated[float, number("[0, inf)")]
 Positive = Annotated[float, number("(0, inf)")]
 Share = Annotated[float, number("[0, 1]")]
 ShareBelowOne = Annotated[float, number("[0, 1)")]
 Seeds = Annotated[int | tuple[int, ...], _values("N[,N]", _read_seeds)]  # a run has one of them
 Epochs = Annotated[tuple[int, ...], listed(whole(1), {"none": ()})]
-Truth = tyro.conf.FlagConversionOff[Annotated[bool, _values("[BOOL]", _read_truth, words=(0, 1))]]
-# A flag alone, which switches something on whatever the default is
-Switch = tyro.conf.FlagConversionOff[Annotated[bool, _values("", lambda text: True, words=0)]]
+# A flag alone switches something on, whatever the default is.
+Switch = Annotated[bool, _values("[BOOL]", _read_switch, words=(0, 1))]
 Path = Annotated[str, PATH]
+PathOrNone = Annotated[str | None, PATH]
 PathOrFlagAlone = Annotated[
     str | bool | None, _values("[PATH]", _read_path_or_flag_alone, words=(0, 1))
 ]
