@@ -89,7 +89,7 @@ def test_an_evaluation_s_operations_are_those_that_are_counted_while_it_runs(mon
             natural = verdicts(net, split, 4)
             verdicts(net, split, 4, pgd40_heads(0.1, 0.02, 2.0, 1), torch.ones_like(natural))
 
-    monkeypatch.setitem(full_scale.IMAGES, "digits", (0, 3))
+    monkeypatch.setitem(full_scale.DATASETS, "digits", (0, 3, 10))
     assert full_scale.run_of(job)[1] == full_scale.counted(evaluate) > 0
 
 

@@ -1,6 +1,7 @@
 """Networks against the official ones' numbers, by themselves and as the copy that attacks see."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -173,7 +174,8 @@ def test_what_cannot_be_built_is_said(arch, changes, mentioned):
 
 def test_settings_offer_what_the_registries_hold():
     assert set(settings.ARCHS) == set(ARCHS)
-    assert set(settings.GATES) == set(GATES)
-    assert settings.CLASSIFIERS == CLASSIFIERS
-    assert set(settings.STRATEGIES) == set(STRATEGIES)
-    assert set(settings.METHODS) == set(OBJECTIVES)
+    assert set(get_args(settings.Gate)) == set(GATES)
+    assert set(get_args(settings.Classifier)) == set(CLASSIFIERS)
+    strategies = {name.removesuffix("_adv") for name in get_args(settings.Strategy)}
+    assert strategies == set(STRATEGIES)
+    assert set(get_args(settings.Method)) == set(OBJECTIVES)

@@ -108,7 +108,7 @@ OTHER_KINDS = {
     "TorchScript": (write_torchscript, "TorchScript"),
     "tensor": (lambda path: torch.save(torch.zeros(3), path), "state_dict"),
     "another object": (lambda path: torch.save(Colour.RED, path), "nothing"),
-    "folder": (lambda path: path.mkdir(), "neither"),
+    "folder": (lambda path: path.mkdir(), "no weights"),
 }
 
 

@@ -446,6 +446,15 @@ def companions(device: torch.device, quick: bool) -> Rows:
     return compared(take_turns(timed, 1 if quick else 15, device), "alone")
 
 
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes so far: of tensors on CUDA, else, on Linux, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # getrusage there includes the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
 def memory(device: torch.device, quick: bool) -> Rows:
     """Peak memory of a process (of its tensors on CUDA) after 1, 2 and 10 training steps."""
     rows = []
@@ -453,8 +462,7 @@ def memory(device: torch.device, quick: bool) -> Rows:
         batch, width = (4, 4) if quick else (batch, None)
         code = (
             "import torch\n"
-            "from tests.tools.benchmarks import Step\n"
-            "from utils.system.devices import peak_memory\n"
+            "from tests.tools.benchmarks import Step, peak_memory\n"
             f"device = torch.device('{device}')\n"
             f"job = Step('{arch}', {batch}, {size}, {classes}, {width}, device)\n"
             "for i in range(10): job.ours(num_steps=1); print(peak_memory(device))"

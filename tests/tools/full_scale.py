@@ -37,7 +37,7 @@ from models import build_model
 from utils.losses import over_heads
 from utils.step import away_from_labels
 from utils.system.options import parse_training
-from utils.system.settings import CLASSES, Training, dataset_defaults
+from utils.system.settings import Training, dataset_defaults
 
 ROOT = Path(__file__).parents[2]
 RATE = 717e12  # bfloat16 products, operations a second
@@ -49,11 +49,12 @@ EVALUATION_SHARES = {
     "no flag": {"ResNet18": 0.18, "WRN": 0.21},
     "--precision bf16 --compile": {"ResNet18": 0.21, "WRN": 0.47},
 }
-IMAGES = {
-    "cifar10": (50_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "tiny-imagenet": (100_000, 10_000),
-    "fashion-mnist": (60_000, 10_000),
+# By data set: training images, test images and classes
+DATASETS = {
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "tiny-imagenet": (100_000, 10_000, 200),
+    "fashion-mnist": (60_000, 10_000, 10),
 }
 UNCOUNTED = (
     "limit_train",
@@ -170,8 +171,8 @@ def step_of(settings: Training, costs: Passes, epoch: int) -> float:
 
 def run_of(settings: Training) -> tuple[float, float]:
     """Return the operations of a whole run: of its training, and of its evaluations."""
-    costs = passes(settings, CLASSES[settings.dataset])
-    images, tests = IMAGES[settings.dataset]
+    images, tests, classes = DATASETS[settings.dataset]
+    costs = passes(settings, classes)
     epochs = range(1, settings.epochs + 1)
     training = images * sum(step_of(settings, costs, epoch) for epoch in epochs)
     evaluations = math.ceil(settings.epochs / settings.eval_interval)
@@ -198,7 +199,7 @@ def main(argv: list[str]) -> None:
     for _, settings in rows:
         defaults = dataset_defaults(settings.dataset)
         changed = [name for name in UNCOUNTED if getattr(settings, name) != getattr(defaults, name)]
-        if settings.dataset not in IMAGES:
+        if settings.dataset not in DATASETS:
             changed = [settings.dataset]
         if changed:
             parser.error(f"nothing is counted here for {', '.join(changed)}; leave it out")

@@ -93,11 +93,10 @@ def read(path: Path) -> dict:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch and pickle raise nearly anything
-        with open(path, "rb") as file:
-            beginning = file.read(40)
         raise UsageError(
             f"{path} is no state dict of torch.save, or would run code: perhaps an archive, a "
-            f"TorchScript module, a failed download or truncated; it begins with {beginning}"
+            "TorchScript module, a failed download or truncated; it begins with "
+            f"{path.read_bytes()[:40]}"
         ) from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no state dict; save .state_dict()")
@@ -108,10 +107,9 @@ def _read_pickle(path: Path) -> object:
     unread = []
     with suppress(ValueError):  # a file of torch before 1.6, which may hold no such objects
         unread = get_unsafe_globals_in_checkpoint(path)
-    stand_ins = []
-    for name in unread:
-        stand_in = Unread if name.startswith(("numpy", "functools")) else UnreadDict
-        stand_ins.append((stand_in, name))
+    stand_ins = [
+        (Unread if name.startswith(("numpy", "functools")) else UnreadDict, name) for name in unread
+    ]
     with safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -120,34 +118,23 @@ def _read_pickle(path: Path) -> object:
 # Files of a run
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """Return `path` itself, or the best checkpoint of a run folder, or its last one.
+def checkpoint_file(path: str | Path, epoch: int | None = None) -> Path:
+    """Return `path` itself, or of a run folder the best checkpoint, or else its last one.
 
-    Errors: UsageError where a folder holds neither.
+    epoch: the one that the weights have to be of, where they are looked for in a run folder.
+    Errors: UsageError where a folder holds none.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
         return path
-    for name in (BEST, LAST):
-        if (path / name).is_file():
-            return path / name
-    raise UsageError(f"{path} holds neither {BEST} nor {LAST}; name a run folder or a checkpoint")
-
-
-def weights_after(path: str, epoch: int) -> Path:
-    """Return the file with a run's weights after an epoch: in the run folder `path`, or `path`.
-
-    Errors: UsageError where the folder holds none.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return folder
-    for name in (f"model-{epoch}.pt", LAST, BEST):
-        file = folder / name
-        if file.is_file() and read(file).get("epoch") == epoch:
+    names = (BEST, LAST) if epoch is None else (f"model-{epoch}.pt", LAST, BEST)
+    for name in names:
+        file = path / name
+        if file.is_file() and (epoch is None or read(file).get("epoch") == epoch):
             return file
+    which = "weights" if epoch is None else f"weights of epoch {epoch}"
     raise UsageError(
-        f"{path} holds no weights of epoch {epoch}; name a file or another --restart_epoch"
+        f"{path} holds no {which} in {', '.join(names)}; name a checkpoint or another run folder"
     )
 
 
@@ -185,7 +172,12 @@ def load_model(
         if info["source"] != source_of(info["arch"]):
             notes.append(f"{info['file']} has changed since the training")
     else:
-        model = _without_weights(info, options, path)
+        try:
+            with torch.device("meta"):  # which draws no weights
+                model = build_model(info["arch"], info["num_classes"], **options)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path} describes a network that cannot be built: {error}") from error
+        model = model.to_empty(device="cpu")
     if info["mean"]:
         model.normalise = Normalise(info["mean"], info["std"])
     gated_blocks = model.ra_blocks if model.reverse_attention else 0
@@ -193,20 +185,9 @@ def load_model(
     if predict not in heads:
         raise UsageError(f"--predict {predict}: {path} has {', '.join(heads)} alone")
     model.predict = predict
-    state = named_as(model, state)
     load_state(model, state, path)
     info["notes"] = print_notes(path, notes)
     return model.to(device).eval(), info
-
-
-def _without_weights(info: dict, options: dict, path: Path) -> nn.Module:
-    """Build a network of `models` whose weights are yet to be loaded."""
-    try:
-        with torch.device("meta"):  # which draws no weights
-            model = build_model(info["arch"], info["num_classes"], **options)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} describes a network that cannot be built: {error}") from error
-    return model.to_empty(device="cpu")
 
 
 def _describe(
@@ -271,11 +252,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{path} is of a network of normalised images; training does not normalise"
         )
     print_notes(path, notes)
-    load_state(model, named_as(model, state), path)
+    load_state(model, state, path)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Copy a state dict into a network; UsageError where it does not fit or is not finite."""
+    state = named_as(model, state)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -310,12 +292,13 @@ def find_weights(
     """
     tensors = _tensors(content)
     prefixes = [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")]
-    networks = []
-    for prefix in sorted(prefixes, key=lambda name: "ema" in name.lower()):
-        inside_another = any(prefix != other and prefix.startswith(other) for other in prefixes)
-        if not inside_another:
-            networks.append(prefix)
-    chosen = networks[:1]
+    prefixes.sort(key=lambda name: "ema" in name.lower())
+    networks = [
+        prefix
+        for prefix in prefixes
+        if not any(prefix != other and prefix.startswith(other) for other in prefixes)
+    ]
+    chosen = networks
     if key is not None:
         chosen = [prefix for prefix in networks if key in (prefix[:-1], *prefix.split("."))]
     if not chosen:
@@ -325,17 +308,14 @@ def find_weights(
 
     prefix = chosen[0]
     others = [other for other in networks if other != prefix]
-    of_network = {
-        name: value for name, value in tensors.items() if not name.startswith(tuple(others))
-    }
-    buffers, normalisation = normalisation_in(of_network)
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(tuple(others))}
+    buffers, normalisation = normalisation_in(tensors)
+    unused = f"{prefix}sub_block1."  # which the forward of the official WRN leaves out
     state = {}
-    for name, value in of_network.items():
-        name_in_network = name.removeprefix(prefix)
-        # The forward of the official WRN leaves out its sub_block1.
-        left_out = name in buffers or name_in_network.startswith("sub_block1.")
-        if name.startswith(prefix) and not left_out:
-            state[name_in_network] = value
+    for name, value in tensors.items():
+        in_network = name.startswith(prefix) and not name.startswith(unused)
+        if in_network and name not in buffers:
+            state[name.removeprefix(prefix)] = value
 
     notes = []
     if prefix:

@@ -1,10 +1,9 @@
-"""The device of a run, and what it computes in there: bfloat16, TF32, torch.compile, memory."""
+"""The device of a run, and what it computes in there: bfloat16, TF32, torch.compile."""
 
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -163,13 +162,3 @@ class Sent:
         if self.copied is not None:
             self.copied.synchronize()
         return self.values.tolist()
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes so far: of tensors on CUDA, else of the process; None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # Linux; getrusage there includes the process that started this one
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    return None

@@ -54,22 +54,9 @@ Layer = Literal["weighted", "unweighted"]
 Precision = Literal["default", "fp32", "tf32", "bf16"]
 Width = Annotated[int | None, whole(1, 1024)]
 
-METHODS = get_args(Method)
 ARCHS = get_args(Arch)
-STRATEGIES = tuple(name for name in get_args(Strategy) if not name.endswith("_adv"))
-GATES = get_args(Gate)
-CLASSIFIERS = get_args(Classifier)
 FEATURES = get_args(Layer)
 NETWORK = network(ARCHS)
-
-# The number of classes; a folder has its own.
-CLASSES = {
-    "cifar10": 10,
-    "digits": 10,
-    "fashion-mnist": 10,
-    "cifar100": 100,
-    "tiny-imagenet": 200,
-}
 
 ATTACKS = (
     "natural",

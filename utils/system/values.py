@@ -27,14 +27,19 @@ def eps_text(eps: float) -> str:
     return f"{eps:.4g}"
 
 
+def _number(text: str) -> float:
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator or 1)
+
+
 def as_given(value: object) -> str:
     """Format the value of a setting as a command line gives it: 75,90,100 or 8/255."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "none"
     if isinstance(value, float):
-        numerator, slash, _ = eps_text(value).partition("/")
-        if slash and float(numerator) / 255 == value:
-            return eps_text(value)
+        text = eps_text(value)
+        if "/" in text and _number(text) == value:
+            return text
     return str(value)
 
 
@@ -66,11 +71,13 @@ def number(interval: str) -> PrimitiveConstructorSpec:
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def read(text: str) -> float:
-        numerator, _, denominator = text.partition("/")
-        value = float(numerator) / float(denominator or 1)
-        at_low_end = value == low and interval[0] == "("
-        at_high_end = value == high and interval[-1] == ")"
-        if not low <= value <= high or at_low_end or at_high_end:
+        value = _number(text)
+        inside = low <= value <= high
+        if value == low:
+            inside = interval[0] == "["
+        elif value == high:
+            inside = interval[-1] == "]"
+        if not inside:
             raise ValueError(f"{text} is not in {interval}")
         return value
 

@@ -22,7 +22,7 @@ from utils.data.subject import halving, largest_batch, percent, verdicts
 from utils.step import Attacked, Draws, StepStats, attack, draw, negative_strategy
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy, SearchedInBfloat16
-from utils.system.checkpoints import BEST, LAST, load_model, save, weights_after
+from utils.system.checkpoints import BEST, LAST, checkpoint_file, load_model, save
 from utils.system.devices import Sent, computing, pick_device
 from utils.system.errors import UsageError, stop_signals
 from utils.system.options import Command
@@ -87,7 +87,7 @@ def set_up(start: Start, lock: ExitStack) -> Job:
     weights = None
     if settings.restart_epoch:
         epoch = settings.restart_epoch
-        weights = distributed.from_first(lambda: weights_after(settings.ckpt_url, epoch))
+        weights = distributed.from_first(lambda: checkpoint_file(settings.ckpt_url, epoch))
     job = Job(settings, start.folder, device, data.to(device), weights)
     distributed.from_first(lambda: take_new_folder(job, lock))
     if weights is not None:
