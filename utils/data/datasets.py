@@ -1,8 +1,6 @@
 """Data sets as uint8 tensors: decoded once, held on the device, augmented there by tensor code."""
 
-import gzip
 import hashlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,19 +168,19 @@ def load_extra(path: str, like: Split) -> Split:
     """
     side = like.images.shape[-1]
     classes = len(like.classes)
-    needed = (
-        f"--extra-data {path} must be an npz of image, uint8 (M, {side}, {side}, 3), and label, "
-        f"(M,), of all {classes} classes"
-    )
     try:
         with np.load(path) as file:
             images = file["image"]
             labels = file["label"]
+        if images.dtype != np.uint8 or images.shape != (*labels.shape, side, side, 3):
+            raise ValueError(f"image is {images.dtype} {images.shape}, label {labels.shape}")
+        if not np.array_equal(np.unique(labels), np.arange(classes)):
+            raise ValueError(f"label has other classes than 0 to {classes - 1}")
     except Exception as error:  # damaged archives make numpy raise nearly anything
-        raise UsageError(f"{needed}; it cannot be read ({type(error).__name__})") from error
-    right_format = images.dtype == np.uint8 and images.shape == (*labels.shape, side, side, 3)
-    if not right_format or not np.array_equal(np.unique(labels), np.arange(classes)):
-        raise UsageError(f"{needed}; they are {images.dtype} {images.shape} and {labels.shape}")
+        raise UsageError(
+            f"--extra-data {path} must be an npz of image, uint8 (M, {side}, {side}, 3), and "
+            f"label, (M,), of all {classes} classes ({first_line(error)})"
+        ) from error
     return like._replace(
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
         labels=torch.from_numpy(labels.astype(np.int64)),
@@ -214,13 +212,6 @@ def batches(order: Tensor, batch_size: int) -> Iterator[Tensor]:
 def as_input(images: Tensor) -> Tensor:
     """Convert uint8 images to float32 in [0, 1], which every network here takes."""
     return images.to(torch.float32, copy=True).div_(255)  # never in place
-
-
-def parts_of(dataset: str, data_dir: Path) -> dict[str, Path]:
-    """Return the parts that a data set has: train and test, or those that a `folder` holds."""
-    if dataset == "folder":
-        return find_parts(data_dir)
-    return {"train": data_dir, "test": data_dir}
 
 
 def _digits(dataset: str, part: str, data_dir: Path, size: int) -> Split:
@@ -284,21 +275,16 @@ def _fashion_mnist(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 
     prefix, published = FASHION[part]
     names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
-    files = [_find_idx(data_dir, name) for name in names]
-    if None in files:
-        _get_fashion_mnist(data_dir, names)
-        files = [_find_idx(data_dir, name) for name in names]
-
-    pixels = _read_idx(files[0], 28, 28)
-    labels = _read_idx(files[1])
-    classes = tuple(FashionMNIST.classes)
-    if not len(labels) == len(pixels) > 0 or labels.max() >= len(classes):
+    files = _find_idx(data_dir, names) or _get_fashion_mnist(data_dir, names)
+    try:
+        pixels, labels = _read_idx(*files)
+    except Exception as error:  # gzip and torchvision raise nearly anything
         raise UsageError(
-            f"{files[0]} has {len(pixels)} images, {files[1]} has {len(labels)} labels; "
-            f"there must be one label of 0 to {len(classes) - 1} for each image"
-        )
+            f"{' or '.join(map(str, files))} is damaged ({first_line(error)}); remove them, "
+            "and they are downloaded anew"
+        ) from error
     note = ""
-    if checksum_of([pixels, labels]) != published:
+    if checksum_of([pixels, labels.byte()]) != published:
         note = f"{files[0].parent} has other images than the published ones of {dataset}"
 
     images = pixels[:, None]
@@ -307,53 +293,54 @@ def _fashion_mnist(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     else:
         images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
         images = images.round().byte()
-    return Split(images.repeat(1, 3, 1, 1), labels.long(), classes, note=note)
+    return Split(images.repeat(1, 3, 1, 1), labels, tuple(FashionMNIST.classes), note=note)
 
 
-def _find_idx(data_dir: Path, name: str) -> Path | None:
-    """Find a file, with or without .gz, in a folder or where torchvision keeps Fashion-MNIST."""
-    for folder in (data_dir, data_dir / FASHION_FOLDER):
-        for file in (folder / name, folder / f"{name}.gz"):
-            if file.is_file():
-                return file
-    return None
+def _find_idx(data_dir: Path, names: list[str]) -> list[Path]:
+    """Find files, with or without .gz, in a folder or where torchvision keeps Fashion-MNIST.
+
+    Returns no file where one of them is missing.
+    """
+    files = []
+    for name in names:
+        places = [data_dir / name, data_dir / FASHION_FOLDER / name]
+        places += [place.with_suffix(".gz") for place in places]
+        files += [place for place in places if place.is_file()][:1]
+    return files if len(files) == len(names) else []
 
 
-def _get_fashion_mnist(data_dir: Path, names: list[str]) -> None:
+def _get_fashion_mnist(data_dir: Path, names: list[str]) -> list[Path]:
     """Download Fashion-MNIST to where torchvision keeps it; half a file is never left."""
     from torchvision.datasets import FashionMNIST
 
     source = f"{FashionMNIST.mirrors[0]} or Debian's package dataset-fashion-mnist"
     needed = f"{'.gz and '.join(names)}.gz from {source}"
     with _downloading("fashion-mnist", data_dir, needed):
-        if all(_find_idx(data_dir, name) for name in names):  # another process was faster
-            return
-        with TemporaryDirectory(dir=data_dir) as scratch:
-            FashionMNIST(scratch, download=True)
-            folder = data_dir / FASHION_FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in (Path(scratch) / FASHION_FOLDER).glob("*-ubyte"):
-                file.replace(folder / file.name)
+        if not _find_idx(data_dir, names):  # no other process was faster
+            with TemporaryDirectory(dir=data_dir) as scratch:
+                FashionMNIST(scratch, download=True)
+                folder = data_dir / FASHION_FOLDER
+                folder.mkdir(parents=True, exist_ok=True)
+                for file in (Path(scratch) / FASHION_FOLDER).glob("*-ubyte"):
+                    file.replace(folder / file.name)
+    return _find_idx(data_dir, names)
 
 
-def _read_idx(file: Path, *shape: int) -> Tensor:
-    """Read an idx file of bytes -> (N, *shape) uint8.
+def _read_idx(images_file: Path, labels_file: Path) -> tuple[Tensor, Tensor]:
+    """Read two idx files, with or without .gz -> (N, 28, 28) uint8, (N,) int64 from 0 to 9."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+    from torchvision.datasets.utils import extract_archive
 
-    Errors: UsageError where the file is damaged, or its items have another shape.
-    """
-    try:
-        content = file.read_bytes()
-        if file.suffix == ".gz":
-            content = gzip.decompress(content)
-        magic, count, *sides = np.frombuffer(content, ">u4", 2 + len(shape)).tolist()
-        if magic != 0x801 + len(shape) or tuple(sides) != shape:
-            raise ValueError("another header than that of the published file")
-        values = np.frombuffer(content, np.uint8, offset=8 + 4 * len(shape))
-        return torch.tensor(values.reshape(count, *shape))
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UsageError(
-            f"{file} is damaged ({first_line(error)}); remove it, and it is downloaded anew"
-        ) from error
+    with TemporaryDirectory() as scratch:
+        if images_file.suffix == ".gz":
+            images_file = extract_archive(images_file, scratch)
+        if labels_file.suffix == ".gz":
+            labels_file = extract_archive(labels_file, scratch)
+        images = read_image_file(images_file)
+        labels = read_label_file(labels_file)
+    if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+        raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
+    return images, labels
 
 
 def _of_files(files: list[tuple[str, int]], classes: list[str], words: Sequence[str] = ()) -> Split:

@@ -148,7 +148,14 @@ class Job:
         save(self.folder / STATE, state)
 
     def restore(self, state: dict) -> None:
-        """Continue from what `save_state` wrote."""
+        """Continue from what `save_state` wrote.
+
+        Errors: UsageError where the run had other images, and --other-data is not given.
+        """
+        settings = self.settings
+        if not settings.other_data and self.data.checksums != state["checksums"]:
+            hint = "name the run's own --data-dir, or go on with these by --other-data"
+            raise UsageError(f"{settings.data_dir} has other images than the run had; {hint}")
         file = self.folder / STATE
         load_state(self.model, state["model"], file)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -208,12 +215,10 @@ class Job:
         distributed.from_first(self.save_state)
         progress = self.progress
         self.log(f"stopped    in epoch {progress.epoch}, {progress.done} images done")
-        command = shlex.join(
-            [sys.argv[0], "--resume", str(self.folder), *code_flags(self.settings.arch)]
-        )
-        start = distributed.launcher()
+        command = [sys.argv[0], "--resume", str(self.folder), *code_flags(self.settings.arch)]
+        go_on = f"{distributed.launcher()} {shlex.join(command)}"
         cause = signal.Signals(signum).name
-        raise Stopped(signum, f"stopped by {cause}; continue by: {start} {command}")
+        raise Stopped(signum, f"stopped by {cause}; continue by: {go_on}")
 
 
 def build(settings: Training, num_classes: int, device: torch.device) -> nn.Module:

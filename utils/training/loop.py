@@ -30,7 +30,7 @@ from utils.system.settings import Training
 from utils.training import records
 from utils.training.companions import adversarial_weights, learning_rate
 from utils.training.job import Job, Progress
-from utils.training.runs import Start, prepare, refuse_existing, remove_existing, take_folder
+from utils.training.runs import Start, prepare, take_new_folder
 from utils.training.seeds import train_seeds
 from utils.training.splits import load_training_data
 
@@ -76,32 +76,21 @@ def set_up(start: Start, lock: ExitStack) -> Job:
         raise UsageError(f"--sync-bn needs CUDA devices, and this run is on {device}")
 
     data = load_training_data(settings)
+    weights = None
+    if settings.restart_epoch and state is None:
+        weights = distributed.from_first(
+            lambda: checkpoint_file(settings.ckpt_url, settings.restart_epoch)
+        )
+    job = Job(settings, start.folder, device, data.to(device), weights)
     if state is not None:
-        if not settings.other_data and data.checksums != state["checksums"]:
-            hint = "name the run's own --data-dir, or go on with these by --other-data"
-            raise UsageError(f"{settings.data_dir} has other images than the run had; {hint}")
-        job = Job(settings, start.folder, device, data.to(device))
         job.restore(state)
         return job
-
-    weights = None
-    if settings.restart_epoch:
-        epoch = settings.restart_epoch
-        weights = distributed.from_first(lambda: checkpoint_file(settings.ckpt_url, epoch))
-    job = Job(settings, start.folder, device, data.to(device), weights)
-    distributed.from_first(lambda: take_new_folder(job, lock))
+    distributed.from_first(lambda: take_new_folder(settings, job.folder, lock))
+    if distributed.first():
+        job.save_state()
     if weights is not None:
-        job.log(f"restart    after epoch {epoch} from the weights in {weights}")
+        job.log(f"restart    after epoch {settings.restart_epoch} from the weights in {weights}")
     return job
-
-
-def take_new_folder(job: Job, lock: ExitStack) -> None:
-    """Lock the folder of a new run, and save the state that the run starts with."""
-    take_folder(job.folder, lock)
-    if job.settings.overwrite:
-        remove_existing(job.folder)
-    refuse_existing(job.folder)  # another process may have been faster
-    job.save_state()
 
 
 def train_epoch(job: Job) -> None:
@@ -231,8 +220,8 @@ def train_step(job: Job, batch: Split) -> Tensor:
     return torch.cat([stats, norm[None]])
 
 
-def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
-    """Return the natural and the PGD-40-over-heads accuracy of a network, in percent.
+def evaluate(job: Job, model: nn.Module, split: Split) -> records.Row:
+    """Return the natural and the PGD-40-over-heads accuracy of a network, in percent, by column.
 
     With --precision bf16 the attack searches in bfloat16, and the network in float32 judges.
     """
@@ -259,15 +248,7 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> tuple[float, float]:
 
         natural = verdicts(net, split, batch_size, progress=progress)
         robust = verdicts(net, split, batch_size, attack, natural, progress)
-    return percent(natural), percent(robust)
-
-
-def accuracy(right: float, count: int) -> float | None:
-    """Return the percentage of right answers among `count`.
-
-    None where none were given (NaN), as on natural images by plain pgd.
-    """
-    return None if math.isnan(right) else 100 * round(right) / count
+    return {"natural_accuracy": percent(natural), "pgd40_heads_accuracy": percent(robust)}
 
 
 def finish_epoch(job: Job) -> None:
@@ -276,46 +257,27 @@ def finish_epoch(job: Job) -> None:
     last_state.pt is written last, so that it is never ahead of the other files.
     """
     settings = job.settings
-    progress = job.progress
+    epoch = job.progress.epoch
     distributed.share_buffers(job.model)
     if job.average is not None:
         job.average.take_statistics(job.model)
     checkpoint = job.checkpoint(job.evaluated)
 
     started = time.perf_counter()
-    natural = None
-    robust = None
-    if progress.epoch % settings.eval_interval == 0 or progress.epoch == settings.epochs:
-        natural, robust = evaluate(job, job.evaluated, job.data.selection)
+    accuracies = records.NOT_EVALUATED
+    if epoch % settings.eval_interval == 0 or epoch == settings.epochs:
+        accuracies = evaluate(job, job.evaluated, job.data.selection)
+    row = records.epoch_row(job, accuracies, time.perf_counter() - started)
+    rows = [*job.progress.rows, row]
+    job.progress = Progress(epoch + 1, rows=rows)
 
-    count = progress.done
-    terms = dict(progress.sums)
-    train_natural = accuracy(terms.pop("natural"), count)
-    train_robust = accuracy(terms.pop("robust"), count)
-    images = count * settings.batch_size / job.own_images  # with those of --extra-data
-    row = {
-        "epoch": progress.epoch,
-        "lr": job.optimizer.param_groups[0]["lr"],
-        **{name: total / count for name, total in terms.items()},
-        "train_natural_accuracy_first_head": train_natural,
-        "train_robust_accuracy_first_head": train_robust,
-        "natural_accuracy": natural,
-        "pgd40_heads_accuracy": robust,
-        "train_images_per_second": images / progress.seconds,
-        "seconds": progress.seconds + time.perf_counter() - started,
-    }
-    progress.rows.append(row)
     records.log_epoch(job, row)
-    job.progress = Progress(progress.epoch + 1, rows=progress.rows)
-
     if distributed.first():
-        records.write_metrics(job.folder / "metrics.csv", progress.rows)
-        if settings.tensorboard:
-            records.write_for_tensorboard(job.folder, row)
+        records.write_epoch(job, rows)
         save(job.folder / LAST, checkpoint)
-        if row["epoch"] % settings.save_freq == 0:
-            save(job.folder / f"model-{row['epoch']}.pt", checkpoint)
-        if records.best_row(progress.rows) is row:
+        if epoch % settings.save_freq == 0:
+            save(job.folder / f"model-{epoch}.pt", checkpoint)
+        if records.best_row(rows) is row:
             save(job.folder / BEST, checkpoint)
         job.save_state()
 
@@ -323,12 +285,12 @@ def finish_epoch(job: Job) -> None:
 def finish_run(job: Job) -> None:
     """Draw the curves, evaluate the best epoch on images that did not choose it, and log it all."""
     data = job.data
-    if note := records.draw_training_curves(job):
-        job.log(note)
     if records.best_row(job.progress.rows) is None:
         return
+    if note := records.draw_training_curves(job):
+        job.log(note)
     on_test = None
-    if data.test is not None and data.tested != data.selected:
+    if data.tested != data.selected:
         # A network of its own: a stop saves job.model, which is that of the last epoch.
         best, _ = distributed.from_first(
             lambda: load_model(job.folder / BEST, arch=job.settings.arch)

@@ -1,7 +1,9 @@
 """What a run says of itself: train.log, run.json, metrics.csv, training_curves.png, TensorBoard."""
 
 import csv
+import math
 import shlex
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from utils.system.devices import precision_name
 from utils.system.files import write_atomically, write_record
 from utils.system.options import flag
 from utils.system.provenance import in_one_line
-from utils.system.settings import code_flags, dataset_defaults, idle, stored
+from utils.system.settings import Training, code_flags, dataset_defaults, idle, stored
 from utils.system.values import as_given
 from utils.training.job import Job
 from utils.training.runs import Start
 
 Row = dict[str, Any]  # of metrics.csv, by column
+NOT_EVALUATED: Row = {"natural_accuracy": None, "pgd40_heads_accuracy": None}
 
 
 def announce(job: Job, start: Start) -> None:
@@ -42,19 +45,15 @@ def announce(job: Job, start: Start) -> None:
     }
     write_record(job.folder / "run.json", record)
 
-    usual = stored(dataset_defaults(settings.dataset))
-    changed = []
-    for name, value in record["settings"].items():
-        if value is None or value == usual[name] or name in idle(settings):
-            continue
-        changed.append(flag(name) if value is True else f"{flag(name)} {as_given(value)}")
+    names = [name for name in record["settings"] if name not in idle(settings)]
+    changed = other_flags(settings, dataset_defaults(settings.dataset), names)
     job.log(in_one_line(job.provenance))
     others = f", but for {' '.join(changed)}" if changed else ""
     job.log(f"settings   the defaults of {settings.dataset}{others}")
     job.log(f"network    {record['parameters']:,} parameters, {record['precision']}")
     job.log(f"data       {record['training_images']} images to train")
     job.log(f"selection  by pgd40_heads on {data.selected}, {record['evaluation_images']} images")
-    for note in sorted({split.note for split in data[:3] if split and split.note}):
+    for note in sorted({data.train.note, data.selection.note, data.test.note} - {""}):
         job.log(f"note       {note}")
     job.log(f"output     {job.folder}/")
     if start.state is not None:
@@ -78,10 +77,53 @@ def log_resume(job: Job, start: Start) -> None:
         job.log("nothing is left to train; raise --epochs")
 
 
-def accuracies(natural: float | None, robust: float | None, labels: Tensor, where: str = "") -> str:
+def other_flags(settings: Training, usual: Training, names: Iterable[str]) -> list[str]:
+    """Return the words of a command line for those settings of `names` that are not as usual."""
+    words = []
+    for name in names:
+        value = getattr(settings, name)
+        if value is None or value == getattr(usual, name):
+            continue
+        words.append(flag(name))
+        if value is not True:
+            words.append(as_given(value))
+    return words
+
+
+def epoch_row(job: Job, accuracies: Row, seconds: float) -> Row:
+    """Return the row of an epoch for metrics.csv. seconds: what its evaluation took."""
+    progress = job.progress
+    count = progress.done
+    terms = dict(progress.sums)
+    train_natural = accuracy(terms.pop("natural"), count)
+    train_robust = accuracy(terms.pop("robust"), count)
+    images = count * job.settings.batch_size / job.own_images  # with those of --extra-data
+    return {
+        "epoch": progress.epoch,
+        "lr": job.optimizer.param_groups[0]["lr"],
+        **{name: total / count for name, total in terms.items()},
+        "train_natural_accuracy_first_head": train_natural,
+        "train_robust_accuracy_first_head": train_robust,
+        **accuracies,
+        "train_images_per_second": images / progress.seconds,
+        "seconds": progress.seconds + seconds,
+    }
+
+
+def accuracy(right: float, count: int) -> float | None:
+    """Return the percentage of right answers among `count`.
+
+    None where none were given (NaN), as on natural images by plain pgd.
+    """
+    return None if math.isnan(right) else 100 * round(right) / count
+
+
+def in_words(accuracies: Row, labels: Tensor, where: str = "") -> str:
     """Format the two accuracies of an evaluation on images of these labels, in percent."""
+    natural = accuracies["natural_accuracy"]
     if natural is None:
         return "not evaluated"
+    robust = accuracies["pgd40_heads_accuracy"]
     figures = f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %"
     return f"{figures}{where}{at_chance(natural, labels)}"
 
@@ -89,10 +131,9 @@ def accuracies(natural: float | None, robust: float | None, labels: Tensor, wher
 def log_epoch(job: Job, row: Row) -> None:
     """Log an epoch in a line; metrics.csv has all of its figures."""
     epochs = job.settings.epochs
-    labels = job.data.selection.labels
-    figures = accuracies(row["natural_accuracy"], row["pgd40_heads_accuracy"], labels)
     minutes = (epochs - row["epoch"]) * row["seconds"] / 60
     speed = f"{row['seconds']:.1f} s, {minutes:.1f} min left"
+    figures = in_words(row, job.data.selection.labels)
     job.log(f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  {figures}  {speed}")
 
 
@@ -109,8 +150,8 @@ def best_row(rows: list[Row]) -> Row | None:
     )
 
 
-def write_metrics(file: Path, rows: list[Row]) -> None:
-    """Write metrics.csv, with nine digits of each figure."""
+def write_epoch(job: Job, rows: list[Row]) -> None:
+    """Write metrics.csv, with nine digits of each figure, and its last row for TensorBoard."""
     best = best_row(rows)
     lines = []
     for row in rows:
@@ -125,49 +166,40 @@ def write_metrics(file: Path, rows: list[Row]) -> None:
             table.writeheader()
             table.writerows(lines)
 
-    write_atomically(file, write)
+    write_atomically(job.folder / "metrics.csv", write)
+    if job.settings.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-
-def write_for_tensorboard(folder: Path, row: Row) -> None:
-    """Add a row of metrics.csv to what TensorBoard shows of the run."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    with SummaryWriter(folder / "tensorboard") as writer:
-        for name, value in row.items():
-            if value is not None and name != "epoch":
-                writer.add_scalar(name, value, row["epoch"])
+        with SummaryWriter(job.folder / "tensorboard") as writer:
+            for name, value in rows[-1].items():
+                if value is not None and name != "epoch":
+                    writer.add_scalar(name, value, rows[-1]["epoch"])
 
 
 def draw_training_curves(job: Job) -> str:
     """Draw the epochs so far; return '', or a line that says why they could not be drawn."""
-    rows = job.progress.rows
-    if not rows or not distributed.first():
+    if not distributed.first():
         return ""
-    return save_or_note(
-        partial(draw_curves, rows, best_row(rows)), job.folder / "training_curves.png"
-    )
+    rows = job.progress.rows
+    draw = partial(draw_curves, rows, best_row(rows))
+    return save_or_note(draw, job.folder / "training_curves.png")
 
 
-def log_results(job: Job, on_test: tuple[float, float] | None) -> None:
+def log_results(job: Job, on_test: Row | None) -> None:
     """Log the figures of the last and the best epoch, and how to go on.
 
     on_test: the two accuracies of the best epoch on images that did not choose it.
     """
     data = job.data
     rows = job.progress.rows
-    labels = data.selection.labels
     for name, row in (("last", rows[-1]), ("best", best_row(rows))):
-        both = (row["natural_accuracy"], row["pgd40_heads_accuracy"])
-        figures = accuracies(*both, labels, f" on {data.selected}")
+        figures = in_words(row, data.selection.labels, f" on {data.selected}")
         job.log(f"{name} epoch, {row['epoch']}: {figures}")
     if on_test is not None:
-        job.log(f"best epoch on {data.tested}: {accuracies(*on_test, data.test.labels)}")
+        job.log(f"best epoch on {data.tested}: {in_words(on_test, data.test.labels)}")
 
     script = Path(__file__).resolve().parents[2] / "test_white_attack.py"
     command = [str(script), "--ckpt_url", str(job.folder / BEST), *code_flags(job.settings.arch)]
     usual = dataset_defaults(job.settings.dataset, job.settings.norm)
-    for name in ("epsilon", "step_size"):
-        value = getattr(job.settings, name)
-        if value != getattr(usual, name):
-            command += [flag(name), as_given(value)]
+    command += other_flags(job.settings, usual, ("epsilon", "step_size"))
     job.log(f"evaluate by: python {shlex.join(command)}")

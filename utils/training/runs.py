@@ -4,7 +4,7 @@ import glob
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -88,8 +88,8 @@ def prepare(command: Command, lock: ExitStack) -> Start:
         raise UsageError(f"--resume: {file} does not exist; {known_runs(settings)}")
     take_folder(folder, lock)  # before reading, since another process may write
     state = read(file)
-    unknown_settings = state["recipe"].keys() - stored(Training()).keys()
-    if state.get("version") != VERSION or unknown_settings:
+    known_settings = stored(Training()).keys()
+    if state.get("version") != VERSION or not state["recipe"].keys() <= known_settings:
         raise UsageError(f"{file} is of another version of this code, which can resume it")
     run = restored(state["recipe"])
     if is_code(run.arch):
@@ -105,54 +105,56 @@ def run_folder(command: Command) -> Path:
     own recipe in settings on which results depend. A name that is too long for a file is cut; a
     checksum of the whole name ends it then.
     """
-    settings = command.settings
-    script = training_settings({}, command.script)
-    excluded = {"model_dir", "ckpt_url", *FREE, *idle(settings)}
-    published = [name for name in PUBLISHED if name not in excluded or not settings.no_anc]
-    parts = [settings.model_dir.rstrip("/\\")]
-    parts += [f"{name}-{getattr(settings, name)}" for name in published]
-
-    method_in_model_dir = (
-        "model_dir" not in command.given and settings.model_dir != script.model_dir
-    )
-    for name in KIND:
-        value = getattr(settings, name)
-        if value == getattr(script, name) or (name == "method" and method_in_model_dir):
-            continue
-        parts.append(name.replace("_", "-") if value is True else arch_name(str(value)))
-    if settings.dataset == "folder":
-        path = os.path.realpath(settings.data_dir)
-        parts.append(f"{Path(path).name}-{zlib.crc32(os.fsencode(path)) % 16**4:04x}")
-
-    kind = {name: getattr(settings, name) for name in DECIDING}
-    usual = stored(training_settings(kind, command.script))
-    excluded.update(PUBLISHED, KIND, ["tag"])
-    for name, value in stored(settings).items():
-        if name in excluded or value == usual[name]:
-            continue
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        if name == "extra_data":
-            value = Path(value).stem
-        parts.append(f"{name}-{value}")
-    # Of other schedules the rate of each step depends on the number of epochs.
-    if settings.lr_schedule != "milestones" and settings.epochs != usual["epochs"]:
-        parts.append(f"epochs-{settings.epochs}")
-    if settings.tag:
-        parts.append(f"tag-{settings.tag}")
-
-    folder = Path("-".join(parts))
+    folder = Path("-".join(_name_parts(command)))
     name = os.fsencode(folder.name)
     if len(name) <= LONGEST_NAME:
         return folder
     return folder.with_name(f"{os.fsdecode(name[: LONGEST_NAME - 9])}-{zlib.crc32(name):08x}")
 
 
+def _name_parts(command: Command) -> Iterator[str]:
+    settings = command.settings
+    script = training_settings({}, command.script)
+    without_effect = idle(settings)
+    yield settings.model_dir.rstrip("/\\")
+    for name in PUBLISHED:
+        if not settings.no_anc or name not in without_effect:
+            yield f"{name}-{getattr(settings, name)}"
+
+    told = set()
+    if "model_dir" not in command.given and settings.model_dir != script.model_dir:
+        told.add("method")  # by model_dir
+    for name in KIND:
+        value = getattr(settings, name)
+        if name not in told and value != getattr(script, name):
+            yield name.replace("_", "-") if value is True else arch_name(str(value))
+    if settings.dataset == "folder":
+        path = os.path.realpath(settings.data_dir)
+        yield f"{Path(path).name}-{zlib.crc32(os.fsencode(path)) % 16**4:04x}"
+
+    told.update(PUBLISHED, KIND, FREE, without_effect, ("model_dir", "ckpt_url", "tag"))
+    kind = {name: getattr(settings, name) for name in DECIDING}
+    usual = stored(training_settings(kind, command.script))
+    for name, value in stored(settings).items():
+        if name in told or value == usual[name]:
+            continue
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if name == "extra_data":
+            value = Path(value).stem
+        yield f"{name}-{value}"
+    # Of other schedules the rate of each step depends on the number of epochs.
+    if settings.lr_schedule != "milestones" and settings.epochs != usual["epochs"]:
+        yield f"epochs-{settings.epochs}"
+    if settings.tag:
+        yield f"tag-{settings.tag}"
+
+
 def known_runs(settings: Training) -> str:
     """Say which runs of a --model-dir can be resumed, and how."""
-    prefix = glob.escape(settings.model_dir.rstrip("/\\"))
-    files = glob.glob(f"{prefix}-*/{STATE}")
-    runs = ", ".join(sorted(os.path.dirname(file) for file in files)) or "none"
+    prefix = Path(settings.model_dir)
+    files = prefix.parent.glob(f"{glob.escape(prefix.name)}-*/{STATE}")
+    runs = ", ".join(sorted(str(file.parent) for file in files)) or "none"
     hint = "name a run by --resume PATH alone, or start one without --resume"
     return f"{hint}; runs of this --model-dir: {runs}"
 
@@ -220,3 +222,11 @@ def take_folder(folder: Path, lock: ExitStack) -> None:
         hint = "wait for it, or name another --model-dir"
         raise UsageError(f"another process writes to {folder}; {hint}") from None
     remove_leftovers(folder)
+
+
+def take_new_folder(settings: Training, folder: Path, lock: ExitStack) -> None:
+    """Take a folder for a new run; with --overwrite, remove the run that it holds."""
+    take_folder(folder, lock)
+    if settings.overwrite:
+        remove_existing(folder)
+    refuse_existing(folder)  # another process may have been faster
