@@ -14,12 +14,23 @@ from torch.func import functional_call
 
 import utils.training.loop as training
 from models import build_model
-from tests.helpers import ANCRA, assert_equal, digits_split, folder, resume, settings, state, train
+from tests.helpers import (
+    ANCRA,
+    DIGITS,
+    assert_equal,
+    digits_split,
+    folder,
+    pixels,
+    resume,
+    settings,
+    state,
+    train,
+)
 from utils.data.datasets import load_extra, with_extra
 from utils.losses import pgd_loss, trades_loss
 from utils.step import Attacked, training_loss
 from utils.system.checkpoints import load_model
-from utils.system.errors import Stopped, UsageError
+from utils.system.errors import Stopped
 from utils.training.companions import (
     Average,
     adversarial_weights,
@@ -35,7 +46,7 @@ def test_steps_of_adamw_by_hand():
     layers = {"norm": nn.BatchNorm1d(4), "fc": nn.Linear(4, 2), "positions": nn.Embedding(3, 4)}
     model = nn.ModuleDict(layers).double()
     optimizer = make_optimizer(model, settings("--optimizer=adamw", "--lr=0.1", "--wd=0.5"))
-    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = copy.deepcopy(model.state_dict())
     first = dict.fromkeys(expected, 0)
     second = dict.fromkeys(expected, 0)
     for step in (1, 2, 3):
@@ -46,11 +57,11 @@ def test_steps_of_adamw_by_hand():
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             mean = first[name] / (1 - 0.9**step)
             spread = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
-            decay = 0.5 if name == "fc.weight" else 0
-            expected[name] = (1 - 0.1 * decay) * expected[name] - 0.1 * mean / spread
+            if name == "fc.weight":  # the only one that decays
+                expected[name] *= 1 - 0.1 * 0.5
+            expected[name] -= 0.1 * mean / spread
         optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter, expected[name], rtol=1e-12, atol=1e-12), name
+    torch.testing.assert_close(model.state_dict(), expected, rtol=1e-12, atol=1e-12)
 
 
 # Adversarial weight perturbation
@@ -67,19 +78,20 @@ def awp_case(no_ra, method="trades"):
     return model.double().train(), (draw(6, 3, 16, 16), labels, attacked, chosen)
 
 
+def leave_gradients(model, case):
+    """Leave the gradients of `training_loss` in the parameters."""
+    training_loss(model, *case).loss.backward()
+
+
 def two_steps(model, case, gamma):
     """Take two steps with `adversarial_weights` -> all weights and statistics."""
     optimizer = make_optimizer(model, replace(case[-1], lr=0.1))
-
-    def gradients():
-        training_loss(model, *case).loss.backward()
-
     for _ in range(2):
-        with adversarial_weights(model, gradients, gamma):
-            gradients()
+        with adversarial_weights(model, partial(leave_gradients, model, case), gamma):
+            leave_gradients(model, case)
             optimizer.step()
         optimizer.zero_grad()
-    return model.state_dict()
+    return dict(model.state_dict())
 
 
 def two_steps_by_hand(model, case, gamma):
@@ -89,7 +101,7 @@ def two_steps_by_hand(model, case, gamma):
     """
     weights = {name: w.detach().clone() for name, w in model.named_parameters()}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    momentum = {name: torch.zeros_like(w) for name, w in weights.items()}
+    momentum = dict.fromkeys(weights, 0)
 
     def gradients(weights, buffers):
         moving = {name: w.clone().requires_grad_() for name, w in weights.items()}
@@ -98,10 +110,11 @@ def two_steps_by_hand(model, case, gamma):
             return functional_call(model, moving | buffers, (images, gate, heads))
 
         loss = training_loss(network, *case).loss
-        return dict(zip(moving, torch.autograd.grad(loss, list(moving.values())), strict=True))
+        values = torch.autograd.grad(loss, list(moving.values()))
+        return dict(zip(moving, values, strict=True))
 
     for _ in range(2):
-        first = gradients(weights, {name: b.clone() for name, b in buffers.items()})
+        first = gradients(weights, copy.deepcopy(buffers))
         moved = dict(weights)
         for name, gradient in first.items():
             if gradient.ndim > 1:
@@ -116,27 +129,24 @@ def two_steps_by_hand(model, case, gamma):
 
 
 @pytest.mark.parametrize(
-    ("no_ra", "method"), [(False, "trades"), (True, "trades"), (False, "mart"), (False, "pgd")]
+    ("no_ra", "method"),
+    [(False, "trades"), (True, "trades"), (False, "mart"), (False, "pgd")],
 )
 def test_a_step_with_adversarial_weights(no_ra, method):
     model, case = awp_case(no_ra, method)
     expected = two_steps_by_hand(copy.deepcopy(model), case, 0.01)
     actual = two_steps(model, case, 0.01)
-    torch.testing.assert_close(dict(actual), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_weights_come_back_whatever_happens_inside():
     model, case = awp_case(False)
     before = copy.deepcopy(model.state_dict())
-
-    def gradients():
-        training_loss(model, *case).loss.backward()
-
-    with pytest.raises(RuntimeError, match="inside"), adversarial_weights(model, gradients, 0.1):
+    perturbed = adversarial_weights(model, partial(leave_gradients, model, case), 0.1)
+    with pytest.raises(RuntimeError, match="inside"), perturbed:
         assert not torch.equal(before["conv1.weight"], model.conv1.weight)
         raise RuntimeError("inside")
-    for name, value in model.state_dict().items():
-        assert torch.allclose(value, before[name], rtol=0, atol=1e-12), name
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=1e-12)
 
 
 # Averaged weights
@@ -156,43 +166,43 @@ def test_an_average_copies_statistics():
 # Schedules
 
 
-def test_learning_rates_at_ten_points():
-    at = [0, 0.5, 1, 2.5, 4, 5, 7.5, 8, 9.5, 9.99]
+TIMES = [0, 0.5, 1, 2.5, 4, 5, 7.5, 8, 9.5, 9.99]  # in epochs
 
-    def rates(schedule, **options):
-        chosen = replace(settings(), lr=1.0, epochs=10, lr_schedule=schedule, **options)
-        return [learning_rate(chosen, done) for done in at]
 
-    published = rates("milestones", milestones=(4, 9))
-    assert published == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
-    assert rates("piecewise") == pytest.approx([1] * 5 + [0.1] + [0.01] * 4)
-    assert rates("cosine") == pytest.approx([(1 + math.cos(math.pi * t / 10)) / 2 for t in at])
-    linear = [0, 0.2, 0.4, 1, 0.8, 2 / 3, 1 / 3, 8 / 30, 2 / 30, 0.04 / 30]
-    assert rates("cyclic") == pytest.approx(linear)
-    warm = rates("cosine", warmup_lr=2)
-    assert warm[:3] == pytest.approx([0, 0.25, 0.5])
-    assert warm[6] == pytest.approx((1 + math.cos(math.pi * 5.5 / 8)) / 2)
-    assert rates("milestones", milestones=(2,), warmup_lr=2)[5] == pytest.approx(0.1)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--lr-schedule=milestones --milestones=4,9", [1] * 4 + [0.1] * 3 + [0.01] * 3),
+        ("--lr-schedule=piecewise", [1] * 5 + [0.1] + [0.01] * 4),
+        ("--lr-schedule=cosine", [(1 + math.cos(math.pi * t / 10)) / 2 for t in TIMES]),
+        (
+            "--lr-schedule=cyclic",
+            [0, 0.2, 0.4, 1, 0.8, 2 / 3, 1 / 3, 8 / 30, 2 / 30, 0.04 / 30],
+        ),
+        (
+            "--lr-schedule=cosine --warmup-lr=2",
+            [0, 0.25, 0.5, *((1 + math.cos(math.pi * (t - 2) / 8)) / 2 for t in TIMES[3:])],
+        ),
+        ("--milestones=2 --warmup-lr=2", [0, 0.25, 0.5] + [0.1] * 7),
+    ],
+)
+def test_learning_rates_at_ten_times(flags, expected):
+    chosen = settings("--lr=1", "--epochs=10", *flags.split())
+    assert [learning_rate(chosen, done) for done in TIMES] == pytest.approx(expected)
 
 
 # Extra data
 
 
-def extra_file(path, count=40, side=16, **changes):
-    """Write generated images for the ten classes of digits -> the file."""
-    draw = np.random.default_rng(0)
-    arrays = {
-        "image": draw.integers(0, 256, (count, side, side, 3), np.uint8),
-        "label": np.arange(count) % 10,
-        **changes,
-    }
-    np.savez(path, **arrays)
+def extra_file(path, **changes):
+    """Write 40 generated images for the ten classes of digits -> the file."""
+    arrays = {"image": pixels(0, 40, 16, 16, 3), "label": np.arange(40) % 10}
+    np.savez(path, **arrays | changes)
     return path
 
 
 def test_a_batch_of_extra_data_image_by_image(tmp_path):
     file = extra_file(tmp_path / "extra.npz")
-    stored = np.load(file)
     train_part = digits_split("train", 64)
     extra = load_extra(str(file), train_part)
     batch = train_part.take(torch.arange(6))
@@ -200,14 +210,14 @@ def test_a_batch_of_extra_data_image_by_image(tmp_path):
     assert_equal(both, with_extra(batch, extra, 14, (1, 2, 0)))
     assert not torch.equal(both.images, with_extra(batch, extra, 14, (1, 2, 6)).images)
 
+    stored = np.load(file)
     draw = np.random.default_rng((1, 2, 0))
     chosen = draw.integers(40, size=14)
-    extra_images = torch.from_numpy(stored["image"][chosen]).permute(0, 3, 1, 2)
-    images = torch.cat([batch.images, extra_images])
-    labels = torch.cat([batch.labels, torch.from_numpy(stored["label"][chosen])])
     order = draw.permutation(20)
-    assert torch.equal(both.images, images[order])
-    assert torch.equal(both.labels, labels[order])
+    images = np.concatenate([batch.images, stored["image"][chosen].transpose(0, 3, 1, 2)])
+    labels = np.concatenate([batch.labels, stored["label"][chosen]])
+    assert np.array_equal(both.images, images[order])
+    assert np.array_equal(both.labels, labels[order])
 
 
 def test_an_epoch_sees_each_original_image_once(tmp_path, monkeypatch, short_runs):
@@ -230,20 +240,16 @@ def test_an_epoch_sees_each_original_image_once(tmp_path, monkeypatch, short_run
     [
         ({"label": np.arange(40) % 12}, "classes"),
         ({"image": np.zeros((40, 16, 16, 3))}, "float64"),
+        (None, "extra.npz"),
     ],
+    ids=["classes", "format", "no npz"],
 )
-def test_extra_data_that_does_not_fit(tmp_path, changes, reason):
-    file = extra_file(tmp_path / "extra.npz", **changes)
-    with pytest.raises(UsageError, match=reason):
-        load_extra(str(file), digits_split("train", 64))
-
-
-def test_extra_data_that_is_no_npz(tmp_path, refused):
+def test_extra_data_that_does_not_fit_is_refused(tmp_path, refused, changes, reason):
     file = tmp_path / "extra.npz"
     file.write_bytes(b"PK\3\4 cut off")
-    flags = ("--dataset=digits", "--model-dir", tmp_path / "run", "--extra-data")
-    refused(ANCRA, *flags, file, mentions=(file,))
-    refused(ANCRA, *flags, tmp_path / "none.npz", mentions=("none.npz",))
+    if changes is not None:
+        extra_file(file, **changes)
+    refused(ANCRA, *DIGITS, "--extra-data", file, mentions=["extra.npz", reason])
 
 
 # Label smoothing
@@ -256,8 +262,9 @@ def test_label_smoothing_is_of_cross_entropy_alone():
     cross_entropy = F.cross_entropy(natural, labels)
     smooth = 0.9 * cross_entropy - 0.1 * F.log_softmax(natural, 1).mean()
     assert torch.allclose(pgd_loss(natural, labels, 0.1), smooth)
-    expected = trades_loss(natural, adversarial, labels, 6.0) - cross_entropy + smooth
-    assert torch.allclose(trades_loss(natural, adversarial, labels, 6.0, 0.1), expected)
+    plain = trades_loss(natural, adversarial, labels, 6.0)
+    smoothed = trades_loss(natural, adversarial, labels, 6.0, 0.1)
+    assert torch.allclose(smoothed - plain, smooth - cross_entropy, atol=1e-6)
 
 
 # All at once
@@ -275,8 +282,7 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     def step(job, batch):
         rates.append(job.optimizer.param_groups[0]["lr"])
         figures = real_step(job, batch)
-        networks = job.model, job.average.model
-        averaged.append([network.conv1.weight.detach().clone() for network in networks])
+        averaged.append(copy.deepcopy([job.model.conv1.weight, job.average.model.conv1.weight]))
         return figures
 
     def perturb(model, gradients, gamma):
@@ -297,10 +303,11 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     assert rates == pytest.approx([0, 0.015, *cosine])
     assert perturbed == [(step, 0.05) for step in (3, 4, 5, 6)]
     assert evaluated == [True, True, True]
-    for t, (weights, average) in enumerate(averaged[1:], 1):
+    _, average = averaged[0]
+    for t, (weights, now) in enumerate(averaged[1:], 1):
         decay = min(0.3, (1 + t) / (10 + t))
-        expected = decay * averaged[t - 1][1] + (1 - decay) * weights
-        assert torch.allclose(average, expected, atol=1e-6)
+        average = decay * average + (1 - decay) * weights
+        assert torch.allclose(now, average, atol=1e-6)
 
 
 def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkeypatch, short_runs):
