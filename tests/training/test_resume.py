@@ -37,20 +37,31 @@ def named(*flags, recipe=RA):
     return runs.run_folder(parse_training("", recipe, list(map(str, flags)))).name
 
 
-def test_a_folder_is_named_as_published_then_by_what_differs(straight_run):
-    published = "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1"
-    assert named() == published
-    assert named("--model-dir", "./model/ANCRA/", "--epochs", 5, "--no-cuda") == published
-    assert (
-        named("--wd", 0.1, "--milestones", "5,6") == f"{published}-milestones-5,6-weight_decay-0.1"
-    )
-    assert named("--method", "pgd") == f"{published}-pgd"
-    schedule = ("--lr-schedule", "cosine", "--epochs", 9, "--seed", 1, "--width", 8)
-    assert named(*schedule) == f"{published}-lr_schedule-cosine-width-8-epochs-9"
-    assert named("--optimizer", "adamw", "--momentum", 0.5) == f"{published}-adamw"
-    assert named("--optimizer", "adamw", "--lr", 0.01) == f"{published}-adamw-lr-0.01"
-    assert named("--tag", "wider gate") == f"{published}-tag-wider gate"
-    assert named("--no-ra", "--cr_beta", 1) == named("--no-ra") != published
+PUBLISHED = "ANCRA-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "end"),
+    [
+        ("", ""),
+        ("--model-dir ./model/ANCRA/ --epochs 5 --no-cuda", ""),
+        ("--wd 0.1 --milestones 5,6", "-milestones-5,6-weight_decay-0.1"),
+        ("--method pgd", "-pgd"),
+        (
+            "--lr-schedule cosine --epochs 9 --seed 1 --width 8",
+            "-lr_schedule-cosine-width-8-epochs-9",
+        ),
+        ("--optimizer adamw --momentum 0.5", "-adamw"),
+        ("--optimizer adamw --lr 0.01", "-adamw-lr-0.01"),
+        ("--tag wider", "-tag-wider"),
+        ("--no-ra --cr_beta 1", "-no-ra"),
+    ],
+)
+def test_a_folder_is_named_as_published_then_by_what_differs(flags, end):
+    assert named(*flags.split()) == PUBLISHED + end
+
+
+def test_the_name_of_a_run_on_digits(straight_run):
     assert straight_run.name == (
         "run-strategy-random_adv-alpha-1.0-beta-6.0-zeta-3.0-seed-1-digits-batch_size-10"
         "-milestones-2-num_steps-2-warmup_epochs-0-width-4-limit_train-24-limit_test-12"
@@ -69,11 +80,10 @@ def test_a_folder_is_named_by_its_method():
     assert named("--method", "mart", recipe=ancra).startswith("ANCRA-WideResNet34-MART-")
 
 
-def test_folders_of_data_are_told_apart_by_their_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    one = named("--dataset", "folder", "--data-dir", tmp_path / "a" / "cats")
-    assert one != named("--dataset", "folder", "--data-dir", tmp_path / "b" / "cats")
-    assert one == named("--dataset", "folder", "--data-dir", "a/cats/")
+def test_folders_of_data_are_told_apart_by_their_paths(here):
+    one = named("--dataset=folder", "--data-dir=a/cats/")
+    assert one == named("--dataset=folder", f"--data-dir={here}/a/cats")
+    assert one != named("--dataset=folder", "--data-dir=b/cats")
     assert "-folder-cats-" in one
 
 
@@ -91,12 +101,10 @@ def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path, straight_run):
 
 
 def test_a_finished_run_stays_as_it_is(run, capsys):
-    before = files(run)
+    networks = {file: file.read_bytes() for file in run.glob("*model*.pt")}
     resume(run)
     assert "nothing is left to train" in capsys.readouterr().out
-    for file in run.glob("*.pt"):
-        if file.name != "last_state.pt":
-            assert file.read_bytes() == before[file]
+    assert networks == {file: file.read_bytes() for file in run.glob("*model*.pt")}
 
 
 def test_run_json_keeps_what_resumes_were_given(tmp_path):
@@ -104,8 +112,8 @@ def test_run_json_keeps_what_resumes_were_given(tmp_path):
     resume(run, "--epochs", 2, "--no-cuda")
     resume(run, "--epochs", 3, "--device", "cpu")
     record = json.loads((run / "run.json").read_text())
-    settings = [r["settings"] for r in (*record["earlier"], record)]
-    assert [values["epochs"] for values in settings] == [1, 2, 3]
+    epochs = [r["settings"]["epochs"] for r in (*record["earlier"], record)]
+    assert epochs == [1, 2, 3]
 
 
 # Settings that differ
@@ -162,52 +170,55 @@ def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
     pets = image_folder(tmp_path / "pets", parts)
     flags = ("--dataset", "folder", "--data-dir", pets, "--image-size", 16)
     run = train(tmp_path, *flags, *ONE_EPOCH)
-    checksums = state(run)["checksums"]
+    checksums = json.loads((run / "run.json").read_text())["checksums"]
+    assert checksums == state(run)["checksums"]
     assert checksums.keys() == {"training", "selection", "test"}
-    assert json.loads((run / "run.json").read_text())["checksums"] == checksums
-    assert load_model(run)
     log = capsys.readouterr().out
     assert "on the val part, 6 images" in log
     assert "best epoch on the test set" in log
-    resume(run, "--epochs", 2)
 
+    def resumed(*flags):
+        resume(run, *flags)
+        return capsys.readouterr().out
+
+    assert "other images" not in resumed("--epochs", 2)
     for part in ("train", "test"):
         png(pets / part / "dog" / "1.png", pixels(77, 16, 16, 3))
     before = files(run)
     with pytest.raises(UsageError, match="other images .*--other-data"):
         resume(run, "--epochs", 3)
     assert files(run) == before
-
-    assert "other images" not in capsys.readouterr().out
-    resume(run, "--epochs", 3, "--other-data")
-    assert "other images" in capsys.readouterr().out
-    resume(run, "--epochs", 4)  # the flag was for those images; these are the run's own now
-    assert "other images" not in capsys.readouterr().out
+    assert "other images" in resumed("--epochs", 3, "--other-data")
+    # The flag was for those images; these are the run's own now.
+    assert "other images" not in resumed("--epochs", 4)
 
 
 # Starting from weights
 
 
 def test_a_restart_from_weights_has_a_fresh_optimiser(tmp_path):
-    first = train(tmp_path / "1", *ONE_EPOCH)
-    file = first / "model-wrn-last.pt"
-    again = train(tmp_path / "2", "--restart_epoch", 1, "--ckpt_url", file)
+    def restarted(name, file):
+        return train(tmp_path / name, "--restart_epoch", 1, "--ckpt_url", file)
+
+    file = train(tmp_path / "1", *ONE_EPOCH) / "model-wrn-last.pt"
+    again = restarted("2", file)
     assert [row["epoch"] for row in metrics(again)] == ["2"]
 
     weights = load_model(file)[0].state_dict()
     published = {f"module.{name.replace('fc.', 'linear.')}": w for name, w in weights.items()}
     torch.save({"net": published, "epoch": 1}, tmp_path / "published.pt")
-    flags = ("--restart_epoch", 1, "--ckpt_url", tmp_path / "published.pt")
-    assert_same_run(again, train(tmp_path / "3", *flags))
+    assert_same_run(again, restarted("3", tmp_path / "published.pt"))
 
 
 def test_a_restart_takes_the_weights_of_its_epoch_from_a_run_folder(tmp_path):
     first = train(tmp_path / "1", "--epochs", 3, "--save-freq", 2)
-    for epoch, name in ((2, "model-2.pt"), (3, "model-wrn-last.pt")):
+
+    def restarted(epoch):
         flags = ("--epochs", epoch + 1, "--restart_epoch", epoch, "--ckpt_url", first)
-        run = train(tmp_path / str(epoch), *flags)
-        assert f"from the weights in {first / name}" in (run / "train.log").read_text()
-    flags = ("--epochs", 8, "--restart_epoch", 7, "--ckpt_url", first)
+        return (train(tmp_path / str(epoch), *flags) / "train.log").read_text()
+
+    assert f"from the weights in {first}/model-2.pt" in restarted(2)
+    assert f"from the weights in {first}/model-wrn-last.pt" in restarted(3)
     with pytest.raises(UsageError, match="no weights of epoch 7"):
-        train(tmp_path / "7", *flags)
+        restarted(7)
     assert not (tmp_path / "7").exists()
