@@ -35,17 +35,20 @@ def test_a_crop_is_a_window_of_the_padded_image(kind, size):
     assert augmented.dtype == torch.uint8
     assert torch.equal(images, before)
 
-    found = []
+    places = []
     for image, crop in zip(images.numpy(), augmented.numpy(), strict=True):
         crops = windows(image, size // 8).items()
         matches = [place for place, window in crops if np.array_equal(window, crop)]
         assert len(matches) == 1
-        found += matches
-    mirrored, *shifts = zip(*found, strict=True)
-    for axis in shifts:  # all shifts, each about equally often
-        counts = np.bincount(axis, minlength=size // 4 + 1)
+        places += matches
+    mirrored, *shifts = np.transpose(places)
+    for shift in shifts:  # all shifts, each about equally often
+        counts = np.bincount(shift, minlength=size // 4 + 1)
         assert counts.min() > 0.4 * counts.mean()
-    assert sum(mirrored) == 0 if kind == "crop" else 90 < sum(mirrored) < 210
+    if kind == "crop":
+        assert sum(mirrored) == 0
+    else:
+        assert 90 < sum(mirrored) < 210
 
 
 def test_augmentation_depends_on_its_generator_alone():

@@ -54,23 +54,18 @@ def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(
         return tuple(switch.fp32_precision == "tf32" for switch in both)
 
     noted = {"attack": set(), "pgd": set(), "verdict": set()}
-    real_attack, real_pgd = training.attack_batch, attacks.projected_ascent
 
-    def attack_batch(*args):
-        noted["attack"].add(switches())
-        return real_attack(*args)
+    def noting(name, real):
+        def patched(*args):
+            noted[name].add(switches())
+            return real(*args)
 
-    def projected_ascent(*args):
-        noted["pgd"].add(switches())
-        return real_pgd(*args)
+        return patched
 
-    def network(x):
-        noted["verdict"].add(switches())
-        return x.flatten(1)[:, :4]
-
-    monkeypatch.setattr(training, "attack_batch", attack_batch)
-    monkeypatch.setattr(attacks, "projected_ascent", projected_ascent)
+    monkeypatch.setattr(training, "attack_batch", noting("attack", training.attack_batch))
+    monkeypatch.setattr(attacks, "projected_ascent", noting("pgd", attacks.projected_ascent))
     train(tmp_path, *ONE_EPOCH, "--precision", precision)
+    network = noting("verdict", lambda x: x.flatten(1)[:, :4])
     right_or_not(network, None, *some_batch(4), torch.arange(4))
     assert noted == {"attack": {expected}, "pgd": {expected}, "verdict": {(False, False)}}
     assert switches() == (True, False)
