@@ -86,8 +86,7 @@ def set_up(start: Start, lock: ExitStack) -> Job:
         job.restore(state)
         return job
     distributed.from_first(lambda: take_new_folder(settings, job.folder, lock))
-    if distributed.first():
-        job.save_state()
+    distributed.from_first(job.save_state)
     if weights is not None:
         job.log(f"restart    after epoch {settings.restart_epoch} from the weights in {weights}")
     return job
