@@ -35,11 +35,11 @@ from utils.data.subject import (
     Subject,
     at_chance,
     halving,
+    network_checksum,
     over_images,
     percent,
     verdicts,
 )
-from utils.evaluation.cache import network_checksum
 from utils.evaluation.robustness import white_attack
 from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
@@ -295,7 +295,8 @@ def test_normalisation_is_a_part_of_the_network_that_attacks_see(tmp_path):
     mean, std = (0.25, 0.5, 0.125), (0.5, 0.25, 0.5)
     bare, _ = load_model(file, dataset="digits")
     model, info = load_model(file, dataset="digits", mean=mean, std=std)
-    x = as_input(digits_split(count=4).images)
+    split = digits_split(count=4)
+    x = as_input(split.images)
     labels = torch.tensor([1, 2, 3, 4])
     by_hand = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     for gate in (None, labels):
@@ -306,7 +307,7 @@ def test_normalisation_is_a_part_of_the_network_that_attacks_see(tmp_path):
         with frozen(model) as net:
             assert torch.allclose(net(x, gate, heads=True).final, expected.final, atol=1e-3)
     _, other = load_model(file, dataset="digits", mean=mean, std=mean)
-    assert network_checksum(model, info) != network_checksum(model, other)
+    assert network_checksum(model, info, split) != network_checksum(model, other, split)
 
 
 def test_what_was_assumed_stands_beside_the_figures(tmp_path, capsys):

@@ -37,7 +37,7 @@ from utils.evaluation import results
 from utils.evaluation.adaptive import adaptive, plain, views
 from utils.evaluation.cache import BlockCache, Monitor, WorstImages
 from utils.evaluation.diagnostics import Probe, diagnose
-from utils.evaluation.robustness import Target, planned_attacks, white_attack
+from utils.evaluation.robustness import planned_attacks, white_attack
 from utils.system.attack_copy import AttackCopy, SearchedInBfloat16, frozen
 from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.options import parse
@@ -396,10 +396,11 @@ def files_of_blocks(tmp_path):
         flags = ("--surrogate", "x", "--attacks", attacks, "--n-examples", "10", *flags)
         settings = settings_of("with_ra", *flags)
         subject = load_subject(settings)
-        target = Target(subject, subject.model, undefended(), {}, tmp_path, None)
         subject.split.images[3] += image
         cache = BlockCache(tmp_path, network, "now")
-        plans = planned_attacks(settings, target)
+        surrogate = undefended()
+        view_by_name = views(True, 2.0, surrogate)
+        plans = planned_attacks(settings, subject, surrogate, view_by_name)
         return {name: cache.file(name, plans[name].settings, subject.split) for name in KNOWN}
 
     return files

@@ -1,5 +1,6 @@
 """A trained network with its test images, and the loop that looks at them batch by batch."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from itertools import chain
@@ -14,6 +15,7 @@ from utils.data.datasets import (
     Split,
     as_input,
     batches,
+    checksum_of,
     load_split,
     numbers_of,
 )
@@ -31,6 +33,7 @@ from utils.system.settings import (
     combined,
     dataset_defaults,
     fitting,
+    is_code,
 )
 from utils.system.values import eps_text
 
@@ -58,15 +61,14 @@ def over_images(
     shared: ranks share the images, `batch_size` at a time for each of them, and all return all
     answers; otherwise this process goes over all images alone.
     """
-    device = split.labels.device
-    numbers = numbers_of(split)
+    split = split._replace(numbers=numbers_of(split))
     ranks = distributed.world() if shared else 1
     answers = []
     for positions in batches(torch.arange(len(rows)), batch_size * ranks):
         share = positions[distributed.rank() :: ranks] if shared else positions
         if len(share):
-            batch = split.take(rows[share].to(device))
-            answer = work(as_input(batch.images), batch.labels, numbers[rows[share]])
+            batch = split.take(rows[share])
+            answer = work(as_input(batch.images), batch.labels, batch.numbers)
             answers.append((share, *(values.cpu() for values in answer)))
         if progress is not None:
             progress(len(positions))
@@ -198,6 +200,12 @@ class Subject(NamedTuple):
         return ball
 
     @property
+    def identity(self) -> dict[str, object]:
+        """What evaluations have in common whose rows belong together."""
+        network = network_checksum(self.model, self.info, self.split)
+        return {"network": network, "images": images_checksum(self.split), **self.ball}
+
+    @property
     def radius(self) -> str:
         """The ball of attacks in words: `eps 8/255`, or `L2 eps 0.5`."""
         radius = f"eps {eps_text(self.eps)}"
@@ -258,6 +266,29 @@ class Subject(NamedTuple):
         note = f"; {self.split.note}" if self.split.note else ""
         count = len(self.split.labels)
         return f"{self.dataset}, {count} of {self.split.total} test images{note}"
+
+
+def images_checksum(split: Split) -> str:
+    """Return a checksum of the images of a split, their labels and their numbers."""
+    return checksum_of(value for value in split if isinstance(value, Tensor))
+
+
+def network_checksum(model: nn.Module, info: dict, split: Split) -> str:
+    """Return a checksum of a network: its weights, and what its checkpoint says it is.
+
+    One of a user's own code is told by its file, its state dict and some logits. These cover what a
+    function without a state dict keeps elsewhere, and code in other files.
+    """
+    tensors = list(model.state_dict().values())
+    if "file" in info:
+        about = Path(info["file"]).read_bytes()
+        with torch.no_grad():
+            tensors.append(model(as_input(split.images[:8])))
+    else:
+        keys = ("arch", "width", "image_size", "reverse_attention", "gate", "ra_blocks")
+        keys += ("mean", "std")
+        about = f"{[info.get(key) for key in keys]} {model.predict} ".encode()
+    return hashlib.sha256(about + checksum_of(tensors).encode()).hexdigest()
 
 
 def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
@@ -321,7 +352,7 @@ def load_subject(settings: Checkpoint, path: str | None = None) -> Subject:
     return Subject(file, model, info, dataset, split, eps, step_size, notes, norm)
 
 
-def _require_classifier(settings: Evaluation, network: nn.Module, split: Split) -> None:
+def _require_classifier(settings: Evaluation, model: nn.Module, split: Split) -> None:
     """Try a network of --model on an image.
 
     Errors: UsageError where its answer is not logits of a split's classes, or has no gradient and
@@ -331,7 +362,7 @@ def _require_classifier(settings: Evaluation, network: nn.Module, split: Split) 
     classes = len(split.classes)
     by_gradient = settings.diagnostics or not set(settings.attacks).issubset(BLIND)
     try:
-        logits = network(x)
+        logits = model(x)
         if logits.shape != (1, classes):
             raise ValueError(f"it answers with {tuple(logits.shape)}")
         if by_gradient and not logits.requires_grad:
@@ -341,3 +372,22 @@ def _require_classifier(settings: Evaluation, network: nn.Module, split: Split) 
             f"--model {settings.model} must turn float32 images {tuple(x.shape)} into logits "
             f"(N, {classes}): {type(error).__name__}: {first_line(error)}"
         ) from error
+
+
+def load_surrogate(settings: Evaluation, subject: Subject) -> nn.Module | None:
+    """Load the network of --surrogate, on the subject's device; None without this flag.
+
+    Errors: UsageError where it has another number of classes.
+    """
+    path = settings.surrogate
+    if path is None:
+        return None
+    code = settings.arch if is_code(settings.arch) else None
+    model, info = load_model(path, subject.split.labels.device, arch=code)
+    classes = len(subject.split.classes)
+    if info["num_classes"] != classes:
+        raise UsageError(
+            f"--surrogate {path} has {info['num_classes']} classes and {subject.dataset} has "
+            f"{classes}; name a network that was trained on the same classes"
+        )
+    return model

@@ -15,39 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.attacks import margins
-from utils.data.datasets import Split, as_input, checksum_of
+from utils.data.datasets import Split, checksum_of
+from utils.data.subject import images_checksum
 from utils.system.errors import UsageError
 from utils.system.files import read_arrays, write_arrays
 
 WORTH_CACHING = 10  # seconds of a part of an attack that are worth a file
-
-
-def images_checksum(split: Split) -> str:
-    """Return a checksum of the images of a split, their labels and their numbers."""
-    return checksum_of(value for value in split if isinstance(value, Tensor))
-
-
-def network_checksum(model: nn.Module, info: dict) -> str:
-    """Return a checksum of a network: its weights, and what its checkpoint says it is."""
-    keys = ("arch", "width", "image_size", "reverse_attention", "gate", "ra_blocks", "mean", "std")
-    about = [info.get(key) for key in keys]
-    weights = checksum_of(model.state_dict().values())
-    return hashlib.sha256(f"{about} {model.predict} {weights}".encode()).hexdigest()
-
-
-def foreign_checksum(network: nn.Module, info: dict, split: Split) -> str:
-    """Return a checksum of a network of a user's own code: its file, state dict and some logits.
-
-    The logits cover what a function without a state dict keeps elsewhere, and code in other files.
-    """
-    with torch.no_grad():
-        logits = network(as_input(split.images[:8]))
-    file = Path(info["file"]).read_bytes()
-    values = checksum_of([*network.state_dict().values(), logits])
-    return hashlib.sha256(file + values.encode()).hexdigest()
 
 
 class Verdicts(NamedTuple):
@@ -73,7 +49,7 @@ class WorstImages:
     """For each image the adversarial one with the largest margin, or the image if none fools it.
 
     images: (N, 3, S, S) float32 in [0, 1], all on the CPU. logits: (N, C), the network's answers.
-    fooled: (N,) bool. natural_images, natural_logits: those of the images themselves.
+    natural_images, natural_logits: those of the images themselves.
     """
 
     def __init__(self, images: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -83,16 +59,20 @@ class WorstImages:
         self.labels = labels
         self.images = images.clone()
         self.logits = logits.clone()
-        self.fooled = torch.zeros_like(labels, dtype=torch.bool)
+        self.margins = torch.full(labels.shape, -torch.inf)  # of images that something fools
+
+    @property
+    def fooled(self) -> Tensor:
+        """Which images an adversarial one was taken for, (N,) bool."""
+        return self.margins > -torch.inf
 
     def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> None:
         """Take what is worse than before, for the images at `rows`, which all fool the network."""
-        labels = self.labels[rows]
-        worse = margins(logits, labels) > margins(self.logits[rows], labels)
-        worse |= ~self.fooled[rows]
+        new_margins = margins(logits, self.labels[rows])
+        worse = new_margins > self.margins[rows]
         self.images[rows[worse]] = images[worse]
         self.logits[rows[worse]] = logits[worse]
-        self.fooled[rows] = True
+        self.margins[rows[worse]] = new_margins[worse]
 
     def among(self, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `take` takes, of the fooled ones among candidates, (N,) bool."""
@@ -100,17 +80,16 @@ class WorstImages:
         return rows, self.images[rows], self.logits[rows]
 
 
-class BlockCache:
+class BlockCache(NamedTuple):
     """Verdicts of finished blocks, an npz file for each attack and block.
 
     A file is named by the network, the images, the attack, its settings and its version.
+    network: its checksum. made: when and where this evaluation makes verdicts.
     """
 
-    def __init__(self, folder: Path, network: str, made: str) -> None:
-        """Cache in `folder`. network: its checksum. made: when and where verdicts are made."""
-        self.folder = folder
-        self.network = network
-        self.made = made
+    folder: Path
+    network: str
+    made: str
 
     def file(self, name: str, settings: dict[str, object], block: Split) -> Path:
         """Return the file of an attack's verdicts on a block."""

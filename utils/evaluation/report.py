@@ -12,11 +12,27 @@ from torch import Tensor
 from utils.data.subject import Subject, at_chance, percent, wilson
 from utils.evaluation.cache import WorstImages
 from utils.evaluation.diagnostics import Diagnosis
-from utils.evaluation.results import ADAPTIVE, FORMAT, needs_adaptive
+from utils.evaluation.results import FORMAT
 from utils.figures.plots import draw_examples, draw_robustness, save_or_note
 from utils.system.files import write_atomically
+from utils.system.settings import Evaluation
 from utils.system.values import eps_text
 
+RECORDED = (  # settings that white_attack.json keeps
+    "num_steps",
+    "random",
+    "restarts",
+    "apgd_steps",
+    "apgd_restarts",
+    "seed",
+    "surrogate",
+    "attacks",
+    "test_batch_size",
+    "n_examples",
+    "diagnostics",
+    "precision",
+    "predict",
+)
 CURVES = ("PGD on the answer's logits", "PGD on every view")  # columns besides eps or steps
 
 
@@ -41,23 +57,8 @@ def lowest(rows: dict[str, Row]) -> Tensor:
     return torch.stack([row.right for row in rows.values()]).all(0)
 
 
-def adaptive_rows(rows: dict[str, Row]) -> dict[str, Row]:
-    """Return the rows of the adaptive attack, one of each view and settings."""
-    return {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
-
-
-def overestimated(rows: dict[str, Row], network: dict) -> bool:
-    """Whether these rows overestimate a network: it needs the adaptive attack, which is missing."""
-    return needs_adaptive(network) and not adaptive_rows(rows)
-
-
 def by_class(rows: dict[str, Row], subject: Subject) -> dict[str, dict[str, float]]:
-    """Return images, natural and worst-case accuracy in percent of each class, the weakest first.
-
-    Where the rows overestimate the network, there is no worst case, and nothing to return.
-    """
-    if overestimated(rows, subject.info):
-        return {}
+    """Return images, natural and worst-case accuracy in percent of each class, weakest first."""
     worst = lowest(rows)
     labels = subject.split.labels.cpu()
     classes = {}
@@ -71,10 +72,13 @@ def by_class(rows: dict[str, Row], subject: Subject) -> dict[str, dict[str, floa
     return dict(sorted(classes.items(), key=lambda item: item[1]["worst case"]))
 
 
-def table(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Iterator[str]:
+def table_lines(
+    rows: dict[str, Row], subject: Subject, classes: dict[str, dict], warnings: list[str]
+) -> Iterator[str]:
     """Yield the lines of the table, and notes below it.
 
-    warnings: what holds of every row; rows are marked by `!` then.
+    classes: those of `by_class`, or none where the rows overestimate the network. warnings: what
+    holds of every row; rows are marked by `!` then.
     """
     mark = " !" if warnings else ""
     width = max(map(len, rows))
@@ -86,20 +90,9 @@ def table(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Iterat
             f"{name:<{width}}  {percent(row.right):>8.2f}  {low:>6.2f} - {high:>5.2f}  {count:>6}  "
             f"{row.seconds:>8.1f}{mark}"
         )
-    yield from _notes(rows, subject, warnings)
 
-    weakest = [
-        f"{name} {shares['natural']:.2f}/{shares['worst case']:.2f}"
-        for name, shares in by_class(rows, subject).items()
-    ]
-    if weakest:
-        yield f"the weakest classes, natural/worst case: {', '.join(weakest[:10])}"
-
-
-def _notes(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Iterator[str]:
     for warning in warnings:
         yield f"! every attack: {warning}"
-    count = len(subject.split.labels)
     if count < subject.split.total:
         yield f"note: {count} of {subject.split.total} test images, the first of a fixed shuffle"
     for note in subject.notes:
@@ -115,11 +108,17 @@ def _notes(rows: dict[str, Row], subject: Subject, warnings: list[str]) -> Itera
             yield f"note, {name}: from an earlier evaluation of this network ({row.made})"
         for note in row.notes:
             yield f"note, {name}: {note}"
-
     chance = at_chance(percent(rows["natural"].right), subject.split.labels)
     if chance:
         yield f"note, natural{chance}: nothing here says anything about robustness"
-    if overestimated(rows, subject.info):
+
+    if classes:
+        weakest = [
+            f"{name} {shares['natural']:.2f}/{shares['worst case']:.2f}"
+            for name, shares in classes.items()
+        ]
+        yield f"the weakest classes, natural/worst case: {', '.join(weakest[:10])}"
+    else:
         yield (
             "note: no worst case: attacks on the final logits overestimate networks with reverse "
             "attention; add --attacks adaptive, or all"
@@ -131,11 +130,20 @@ def threat_model(subject: Subject) -> str:
     return f"{subject.norm}, eps {eps_text(subject.eps)} on images in [0, 1]"
 
 
-def record(rows: dict[str, Row], subject: Subject, warnings: list[str], made: str) -> dict:
+def record(
+    settings: Evaluation,
+    subject: Subject,
+    rows: dict[str, Row],
+    classes: dict[str, dict],
+    worst: WorstImages,
+    warnings: list[str],
+    made: str,
+) -> dict:
     """Return what white_attack.json holds of an evaluation, as plain values.
 
     `utils.evaluation.results` describes it. Verdicts are in the order of the test set, or of the
-    shuffle of --n-examples. made: when and where this evaluation's rows were found.
+    shuffle of --n-examples. classes, warnings: as in `table_lines`. made: when and where this
+    evaluation's rows were found.
     """
     keys = ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size")
     keys += ("classifier", "recipe", "mean", "std")
@@ -168,10 +176,15 @@ def record(rows: dict[str, Row], subject: Subject, warnings: list[str], made: st
             "eps": subject.eps,
             "step_size": subject.step_size,
             "auxiliary_weight": subject.auxiliary_weight,
+            **{name: getattr(settings, name) for name in RECORDED},
         },
         "attacks": attacks,
-        "classes": by_class(rows, subject),
+        "classes": classes,
         "labels": split.labels.tolist(),
+        "predicted": {
+            "natural": worst.natural_logits.argmax(1).tolist(),
+            "worst case": worst.logits.argmax(1).tolist(),
+        },
     }
 
 
@@ -190,23 +203,24 @@ def diagnosis_lines(diagnosis: Diagnosis, subject: Subject, folder: Path) -> Ite
     """Draw the curves of --diagnostics -> a line for each sign, and for each picture."""
     for sign in diagnosis.signs:
         yield f"{'SIGN' if sign.raised else 'no sign'}: {sign.name} ({sign.figure})"
+    if not diagnosis.by_eps:
+        return
 
     count = len(subject.split.labels)
 
     def with_interval(accuracy: float) -> tuple[float, float, float]:
         return accuracy, *wilson(round(accuracy * count / 100), count)
 
-    def draw(curve: list[tuple], name: str, xlabel: str, trained: object = None) -> str:
+    trained = None
+    if subject.recipe.get("norm", subject.norm) == subject.norm:
+        trained = subject.recipe.get("epsilon")
+    for name, curve, xlabel, marked in (
+        ("eps", diagnosis.by_eps, f"{subject.norm} eps of PGD-40", trained),
+        ("steps", diagnosis.by_steps, f"steps of PGD at {subject.radius}", None),
+    ):
         points = [(x, with_interval(final), with_interval(every)) for x, final, every in curve]
-        picture = partial(draw_robustness, points, xlabel, trained)
-        return _picture(picture, folder / f"robust_vs_{name}.png")
-
-    if diagnosis.by_eps:
-        same_norm = subject.recipe.get("norm", subject.norm) == subject.norm
-        trained = subject.recipe.get("epsilon") if same_norm else None
-        yield draw(diagnosis.by_eps, "eps", f"{subject.norm} eps of PGD-40", trained)
-        steps = f"steps of PGD at {subject.radius}"
-        yield draw(diagnosis.by_steps, "steps", steps)
+        draw = partial(draw_robustness, points, xlabel, marked)
+        yield _picture(draw, folder / f"robust_vs_{name}.png")
 
 
 def _picture(draw: Callable[[], object], file: Path) -> str:

@@ -20,37 +20,33 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import ReverseAttentionNetwork
 from utils import attacks
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, noise, pgd
 from utils.data.datasets import Split, as_input, checksum_of, numbers_of
-from utils.data.subject import Subject, load_subject, over_images, right_or_not
+from utils.data.subject import (
+    Subject,
+    load_subject,
+    load_surrogate,
+    over_images,
+    right_or_not,
+)
 from utils.evaluation import report, results
 from utils.evaluation.adaptive import VERSION as ADAPTIVE_VERSION
 from utils.evaluation.adaptive import View, adaptive, views
 from utils.evaluation.autoattack import BLOCK, autoattack, square
 from utils.evaluation.autoattack import VERSION as AUTOATTACK_VERSION
-from utils.evaluation.cache import (
-    BlockCache,
-    Monitor,
-    Verdicts,
-    WorstImages,
-    foreign_checksum,
-    images_checksum,
-    network_checksum,
-)
+from utils.evaluation.cache import BlockCache, Monitor, Verdicts, WorstImages
 from utils.evaluation.diagnostics import Diagnosis, Probe, diagnose, sanity_warnings
 from utils.evaluation.report import Row
-from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES
+from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES, needs_adaptive
 from utils.system import distributed
-from utils.system.attack_copy import AttackCopy, SearchedInBfloat16, in_precision
-from utils.system.checkpoints import load_model
+from utils.system.attack_copy import SearchedInBfloat16, attack_copy
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import require_writable, write_record
 from utils.system.log import open_log
 from utils.system.provenance import in_one_line, provenance
-from utils.system.settings import BLIND, Evaluation, is_code
+from utils.system.settings import BLIND, Evaluation
 from utils.system.values import counted, eps_text
 
 PACKAGE = "pyautoattack"  # AutoAttack, Square, and the APGD of the adaptive attack
@@ -59,21 +55,6 @@ LIBRARY_VERSIONS = {  # of the attacks that it runs, which take all images of a 
     "autoattack": AUTOATTACK_VERSION,
     "adaptive": ADAPTIVE_VERSION,
 }
-RECORDED = (  # settings that white_attack.json keeps
-    "num_steps",
-    "random",
-    "restarts",
-    "apgd_steps",
-    "apgd_restarts",
-    "seed",
-    "surrogate",
-    "attacks",
-    "test_batch_size",
-    "n_examples",
-    "diagnostics",
-    "precision",
-    "predict",
-)
 
 
 def white_attack(settings: Evaluation) -> None:
@@ -90,14 +71,31 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     beside --log_path. Returns the record that white_attack.json holds, an empty one on other ranks
     than the first.
     """
-    target = load(settings, path)
-    subject = target.subject
-    folder = target.log_file.parent
-    plans = planned_attacks(settings, target)
+    subject = load_subject(settings, path)
+    identity = subject.identity
+    surrogate = load_surrogate(settings, subject)
+    log_file, saved_file = output_files(settings, subject)
+    file = log_file.with_name(FILE)
+
+    judge = attack_copy(subject.model)
+    attacked = judge
+    if settings.precision == "bf16":
+        attacked = SearchedInBfloat16(judge, attack_copy(subject.model, "bf16"))
+    if surrogate is not None:
+        surrogate = attack_copy(surrogate)
+    subject = subject._replace(model=judge)
+    view_by_name = views(
+        subject.info["reverse_attention"],
+        subject.auxiliary_weight,
+        surrogate,
+        predict=subject.head,
+        **subject.gates,
+    )
+    plans = planned_attacks(settings, subject, surrogate, view_by_name)
 
     origin = provenance(subject.split.labels.device, settings.seed, [PACKAGE])
     made = f"{origin['started']}, {origin['device']}"
-    log = open_log(target.log_file)
+    log = open_log(log_file)
     log(in_one_line(origin))
     log(f"{subject.file}: {subject.described()}")
     log(
@@ -109,133 +107,64 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     log(f"blocks of {BLOCK} images, each cached when an attack has finished it")
 
     with stop_signals(stop), computing(settings.precision):
-        warnings = sanity_warnings(subject.model, subject.split)
-        natural, worst = classify(subject, settings.test_batch_size)
+        warnings = sanity_warnings(judge, subject.split)
+        natural, worst = classify(judge, subject.split, settings.test_batch_size)
+        cache = BlockCache(file.with_name("white_attack.blocks"), identity["network"], made)
+        blocks = attack_blocks(
+            attacked, subject.split, natural.right, plans, settings.test_batch_size, cache, worst
+        )
         rows = {"natural": natural}
-        cache = BlockCache(folder / "white_attack.blocks", target.identity["network"], made)
-        attacked = subject._replace(model=target.attacked)
-        rows |= run_attacks(attacked, natural.right, plans, cache, settings.test_batch_size, worst)
+        for name, plan in plans.items():
+            rows[name] = joined_row([block[name] for block in blocks], plan)
         if settings.diagnostics:
-            rows["diagnostics"], diagnosis = run_diagnostics(settings, target, natural.right, worst)
+            rows["diagnostics"], diagnosis = run_diagnostics(
+                settings, subject, view_by_name, natural.right, worst
+            )
     if not distributed.first():
         return {}
 
-    rows |= earlier_rows(folder / FILE, target.identity, rows, warnings)
-    rows |= worst_cases(rows, subject.info)
-    record = report.record(rows, subject, warnings, made)
-    record["settings"] |= {name: getattr(settings, name) for name in RECORDED}
+    rows |= earlier_rows(file, identity, rows, warnings)
+    classes = {}
+    if not needs_adaptive(subject.info) or any(name.startswith(ADAPTIVE) for name in rows):
+        rows |= worst_cases(rows)
+        classes = report.by_class(rows, subject)
+    record = report.record(settings, subject, rows, classes, worst, warnings, made)
     record["provenance"] = origin
-    record["identity"] = target.identity
-    record["predicted"] = {
-        "natural": worst.natural_logits.argmax(1).tolist(),
-        "worst case": worst.logits.argmax(1).tolist(),
-    }
+    record["identity"] = identity
     if settings.diagnostics:
         record["diagnostics"] = report.diagnosis_record(diagnosis)
-    write_record(folder / FILE, record)
+    write_record(file, record)
 
     if settings.diagnostics:
-        for line in report.diagnosis_lines(diagnosis, subject, folder):
+        for line in report.diagnosis_lines(diagnosis, subject, file.parent):
             log(line)
-    for line in report.table(rows, subject, warnings):
+    for line in report.table_lines(rows, subject, classes, warnings):
         log(line)
     kinds = [kind for kind in settings.attacks if kind != "natural"]
     if kinds:
-        log(report.draw_worst(folder / "adversarial_examples.png", subject, worst, kinds))
-    if target.saved_file:
-        log(report.save_adversarial(target.saved_file, subject, worst))
+        picture = file.with_name("adversarial_examples.png")
+        log(report.draw_worst(picture, subject, worst, kinds))
+    if saved_file:
+        log(report.save_adversarial(saved_file, subject, worst))
     return record
 
 
-# What is attacked, and where its files go
+def output_files(settings: Evaluation, subject: Subject) -> tuple[Path, Path | None]:
+    """Return the log's file, beside which others go, and that of --save-adversarial.
 
-
-class Target(NamedTuple):
-    """A network to attack, with all that is loaded for it.
-
-    subject: its model is the copy that judges. attacked: what attacks call, the same but with
-    --precision bf16. surrogate: a copy, too. identity: what rows of several evaluations have in
-    common if they belong together: checksums of the network and of the images, and the ball.
-    saved_file: that of --save-adversarial.
+    Errors: UsageError where one of them cannot be written.
     """
-
-    subject: Subject
-    attacked: nn.Module
-    surrogate: nn.Module | None
-    identity: dict[str, object]
-    log_file: Path
-    saved_file: Path | None
-
-    @property
-    def views(self) -> dict[str, View]:
-        """What the adaptive attack ascends, by name."""
-        return views(
-            self.subject.info["reverse_attention"],
-            self.subject.auxiliary_weight,
-            self.surrogate,
-            predict=self.subject.head,
-            **self.subject.gates,
-        )
-
-
-def load(settings: Evaluation, path: str | None) -> Target:
-    """Load a network with its test images and the surrogate, and find where files go.
-
-    Errors: UsageError where one of them cannot be loaded, or a file cannot be written.
-    """
-    subject = load_subject(settings, path)
-    if path is None:
+    folder = subject.file.parent
+    if settings.model:
         folder = Path("evaluated") / re.sub(r"\W+", "-", settings.model).strip("-")
-    else:
-        folder = subject.file.parent
-    if "file" in subject.info:
-        checksum = foreign_checksum(subject.model, subject.info, subject.split)
-    else:
-        checksum = network_checksum(subject.model, subject.info)
-    if settings.diagnostics and subject.eps == 0:
-        raise UsageError("--diagnostics looks at balls around eps; give --epsilon above 0")
-    surrogate = load_surrogate(settings, subject) if settings.surrogate else None
-
-    log_file = Path(settings.log_path or folder / "test.log")
-    saved_file = Path(settings.save_adversarial) if settings.save_adversarial else None
-    for flag, file in (("--log_path", log_file), ("--save-adversarial", saved_file)):
-        if file is not None and file.is_dir():
+    files = {"--log_path": Path(settings.log_path or folder / "test.log")}
+    if settings.save_adversarial:
+        files["--save-adversarial"] = Path(settings.save_adversarial)
+    for flag, file in files.items():
+        if file.is_dir():
             raise UsageError(f"{flag} {file} is a folder; name a file in it")
-        if file is not None:
-            require_writable(file.parent, f"name a file in another folder by {flag}")
-
-    images = images_checksum(subject.split)
-    identity = {"network": checksum, "images": images, **subject.ball}
-    judge = attack_copy(subject.model)
-    attacked = judge
-    if settings.precision == "bf16":
-        attacked = SearchedInBfloat16(judge, attack_copy(subject.model, "bf16"))
-    subject = subject._replace(model=judge)
-    return Target(subject, attacked, surrogate, identity, log_file, saved_file)
-
-
-def load_surrogate(settings: Evaluation, subject: Subject) -> nn.Module:
-    """Load the network of --surrogate, on the subject's device.
-
-    Errors: UsageError where it has another number of classes.
-    """
-    path = settings.surrogate
-    code = settings.arch if is_code(settings.arch) else None
-    model, info = load_model(path, subject.split.labels.device, arch=code)
-    classes = len(subject.split.classes)
-    if info["num_classes"] != classes:
-        raise UsageError(
-            f"--surrogate {path} has {info['num_classes']} classes and {subject.dataset} has "
-            f"{classes}; name a network that was trained on the same classes"
-        )
-    return attack_copy(model)
-
-
-def attack_copy(model: nn.Module, precision: str = "default") -> nn.Module:
-    """Return the network that attacks call: a fast copy of one of ours, else the network itself."""
-    if isinstance(model, ReverseAttentionNetwork):
-        return AttackCopy(model, precision).net
-    return in_precision(model, precision)
+        require_writable(file.parent, f"name a file in another folder by {flag}")
+    return files["--log_path"], files.get("--save-adversarial")
 
 
 # The plan: which attacks, with which settings
@@ -254,13 +183,21 @@ class PlannedAttack(NamedTuple):
     settings: dict[str, object]
 
 
-def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAttack]:
-    """Return the attacks of --attacks by their names in the table."""
-    eps = target.subject.eps
+def planned_attacks(
+    settings: Evaluation,
+    subject: Subject,
+    surrogate: nn.Module | None,
+    view_by_name: dict[str, View],
+) -> dict[str, PlannedAttack]:
+    """Return the attacks of --attacks by their names in the table.
+
+    view_by_name: what the adaptive attack ascends.
+    """
+    eps = subject.eps
     steps = settings.num_steps
     half = max(1, steps // 2)
-    common = {**target.subject.ball, "seed": settings.seed}
-    stepped = {**common, "step_size": target.subject.step_size, "steps": steps}
+    common = {**subject.ball, "seed": settings.seed}
+    stepped = {**common, "step_size": subject.step_size, "steps": steps}
     from_start = {**stepped, "start": "uniform" if settings.random else "image"}
     one_step = {**from_start, "step_size": eps, "steps": 1}
     searched = {
@@ -285,20 +222,20 @@ def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAt
             depends["library"] = f"{LIBRARY_VERSIONS[kind]}, {metadata.version(PACKAGE)}"
         plans[name] = PlannedAttack(kind, build, arguments, depends)
 
-    plan("fgsm", attacks.ONE_STEP[target.subject.norm], ce_pgd, one_step)
+    plan("fgsm", attacks.ONE_STEP[subject.norm], ce_pgd, one_step)
     plan("pgd", f"PGD-{steps}", ce_pgd, from_start)
     plan("cw", f"CW-{half}", partial(pgd, margin), {**from_start, "steps": half})
     plan("noise", f"noise, {NOISE_DRAWS} draws", noise, {**common, "draws": NOISE_DRAWS})
     plan("square", "Square", square, common)
-    if target.surrogate is not None:
-        checksum = checksum_of(target.surrogate.state_dict().values())
-        transfer = partial(pgd, lambda _, labels: cross_entropy(target.surrogate, labels))
+    if surrogate is not None:
+        checksum = checksum_of(surrogate.state_dict().values())
+        transfer = partial(pgd, lambda _, labels: cross_entropy(surrogate, labels))
         plan("transfer", f"transfer PGD-{steps}", transfer, from_start, surrogate=checksum)
     plan("autoattack", "AutoAttack", autoattack, common)
-    for name, view in target.views.items():
+    for name, view in view_by_name.items():
         further = {}
         if name == "over heads":
-            further["auxiliary weight"] = target.subject.auxiliary_weight
+            further["auxiliary weight"] = subject.auxiliary_weight
         if name == "surrogate":
             further["surrogate"] = checksum
         plan("adaptive", ADAPTIVE + name, partial(adaptive, view), searched, **further)
@@ -308,31 +245,31 @@ def planned_attacks(settings: Evaluation, target: Target) -> dict[str, PlannedAt
 # Attacks on blocks of images
 
 
-def classify(subject: Subject, batch_size: int) -> tuple[Row, WorstImages]:
+def classify(net: nn.Module, split: Split, batch_size: int) -> tuple[Row, WorstImages]:
     """Classify the images without an attack; each rank does so for all of them."""
     began = time.perf_counter()
-    split = subject.split
-    work = partial(right_or_not, subject.model, None)
+    work = partial(right_or_not, net, None)
     every = torch.arange(len(split.labels))
     right, images, logits = over_images(split, every, batch_size, work, shared=False)
     row = Row(right, time.perf_counter() - began, settings={"version": attacks.VERSION})
     return row, WorstImages(images, logits, split.labels.cpu())
 
 
-def run_attacks(
-    subject: Subject,
+def attack_blocks(
+    net: nn.Module,
+    split: Split,
     natural: Tensor,
     plans: dict[str, PlannedAttack],
-    cache: BlockCache,
     batch_size: int,
+    cache: BlockCache,
     worst: WorstImages,
-) -> dict[str, Row]:
+) -> list[dict[str, Verdicts]]:
     """Run every attack on every block, or read its verdicts from the cache; ranks share blocks.
 
     natural: (N,) bool, the images to attack, those that are right without an attack. `worst` takes
-    the adversarial images.
+    the adversarial images. Returns the verdicts on each block by the names of the attacks.
     """
-    split = subject.split
+    split = split._replace(numbers=numbers_of(split))
     blocks = torch.arange(len(split.labels)).split(BLOCK)
     mine = range(distributed.rank(), len(blocks), distributed.world())
     verdicts_by_block: dict[int, dict[str, Verdicts]] = {}
@@ -340,8 +277,7 @@ def run_attacks(
     with tqdm(total=count, unit="attack", leave=False, disable=distributed.quiet()) as bar:
         for i in mine:
             rows = blocks[i]
-            block = split.take(rows.to(split.labels.device))
-            block = block._replace(numbers=numbers_of(split)[rows])
+            block = split.take(rows)
             verdicts_by_block[i] = {}
             for name, plan in plans.items():
                 bar.set_description(name)
@@ -350,9 +286,7 @@ def run_attacks(
                 verdicts = cache.load(file)
                 if verdicts is None:
                     monitor = Monitor(file.with_suffix(".parts"), bar.set_postfix_str)
-                    verdicts = attack_block(
-                        subject.model, block, plan, natural[rows], batch_size, monitor
-                    )
+                    verdicts = attack_block(net, block, natural[rows], plan, batch_size, monitor)
                     cache.save(file, verdicts)
                     monitor.file.unlink(missing_ok=True)
                 worst.take(rows[verdicts.fooled], verdicts.images, verdicts.logits)
@@ -363,18 +297,14 @@ def run_attacks(
         worst.take(*of_rank)
     for of_rank in distributed.gathered(verdicts_by_block):
         verdicts_by_block |= of_rank
-    in_order = [verdicts_by_block[i] for i in range(len(blocks))]
-    return {
-        name: joined_row([verdicts[name] for verdicts in in_order], plan)
-        for name, plan in plans.items()
-    }
+    return [verdicts_by_block[i] for i in range(len(blocks))]
 
 
 def attack_block(
-    model: nn.Module,
+    net: nn.Module,
     block: Split,
-    plan: PlannedAttack,
     natural: Tensor,
+    plan: PlannedAttack,
     batch_size: int,
     monitor: Monitor,
 ) -> Verdicts:
@@ -388,7 +318,7 @@ def attack_block(
     logits = torch.zeros(0, len(block.classes))
     if len(rows):
         size = BLOCK if plan.kind in LIBRARY_VERSIONS else batch_size
-        work = partial(right_or_not, model, attack)
+        work = partial(right_or_not, net, attack)
         right[rows], images, logits = over_images(block, rows, size, work, shared=False)
     wrong = ~right[rows]
     seconds_of_parts = sum(seconds for _, _, seconds in monitor.parts)  # some of before a stop
@@ -423,8 +353,8 @@ def parts_of_autoattack(blocks: list[Verdicts]) -> dict[str, dict[str, float]]:
     count = sum(len(block.right) for block in blocks)
     parts: dict[str, dict[str, float]] = {}
     for block in blocks:
-        given = [images for _, images, _ in block.parts]
-        left = given[1:] + [int(block.right.sum())]  # what the next part was given
+        left = [images for _, images, _ in block.parts[1:]]  # what the next part was given
+        left.append(int(block.right.sum()))
         for (name, _, seconds), images in zip(block.parts, left, strict=False):
             part = parts.setdefault(name, {"robust_accuracy": 0.0, "seconds": 0.0})
             part["robust_accuracy"] += 100 * images / count
@@ -434,11 +364,14 @@ def parts_of_autoattack(blocks: list[Verdicts]) -> dict[str, dict[str, float]]:
 
 @computing("fp32")
 def run_diagnostics(
-    settings: Evaluation, target: Target, natural: Tensor, worst: WorstImages
+    settings: Evaluation,
+    subject: Subject,
+    view_by_name: dict[str, View],
+    natural: Tensor,
+    worst: WorstImages,
 ) -> tuple[Row, Diagnosis]:
     """Look for signs of gradient masking; `worst` takes the images that fool the network."""
     began = time.perf_counter()
-    subject = target.subject
     fooling = WorstImages(worst.natural_images, worst.natural_logits, worst.labels)
     form = "{desc}: {postfix} {elapsed}"
     quiet = distributed.quiet()
@@ -455,14 +388,11 @@ def run_diagnostics(
             bar.set_postfix_str,
             subject.norm,
         )
-        diagnosis = diagnose(probe, target.views)
+        diagnosis = diagnose(probe, view_by_name)
     worst.take(*fooling.among(natural))
-    row = Row(
-        natural & ~fooling.fooled,
-        time.perf_counter() - began,
-        settings={"step_size": subject.step_size, "seed": settings.seed},
-    )
-    return row, diagnosis
+    right = natural & ~fooling.fooled
+    chosen = {"step_size": subject.step_size, "seed": settings.seed}
+    return Row(right, time.perf_counter() - began, settings=chosen), diagnosis
 
 
 def earlier_rows(
@@ -504,18 +434,11 @@ def earlier_rows(
     return earlier
 
 
-def worst_cases(rows: dict[str, Row], network: dict) -> dict[str, Row]:
-    """Return the worst case, image by image, over the adaptive attack's views and over all rows.
-
-    A network whose gate hides gradients has a worst case only if the adaptive attack has been run.
-    """
-    if report.overestimated(rows, network):
-        return {}
+def worst_cases(rows: dict[str, Row]) -> dict[str, Row]:
+    """Return the worst case, image by image, over the adaptive attack's views and over all rows."""
+    of_adaptive = {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
     worst = {}
-    for name, several in (
-        ("adaptive, worst case", report.adaptive_rows(rows)),
-        ("worst case", rows),
-    ):
+    for name, several in (("adaptive, worst case", of_adaptive), ("worst case", rows)):
         if len(several.keys() - {"natural"}) > 1:
             seconds = sum(row.seconds for row in several.values())
             notes = [f"image by image, over {'; '.join(several)}"]

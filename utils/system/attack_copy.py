@@ -193,3 +193,13 @@ def frozen(
 ) -> Iterator[nn.Module]:
     """Yield the network that attacks call: a copy of the network with its present weights."""
     yield AttackCopy(model, precision, compiled).net
+
+
+def attack_copy(model: nn.Module, precision: str = "default") -> nn.Module:
+    """Return what evaluations attack: a fast copy of one of our networks, else the network itself.
+
+    Networks of others cannot always be copied.
+    """
+    if isinstance(model, ReverseAttentionNetwork):
+        return AttackCopy(model, precision).net
+    return in_precision(model, precision)

@@ -213,6 +213,8 @@ def _refuse_contradictions(settings: object) -> None:
             _refuse(
                 "--save-adversarial and --log_path are of one run, and --ckpt_url names several"
             )
+        if settings.diagnostics and settings.epsilon == 0:
+            _refuse("--diagnostics looks at balls around eps; give --epsilon above 0")
         asked_for_transfer = "transfer" in settings.attacks and settings.attacks != ALL_ATTACKS
         if asked_for_transfer and settings.surrogate is None:
             _refuse("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
