@@ -201,7 +201,7 @@ class Subject(NamedTuple):
 
     @property
     def identity(self) -> dict[str, object]:
-        """What evaluations have in common whose rows belong together."""
+        """Checksums of network and images, and the ball: equal where evaluations' rows add up."""
         network = network_checksum(self.model, self.info, self.split)
         return {"network": network, "images": images_checksum(self.split), **self.ball}
 

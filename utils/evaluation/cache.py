@@ -59,11 +59,11 @@ class WorstImages:
         self.labels = labels
         self.images = images.clone()
         self.logits = logits.clone()
-        self.margins = torch.full(labels.shape, -torch.inf)  # of images that something fools
+        self.margins = torch.full(labels.shape, -torch.inf)  # of adversarial images
 
     @property
     def fooled(self) -> Tensor:
-        """Which images an adversarial one was taken for, (N,) bool."""
+        """Which images have an adversarial one, (N,) bool."""
         return self.margins > -torch.inf
 
     def take(self, rows: Tensor, images: Tensor, logits: Tensor) -> None:
