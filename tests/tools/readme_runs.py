@@ -74,11 +74,7 @@ def embedding_of(file: Path) -> dict:
     content = np.load(file)
     settings = json.loads(str(content["settings"]))
     panels = {}
-    for i, name in enumerate(settings["names"]):
-        measured = {}
-        for key, numbers in settings["measured"].items():
-            if key.startswith(f"{name}, "):
-                measured[key.removeprefix(f"{name}, ")] = numbers
+    for i, (name, measured) in enumerate(zip(settings["names"], settings["measured"], strict=True)):
         points = content[f"embedding_{i}"].astype(float).round(3).tolist()
         panels[name] = {"points": points, "measured": measured}
     return {"labels": content["labels"].tolist(), "panels": panels}

@@ -41,6 +41,16 @@ BLOCK = 200  # negatives come from the same 200 images, whatever --test-batch-si
 NEIGHBOURS = 12
 PAIRS = {"PP": "image and its PGD example", "NP": "image and a negative"}
 METRICS = {"cosine": "cosine similarity", "L2": "L2 distance"}
+# Settings of distances, of which a note says that files in one figure differ in them
+COMPARED = (
+    "target_name",
+    "norm",
+    "epsilon",
+    "step_size",
+    "num_steps",
+    "strategy",
+    "test_images",
+)
 OUT_HINT = "name another folder by --out"
 Values = dict[str, np.ndarray]  # of M images, (M,) each, by `layer_pair_metric`
 
@@ -189,6 +199,13 @@ def has_gate(network: dict) -> bool:
     return network.get("reverse_attention") is True and network.get("gate") != "none"
 
 
+def layers_of(network: dict) -> dict[str, str]:
+    """Return which kinds of features of a network differ, and what each is called."""
+    if has_gate(network):
+        return {layer: layer for layer in FEATURES}
+    return {FEATURES[0]: "plain"}
+
+
 def feature_name(layer: str, networks: Iterable[dict]) -> str:
     """Return what features of some networks are called; without a gate nothing is weighted."""
     if any(has_gate(network) for network in networks):
@@ -212,15 +229,14 @@ def find_classes(wanted: str, split: Split) -> list[int]:
 
     spellings = split.words or split.classes
     wanted_name = wanted.casefold()
-    targets = [k for k in present if wanted_name in spellings[k].casefold().split(", ")]
-    targets = targets or [k for k in present if split.classes[k] == wanted]
-    targets = targets or [k for k in present if str(k) == wanted]
-    if not targets:
+    by_name = [k for k in present if wanted_name in spellings[k].casefold().split(", ")]
+    by_code = [k for k in present if wanted in (split.classes[k], str(k))]
+    if not by_name and not by_code:
         raise UsageError(
             f"no test image is of a class {wanted!r}: give a number, a name such as "
             f"{class_names(split)[0]}, or all; or raise --n-examples"
         )
-    return targets
+    return by_name or by_code
 
 
 def file_stem(*parts: str) -> str:
@@ -261,6 +277,12 @@ def describe_origin(subjects: Sequence[Subject], settings: Distances | Umap) -> 
         "notes": [subject.notes for subject in subjects],
         "provenance": provenance(first.split.labels.device, settings.seed),
     }
+
+
+def save(draw: Callable[[Figure], None], file: Path, show: bool) -> None:
+    """Save a figure as PNG and PDF. show: whether a window is to show it, too."""
+    save_figure(draw, file, plt.figure if show else Figure)
+    print(f"saved {file} and .pdf")
 
 
 # feature_distance.py
@@ -306,7 +328,7 @@ def feature_distance(settings: Distances) -> None:
         of_class = {key: array[chosen] for key, array in values.items()}
         write_arrays(file, about | {"target": target, "target_name": title}, **of_class)
         print(f"\nclass {target} ({title}), {len(of_class['indices'])} images")
-        print_distances(of_class, has_gate(subject.info), settings.features)
+        print_distances(of_class, layers_of(subject.info), settings.features)
         print(f"saved {file}")
     print(f"draw by: python draw_hist.py --distances {shlex.quote(settings.out)}")
 
@@ -357,16 +379,16 @@ def measure_distances(
     return labels[rows].numpy(), values
 
 
-def print_distances(values: Values, gated: bool, chosen: str) -> None:
+def print_distances(values: Values, layers: dict[str, str], chosen: str) -> None:
     """Print a table of distances, and how many images are nearer to their PGD examples.
 
-    gated: whether the network weights its features. chosen: the features of the last line.
+    layers: what `layers_of` returns. chosen: the features of the last line.
     """
     print(f"{'':21}{'max':>11}{'min':>11}{'mean':>11}{'variance':>11}")
-    for layer, pair, metric in product(FEATURES if gated else FEATURES[:1], PAIRS, METRICS):
+    for layer, pair, metric in product(layers, PAIRS, METRICS):
         array = values[f"{layer}_{pair}_{metric}"]
         variance = array.var(ddof=1) if len(array) > 1 else np.nan
-        row = f"{layer if gated else 'plain':<10} {pair} {metric:<7}"
+        row = f"{layers[layer]:<10} {pair} {metric:<7}"
         for number in (array.max(), array.min(), array.mean(), variance):
             row += f"{number:>11.4g}"
         print(row)
@@ -427,7 +449,6 @@ def load_entries(settings: Histograms) -> list[Entry]:
         about, values = read_arrays(file)
         if "target_name" not in about:
             raise UsageError(f"{file} is not a file of feature_distance.py")
-        about.setdefault("norm", "Linf")
         about["features"] = settings.features or about["features"]
         if settings.dataset in (None, about["dataset"]):
             entries.append(Entry(label, about, values))
@@ -440,15 +461,7 @@ def load_entries(settings: Histograms) -> list[Entry]:
 
 def note_differences(entries: list[Entry]) -> None:
     """Print the settings in which the files of one figure differ."""
-    for key in (
-        "target_name",
-        "norm",
-        "epsilon",
-        "step_size",
-        "num_steps",
-        "strategy",
-        "test_images",
-    ):
+    for key in COMPARED:
         values = {str(entry.settings.get(key)) for entry in entries}
         if len(values) > 1:
             target = entries[0].settings["target"]
@@ -470,9 +483,7 @@ def draw_distances(entries: list[Entry], settings: Histograms) -> None:
         title = f"{pair}: {PAIRS[pair]}\n{about['dataset']}, {about['target_name']}, {features}"
         stem = file_stem("hist", about["dataset"], str(about["target"]), pair, metric, unweighted)
         file = Path(settings.out) / f"{stem}.png"
-        draw = partial(draw_histogram, values, METRICS[metric], title)
-        save_figure(draw, file, plt.figure if settings.show else Figure)
-        print(f"saved {file} and .pdf")
+        save(partial(draw_histogram, values, METRICS[metric], title), file, settings.show)
 
 
 # draw_umap.py
@@ -498,31 +509,25 @@ def draw_umap(settings: Umap) -> None:
     if not distributed.first():
         return
     panels = []
-    measured = {}
     for subject, name, features in zip(subjects, names, by_kind, strict=True):
-        panel = embed_run(subject, name, features, settings)
-        panels.append(panel)
-        measured.update({f"{name}, {key}": value for key, value in panel.measured.items()})
+        panels.append(embed_run(subject, name, features, settings))
 
     split = subjects[0].split
     labels = split.labels.cpu().numpy()
     kinds = list(by_kind[0])
-    about = {"names": list(names), "kinds": kinds, "measured": measured}
+    about = {
+        "names": names,
+        "kinds": kinds,
+        "measured": [panel.measured for panel in panels],
+        **describe_origin(subjects, settings),
+    }
     arrays = {f"embedding_{i}": panel.points for i, panel in enumerate(panels)}
-    write_arrays(
-        file,
-        about | describe_origin(subjects, settings),
-        indices=numbers_of(split).numpy(),
-        labels=labels,
-        **arrays,
-    )
+    write_arrays(file, about, indices=numbers_of(split).numpy(), labels=labels, **arrays)
     print(f"saved {file}")
 
     features = feature_name(settings.features, [subject.info for subject in subjects])
     draw = partial(draw_embedding, panels, labels, class_names(split), kinds, features)
-    picture = file.with_suffix(".png")
-    save_figure(draw, picture, plt.figure if settings.show else Figure)
-    print(f"saved {picture} and .pdf")
+    save(draw, file.with_suffix(".png"), settings.show)
     if settings.show:
         plt.show()
 
@@ -566,17 +571,17 @@ def extract_kinds(subject: Subject, settings: Umap) -> dict[str, Features]:
 def embed_run(subject: Subject, name: str, by_kind: dict[str, Features], settings: Umap) -> Panel:
     """Embed the features of one run, and print how far classes are clusters in them."""
     labels = subject.split.labels.cpu()
-    gated = has_gate(subject.info)
+    layers = layers_of(subject.info)
     print(f"{name}: {subject.file}, {subject.described()}")
     measured = {}
-    for layer, (kind, features) in product(FEATURES if gated else FEATURES[:1], by_kind.items()):
-        silhouette, agreement = measure_clusters(getattr(features, layer), labels)
-        layer_name = layer if gated else "plain"
+    for layer, kind in product(layers, by_kind):
+        silhouette, agreement = measure_clusters(getattr(by_kind[kind], layer), labels)
         print(
-            f"  {layer_name:<10} {kind:<8} silhouette {silhouette:6.3f}, "
+            f"  {layers[layer]:<10} {kind:<8} silhouette {silhouette:6.3f}, "
             f"{NEIGHBOURS}-NN label agreement {100 * agreement:6.2f} %"
         )
-        measured[f"{layer_name}, {kind}"] = {"silhouette": silhouette, "agreement": agreement}
+        numbers = {"silhouette": silhouette, "agreement": agreement}
+        measured[f"{layers[layer]}, {kind}"] = numbers
 
     print(f"  embedding {len(by_kind) * len(labels)} points by UMAP", flush=True)
     chosen = [getattr(features, settings.features) for features in by_kind.values()]

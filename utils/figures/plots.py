@@ -34,6 +34,7 @@ STYLE = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
+    "image.interpolation": "none",
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
@@ -66,6 +67,13 @@ RIGHT = "#009e73"
 WRONG = "#d55e00"
 BINS = 20
 BELOW = "outside lower center"  # the place of a legend
+# Accuracies of a training's curves: column of metrics.csv, label, colour, style of the line
+ACCURACIES = (
+    ("train_natural_accuracy_first_head", "train natural (first head)", "#56b4e9", "--"),
+    ("train_robust_accuracy_first_head", "train robust (first head)", "#e69f00", "--"),
+    ("natural_accuracy", "natural", "#0072b2", "-"),
+    ("pgd40_heads_accuracy", "PGD-40 over heads", "#d55e00", "-"),
+)
 
 
 def save_figure(
@@ -108,12 +116,8 @@ def draw_curves(rows: list[dict], best: dict | None, figure: Figure) -> None:
     loss, accuracy = figure.subplots(1, 2)
     _plot_column(loss, rows, "loss", color="#0072b2")
 
-    natural, robust = "train_natural_accuracy_first_head", "train_robust_accuracy_first_head"
-    plot = partial(_plot_column, accuracy)
-    plot(rows, natural, label="train natural (first head)", color="#56b4e9", ls="--")
-    plot(rows, robust, label="train robust (first head)", color="#e69f00", ls="--")
-    plot(rows, "natural_accuracy", label="natural", color="#0072b2")
-    plot(rows, "pgd40_heads_accuracy", label="PGD-40 over heads", color="#d55e00")
+    for column, label, colour, line in ACCURACIES:
+        _plot_column(accuracy, rows, column, label=label, color=colour, ls=line)
     if best is not None:
         label = f"best checkpoint: epoch {best['epoch']}"
         circle = {"color": "black", "marker": "o", "ms": 9, "mfc": "none", "ls": ""}
@@ -173,7 +177,7 @@ def draw_examples(
 
     def show_answer(axes: Axes, image: Tensor, answer: Tensor, label: Tensor) -> None:
         confidence, predicted = answer.max(0)
-        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="none")
+        axes.imshow(image.permute(1, 2, 0).numpy())
         text = f"{classes[predicted][:14]}\n{100 * confidence:.1f} %"
         axes.set_xlabel(text, color=RIGHT if predicted == label else WRONG)
 
@@ -181,7 +185,7 @@ def draw_examples(
         top.set_title(f"true class\n{classes[labels[i]][:14]}")
         show_answer(top, natural[i], natural_answers[i], labels[i])
         if fooled[i]:
-            middle.imshow(perturbation[i].permute(1, 2, 0).numpy(), interpolation="none")
+            middle.imshow(perturbation[i].permute(1, 2, 0).numpy())
             show_answer(bottom, adversarial[i], adversarial_answers[i], labels[i])
         else:
             is_right = natural_answers[i].argmax() == labels[i]
@@ -216,8 +220,12 @@ def draw_robustness(curve: list[tuple], xlabel: str, trained: object, figure: Fi
     axes.set_xscale("symlog", linthresh=min(value for value in x if value > 0), linscale=0.5)
     axes.set_xticks(x, [eps_text(value) for value in x], rotation=90)
     axes.minorticks_off()
-    axes.set(xlim=(x[0], 1.1 * x[-1]), ylim=(-2, 102))
-    axes.set(xlabel=xlabel, ylabel="robust accuracy in % (band: 95 % interval)")
+    axes.set(
+        xlim=(x[0], 1.1 * x[-1]),
+        ylim=(-2, 102),
+        xlabel=xlabel,
+        ylabel="robust accuracy in % (band: 95 % interval)",
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc=BELOW)
 
@@ -279,8 +287,7 @@ def draw_embedding(
     markers = dict(zip(kinds, "ox", strict=False))
     if len(kinds) > 1:
         handles += [_marker(kind, "black", marker) for kind, marker in markers.items()]
-    legend_columns = max(1, 54 // (5 + max(len(classes[label]) for label in coloured)))
-    legend_rows = math.ceil(len(handles) / legend_columns)
+    legend_rows = 2 if max(len(classes[label]) for label in coloured) < 6 else 5
 
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
