@@ -76,17 +76,15 @@ def test_features_do_not_depend_on_the_batch_size_and_must_be_finite(trained):
 
 @pytest.mark.parametrize("strategy", ["random", "soft", "hard", "easy"])
 def test_negatives_are_of_another_class_and_of_the_same_block(strategy):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(4, (450,), generator=generator)
-    logits = torch.randn(450, 4, generator=generator)
+    labels = torch.randint(4, (450,))
+    logits = torch.randn(450, 4)
     chosen = choose_in_blocks(labels, logits, strategy, 3)
     assert (labels[chosen] != labels).all()
     assert torch.equal(chosen, choose_in_blocks(labels, logits, strategy, 3))
     assert not torch.equal(chosen, choose_in_blocks(labels, logits, strategy, 4))
-    block = torch.empty(450, dtype=torch.long)
-    order = torch.from_numpy(np.random.default_rng(3).permutation(450))
-    block[order] = torch.arange(450) // BLOCK
-    assert torch.equal(block[chosen], block)
+    order = np.random.default_rng(3).permutation(450)
+    block = np.argsort(order) // BLOCK
+    assert np.array_equal(block[chosen], block)
 
 
 @pytest.mark.parametrize("strategy", ["random", "hard"])
@@ -113,17 +111,16 @@ def test_distances_are_those_of_scikit_learn():
     assert compare(tiny, tiny)["cosine"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("target", [0, 7])
-def test_distances_of_a_class_are_those_of_its_images(trained, run, target):
+def test_distances_of_a_class_are_those_of_its_images(trained, run):
     """Compute them anew, by the network itself and a PGD loop of this test."""
     model, split, _ = trained
-    settings, values = measured(run, target, "--num-steps", "3")
-    assert settings["target"] == target
+    settings, values = measured(run, 0, "--num-steps", "3")
+    assert settings["target"] == 0
     assert settings["epsilon"] == 0.1
     indices = torch.from_numpy(values["indices"])
     negatives = torch.from_numpy(values["negatives"])
-    assert torch.equal(indices.sort().values, (split.labels == target).nonzero().squeeze(1))
-    assert (split.labels[negatives] != target).all()
+    assert torch.equal(indices.sort().values, (split.labels == 0).nonzero().squeeze(1))
+    assert (split.labels[negatives] != 0).all()
 
     x = as_input(split.images[indices])
     attacked = x + 0.001 * image_noise(x, indices, 1, "normal")
@@ -133,26 +130,25 @@ def test_distances_of_a_class_are_those_of_its_images(trained, run, target):
         (gradient,) = torch.autograd.grad(loss, attacked)
         attacked = attacked.detach() + 0.02 * gradient.sign()
         attacked = attacked.clamp(x - 0.1, x + 0.1).clamp(0, 1)
-    others = {"PP": attacked, "NP": as_input(split.images[negatives])}
-    with torch.no_grad():
-        natural = model(x, heads=True)
-        for pair, images in others.items():
-            other = model(images, heads=True)
-            for layer, name in (("weighted", "features"), ("unweighted", "unweighted")):
-                expected = compare(getattr(natural, name), getattr(other, name))
-                for metric, distances in expected.items():
-                    actual = values[f"{layer}_{pair}_{metric}"]
-                    close = np.isclose(actual, distances, rtol=1e-2, atol=1e-3)
-                    # The sign of a gradient near 0 may differ.
-                    assert close.mean() > 0.9 if pair == "PP" else close.all()
+
+    # The sign of a gradient near 0 may differ, so a few PGD examples do.
+    others = {"PP": (attacked, 0.9), "NP": (as_input(split.images[negatives]), 1)}
+    for pair, (images, share) in others.items():
+        with torch.no_grad():
+            natural, other = (model(batch, heads=True) for batch in (x, images))
+        for layer, name in (("weighted", "features"), ("unweighted", "unweighted")):
+            expected = compare(getattr(natural, name), getattr(other, name))
+            for metric, distances in expected.items():
+                actual = values[f"{layer}_{pair}_{metric}"]
+                close = np.isclose(actual, distances, rtol=1e-2, atol=1e-3)
+                assert close.mean() >= share
 
 
 def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
     flags = ("--n-examples", "120", "--num-steps", "2", "--strategy", "hard")
     _, alone = measured(run, 3, *flags, "--test-batch-size", "9")
-    _, together = measured(run, "all", *flags)
-    settings, of_class = read_arrays(here / "distances" / "measured-3.npz")
-    assert settings["test_images"] == len(together["indices"]) == 120
+    settings, together = measured(run, "all", *flags)
+    _, of_class = read_arrays(here / "distances" / "measured-3.npz")
     chosen = np.isin(together["indices"], alone["indices"])
     for key, array in alone.items():
         assert np.isclose(array, of_class[key], rtol=1e-2, atol=1e-3).mean() > 0.9, key
@@ -160,8 +156,9 @@ def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
     assert "unweighted" in capsys.readouterr().out
 
     # --n-examples takes the same images everywhere; numbers count in the whole test set.
+    assert settings["test_images"] == 120
     first = np.random.default_rng(0).permutation(360)[:120]
-    assert together["indices"].tolist() == first.tolist()
+    assert np.array_equal(together["indices"], first)
 
 
 def test_adversarial_negatives_look_more_like_the_class(run):
@@ -197,13 +194,13 @@ def test_cluster_numbers_against_their_definitions():
     features = torch.randn(60, 8) + 2 * torch.randn(3, 8)[labels]
     distance = 1 - np.corrcoef(features.double().numpy())
     np.fill_diagonal(distance, 0)
+    labels_of_nearest = labels[distance.argsort(1)[:, 1:13]]  # the first is the image itself
 
     silhouette, agreement = measure_clusters(features, labels)
     expected = silhouette_score(distance, labels.numpy(), metric="precomputed")
     assert silhouette == pytest.approx(expected, abs=1e-4)
-    nearest = distance.argsort(1)[:, 1:13]  # the first is the image itself
-    expected = labels[nearest] == labels[:, None]
-    assert agreement == pytest.approx(expected.double().mean().item(), abs=1e-6)
+    expected = (labels_of_nearest == labels[:, None]).double().mean()
+    assert agreement == pytest.approx(expected.item(), abs=1e-6)
 
 
 # Classes
