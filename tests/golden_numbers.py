@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from models import build_model
+from utils.attacks import ToAttack
+from utils.step import away_from_labels, towards_labels
 
 FOLDER = Path(__file__).parent / "golden"
 ARCHS = {
@@ -22,6 +24,21 @@ def assert_near(value, expected, tolerance=1e-4):
     """Compare tensors, relative to the largest expected entry."""
     assert value.shape == expected.shape
     assert (value - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def golden_tensors(file, tag):
+    """Return the arrays `tag/name` of a golden file as tensors, by name."""
+    with np.load(FOLDER / f"{file}.npz") as arrays:
+        names = [key.removeprefix(f"{tag}/") for key in arrays if key.startswith(f"{tag}/")]
+        return {name: torch.from_numpy(arrays[f"{tag}/{name}"]) for name in names}
+
+
+def both_attacks(x, start, labels, target_labels):
+    """Return the two attacks of training on the same images."""
+    return [
+        ToAttack(x, start, away_from_labels, labels),
+        ToAttack(x, start, towards_labels, target_labels),
+    ]
 
 
 def published_shapes(name):
@@ -39,14 +56,15 @@ def golden_value(key, shape):
     if key.endswith("running_var"):
         return 1 + 0.5 * np.abs(values)
     if len(shape) > 1:
-        return values * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+        fan_in = np.prod(shape[1:])
+        return values * np.float32(np.sqrt(2 / fan_in))
     if key.endswith("weight"):
         return 1 + 0.1 * values
     return 0.1 * values
 
 
 class GoldenNetwork:
-    """A network of the golden files: `arrays`, the filled `model`, inputs `x`, `y`, and `start`."""
+    """A network of the golden files: `arrays`, the filled `model`, inputs `x`, `y`, `start`."""
 
     def __init__(self, name):
         self.arrays = np.load(FOLDER / f"{name}.npz")
@@ -54,14 +72,16 @@ class GoldenNetwork:
         self.model = self.outline(name).eval()
         for key, tensor in self.model.state_dict().items():
             if not key.endswith("num_batches_tracked"):
-                values = np.asarray(golden_value(key, tuple(tensor.shape)), np.float32)
-                tensor.copy_(torch.from_numpy(values))
-        shape = (self.meta["n"], 3, self.meta["size"], self.meta["size"])
-        random = np.random.RandomState(self.meta["x_seed"])
-        self.x = torch.from_numpy(random.rand(*shape).astype(np.float32))
-        self.y = torch.from_numpy(random.randint(0, self.meta["classes"], shape[0]))
-        noise = np.random.RandomState(self.meta["x_seed"] + 1).standard_normal(shape)
-        self.start = self.x + 0.001 * torch.from_numpy(noise.astype(np.float32))
+                tensor.copy_(torch.from_numpy(golden_value(key, tensor.shape)))
+        count = self.meta["n"]
+        side = self.meta["size"]
+        seed = self.meta["x_seed"]
+        random = np.random.RandomState(seed)
+        self.x = torch.from_numpy(random.rand(count, 3, side, side)).float()
+        self.y = torch.from_numpy(random.randint(0, self.meta["classes"], count))
+        self.target_labels = (self.y + 1) % self.meta["classes"]
+        noise = np.random.RandomState(seed + 1).standard_normal(self.x.shape)
+        self.start = self.x + 0.001 * torch.from_numpy(noise).float()
 
     @staticmethod
     def outline(name):
@@ -76,4 +96,4 @@ class GoldenNetwork:
         )
 
     def __getitem__(self, key):
-        return torch.from_numpy(np.asarray(self.arrays[key]))
+        return torch.from_numpy(self.arrays[key])

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 
 from models import build_model
 from tests.conftest import shorten_runs
-from tests.golden_numbers import FOLDER, GoldenNetwork, assert_near
+from tests.golden_numbers import GoldenNetwork, assert_near, both_attacks, golden_tensors
 from tests.helpers import (
     ATTACK,
     digits_checkpoint,
@@ -32,7 +31,6 @@ from tests.helpers import (
 )
 from utils import step
 from utils.attacks import (
-    ToAttack,
     cross_entropy,
     cross_entropy_over_heads,
     linf_pgd,
@@ -41,7 +39,7 @@ from utils.attacks import (
 )
 from utils.data.subject import verdicts
 from utils.negatives import choose_negatives
-from utils.step import away_from_labels, towards_labels, training_loss
+from utils.step import training_loss
 from utils.system import distributed
 from utils.system.attack_copy import AttackCopy, frozen
 from utils.system.devices import computing
@@ -81,14 +79,6 @@ def random_batch(count, classes=10):
     return torch.rand(count, 3, 32, 32, device=CUDA), torch.arange(count, device=CUDA) % classes
 
 
-def both_attacks(x, start, labels, target_labels):
-    """Return the two attacks of training on the same images."""
-    return [
-        ToAttack(x, start, away_from_labels, labels),
-        ToAttack(x, start, towards_labels, target_labels),
-    ]
-
-
 # The golden numbers
 
 
@@ -111,22 +101,22 @@ def test_logits_of_golden_networks(name):
 @pytest.mark.parametrize("name", ["ResNet18_RA", "PreActResNet18_RA", "WRN28_10_RA"])
 def test_training_attacks_end_where_the_official_ones_do(name, graph):
     g = GoldenNetwork(name)
-    labels = g.y.to(CUDA)
-    target_labels = (labels + 1) % g.meta["classes"]
-    batches = both_attacks(g.x.to(CUDA), g.start.to(CUDA), labels, target_labels)
+    inputs = (g.x, g.start, g.y, g.target_labels)
+    batches = both_attacks(*(tensor.to(CUDA) for tensor in inputs))
     attack_copy = AttackCopy(g.model.to(CUDA), graph=graph)
     for _ in range(2):  # a graph is recorded at the second call
         attacked = attack_copy.pgd(batches, 2.0, EPS, STEP, 10)
     for images, kind in zip(attacked, ("pgd_untargeted", "pgd_targeted"), strict=True):
-        assert ((images.cpu() - g[kind]).abs() <= 1e-5).float().mean() > 0.75
+        is_equal = (images.cpu() - g[kind]).abs() <= 1e-5
+        assert is_equal.float().mean() > 0.75
 
 
 @pytest.mark.parametrize("strategy", ["soft", "hard", "easy"])
 def test_negatives(strategy):
-    golden = np.load(FOLDER / "negatives.npz")
-    logits = torch.from_numpy(golden["c10/logits"]).to(CUDA)
-    labels = torch.from_numpy(golden["c10/labels"])  # on the CPU, as those of a batch
-    expected = torch.from_numpy(golden[f"c10/{strategy}"])
+    golden = golden_tensors("negatives", "c10")
+    logits = golden["logits"].to(CUDA)
+    labels = golden["labels"]  # on the CPU, as those of a batch
+    expected = golden[strategy]
     generator = torch.Generator(CUDA).manual_seed(0)
     chosen = choose_negatives(logits, labels, strategy, generator).squeeze(1).cpu()
     assert torch.equal(chosen[expected >= 0], expected[expected >= 0])

@@ -2,13 +2,12 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models import Heads
-from tests.golden_numbers import FOLDER, assert_near
+from tests.golden_numbers import assert_near, golden_tensors
 from utils.losses import (
     asymmetric_negative_contrast,
     kl_divergence,
@@ -17,51 +16,51 @@ from utils.losses import (
     trades_loss,
 )
 
-LOSSES = np.load(FOLDER / "losses.npz")
-ANCRA = ["trades_ancra_c10", "trades_ancra_alpha05_c10", "trades_ancra_c200"]
+SIDES = ("nat", "adv", "neg")
 
 
-def array(tag, name):
-    """Return an array of the golden file as a tensor."""
-    return torch.from_numpy(LOSSES[f"{tag}/{name}"])
+def assert_gradients(golden, names):
+    """Compare the gradients of golden tensors with the golden ones."""
+    for name in names:
+        assert_near(golden[name].grad, golden[f"grad_{name}"])
 
 
-@pytest.mark.parametrize("tag", ANCRA)
+@pytest.mark.parametrize(
+    "tag", ["trades_ancra_c10", "trades_ancra_alpha05_c10", "trades_ancra_c200"]
+)
 def test_ancra_trades_terms_total_and_gradients(tag):
-    labels = array(tag, "labels")
-    alpha, beta, zeta, weight = LOSSES[f"{tag}/hparams"].tolist()
+    golden = golden_tensors("losses", tag)
+    labels = golden["labels"]
+    alpha, beta, zeta, weight = golden["hparams"].tolist()
     over = partial(over_heads, auxiliary_weight=weight)
-    final, auxiliary, heads = {}, {}, {}
-    for side in ("nat", "adv", "neg"):
-        final[side] = array(tag, side).requires_grad_()
-        auxiliary[side] = array(tag, f"{side}_aux").requires_grad_()
-        heads[side] = Heads(final[side], tuple(auxiliary[side]), torch.empty(0))
+    heads = {}
+    for side in SIDES:
+        final = golden[side].requires_grad_()
+        auxiliary = golden[f"{side}_aux"].requires_grad_()
+        heads[side] = Heads(final, tuple(auxiliary), final)
+    natural, adversarial, negative = heads.values()
 
-    accuracy = over(lambda n: F.cross_entropy(n, labels), heads["nat"])
-    robustness = over(kl_divergence, heads["nat"], heads["adv"])
-    anc = partial(asymmetric_negative_contrast, alpha=alpha)
-    contrast = over(anc, heads["nat"], heads["neg"])
-    trades = over(lambda n, a: trades_loss(n, a, labels, beta), heads["nat"], heads["adv"])
+    accuracy = over(lambda n: F.cross_entropy(n, labels), natural)
+    robustness = over(kl_divergence, natural, adversarial)
+    contrast = over(partial(asymmetric_negative_contrast, alpha=alpha), natural, negative)
+    trades = over(partial(trades_loss, labels=labels, beta=beta), natural, adversarial)
     total = trades + zeta * contrast
     values = [value.item() for value in (total, accuracy, robustness, contrast)]
-    assert values == pytest.approx(LOSSES[f"{tag}/loss"].tolist(), rel=1e-4, abs=1e-7)
+    assert values == pytest.approx(golden["loss"].tolist(), rel=1e-4, abs=1e-7)
 
     total.backward()
-    for side in heads:
-        assert_near(final[side].grad, array(tag, f"grad_{side}"))
-        assert_near(auxiliary[side].grad, array(tag, f"grad_{side}_aux"))
+    assert_gradients(golden, [*SIDES, *(f"{side}_aux" for side in SIDES)])
 
 
 @pytest.mark.parametrize(("tag", "loss"), [("trades_c10", trades_loss), ("mart_c10", mart_loss)])
 def test_trades_and_mart_as_released(tag, loss):
-    natural = array(tag, "nat").requires_grad_()
-    adversarial = array(tag, "adv").requires_grad_()
-    beta = LOSSES[f"{tag}/hparams"][0].item()
-    value = loss(natural, adversarial, array(tag, "labels"), beta)
-    assert value.item() == pytest.approx(LOSSES[f"{tag}/loss"][0].item(), rel=1e-4)
+    golden = golden_tensors("losses", tag)
+    natural = golden["nat"].requires_grad_()
+    adversarial = golden["adv"].requires_grad_()
+    value = loss(natural, adversarial, golden["labels"], golden["hparams"][0].item())
+    assert value.item() == pytest.approx(golden["loss"][0].item(), rel=1e-4)
     value.backward()
-    assert_near(natural.grad, array(tag, "grad_nat"))
-    assert_near(adversarial.grad, array(tag, "grad_adv"))
+    assert_gradients(golden, ["nat", "adv"])
 
 
 @pytest.mark.parametrize("scale", [0.0, 104.0, 1e20])
@@ -70,14 +69,14 @@ def test_values_and_gradients_are_finite_whatever_the_logits(scale):
     labels = torch.tensor([0, 1, 2, 0])
     natural = (scale * torch.randn(4, 10)).requires_grad_()
     other = (scale * torch.randn(4, 10)).requires_grad_()
-    values = [
+    for value in (
         trades_loss(natural, other, labels, 6.0),
         mart_loss(natural, other, labels, 5.0),
         asymmetric_negative_contrast(natural, other, 0.5),
-    ]
-    for value in values:
-        for tensor in (value, *torch.autograd.grad(value, [natural, other])):
-            assert tensor.isfinite().all()
+    ):
+        assert value.isfinite()
+        for gradient in torch.autograd.grad(value, [natural, other]):
+            assert gradient.isfinite().all()
 
 
 def test_contrast_takes_the_negatives_of_each_anchor_in_a_row_and_ignores_other_predictions():

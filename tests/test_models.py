@@ -1,6 +1,7 @@
 """Networks against the official ones' numbers, by themselves and as the copy that attacks see."""
 
 import math
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -8,19 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from models import ARCHS, CLASSIFIERS, GATES, build_model
-from tests.golden_numbers import GoldenNetwork, assert_near, published_shapes
+from tests.golden_numbers import GoldenNetwork, assert_near, both_attacks, published_shapes
 from tests.helpers import digits_network, digits_split
 from utils import attacks
-from utils.attacks import (
-    ToAttack,
-    cross_entropy_over_heads,
-    pgd40_heads,
-    pgd_together,
-)
+from utils.attacks import cross_entropy_over_heads, pgd40_heads, pgd_together
 from utils.data.subject import percent, verdicts
-from utils.losses import over_heads
+from utils.losses import over_heads, pgd_loss
 from utils.negatives import STRATEGIES
-from utils.step import OBJECTIVES, away_from_labels, towards_labels
+from utils.step import OBJECTIVES
 from utils.system import settings
 from utils.system.attack_copy import frozen
 
@@ -31,9 +27,11 @@ PLAIN = ["ResNet18", "PreActResNet18", "WRN34_10"]
 
 def slow_if(names, beginning):
     """Mark the names that begin in a certain way as slow."""
-    return [
-        pytest.param(n, marks=pytest.mark.slow) if n.startswith(beginning) else n for n in names
-    ]
+    params = []
+    for name in names:
+        marks = [pytest.mark.slow] if name.startswith(beginning) else []
+        params.append(pytest.param(name, marks=marks))
+    return params
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,8 @@ def golden():
 def test_state_dict_keys_and_shapes_are_the_published_ones(name):
     with torch.device("meta"):
         state = GoldenNetwork.outline(name).state_dict()
-    assert {key: tuple(value.shape) for key, value in state.items()} == published_shapes(name)
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    assert shapes == published_shapes(name)
 
 
 @pytest.mark.parametrize("name", slow_if(RA + PLAIN, "WRN34"))
@@ -72,9 +71,12 @@ def test_attack_objective_and_its_gradient(golden, name):
         (gradient,) = torch.autograd.grad(value, x)
     if name in RA:
         assert_near(value.detach(), g["attack_loss"])
-    expected = g["attack_grad" if name in RA else "ce_grad"]
-    assert (gradient - expected).norm() / expected.norm() < 1e-2
-    assert (gradient.sign() == expected.sign()).float().mean() > 0.999
+        expected = g["attack_grad"]
+    else:
+        expected = g["ce_grad"]
+    assert (gradient - expected).norm() < 1e-2 * expected.norm()
+    has_same_sign = gradient.sign() == expected.sign()
+    assert has_same_sign.float().mean() > 0.999
 
 
 @pytest.mark.parametrize("small", [0, pytest.param(math.inf, marks=pytest.mark.slow)])
@@ -83,16 +85,15 @@ def test_training_attacks_end_where_the_official_ones_do(golden, name, small, mo
     """Each by itself, and as one batch."""
     monkeypatch.setattr(attacks, "SMALL", small)
     g = golden(name)
-    target_labels = (g.y + 1) % g.meta["classes"]
-    untargeted = ToAttack(g.x, g.start, away_from_labels, g.y)
-    targeted = ToAttack(g.x, g.start, towards_labels, target_labels)
+    batches = both_attacks(g.x, g.start, g.y, g.target_labels)
     with frozen(g.model) as net:
-        attacked = pgd_together(net, [untargeted, targeted], 2, EPS, 0.007, 10)
-    for images, official in zip(attacked, (g["pgd_untargeted"], g["pgd_targeted"]), strict=True):
+        attacked = pgd_together(net, batches, 2, EPS, 0.007, 10)
+    for images, kind in zip(attacked, ("pgd_untargeted", "pgd_targeted"), strict=True):
         assert (images - g.x).abs().max() <= EPS + 1e-6
         assert images.min() >= 0
         assert images.max() <= 1
-        assert ((images - official).abs() <= 1e-5).float().mean() > 0.75
+        is_equal = (images - g[kind]).abs() <= 1e-5
+        assert is_equal.float().mean() > 0.75
 
 
 @pytest.mark.parametrize("name", slow_if(RA, "WRN"))
@@ -102,13 +103,14 @@ def test_training_forward_statistics_and_gradients(golden, name):
     heads = model(g.x, g.y, heads=True)
     assert_near(heads.final.detach(), g["train_logits"])
     assert_near(torch.stack(heads.auxiliary).detach(), g["train_aux"])
-    loss = over_heads(lambda logits: F.cross_entropy(logits, g.y), heads, auxiliary_weight=2)
+    loss = over_heads(partial(pgd_loss, labels=g.y), heads, auxiliary_weight=2)
     assert_near(loss.detach(), g["train_loss"])
     loss.backward()
     means = [model.get_buffer(key).double().sum().item() for key in g.arrays["bn_keys"]]
     assert means == pytest.approx(g.arrays["bn_running_mean_sum"], rel=1e-3, abs=1e-3)
-    norms = [model.get_parameter(key).grad.norm().item() for key in g.arrays["grad_keys"]]
-    assert len(norms) == len(list(model.parameters()))
+    gradients = {name: weights.grad for name, weights in model.named_parameters()}
+    assert set(gradients) == set(g.arrays["grad_keys"])
+    norms = [gradients[key].norm().item() for key in g.arrays["grad_keys"]]
     assert norms == pytest.approx(g.arrays["grad_norm"], rel=1e-2)
 
 
@@ -132,10 +134,10 @@ def test_every_network_at_every_size(arch, image_size, reverse_attention):
 def test_gates_that_a_forward_is_given():
     model = build_model("ResNet18", 5, width=8, image_size=16).eval()
     x = torch.rand(4, 3, 16, 16)
-    labels = torch.tensor([0, 1, 2, 3])
-    predicted = model(x, heads=True)
-    by_prediction = model(x, tuple(logits.argmax(1) for logits in predicted.auxiliary))
-    assert torch.equal(predicted.final, by_prediction)
+    labels = torch.arange(4)
+    heads = model(x, heads=True)
+    predictions = tuple(logits.argmax(1) for logits in heads.auxiliary)
+    assert torch.equal(heads.final, model(x, predictions))
     by_label = model(x, labels)
     one_hot = F.one_hot(labels, 5).float()
     assert torch.allclose(by_label, model(x, (one_hot, one_hot)), atol=1e-6)
