@@ -188,11 +188,9 @@ def _to_channels_last(net: ReverseAttentionNetwork) -> None:
 
 
 @contextmanager
-def frozen(
-    model: nn.Module, precision: str = "default", compiled: bool = False
-) -> Iterator[nn.Module]:
+def frozen(model: nn.Module, precision: str = "default") -> Iterator[nn.Module]:
     """Yield the network that attacks call: a copy of the network with its present weights."""
-    yield AttackCopy(model, precision, compiled).net
+    yield AttackCopy(model, precision).net
 
 
 def attack_copy(model: nn.Module, precision: str = "default") -> nn.Module:

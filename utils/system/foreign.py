@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput, pool
@@ -181,8 +182,8 @@ class Foreign(nn.Module):
         if not heads:
             return self.network(x).float()
         answer = self.network(x, gate, heads=True)
-        auxiliary = tuple(logits.float() for logits in answer.auxiliary)
-        return Heads(answer.final.float(), auxiliary, answer.features.float())
+        answer = Heads(answer.final, tuple(answer.auxiliary), answer.features)
+        return tree_map_only(Tensor, Tensor.float, answer)
 
 
 def load_foreign(model: str) -> tuple[nn.Module, dict]:
@@ -235,9 +236,9 @@ def _run(
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
         arguments = dict(given)
-        if offered:
-            names = inspect.signature(function).parameters
-            arguments |= {name: value for name, value in offered.items() if name in names}
+        for name in offered:
+            if name in inspect.signature(function).parameters:
+                arguments[name] = offered[name]
         return function(**arguments), module.__file__
 
 
@@ -247,7 +248,7 @@ def _imports_from(folder: Path) -> Iterator[None]:
     names = set()
     if folder != OURS:
         names = {"models", "utils"} & {path.stem for path in folder.iterdir()}
-    ours = _remove_modules(names)
+    ours = _take_modules(names)
     path = sys.path[:]
     others = [entry for entry in path if not names or Path(entry).resolve() != OURS]
     sys.path[:] = [str(folder), str(Path.cwd()), *others]
@@ -255,10 +256,11 @@ def _imports_from(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = path
-        _remove_modules(names)
+        _take_modules(names)
         sys.modules.update(ours)
 
 
-def _remove_modules(packages: set[str]) -> dict[str, ModuleType]:
+def _take_modules(packages: set[str]) -> dict[str, ModuleType]:
+    """Forget the modules of some packages, so that they are imported anew, and return them."""
     names = [name for name in sys.modules if name.partition(".")[0] in packages]
     return {name: sys.modules.pop(name) for name in names}
