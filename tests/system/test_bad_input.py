@@ -1,5 +1,7 @@
 """Wrong use and bad input: a clear message, exit status 2, nothing written or overwritten."""
 
+import argparse
+import enum
 import math
 import os
 import pickle
@@ -7,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -117,9 +120,7 @@ def test_a_wrong_value_is_refused(capsys, argument):
         (Umap, "--model_dir", "needs a path"),
     ],
 )
-def test_flags_that_are_unknown_missing_or_contradict_each_other_are_named(
-    capsys, cls, flags, mentioned
-):
+def test_flags_that_are_wrong_together_or_missing_are_named(capsys, cls, flags, mentioned):
     assert mentioned in refusal(capsys, cls, *flags.split())
 
 
@@ -323,10 +324,27 @@ def restart(file):
     return (ANCRA, *DIGITS, *run, "--restart_epoch", 1, "--ckpt_url", file)
 
 
+class Kind(enum.Enum):
+    """An enumeration of the user's own code."""
+
+    PLAIN = 1
+
+
 def write_truncated(path):
     """Write a checkpoint without its end."""
     checkpoint(path)
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+def write_zip(path):
+    """Write a zip archive."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("run/weights.pt", b"something")
+
+
+def write_torchscript(path):
+    """Write a TorchScript module."""
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
 
 
 def write_pickle(path):
@@ -336,27 +354,38 @@ def write_pickle(path):
 
 def write_code(path, new_format):
     """Write what `torch.load` runs without `weights_only`."""
-    content = RunsCode(path.parent / "executed")
+    content = {"args": argparse.Namespace(out=RunsCode(path.parent / "executed"))}
     torch.save(content, path, _use_new_zipfile_serialization=new_format)
 
 
+# How files that are no checkpoints are written, and a word of what an evaluation says of them
 NO_CHECKPOINTS = {
-    "missing": lambda path: None,
-    "text": lambda path: path.write_text("weights, I promise\n"),
-    "truncated": write_truncated,
-    "another network": lambda path: torch.save({"layers.0.weight": torch.zeros(3, 3)}, path),
-    "pickle that runs code": write_pickle,
-    "torch.save that runs code": partial(write_code, new_format=True),
-    "old torch.save that runs code": partial(write_code, new_format=False),
+    "missing": (lambda path: None, "does not exist"),
+    "folder": (lambda path: path.mkdir(), "no weights"),
+    "git-lfs pointer": (lambda path: path.write_text("version https://git-lfs"), "git-lfs"),
+    "web page": (lambda path: path.write_text("<!DOCTYPE html>\n<html>404"), "DOCTYPE html"),
+    "truncated": (write_truncated, "truncated"),
+    "zip": (write_zip, "an archive"),
+    "TorchScript": (write_torchscript, "TorchScript"),
+    "tensor": (lambda path: torch.save(torch.zeros(3), path), "state_dict"),
+    "another object": (lambda path: torch.save(Kind.PLAIN, path), "nothing"),
+    "another network": (lambda path: torch.save({"0.weight": torch.zeros(3, 3)}, path), "0.weight"),
+    "pickle that runs code": (write_pickle, "run code"),
+    "torch.save that runs code": (partial(write_code, new_format=True), "run code"),
+    "old torch.save that runs code": (partial(write_code, new_format=False), "run code"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
 def test_a_file_that_is_no_checkpoint_is_named_and_never_run(refused, tmp_path, kind):
     file = tmp_path / "weights.pt"
-    NO_CHECKPOINTS[kind](file)
-    for argv in (evaluation(file), restart(file), (ANCRA, "--resume", file)):
-        refused(*argv, mentions=(file,))
+    write, word = NO_CHECKPOINTS[kind]
+    write(file)
+    refused(*evaluation(file), mentions=(file, word))
+    refused(*restart(file), mentions=(file,))
+    refused(ANCRA, "--resume", file, mentions=(file,))
     assert not (tmp_path / "executed").exists()
 
 

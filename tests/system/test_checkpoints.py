@@ -7,7 +7,6 @@ import functools
 import os
 import pathlib
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from models import build_model
-from tests.helpers import RunsCode, checkpoint, digits_content
+from tests.helpers import checkpoint, digits_content
 from utils.data.subject import load_subject
 from utils.system.checkpoints import load_model, read, save
 from utils.system.errors import UsageError
@@ -71,14 +70,6 @@ def test_objects_beside_the_weights_do_not_stop_them_from_loading(tmp_path):
     assert read(file)["config"] == {"lr": 0.1, "nested": {"depth": 2}}
 
 
-def test_an_object_beside_the_weights_never_runs_code(tmp_path):
-    file = tmp_path / "weights.pt"
-    torch.save({"args": argparse.Namespace(out=RunsCode(tmp_path / "executed"))}, file)
-    with pytest.raises(UsageError, match="run code"):
-        read(file)
-    assert not (tmp_path / "executed").exists()
-
-
 def test_a_module_that_was_saved_whole_gives_its_weights(tmp_path):
     net = small_network()
     file = tmp_path / "weights.pt"
@@ -86,41 +77,6 @@ def test_a_module_that_was_saved_whole_gives_its_weights(tmp_path):
     for content in (torch.nn.DataParallel(net), {"model": net, "epoch": 3}):
         torch.save(content, file)
         assert torch.equal(load_model(file, image_size=16)[0](x), net(x))
-
-
-def write_zip(path):
-    """Write a zip archive."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("run/weights.pt", b"something")
-
-
-def write_torchscript(path):
-    """Write a TorchScript module."""
-    torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
-
-
-# How files that are no checkpoints are written, and a word of what is said of them.
-OTHER_KINDS = {
-    "git-lfs pointer": (lambda path: path.write_text("version https://git-lfs"), "git-lfs"),
-    "web page": (lambda path: path.write_text("<!DOCTYPE html>\n<html>404"), "DOCTYPE html"),
-    "zip": (write_zip, "an archive"),
-    "TorchScript": (write_torchscript, "TorchScript"),
-    "tensor": (lambda path: torch.save(torch.zeros(3), path), "state_dict"),
-    "another object": (lambda path: torch.save(Colour.RED, path), "nothing"),
-    "folder": (lambda path: path.mkdir(), "no weights"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-@pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_a_file_of_another_kind_is_named_with_its_beginning(tmp_path, kind):
-    write, word = OTHER_KINDS[kind]
-    file = tmp_path / "weights.pt"
-    write(file)
-    with pytest.raises(UsageError, match=word) as refusal:
-        load_model(file)
-    assert str(file) in str(refusal.value)
 
 
 def test_safetensors_are_read_where_the_package_is_installed(monkeypatch, tmp_path):
