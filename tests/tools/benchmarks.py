@@ -794,15 +794,14 @@ def figures(device: torch.device, quick: bool) -> Rows:
 
     whole, count = (100, 4) if quick else (10_000, 500)
     labels = torch.arange(whole) % 10
-    rows = torch.arange(count)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
     split = Split(images, labels[:count], tuple("0123456789")).to(device)
     features = torch.randn(whole, 512) + 2 * torch.randn(10, 512)[labels]
     attack = attacks.pgd(cross_entropy, EPS, STEP, 10, start="normal", seed=1)
     with frozen(build_model("ResNet18", 10, width=4 if quick else None).to(device)) as net:
         jobs = {
-            "features": (whole / count, lambda: extract(net, split, rows, 200)),
-            "PGD-10 and features": (whole / count, lambda: extract(net, split, rows, 200, attack)),
+            "features": (whole / count, lambda: extract(net, split, 200)),
+            "PGD-10 and features": (whole / count, lambda: extract(net, split, 200, attack)),
             "silhouette and neighbours": (1, lambda: measure_clusters(features, labels)),
             "UMAP's compilation, on 100": (1, lambda: embed(features[:100], 42)),
             "UMAP": (1, lambda: embed(features, 42)),

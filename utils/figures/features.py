@@ -72,12 +72,11 @@ class Features(NamedTuple):
 def extract(
     net: nn.Module,
     split: Split,
-    rows: Tensor,
     batch_size: int,
     attack: Attack | None = None,
     task: str = "features",
 ) -> Features:
-    """Compute the features of the images at `rows` (M,) of a split, attacked or not.
+    """Compute the features of the images of a split, attacked or not.
 
     net: what `frozen` yields. attack: gets the labels of the split, and the numbers of its images,
     which seed its noise. task: the name of the progress bar.
@@ -91,6 +90,7 @@ def extract(
             heads = net(x, heads=True)
         return heads.features, heads.unweighted, heads.logits(net.predict)
 
+    rows = torch.arange(len(split.labels))
     with tqdm(
         total=len(rows), desc=task, unit="img", leave=False, disable=distributed.quiet()
     ) as bar:
@@ -247,7 +247,7 @@ def file_stem(*parts: str) -> str:
 # Files
 
 
-def require_own(files: Sequence[Path], subjects: Sequence[Subject]) -> None:
+def require_own(files: Iterable[Path], subjects: Sequence[Subject]) -> None:
     """Make the folder of npz files. Errors: UsageError where one holds figures of other runs."""
     for file in files:
         require_writable(file.parent, OUT_HINT)
@@ -303,8 +303,8 @@ def feature_distance(settings: Distances) -> None:
     titles = {target: class_names(split)[target] for target in targets}
     if len(targets) > 1:
         titles["all"] = "all classes"
-    files = [Path(settings.out) / f"{name}-{target}.npz" for target in titles]
-    distributed.from_first(lambda: require_own(files, [subject]))
+    files = {target: Path(settings.out) / f"{name}-{target}.npz" for target in titles}
+    distributed.from_first(lambda: require_own(files.values(), [subject]))
 
     labels, values = measure_distances(subject, targets, settings)
     if not distributed.first():
@@ -323,13 +323,13 @@ def feature_distance(settings: Distances) -> None:
         "gate": subject.info.get("gate"),
         "test_images": len(split.labels),
     }
-    for (target, title), file in zip(titles.items(), files, strict=True):
+    for target, title in titles.items():
         chosen = slice(None) if target == "all" else labels == target
         of_class = {key: array[chosen] for key, array in values.items()}
-        write_arrays(file, about | {"target": target, "target_name": title}, **of_class)
+        write_arrays(files[target], about | {"target": target, "target_name": title}, **of_class)
         print(f"\nclass {target} ({title}), {len(of_class['indices'])} images")
         print_distances(of_class, layers_of(subject.info), settings.features)
-        print(f"saved {file}")
+        print(f"saved {files[target]}")
     print(f"draw by: python draw_hist.py --distances {shlex.quote(settings.out)}")
 
 
@@ -341,11 +341,10 @@ def measure_distances(
     Returns their labels (M,), and the arrays (M,) of their files: the distances, and the numbers of
     the images and of their negatives in the test set.
     """
-    split = subject.split
-    device = split.labels.device
+    split = subject.split._replace(numbers=numbers_of(subject.split))
     labels = split.labels.cpu()
-    numbers = numbers_of(split)
     rows = torch.isin(labels, torch.tensor(targets)).nonzero().squeeze(1)
+    anchors = split.take(rows)
     strategy, _, adversarial = settings.strategy.partition("_")
     batch_size = settings.test_batch_size
 
@@ -356,21 +355,19 @@ def measure_distances(
     with frozen(subject.model) as net, computing(settings.precision):
         logits = None
         if strategy != "random":
-            every_row = torch.arange(len(labels))
-            logits = extract(net, split, every_row, batch_size, task="predictions").logits
-        negatives = choose_in_blocks(labels, logits, strategy, settings.seed)[rows]
+            logits = extract(net, split, batch_size, task="predictions").logits
+        negatives = split.take(choose_in_blocks(labels, logits, strategy, settings.seed)[rows])
 
-        natural = extract(net, split, rows, batch_size, task="natural")
+        natural = extract(net, anchors, batch_size, task="natural")
         attack = pgd_attack(cross_entropy, subject, settings)
-        attacked = extract(net, split, rows, batch_size, attack, f"PGD-{settings.num_steps}")
+        attacked = extract(net, anchors, batch_size, attack, f"PGD-{settings.num_steps}")
 
         # Negatives are pushed towards their anchors' labels, from noise of their anchors' numbers.
         push = pgd_attack(like_anchors, subject, settings) if adversarial else None
-        pushed = split.take(negatives.to(device))
-        pushed = pushed._replace(labels=split.labels[rows.to(device)], numbers=numbers[rows])
-        negative = extract(net, pushed, torch.arange(len(rows)), batch_size, push, "negatives")
+        pushed = negatives._replace(labels=anchors.labels, numbers=anchors.numbers)
+        negative = extract(net, pushed, batch_size, push, "negatives")
 
-    values = {"indices": numbers[rows].numpy(), "negatives": numbers[negatives].numpy()}
+    values = {"indices": anchors.numbers.numpy(), "negatives": negatives.numbers.numpy()}
     for layer in FEATURES:
         for pair, other in (("PP", attacked), ("NP", negative)):
             distances = compare(getattr(natural, layer), getattr(other, layer))
@@ -559,11 +556,9 @@ def extract_kinds(subject: Subject, settings: Umap) -> dict[str, Features]:
     attacks = {"natural": None}
     if settings.adversarial:
         attacks[f"PGD-{settings.num_steps}"] = pgd_attack(cross_entropy, subject, settings)
-    split = subject.split
-    rows = torch.arange(len(split.labels))
     with frozen(subject.model) as net, computing(settings.precision):
         return {
-            kind: extract(net, split, rows, settings.test_batch_size, attack, kind)
+            kind: extract(net, subject.split, settings.test_batch_size, attack, kind)
             for kind, attack in attacks.items()
         }
 
