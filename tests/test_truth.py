@@ -86,13 +86,6 @@ def test_judges_are_judged_by_truth_and_by_warnings():
     assert not attack.exposes(network(**{"PGD-40": 15.1}))
     assert checks.exposes(network(["two calls"])) and not checks.exposes(network())
 
-    wrong = {"PGD-40": 80.0, "AutoAttack": 12.0, "adaptive": 40.0}
-    names = {"scaled": network(["two calls"], **wrong), "robust": network(["two calls"], **wrong)}
-    lines = list(truth.judges_table({"networks": names}))
-    assert lines[0] == "| judge | tricks exposed, of 1 | false alarms, of 1 | missed |"
-    assert "| PGD-40 | 0 |  | it |" in lines
-    assert "| the checks of every evaluation | 1 | 1 |  |" in lines
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

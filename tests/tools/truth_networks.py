@@ -104,22 +104,6 @@ class Sparse(nn.Module):
         return Heads(logits, (), z) if heads else logits
 
 
-class Quantised(nn.Module):
-    """Rounds its input to a few levels."""
-
-    def __init__(self, levels: int, straight: bool = False) -> None:
-        """straight: whether gradients pass as if nothing were rounded."""
-        super().__init__()
-        self.levels = levels
-        self.straight = straight
-        self.net = undefended()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits."""
-        rounded = (x * (self.levels - 1)).round() / (self.levels - 1)
-        return self.net(x + (rounded - x).detach() if self.straight else rounded)
-
-
 class Undefended(nn.Module):
     """A network that falls to every attack, for tricks to be added."""
 
@@ -127,6 +111,20 @@ class Undefended(nn.Module):
         """Take the undefended network."""
         super().__init__()
         self.net = undefended()
+
+
+class Quantised(Undefended):
+    """Rounds its input to 4 levels."""
+
+    def __init__(self, straight: bool = False) -> None:
+        """straight: whether gradients pass as if nothing were rounded."""
+        super().__init__()
+        self.straight = straight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        rounded = (3 * x).round() / 3
+        return self.net(x + (rounded - x).detach() if self.straight else rounded)
 
 
 class Cut(Undefended):
@@ -146,7 +144,7 @@ class Noisy(Undefended):
         return self.net(x) + waves
 
 
-class Detector(nn.Module):
+class Detector(Undefended):
     """Honest on the grey levels of photographs, which no attack keeps to; else it makes things up.
 
     slope: whether it makes up only the slope of its answer, or all of it.
@@ -156,7 +154,6 @@ class Detector(nn.Module):
         """Take the undefended network."""
         super().__init__()
         self.slope = slope
-        self.net = undefended()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""
@@ -224,7 +221,7 @@ class Trick(NamedTuple):
 
 ra_gate = partial(tiny, "trades", 0, "label")
 cas_gate = partial(tiny, "trades", 0, "label", own_classifiers=True)
-quantised = partial(Quantised, 4)
+quantised = Quantised
 cut = Cut
 noisy = Noisy
 detector = partial(Detector, slope=False)
@@ -253,7 +250,7 @@ TRICKS = {
         "the first, heads not shown", unnamed_gate, lambda: first_head(ra_gate())
     ),
     "sparse": Trick("k winners take all", sparse, lambda: softened(sparse())),
-    "quantised": Trick("input of 4 levels", quantised, partial(Quantised, 4, straight=True)),
+    "quantised": Trick("input of 4 levels", quantised, partial(Quantised, straight=True)),
     "scaled": Trick("logits times 1e4", scaled, undefended),
     "cut": Trick("gradients cut to zero", cut, undefended),
     "noisy": Trick("noise in the forward", noisy, undefended, random=True),
