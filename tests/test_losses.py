@@ -77,19 +77,3 @@ def test_values_and_gradients_are_finite_whatever_the_logits(scale):
         assert value.isfinite()
         for gradient in torch.autograd.grad(value, [natural, other]):
             assert gradient.isfinite().all()
-
-
-def test_contrast_takes_the_negatives_of_each_anchor_in_a_row_and_ignores_other_predictions():
-    natural = torch.tensor([[5.0, 0, 0], [0, 5.0, 0]])
-    negative = torch.tensor([[5.0, 0, 0], [0, 5.0, 0], [5.0, 0, 0], [0, 0, 5.0]])
-    similarity = F.softmax(natural[0], 0).max().item()  # of the first pair, of anchors 0, 0, 1, 1
-    contrast = asymmetric_negative_contrast(natural, negative, 1)
-    assert contrast.item() == pytest.approx(similarity / 4)
-
-
-def test_heads_are_weighted_and_a_plain_network_has_one_term():
-    logits = torch.ones(1)
-    plain = Heads(logits, (), logits)
-    with_auxiliary = Heads(logits, (3 * logits, 5 * logits), logits)
-    assert over_heads(torch.sum, plain, auxiliary_weight=2) == 1
-    assert over_heads(torch.sum, with_auxiliary, auxiliary_weight=2) == 1 + 2 * (3 + 5) / 2

@@ -6,7 +6,6 @@ from typing import get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from models import ARCHS, CLASSIFIERS, GATES, build_model
 from tests.golden_numbers import GoldenNetwork, assert_near, both_attacks, published_shapes
@@ -129,20 +128,6 @@ def test_every_network_at_every_size(arch, image_size, reverse_attention):
     assert heads.features.shape == (3, model.classifier.in_features)
     with frozen(model) as net:
         assert_near(net(x), heads.final.detach(), 1e-5)
-
-
-def test_gates_that_a_forward_is_given():
-    model = build_model("ResNet18", 5, width=8, image_size=16).eval()
-    x = torch.rand(4, 3, 16, 16)
-    labels = torch.arange(4)
-    heads = model(x, heads=True)
-    predictions = tuple(logits.argmax(1) for logits in heads.auxiliary)
-    assert torch.equal(heads.final, model(x, predictions))
-    by_label = model(x, labels)
-    one_hot = F.one_hot(labels, 5).float()
-    assert torch.allclose(by_label, model(x, (one_hot, one_hot)), atol=1e-6)
-    assert torch.equal(by_label, model(x, (labels, labels)))
-    assert not torch.allclose(by_label, model(x, (labels, None)))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Nothing in the reference calls the losses, attacks or networks under test. It re
 published names, and does the rest by PyTorch's functions alone.
 """
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -40,7 +41,7 @@ def l2(images):
 
 def over_list(criterion, *heads, weight):
     """Return a criterion of the first heads plus weight times the mean of those of the others."""
-    final, *auxiliary = [criterion(*logits) for logits in zip(*heads, strict=True)]
+    final, *auxiliary = map(criterion, *heads)
     if not auxiliary:
         return final
     return final + weight * sum(auxiliary) / len(auxiliary)
@@ -89,21 +90,18 @@ def anc(natural, negative, alpha):
 
 def objective(natural, adversarial, negative, labels, o):
     """Return (loss, ANC over heads); natural and negative are None where nothing needs them."""
-    weight = o.cr_beta
+    over = partial(over_list, weight=o.cr_beta)
     if o.method == "pgd":
-        loss = over_list(lambda a: ce(a, labels), adversarial, weight=weight)
+        loss = over(partial(ce, labels=labels), adversarial)
     elif o.method == "trades":
-        loss = over_list(lambda n: ce(n, labels), natural, weight=weight)
-        loss = loss + o.beta * over_list(kl, natural, adversarial, weight=weight)
+        divergence = over(kl, natural, adversarial)
+        loss = over(partial(ce, labels=labels), natural) + o.beta * divergence
     elif o.method == "mart":
-        loss = over_list(lambda a: boosted_ce(a, labels), adversarial, weight=weight)
-        divergence = over_list(
-            lambda n, a: weighted_kl(n, a, labels), natural, adversarial, weight=weight
-        )
-        loss = loss + o.beta * divergence
+        divergence = over(partial(weighted_kl, labels=labels), natural, adversarial)
+        loss = over(partial(boosted_ce, labels=labels), adversarial) + o.beta * divergence
     contrast = torch.zeros((), dtype=torch.float64)
     if negative is not None:
-        contrast = over_list(lambda n, g: anc(n, g, o.alpha), natural, negative, weight=weight)
+        contrast = over(partial(anc, alpha=o.alpha), natural, negative)
     return loss + o.zeta * contrast, contrast
 
 
@@ -113,11 +111,11 @@ def objective(natural, adversarial, negative, labels, o):
 class Reference:
     """A network as a table of tensors under their published names, and its forward pass by hand."""
 
-    def __init__(self, model, arch, attention, gate):
-        self.attention = attention
-        self.gate = gate
+    def __init__(self, model, arch, o):
+        self.ra_blocks = 0 if o.no_ra else o.ra_blocks
+        self.gate = o.gate
         self.preactivation = arch != "ResNet18"
-        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.state = copy.deepcopy(model.state_dict())
         self.parameters = {}
         for name, _ in model.named_parameters():
             self.parameters[name] = self.state[name].requires_grad_()
@@ -133,10 +131,11 @@ class Reference:
 
     def norm(self, name, z, train):
         """Apply a BatchNorm layer."""
-        names = ("running_mean", "running_var", "weight", "bias")
         if train:
             self.state[f"{name}.num_batches_tracked"] += 1
-        return F.batch_norm(z, *(self.state[f"{name}.{part}"] for part in names), train)
+        names = ("running_mean", "running_var", "weight", "bias")
+        tensors = [self.state[f"{name}.{part}"] for part in names]
+        return F.batch_norm(z, *tensors, train)
 
     def conv(self, name, z, stride=1):
         """Apply a convolution that keeps the side, or divides it by the stride."""
@@ -145,10 +144,13 @@ class Reference:
 
     def basic_block(self, name, z, stride, train):
         """Apply a block of ResNet-18."""
-        out = self.norm(name + "bn1", self.conv(name + "conv1", z, stride), train).clamp(min=0)
-        out = self.norm(name + "bn2", self.conv(name + "conv2", out), train)
+        out = self.conv(name + "conv1", z, stride)
+        out = self.norm(name + "bn1", out, train).clamp(min=0)
+        out = self.conv(name + "conv2", out)
+        out = self.norm(name + "bn2", out, train)
         if name + "shortcut.0.weight" in self.state:
-            z = self.norm(name + "shortcut.1", self.conv(name + "shortcut.0", z, stride), train)
+            z = self.conv(name + "shortcut.0", z, stride)
+            z = self.norm(name + "shortcut.1", z, train)
         return (out + z).clamp(min=0)
 
     def preactivation_block(self, name, z, stride, train):
@@ -157,7 +159,8 @@ class Reference:
         for shortcut in (name + "shortcut.0", name + "convShortcut"):
             if shortcut + ".weight" in self.state:
                 z = self.conv(shortcut, out, stride)
-        out = self.norm(name + "bn2", self.conv(name + "conv1", out, stride), train).clamp(min=0)
+        out = self.conv(name + "conv1", out, stride)
+        out = self.norm(name + "bn2", out, train).clamp(min=0)
         return self.conv(name + "conv2", out) + z
 
     def pool(self, z):
@@ -196,9 +199,9 @@ class Reference:
         auxiliary = []
         for index, (name, stride) in enumerate(self.blocks):
             z = block(name, z, stride, train)
-            last = index == len(self.blocks) - 1
-            carries = self.attention and index >= len(self.blocks) - 2
-            if self.last_norm and (carries or last):
+            carries = index >= len(self.blocks) - self.ra_blocks
+            is_last = index == len(self.blocks) - 1
+            if self.last_norm and (carries or is_last):
                 z = self.norm(self.last_norm, z, train).clamp(min=0)
             if carries:
                 own = f"block_classifiers.{len(auxiliary)}"
@@ -208,40 +211,25 @@ class Reference:
                 z = self.weigh(z, name, logits, labels)
         return [self.classify(z, self.linear), *auxiliary]
 
-    def attack(self, centre, start, o, score):
+    def attack(self, centre, o, generator, score):
         """Ascend a score of the heads in the ball and in [0, 1]."""
-        x = start
+        x = centre + 0.001 * torch.randn(centre.shape, generator=generator)
         for _ in range(o.num_steps):
             x = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(score(self.forward(x)), x)
+            change = x.detach() - centre
             if o.norm == "L2":
-                change = x.detach() + o.step_size * gradient / l2(gradient) - centre
-                change = change * (o.epsilon / l2(change)).clamp(max=1)
+                change += o.step_size * gradient / l2(gradient)
+                change *= (o.epsilon / l2(change)).clamp(max=1)
             else:
-                change = x.detach() + o.step_size * torch.sign(gradient) - centre
+                change += o.step_size * gradient.sign()
                 change = change.clamp(-o.epsilon, o.epsilon)
             x = (centre + change).clamp(0, 1)
         return x
 
-    def likelihood(self, heads, labels, o):
-        """Return the sum of log-probabilities of labels, over heads."""
-
-        def log_probability(logits):
-            return probability(logits, labels).log().sum()
-
-        return over_list(log_probability, heads, weight=o.cr_beta)
-
     def attacks(self, x, labels, o, generator, epoch):
         """Return adversarial images, negatives and their labels; None where one class is all."""
-
-        def start(images):
-            return images + 0.001 * torch.randn(images.shape, generator=generator)
-
-        def ascended(heads):
-            if o.inner == "kl":
-                return over_list(kl, natural, heads, weight=o.cr_beta)
-            return -self.likelihood(heads, labels, o)
-
+        over = partial(over_list, weight=o.cr_beta)
         with torch.no_grad():
             natural = self.forward(x)
         chosen = None
@@ -249,20 +237,25 @@ class Reference:
             strategy = "random" if epoch <= 10 else o.strategy.removesuffix("_adv")
             counts = o.sample_class_number, o.sample_number
             chosen = choose_negatives(natural[0], labels, strategy, generator, *counts)
-        adversarial = self.attack(x, start(x), o, ascended)
+
+        score = partial(over, kl, natural)
+        if o.inner == "ce":
+            score = partial(over, partial(ce, labels=labels))
+        adversarial = self.attack(x, o, generator, score)
         if chosen is None:
             return adversarial, None, None
         negative = x[chosen.flatten()]
         if o.strategy.endswith("_adv"):
             anchors = labels.repeat_interleave(chosen.shape[1])
-            likely = partial(self.likelihood, labels=anchors, o=o)
-            negative = self.attack(negative, start(negative), o, likely)
+            likely = partial(over, lambda logits: -ce(logits, anchors))
+            negative = self.attack(negative, o, generator, likely)
         return adversarial, negative, labels[chosen.flatten()]
 
     def loss(self, x, labels, o, generator, epoch):
         """Return the attacked images of a training step (negatives or None), loss and contrast."""
         adversarial, negative, negative_labels = self.attacks(x, labels, o, generator, epoch)
-        natural_heads, negative_heads = None, None
+        natural_heads = None
+        negative_heads = None
         if o.method != "pgd" or negative is not None:
             natural_heads = self.forward(x, labels, True)
         adversarial_heads = self.forward(adversarial, labels, True)
@@ -283,6 +276,7 @@ def network(arch, o, image_size, width):
         image_size=image_size,
         gate=o.gate,
         classifier=o.classifier,
+        ra_blocks=o.ra_blocks,
     ).double()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -303,9 +297,8 @@ def batch(labels, image_size, seed):
         shape = len(labels), 3, side, side
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    noise = uniform(image_size)
-    colours = uniform(1)
-    return (noise + 2 * colours - 1).clamp(0, 1), torch.tensor(list(labels))
+    x = uniform(image_size) + 2 * uniform(1) - 1
+    return x.clamp(0, 1), torch.tensor(labels)
 
 
 def assert_same_steps(
@@ -313,7 +306,7 @@ def assert_same_steps(
 ):
     """Compare training steps of the repository with the reference; return the steps' contrasts."""
     model = network(arch, o, image_size, width)
-    reference = Reference(model, arch, not o.no_ra, o.gate)
+    reference = Reference(model, arch, o)
     attack_copy = AttackCopy(model)
     sgd = partial(torch.optim.SGD, lr=o.lr, momentum=0.9, weight_decay=o.weight_decay)
     optimizer = sgd(model.parameters())
@@ -371,7 +364,7 @@ OTHER_SETTINGS = {
     "soft": ({"strategy": "soft"}, {"epoch": 11}),
     "two negatives": ({"sample_class_number": 2, "method": "mart", "alpha": 0.5}, {}),
     "wide": ({"method": "pgd"}, {"arch": "WRN-28-10", "width": 1}),
-    "four cells": ({"num_steps": 2}, {"arch": "PreActResNet18", "width": 2, "image_size": 64}),
+    "one block": ({"ra_blocks": 1}, {"arch": "PreActResNet18"}),
 }
 
 
@@ -381,17 +374,18 @@ def test_training_steps_of_other_settings(name):
     assert any(assert_same_steps(options(**changes), **setup))
 
 
+@pytest.mark.parametrize("classifier", ["shared", "own"])
 @pytest.mark.parametrize(
     ("gate", "setup"),
     [
         ("label", {"arch": "PreActResNet18", "width": 2, "image_size": 64}),
         ("predicted", {}),
-        ("soft", {}),
+        ("soft", {"arch": "PreActResNet18", "width": 2, "image_size": 64}),
         ("none", {}),
     ],
 )
-def test_training_steps_with_own_classifiers(gate, setup):
-    o = options(num_steps=2, gate=gate, classifier="own", alpha=0.5)
+def test_training_steps_of_gates_and_classifiers(gate, setup, classifier):
+    o = options(num_steps=2, gate=gate, classifier=classifier, alpha=0.5)
     assert any(assert_same_steps(o, **setup))
 
 
