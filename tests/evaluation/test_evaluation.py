@@ -50,8 +50,8 @@ from utils.system.settings import MEANS, STDS, Evaluation
 from utils.training import loop as training
 
 EPS, STEP = 0.1, 0.02
-QUICK = ("--attacks", "natural,fgsm,pgd,cw")
-DIGITS_ALONE = ("--dataset", "digits", "--limit-test", "120", "--attacks", "natural")
+QUICK = "--attacks=natural,fgsm,pgd,cw"
+DIGITS_ALONE = ("--dataset=digits", "--limit-test=120", "--attacks=natural")
 
 
 def test_pgd_stays_in_ball_and_range_and_shows_every_iterate():
@@ -189,7 +189,7 @@ def test_an_epoch_s_attack_searches_in_the_precision_of_training_and_float32_jud
     monkeypatch.setattr(training, "pgd40_heads", partial(pgd40_heads, steps=5))
     model = digits_network()
     split = subset(digits_split(), 60)
-    chosen = training_settings("--dataset", "digits", "--precision", precision)
+    chosen = training_settings("--dataset=digits", "--precision", precision)
     job = SimpleNamespace(settings=chosen, device=torch.device("cpu"), check_stop=lambda: None)
     natural, robust = training.evaluate(job, model, split)
 
@@ -214,7 +214,7 @@ def run(*flags):
 
 def test_a_table_and_a_log_beside_the_checkpoint_at_the_data_set_s_eps(tmp_path, capsys):
     digits_checkpoint(tmp_path / "best_adv_model.pt")
-    flags = ("--ckpt_url", tmp_path, "--limit-test", "30", *QUICK, "--num-steps", "4")
+    flags = ("--ckpt_url", tmp_path, "--limit-test=30", QUICK, "--num-steps=4")
     run(*flags)
     table = capsys.readouterr().out
     assert "eps 0.1, step 0.02" in table
@@ -223,7 +223,7 @@ def test_a_table_and_a_log_beside_the_checkpoint_at_the_data_set_s_eps(tmp_path,
     assert [name for name, _ in rows] == ["natural", "FGSM", "PGD-4", "CW-2"]
     assert max(rows, key=lambda row: float(row[1])) == rows[0]
 
-    run(*flags, "--epsilon", "8/255")  # the command wins
+    run(*flags, "--epsilon=8/255")  # the command wins
     assert "eps 8/255, step 0.02" in capsys.readouterr().out
     assert (tmp_path / "test.log").read_text().count("\nPGD-4") == 2
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_knows_its_data_and_refuses_others(tmp_path, capsys):
     pets = image_folder(tmp_path / "pets")
     known = {"classes": ["cat", "dog"], "dataset": "folder", "recipe": {"data_dir": str(pets)}}
     file = checkpoint(tmp_path / "run.pt", num_classes=2, **known)
-    flags = ("--ckpt_url", file, "--attacks", "natural")
+    flags = ("--ckpt_url", file, "--attacks=natural")
     run(*flags)
     assert "folder, 6 of 6 test images" in capsys.readouterr().out
     for part in ("train", "test"):
@@ -320,7 +320,7 @@ def test_what_was_assumed_stands_beside_the_figures(tmp_path, capsys):
     std = ",".join(map(str, STDS["cifar10"]))
     for flags, images, recorded in (
         ((), "not normalised", None),
-        (("--mean", "cifar10", "--std", std), f"normalised by {mean}", list(mean)),
+        (("--mean=cifar10", "--std", std), f"normalised by {mean}", list(mean)),
     ):
         run("--ckpt_url", file, *DIGITS_ALONE, "--no-ra", *flags)
         _, table = capsys.readouterr().out.split("\nattack ")
@@ -354,7 +354,7 @@ def test_a_table_names_a_network_at_chance(tmp_path, capsys):
     for favour in (0.0, 1e4):
         content["model"]["fc.bias"][3] += favour
         torch.save(content, tmp_path / "weights.pt")
-        run("--ckpt_url", tmp_path / "weights.pt", "--attacks", "natural")
+        run("--ckpt_url", tmp_path / "weights.pt", "--attacks=natural")
         assert ("at chance" in capsys.readouterr().out) == (favour > 0)
     labels = torch.tensor([2, 0, 2])
     assert "66.67 %" in at_chance(66.66, labels)

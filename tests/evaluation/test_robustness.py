@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import signal
 import sys
@@ -18,25 +17,26 @@ import torch.nn.functional as F
 from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
-import utils.attacks
-import utils.data.subject
-import utils.evaluation.adaptive
-import utils.evaluation.autoattack
-import utils.evaluation.cache
-import utils.evaluation.diagnostics
-import utils.evaluation.report
-import utils.evaluation.robustness
 from tests import tiny_networks
-from tests.helpers import ATTACK, ROOT, digits_checkpoint, digits_split, execute
+from tests.helpers import (
+    ATTACK,
+    ROOT,
+    digits_checkpoint,
+    digits_content,
+    digits_split,
+    execute,
+)
 from tests.tiny_networks import robust, scaled, undefended, with_ra
 from tests.tools.truth_networks import Cut
 from utils.attacks import cross_entropy, image_noise, linf_pgd, noise, pgd
 from utils.data.datasets import as_input, load_split, shuffled, subset
-from utils.data.subject import load_subject, verdicts, wilson
+from utils.data.subject import load_subject, wilson
 from utils.evaluation import results
-from utils.evaluation.adaptive import adaptive, plain, views
+from utils.evaluation.adaptive import ViewAPGD, ViewAPGDTargeted, adaptive, plain, views
+from utils.evaluation.autoattack import square
 from utils.evaluation.cache import BlockCache, Monitor, WorstImages
 from utils.evaluation.diagnostics import Probe, diagnose
+from utils.evaluation.report import draw_worst
 from utils.evaluation.robustness import planned_attacks, white_attack
 from utils.system.attack_copy import AttackCopy, SearchedInBfloat16, frozen
 from utils.system.errors import RunError, Stopped, UsageError
@@ -49,12 +49,10 @@ FULL_EPS, FULL_STEP = 0.015, 0.003  # of `full`, whose network is not trained to
 
 def settings_of(model, *flags):
     """The settings of an evaluation of one of the tiny networks, or of a checkpoint file."""
-    what = (
-        ("--ckpt_url", model)
-        if os.sep in str(model)
-        else ("--model", f"tests.tiny_networks:{model}")
-    )
-    return parse(Evaluation, "", [*map(str, (*what, "--dataset", "digits", *flags))])
+    source = ["--model", f"tests.tiny_networks:{model}"]
+    if isinstance(model, Path):
+        source = ["--ckpt_url", str(model)]
+    return parse(Evaluation, "", [*source, "--dataset=digits", *map(str, flags)])
 
 
 def evaluate(folder, model, *flags):
@@ -67,6 +65,11 @@ def evaluate(folder, model, *flags):
 def right(record, name):
     """The verdicts of a row of the table, (N,) bool."""
     return torch.tensor([verdict == "1" for verdict in record["attacks"][name]["verdicts"]])
+
+
+def verdicts_of(record):
+    """The verdicts of all rows of the table, as the record has them."""
+    return {name: attack["verdicts"] for name, attack in record["attacks"].items()}
 
 
 def accuracy(record, name):
@@ -83,8 +86,8 @@ def digits(count):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 25 images."""
-    for module in (utils.evaluation.robustness, utils.evaluation.autoattack):
-        monkeypatch.setattr(module, "BLOCK", 25)
+    for module in ("robustness", "autoattack"):
+        monkeypatch.setattr(f"utils.evaluation.{module}.BLOCK", 25)
     return 25
 
 
@@ -104,21 +107,15 @@ def shorten(patch):
         return lambda *args, **kwargs: attack(*args, **{**kwargs, "n_iter": 6})
 
     patch.setattr(AutoAttack, "_set_version", brief)
-    for name in ("ViewAPGD", "ViewAPGDTargeted"):
-        attack = getattr(utils.evaluation.adaptive, name)
-        patch.setattr(utils.evaluation.adaptive, name, shorter(attack))
+    for attack in (ViewAPGD, ViewAPGDTargeted):
+        patch.setattr(f"utils.evaluation.adaptive.{attack.__name__}", shorter(attack))
 
 
 def shorten_diagnostics(patch, **values):
     """Fewer balls, steps and starts in --diagnostics."""
-    for name, value in {
-        "QUERIES": 20,
-        "RADII": (2,),
-        "RESTARTS": 2,
-        "STEPS": (1, 40),
-        **values,
-    }.items():
-        patch.setattr(utils.evaluation.diagnostics, name, value)
+    values = {"QUERIES": 20, "RADII": (2,), "RESTARTS": 2, "STEPS": (1, 40), **values}
+    for name, value in values.items():
+        patch.setattr(f"utils.evaluation.diagnostics.{name}", value)
 
 
 @pytest.fixture
@@ -133,10 +130,10 @@ def full(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         shorten_diagnostics(patch, QUERIES=100, STEPS=(1, 5, 40))
         shorten(patch)
-        flags = ["--attacks", "fgsm,pgd,cw,adaptive,noise", "--diagnostics", "--restarts", "2"]
-        flags += ["--n-examples", "50", "--num-steps", "20"]
+        flags = ["--attacks=fgsm,pgd,cw,adaptive,noise", "--diagnostics", "--restarts=2"]
+        flags += ["--n-examples=50", "--num-steps=20"]
         flags += ["--epsilon", FULL_EPS, "--step-size", FULL_STEP]
-        evaluate(folder, "with_ra", "--attacks", "natural", "--n-examples", "50")
+        evaluate(folder, "with_ra", "--attacks=natural", "--n-examples=50")
         record = evaluate(folder, "with_ra", *flags, "--save-adversarial", folder / "worst.npz")
     return record, folder
 
@@ -150,8 +147,8 @@ def same_as_directly(model, folder, count, eps, block, record, norm="Linf"):
     found = x.clone()
     with frozen(model) as net:
         natural = net(x).argmax(1) == split.labels
-        for here in torch.arange(count).split(block):
-            rows = here[natural[here]]
+        for numbers in torch.arange(count).split(block):
+            rows = numbers[natural[numbers]]
             library = AutoAttack(
                 net, norm=norm, eps=eps, seed=SEED, version="standard", device="cpu"
             )
@@ -160,7 +157,7 @@ def same_as_directly(model, folder, count, eps, block, record, norm="Linf"):
             )
         expected = net(found).argmax(1) == split.labels
     assert torch.equal(right(record, "AutoAttack"), expected)
-    assert 0 < accuracy(record, "AutoAttack") < accuracy(record, "natural")
+    assert 0 < expected.sum() < natural.sum()
     found[expected] = x[expected]  # of images that no attack fools, the image itself
     with np.load(folder / "found.npz") as content:
         assert torch.equal(torch.from_numpy(content["images"]), found)
@@ -170,7 +167,7 @@ def same_as_directly(model, folder, count, eps, block, record, norm="Linf"):
 def test_autoattack_through_the_script_is_autoattack_called_directly(
     tmp_path, brief_library, small_blocks, norm, eps
 ):
-    flags = ("--attacks", "autoattack", "--n-examples", "45", "--norm", norm)
+    flags = ("--attacks=autoattack", "--n-examples=45", "--norm", norm)
     record = evaluate(tmp_path, "robust", *flags, "--save-adversarial", tmp_path / "found.npz")
     same_as_directly(robust(), tmp_path, 45, eps, small_blocks, record, norm)
 
@@ -184,12 +181,14 @@ def test_autoattack_through_the_script_is_autoattack_called_directly(
 
     classes = record["classes"].values()
     worst = [shares["worst case"] for shares in classes]
-    assert len(worst) == 10 and worst == sorted(worst)
+    assert len(worst) == 10
+    assert worst == sorted(worst)
+    labels = torch.tensor(record["labels"])
     for name, row in (("natural", "natural"), ("worst case", "AutoAttack")):
         total = sum(shares["images"] * shares[name] for shares in classes)
         assert total == pytest.approx(45 * accuracy(record, row))
         answers = torch.tensor(record["predicted"][name])
-        assert torch.equal(answers == torch.tensor(record["labels"]), right(record, row))
+        assert torch.equal(answers == labels, right(record, row))
 
 
 @pytest.mark.slow
@@ -205,14 +204,12 @@ def test_the_whole_of_standard_autoattack_is_autoattack_called_directly(tmp_path
 def test_few_classes_are_attacked_and_the_table_says_what_was_left_out(
     classes, tmp_path, monkeypatch, brief_library
 ):
-    def few(*args):
-        split = load_split(*args[:4])
-        split = split.take((split.labels < classes).nonzero().squeeze(1))._replace(
-            classes=split.classes[:classes]
-        )
-        return subset(split, args[4])
+    def few(dataset, part, data_dir, size, limit):
+        split = load_split(dataset, part, data_dir, size)
+        split = split.take((split.labels < classes).nonzero().squeeze(1))
+        return subset(split._replace(classes=split.classes[:classes]), limit)
 
-    monkeypatch.setattr(utils.data.subject, "load_split", few)
+    monkeypatch.setattr("utils.data.subject.load_split", few)
     flags = ("--attacks=autoattack,adaptive", "--n-examples=30", "--restarts=1", "--epsilon=0.25")
     record = evaluate(tmp_path, f"first_{classes}", *flags)
     assert accuracy(record, "natural") > 80
@@ -225,19 +222,19 @@ def test_few_classes_are_attacked_and_the_table_says_what_was_left_out(
 
 # What is cached
 
-LONG = ("--n-examples", "60", "--restarts", "1", "--num-steps", "5")
+LONG = ("--n-examples=60", "--restarts=1", "--num-steps=5")
 
 
 class Calls(list):
-    """(attack, number of its first image), in order. stop: (n, error) raises in call n."""
+    """(attack, number of its first image), in order."""
 
-    stop = None
+    stop_at = None  # the number of the call that is stopped
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
     """No picture is drawn."""
-    monkeypatch.setattr(utils.evaluation.report, "save_or_note", lambda draw, file: "")
+    monkeypatch.setattr("utils.evaluation.report.save_or_note", lambda draw, file: "")
 
 
 @pytest.fixture
@@ -245,22 +242,19 @@ def counted(monkeypatch, small_blocks, no_pictures):
     """One step of FGSM stands for every attack of the script, and is counted."""
     calls = Calls()
 
-    def counting(name):
-        def build(*args, eps, **arguments):
-            fgsm = pgd(cross_entropy, eps, eps, 1, start="image", seed=0)
+    def counting(name, *args, eps, **arguments):
+        fgsm = pgd(cross_entropy, eps, eps, 1, start="image", seed=0)
 
-            def attack(net, x, labels, numbers):
-                calls.append((name, int(numbers[0])))
-                if calls.stop and len(calls) == calls.stop[0]:
-                    raise calls.stop[1]
-                return fgsm(net, x, labels, numbers)
+        def attack(net, x, labels, numbers):
+            calls.append((name, int(numbers[0])))
+            if len(calls) == calls.stop_at:
+                raise Stopped(signal.SIGTERM, "")
+            return fgsm(net, x, labels, numbers)
 
-            return attack
-
-        return build
+        return attack
 
     for name in ("autoattack", "adaptive", "pgd", "noise", "square"):
-        monkeypatch.setattr(utils.evaluation.robustness, name, counting(name))
+        monkeypatch.setattr(f"utils.evaluation.robustness.{name}", partial(counting, name))
     return calls
 
 
@@ -270,36 +264,33 @@ def blocks(folder):
 
 
 def test_a_stopped_evaluation_goes_on_to_the_same_table(tmp_path, counted):
-    flags = (*LONG, "--attacks", "pgd,adaptive")
+    flags = (*LONG, "--attacks=pgd,adaptive")
     expected = evaluate(tmp_path / "whole", "robust", *flags)
     starts = digits(60)[0].numbers[::25].tolist()
     assert counted == [(name, start) for start in starts for name in ("pgd", "adaptive")]
 
     counted.clear()
-    counted.stop = (4, Stopped(signal.SIGTERM, ""))
+    counted.stop_at = 4
     with pytest.raises(Stopped):
         evaluate(tmp_path, "robust", *flags)
     assert not (tmp_path / "white_attack.json").exists()
 
     counted.clear()
-    counted.stop = None
+    counted.stop_at = None
     record = evaluate(tmp_path, "robust", *flags)
     assert [name for name, _ in counted] == ["adaptive", "pgd", "adaptive"]
-    assert list(record["attacks"]) == list(expected["attacks"])
-    for name in record["attacks"]:
-        assert torch.equal(right(record, name), right(expected, name))
+    assert verdicts_of(record) == verdicts_of(expected)
     names = [name.rsplit("-", 1)[0] for name in blocks(tmp_path)]
     assert names == sorted(["pgd-5", "adaptive-final"] * 3)
 
 
 def test_a_finished_autoattack_serves_later_commands(tmp_path, counted):
     """On the same network and images: other attacks, restarts, steps, batch size or start."""
-    first = evaluate(tmp_path, "robust", *LONG, "--attacks", "autoattack")
+    first = evaluate(tmp_path, "robust", *LONG, "--attacks=autoattack")
     assert [name for name, _ in counted] == ["autoattack"] * 3
     counted.clear()
-    images = ("--save-adversarial", tmp_path / "images.npz")
-    flags = ("--attacks=all", "--restarts=3", "--test-batch-size=7", "--random=False", *images)
-    record = evaluate(tmp_path, "robust", *LONG[:2], *flags)
+    flags = ("--attacks=all", "--restarts=3", "--test-batch-size=7", "--random=False")
+    record = evaluate(tmp_path, "robust", "--n-examples=60", *flags)
     assert "autoattack" not in dict(counted)
     assert torch.equal(right(record, "AutoAttack"), right(first, "AutoAttack"))
     note = record["attacks"]["AutoAttack"]["notes"][-1]
@@ -307,41 +298,42 @@ def test_a_finished_autoattack_serves_later_commands(tmp_path, counted):
     assert first["provenance"]["started"] in note
 
     counted.clear()
-    evaluate(tmp_path, "robust", *LONG, "--attacks", "autoattack", "--n-examples", "59")
+    evaluate(tmp_path, "robust", "--n-examples=59", "--attacks=autoattack")
     assert len(counted) == 1  # only the last block is another one then
 
 
 @pytest.mark.parametrize("network", ["trained", "robust"])
 def test_attacks_search_in_bfloat16_and_float32_judges(network, trained, tmp_path, no_pictures):
-    model = trained[2] if network == "trained" else network
-    split, x = digits(20)
-    net = trained[0] if network == "trained" else tiny_networks.robust()
-    images = tmp_path / "images.npz"
+    model = network
+    net = robust()
+    if network == "trained":
+        net, _, model = trained
     flags = ("--n-examples=20", "--attacks=natural,pgd,noise", "--num-steps=2", "--step-size=0.1")
+    file = tmp_path / "images.npz"
     in_float32 = evaluate(tmp_path, model, *flags)
-    record = evaluate(tmp_path, model, *flags, "--precision=bf16", "--save-adversarial", images)
+    record = evaluate(tmp_path, model, *flags, "--precision=bf16", "--save-adversarial", file)
+
+    split, x = digits(20)
+    batch = (x, split.labels, split.numbers)
     attack = pgd(cross_entropy, EPS, 0.1, 2, start="uniform", seed=SEED)
-    searched = AttackCopy(net, "bf16").net
-    adversarial = attack(searched, x, split.labels, split.numbers)
-    with torch.no_grad():
-        judged = net(adversarial).argmax(1) == split.labels
-        natural = net(x).argmax(1) == split.labels
-    assert torch.equal(right(record, "natural"), natural)
-    assert torch.equal(right(record, "PGD-2"), judged & natural)
+    adversarial = attack(AttackCopy(net, "bf16").net, *batch)
+    natural = net(x).argmax(1) == split.labels
+    judged = net(adversarial).argmax(1) == split.labels
     fooled = natural & ~judged
     assert fooled.any()
-    assert np.array_equal(np.load(images)["images"][fooled], adversarial[fooled])
-    in_float32_too = attack(net, x, split.labels, split.numbers)
-    assert not torch.equal(in_float32_too[fooled], adversarial[fooled])
+    assert torch.equal(right(record, "natural"), natural)
+    assert torch.equal(right(record, "PGD-2"), natural & judged)
+    with np.load(file) as content:
+        assert np.array_equal(content["images"][fooled], adversarial[fooled])
+    assert not torch.equal(attack(net, *batch)[fooled], adversarial[fooled])
 
-    earlier = "PGD-2 (precision default)"
-    assert torch.equal(right(record, earlier), right(in_float32, "PGD-2"))
+    assert torch.equal(right(record, "PGD-2 (precision default)"), right(in_float32, "PGD-2"))
     assert torch.equal(right(record, "noise, 100 draws"), right(in_float32, "noise, 100 draws"))
     log = (tmp_path / "test.log").read_text()
     assert log.count("a first look: PGD-2 searched in bfloat16") == 1
-    table = [*results.table(results.grouped([record]))]
-    assert any(line.startswith("A first look") for line in table)
-    assert not any(map(results._is_first_look, [in_float32]))
+    for evaluation in (in_float32, record):
+        table = "\n".join(results.table(results.grouped([evaluation])))
+        assert ("\nA first look" in table) == (evaluation is record)
 
 
 def test_parts_of_an_attack_are_judged_in_float32_and_search_in_bfloat16(trained, tmp_path):
@@ -362,23 +354,20 @@ def test_restarts_of_apgd_repeat_its_steps_at_each_target(trained, tmp_path):
     model = trained[0]
     split, x = digits(4)
     kept = model(x).argmax(1) == split.labels
-    with_gradients = 0
+    batch = (x[kept], split.labels[kept], split.numbers[kept])
+    with_gradients = []
 
     def net(images):
-        nonlocal with_gradients
-        with_gradients += images.requires_grad
+        with_gradients.append(images.requires_grad)
         return model(images)
 
     sizes = {"eps": 1e-4, "step_size": 1e-4, "steps": 2, "restarts": 1, "apgd_steps": 5}
-    counts = []
     for restarts in (1, 3):
-        with_gradients = 0
+        with_gradients.clear()
         monitor = Monitor(tmp_path / f"{restarts}", print)
-        attack = adaptive(plain, **sizes, apgd_restarts=restarts, seed=SEED, monitor=monitor)
-        attack(net, x[kept], split.labels[kept], split.numbers[kept])
-        counts.append(with_gradients)
-    # APGD takes a gradient at its start, too.
-    assert counts == [2 + 10 * 6, 2 + 3 * 10 * 6]
+        adaptive(plain, **sizes, apgd_restarts=restarts, seed=SEED, monitor=monitor)(net, *batch)
+        # APGD takes a gradient at its start, too.
+        assert sum(with_gradients) == 2 + restarts * 10 * 6
 
 
 VIEWS = {"adaptive: final", "adaptive: auxiliary 1", "adaptive: over heads", "adaptive: surrogate"}
@@ -393,7 +382,7 @@ def files_of_blocks(tmp_path):
     def files(*flags, network="one", image=0):
         attacks = "natural,fgsm,pgd,cw,noise,square,transfer,autoattack,adaptive"
         # the surrogate is given below, so --surrogate names no file
-        flags = ("--surrogate", "x", "--attacks", attacks, "--n-examples", "10", *flags)
+        flags = ("--surrogate=x", "--attacks", attacks, "--n-examples=10", *flags)
         settings = settings_of("with_ra", *flags)
         subject = load_subject(settings)
         subject.split.images[3] += image
@@ -407,20 +396,20 @@ def files_of_blocks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "other_files"),
+    ("flag", "other_files"),
     [
-        (("--test-batch-size", "7"), set()),
-        (("--epsilon", "0.09"), KNOWN),
-        (("--random", "False"), FIRST_ORDER),
-        (("--restarts", "4"), VIEWS),
-        (("--apgd-restarts", "2"), VIEWS),
-        (("--precision", "bf16"), KNOWN - {"noise, 100 draws", "Square", "transfer PGD-40"}),
+        ("--test-batch-size=7", set()),
+        ("--epsilon=0.09", KNOWN),
+        ("--random=False", FIRST_ORDER),
+        ("--restarts=4", VIEWS),
+        ("--apgd-restarts=2", VIEWS),
+        ("--precision=bf16", KNOWN - {"noise, 100 draws", "Square", "transfer PGD-40"}),
     ],
 )
-def test_cached_verdicts_belong_to_settings(flags, other_files, files_of_blocks):
+def test_cached_verdicts_belong_to_settings(flag, other_files, files_of_blocks):
     """Whatever matters to an attack makes another file of its block, and nothing else does."""
     before = files_of_blocks()
-    after = files_of_blocks(*flags)
+    after = files_of_blocks(flag)
     assert {name for name in KNOWN if after[name] != before[name]} == other_files
 
 
@@ -428,7 +417,7 @@ def test_cached_verdicts_belong_to_network_images_and_version(files_of_blocks, m
     before = set(files_of_blocks().values())
     assert before.isdisjoint(files_of_blocks(network="another").values())
     assert before.isdisjoint(files_of_blocks(image=7).values())
-    monkeypatch.setattr(utils.attacks, "VERSION", 99)
+    monkeypatch.setattr("utils.attacks.VERSION", 99)
     assert before.isdisjoint(files_of_blocks().values())
 
 
@@ -436,7 +425,7 @@ def test_cached_blocks_of_a_network_of_ones_own_end_with_its_weights(
     tmp_path, counted, monkeypatch
 ):
     """A callable has no weights to tell it apart; its answers do."""
-    flags = (*LONG, "--attacks", "adaptive")
+    flags = (*LONG, "--attacks=adaptive")
     evaluate(tmp_path, "as_callable", *flags)
     counted.clear()
     evaluate(tmp_path, "as_callable", *flags)
@@ -446,47 +435,42 @@ def test_cached_blocks_of_a_network_of_ones_own_end_with_its_weights(
     assert len(counted) == 3
 
 
-@pytest.mark.parametrize("attack", ["autoattack", "adaptive"])
+@pytest.mark.parametrize(
+    ("attack", "row"), [("autoattack", "AutoAttack"), ("adaptive", "adaptive: final")]
+)
 def test_a_stop_inside_a_block_loses_one_part(
-    attack, tmp_path, monkeypatch, brief_library, no_pictures
+    attack, row, tmp_path, monkeypatch, brief_library, no_pictures
 ):
     """The figures are those of an evaluation that was never stopped."""
-    monkeypatch.setattr(utils.evaluation.cache, "WORTH_CACHING", 0)
-    flags = ("--attacks", attack, "--n-examples", "12", "--restarts", "1", "--num-steps", "4")
-    called = []
+    monkeypatch.setattr("utils.evaluation.cache.WORTH_CACHING", 0)
+    flags = ("--attacks", attack, "--n-examples=12", "--restarts=1", "--num-steps=4")
 
-    def noted(cls, error=None):
-        perturb = cls.perturb
+    def run(folder):
+        saved = tmp_path / f"{folder}.npz"
+        record = evaluate(tmp_path / folder, "robust", *flags, "--save-adversarial", saved)
+        with np.load(saved) as content:
+            return record, content["images"]
 
-        def noting(self, x, y):
-            called.append(cls)
-            if error is not None:
-                raise error
-            return perturb(self, x, y)
+    def watched(cls, effect=None):
+        effect = effect or cls.perturb
+        return mock.patch.object(cls, "perturb", autospec=True, side_effect=effect)
 
-        return mock.patch.object(cls, "perturb", noting)
-
-    whole_file = tmp_path / "whole.npz"
-    whole = evaluate(tmp_path / "whole", "robust", *flags, "--save-adversarial", whole_file)
+    whole, images = run("whole")
     stop = Stopped(signal.SIGTERM, "")
-    with noted(APGDAttack), noted(APGDAttack_targeted, stop), pytest.raises(Stopped):
-        evaluate(tmp_path / "stopped", "robust", *flags)
-    assert called == [APGDAttack, APGDAttack_targeted]
+    with watched(APGDAttack) as first, watched(APGDAttack_targeted, stop), pytest.raises(Stopped):
+        run("stopped")
+    assert first.call_count == 1
 
-    called.clear()
-    file = tmp_path / "resumed.npz"
-    with noted(APGDAttack), noted(APGDAttack_targeted):
-        resumed = evaluate(tmp_path / "stopped", "robust", *flags, "--save-adversarial", file)
-    assert called == [APGDAttack_targeted]
+    with watched(APGDAttack) as first, watched(APGDAttack_targeted) as second:
+        resumed, resumed_images = run("stopped")
+    assert (first.call_count, second.call_count) == (0, 1)
     assert not [name for name in blocks(tmp_path / "stopped") if name.endswith(".parts")]
-    for name, row in whole["attacks"].items():
-        assert resumed["attacks"][name]["verdicts"] == row["verdicts"]
-        left = [part["robust_accuracy"] for part in row["parts"].values()]
-        parts = resumed["attacks"][name]["parts"].values()
-        assert [part["robust_accuracy"] for part in parts] == left
-    with np.load(whole_file) as one, np.load(file) as other:
-        assert np.array_equal(one["images"], other["images"])
-    assert 0 < accuracy(whole, [*whole["attacks"]][-1]) < accuracy(whole, "natural")
+    assert verdicts_of(resumed) == verdicts_of(whole)
+    assert np.array_equal(resumed_images, images)
+    assert 0 < accuracy(whole, row) < accuracy(whole, "natural")
+    parts = resumed["attacks"][row]["parts"]
+    for name, part in whole["attacks"][row]["parts"].items():
+        assert parts[name]["robust_accuracy"] == part["robust_accuracy"]
 
 
 # Worst cases
@@ -494,14 +478,15 @@ def test_a_stop_inside_a_block_loses_one_part(
 
 def test_the_worst_case_is_the_worst_of_all_attacks_image_by_image(full):
     record, _ = full
-    names = [name for name in record["attacks"] if "worst case" not in name]
-    assert {"natural", "FGSM", "PGD-20", "CW-10", "diagnostics", "adaptive: final"} <= set(names)
-    of_views = [right(record, name) for name in names if name.startswith("adaptive: ")]
-    assert len(of_views) >= 5
-    assert torch.equal(right(record, "adaptive, worst case"), torch.stack(of_views).all(0))
-    of_all = torch.stack([right(record, name) for name in names])
-    assert torch.equal(right(record, "worst case"), of_all.all(0))
-    assert len(of_all.unique(dim=0)) > 3  # rows differ, so the worst case says more
+    rows = {name: right(record, name) for name in record["attacks"]}
+    worst = rows.pop("worst case")
+    worst_view = rows.pop("adaptive, worst case")
+    assert {"natural", "FGSM", "PGD-20", "CW-10", "diagnostics", "adaptive: final"} <= rows.keys()
+    assert torch.equal(worst, torch.stack([*rows.values()]).all(0))
+    assert len({tuple(row.tolist()) for row in rows.values()}) > 3  # so it says more than a row
+    views = [row for name, row in rows.items() if name.startswith("adaptive: ")]
+    assert len(views) >= 5
+    assert torch.equal(worst_view, torch.stack(views).all(0))
 
 
 def test_adaptive_finds_what_pgd_on_each_head_finds(full):
@@ -509,59 +494,50 @@ def test_adaptive_finds_what_pgd_on_each_head_finds(full):
     split, x = digits(50)
     worst = right(record, "adaptive, worst case")
     rows = right(record, "natural").nonzero().squeeze(1)
-    x, y = x[rows], split.labels[rows]
+    x = x[rows]
+    y = split.labels[rows]
     start = x + FULL_EPS * image_noise(x, split.numbers[rows], SEED, "Linf")
+
+    def objective(z, head):
+        heads = net(z, heads=True)
+        return F.cross_entropy((heads.final, *heads.auxiliary)[head], y, reduction="sum")
+
     wrong = []
     with frozen(with_ra()) as net:
-        for head in (
-            lambda heads: heads.final,
-            lambda heads: heads.auxiliary[0],
-            lambda heads: heads.auxiliary[1],
-        ):
-
-            def objective(z, head=head):
-                return F.cross_entropy(head(net(z, heads=True)), y, reduction="sum")
-
-            wrong.append(net(linf_pgd(x, objective, FULL_EPS, FULL_STEP, 20, start)).argmax(1) != y)
+        for head in range(3):
+            attacked = partial(objective, head=head)
+            found = linf_pgd(x, attacked, FULL_EPS, FULL_STEP, 20, start)
+            wrong.append(net(found).argmax(1) != y)
             assert not (worst[rows] & wrong[-1]).any()
     assert ((wrong[1] | wrong[2]) & ~wrong[0]).any()  # or the final head alone would do
 
 
 def test_a_surrogate_is_one_more_view_and_an_attack_by_itself(trained, tmp_path, brief_library):
-    flags = ("--restarts", "1", "--n-examples", "20", "--epsilon", "0.2", "--num-steps", "10")
-    record = evaluate(
-        tmp_path, "robust", *flags, "--attacks", "adaptive,transfer", "--surrogate", trained[2]
-    )
-    assert {"adaptive: final", "adaptive: surrogate", "adaptive, worst case"} <= set(
-        record["attacks"]
-    )
-    assert accuracy(record, "adaptive: surrogate") < accuracy(record, "natural")
-    assert accuracy(record, "transfer PGD-10") < accuracy(record, "natural")
+    flags = ("--restarts=1", "--n-examples=20", "--epsilon=0.2", "--num-steps=10")
+    flags += ("--attacks=adaptive,transfer", "--surrogate", trained[2])
+    record = evaluate(tmp_path, "robust", *flags)
+    assert {"adaptive: final", "adaptive, worst case"} < record["attacks"].keys()
+    for name in ("adaptive: surrogate", "transfer PGD-10"):
+        assert accuracy(record, name) < accuracy(record, "natural")
 
 
 def test_square_by_itself_needs_no_gradient(tmp_path, monkeypatch, no_pictures):
-    monkeypatch.setattr(
-        utils.evaluation.robustness,
-        "square",
-        partial(utils.evaluation.autoattack.square, queries=60),
-    )
+    monkeypatch.setattr("utils.evaluation.robustness.square", partial(square, queries=60))
     record = evaluate(
-        tmp_path, "in_steps", "--attacks", "fgsm,square", "--n-examples", "20", "--epsilon", "0.3"
+        tmp_path, "in_steps", "--attacks=fgsm,square", "--n-examples=20", "--epsilon=0.3"
     )
     assert accuracy(record, "Square") < accuracy(record, "FGSM") == accuracy(record, "natural")
 
 
 def test_several_runs_stand_side_by_side(tmp_path, capsys, no_pictures):
-    runs = []
-    for name in ("ra", "plain"):
-        file = digits_checkpoint(tmp_path / name / "best_adv_model.pt", name == "ra")
-        runs.append(file.parent)
-    flags = ("--attacks", "fgsm", "--n-examples", "30", "--epsilon", "0.2")
+    runs = [tmp_path / "ra", tmp_path / "plain"]
+    for run in runs:
+        digits_checkpoint(run / "best_adv_model.pt", run.name == "ra")
+    flags = ("--attacks=fgsm", "--n-examples=30", "--epsilon=0.2")
     assert execute(ATTACK, "--ckpt_url", *runs, *flags) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out
     assert results.main([str(run) for run in runs]) == 0  # afterwards, from what they wrote
-    table = capsys.readouterr().out.splitlines()
-    assert lines[-len(table) :] == table
+    assert lines.endswith(capsys.readouterr().out)
 
 
 # Planted frauds
@@ -570,7 +546,7 @@ def test_several_runs_stand_side_by_side(tmp_path, capsys, no_pictures):
 def test_a_hardened_head_in_front_of_an_undefended_one_is_exposed(tmp_path, brief_library):
     """All attacks on the final logits are led astray; the auxiliary view is not."""
     record = evaluate(
-        tmp_path, "decoy", "--attacks", "pgd,adaptive", "--n-examples", "40", "--restarts", "1"
+        tmp_path, "decoy", "--attacks=pgd,adaptive", "--n-examples=40", "--restarts=1"
     )
     assert accuracy(record, "PGD-40") > 50
     assert accuracy(record, "adaptive: auxiliary 1") < 10
@@ -581,23 +557,20 @@ def test_what_diagnostics_find_is_in_the_worst_images(tmp_path, monkeypatch, no_
     """PGD on the final logits is led astray, the views of --diagnostics are not."""
     shorten_diagnostics(monkeypatch, RADII=(0.5,), RESTARTS=1)
     saved = tmp_path / "worst.npz"
-    flags = ("--attacks", "pgd", "--n-examples", "15", "--diagnostics", "--save-adversarial", saved)
+    flags = ("--attacks=pgd", "--n-examples=15", "--diagnostics", "--save-adversarial", saved)
     record = evaluate(tmp_path, "decoy", *flags)
-    lowest = min(
-        row["PGD on every view"] for row in record["diagnostics"]["by_eps"] if row["eps"] <= EPS
-    )
+    by_eps = record["diagnostics"]["by_eps"]
+    lowest = min(point["PGD on every view"] for point in by_eps if point["eps"] <= EPS)
     assert accuracy(record, "diagnostics") <= lowest < 10 < 50 < accuracy(record, "PGD-40")
     with np.load(saved) as content:
-        assert (
-            content["right"].tolist()
-            == (right(record, "PGD-40") & right(record, "diagnostics")).tolist()
-        )
+        throughout = right(record, "PGD-40") & right(record, "diagnostics")
+        assert content["right"].tolist() == throughout.tolist()
         assert content["predicted"].tolist() == record["predicted"]["worst case"]
 
 
 def test_vanishing_gradients_are_exposed(tmp_path):
     record = evaluate(
-        tmp_path, "scaled", "--attacks", "pgd,adaptive", "--n-examples", "60", "--restarts", "2"
+        tmp_path, "scaled", "--attacks=pgd,adaptive", "--n-examples=60", "--restarts=2"
     )
     assert accuracy(record, "PGD-40") > accuracy(record, "natural") - 20 > 50
     assert accuracy(record, "adaptive: final") < 10
@@ -605,11 +578,11 @@ def test_vanishing_gradients_are_exposed(tmp_path):
 
 def diagnosis(model, count, norm="Linf", eps=EPS):
     """Diagnosis of a plain network: the names of raised signs, and the diagnosis."""
-    split, _ = digits(count)
+    split, x = digits(count)
     with frozen(model) as net:
-        natural = verdicts(net, split, count)
-        logits = net(as_input(split.images)).detach()
-        fooling = WorstImages(as_input(split.images), logits, split.labels)
+        logits = net(x).detach()
+        natural = logits.argmax(1) == split.labels
+        fooling = WorstImages(x, logits, split.labels)
         probe = Probe(net, split, natural, eps, eps / 5, SEED, count, fooling, str, norm)
         found = diagnose(probe, views(False, 2))
     return {sign.name for sign in found.signs if sign.raised}, found
@@ -660,7 +633,7 @@ def test_diagnostics_in_l2_go_as_far_as_the_diagonal(monkeypatch):
 @pytest.mark.slow
 def test_diagnostics_of_an_honest_network(monkeypatch):
     """No sign is raised; accuracy falls with eps, to nothing at eps 1, and with steps."""
-    monkeypatch.setattr(utils.evaluation.diagnostics, "QUERIES", 300)
+    monkeypatch.setattr("utils.evaluation.diagnostics.QUERIES", 300)
     raised, diagnosed = diagnosis(robust(), 100)
     assert not raised
     radii = [eps for eps, _, _ in diagnosed.by_eps]
@@ -675,9 +648,7 @@ def test_diagnostics_of_an_honest_network(monkeypatch):
 
 
 def test_a_network_that_is_never_right(tmp_path, brief_library):
-    record = evaluate(
-        tmp_path, "always_wrong", "--attacks", "all", "--n-examples", "20", "--diagnostics"
-    )
+    record = evaluate(tmp_path, "always_wrong", "--attacks=all", "--n-examples=20", "--diagnostics")
     assert {attack["robust_accuracy"] for attack in record["attacks"].values()} == {0.0}
     assert record["diagnostics"]["by_eps"] == []
     assert "SIGN: no image is right without an attack" in (tmp_path / "test.log").read_text()
@@ -688,25 +659,23 @@ def test_a_network_that_is_never_right(tmp_path, brief_library):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "warning"),
     [
         ("in_training_mode", "alone is answered otherwise than in a batch"),
         ("at_random", "two calls answer differently, which"),
         ("probabilities", "answers are probabilities"),
         ("in_steps", "gradients are exactly zero at"),
         ("scaled", "gradients are exactly zero at"),
-        ("with_ra", None),
     ],
 )
-def test_what_leads_every_attack_astray_is_said_of_every_row(model, said, tmp_path, no_pictures):
-    record = evaluate(tmp_path, model, "--attacks", "fgsm,noise", "--n-examples", "20")
-    lines = (tmp_path / "test.log").read_text().splitlines()
-    warnings = [line for line in lines if line.startswith("! every attack: ")]
-    assert [said in line for line in warnings] == ([True] if said else [])
-    marked = sum(line.endswith(" !") for line in lines)
-    assert marked == (len(record["attacks"]) if said else 0)
+def test_what_leads_every_attack_astray_is_said_of_every_row(model, warning, tmp_path, no_pictures):
+    record = evaluate(tmp_path, model, "--attacks=fgsm,noise", "--n-examples=20")
+    log = (tmp_path / "test.log").read_text()
+    (line,) = re.findall("! every attack: .*", log)
+    assert warning in line
+    assert log.count(" !\n") == len(record["attacks"])
     for row in record["attacks"].values():
-        assert any((said or "call") in note for note in row["notes"]) == (said is not None)
+        assert any(warning in note for note in row["notes"])
 
 
 # Verdicts and images
@@ -716,47 +685,42 @@ def test_saved_adversarial_images_are_what_the_table_says(full):
     record, folder = full
     split, x = digits(50)
     with np.load(folder / "worst.npz", allow_pickle=False) as content:
-        images, labels = torch.from_numpy(content["images"]), torch.from_numpy(content["labels"])
-        said, eps = torch.from_numpy(content["right"]), float(content["eps"])
-    assert images.dtype == torch.float32 and images.shape == x.shape
-    assert eps == pytest.approx(FULL_EPS) and (images - x).abs().max() <= FULL_EPS + 1e-6
-    assert images.min() >= 0 and images.max() <= 1
-    assert torch.equal(labels, split.labels)
-    with torch.no_grad():
-        fooled = with_ra()(images).argmax(1) != labels
-    assert torch.equal(fooled, ~said)
-    assert torch.equal(said, right(record, "worst case"))
+        images = torch.from_numpy(content["images"])
+        stays_right = torch.from_numpy(content["right"])
+        assert content["labels"].tolist() == split.labels.tolist()
+        assert content["eps"] == pytest.approx(FULL_EPS)
+    assert images.dtype == torch.float32
+    assert (images - x).abs().max() <= FULL_EPS + 1e-6
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert torch.equal(with_ra()(images).argmax(1) == split.labels, stays_right)
+    assert torch.equal(stays_right, right(record, "worst case"))
     natural = right(record, "natural")
-    assert 0 < said.sum() < natural.sum()
-    as_they_were = (images == x).flatten(1).all(1)
-    assert torch.equal(
-        as_they_were, said | ~natural
-    )  # an image that no attack fools is saved as it is
+    assert 0 < stays_right.sum() < natural.sum()
+    unchanged = (images == x).flatten(1).all(1)  # unless an attack fools it
+    assert torch.equal(unchanged, stays_right | ~natural)
 
 
 def test_n_examples_are_the_first_after_a_fixed_shuffle(tmp_path):
-    some = evaluate(tmp_path / "some", "robust", "--attacks", "fgsm", "--n-examples", "70")
-    every = evaluate(tmp_path / "all", "robust", "--attacks", "fgsm", "--n-examples", "360")
-    for name in (
-        "natural",
-        "FGSM",
-    ):  # the start noise of an image depends on its number in the whole test set
-        assert some["attacks"][name]["images"] == some["images"] == 70
-        assert torch.equal(right(some, name), right(every, name)[shuffled(360, 0)[:70]])
-    said = (tmp_path / "some" / "test.log").read_text()
-    assert "70" in said and "of 360" in said and "shuffle" in said
+    some = evaluate(tmp_path / "some", "robust", "--attacks=fgsm", "--n-examples=70")
+    every = evaluate(tmp_path / "all", "robust", "--attacks=fgsm", "--n-examples=360")
+    first = shuffled(360, 0)[:70]
+    for name in ("natural", "FGSM"):  # whose start depends on an image's number in the test set
+        assert torch.equal(right(some, name), right(every, name)[first])
+    line = "70 of 360 test images, the first of a fixed shuffle"
+    assert line in (tmp_path / "some" / "test.log").read_text()
     assert "shuffle" not in (tmp_path / "all" / "test.log").read_text()
 
 
 def test_noise_stays_in_the_ball_and_counts_any_draw():
     split, x = digits(60)
-    rows = torch.arange(60)
+    numbers = torch.arange(60)
     with frozen(undefended()) as net:
-        attacked = noise(0.6, SEED, 20)(net, x, split.labels, rows)
+        attacked = noise(0.6, SEED, 20)(net, x, split.labels, numbers)
         wrong = net(attacked).argmax(1) != split.labels
         any_draw = net(x).argmax(1) != split.labels
         for draw in range(20):
-            noisy = (x + 0.6 * image_noise(x, rows, SEED, "Linf", draw)).clamp(0, 1)
+            noisy = (x + 0.6 * image_noise(x, numbers, SEED, "Linf", draw)).clamp(0, 1)
             any_draw |= net(noisy).argmax(1) != split.labels
     assert (attacked - x).abs().max() <= 0.6 + 1e-6
     assert torch.equal(wrong, any_draw)
@@ -767,7 +731,7 @@ def test_noise_stays_in_the_ball_and_counts_any_draw():
 
 
 @pytest.mark.parametrize(
-    ("hits", "n", "low", "high"),
+    ("count", "of", "low", "high"),
     # the first is a textbook's, the others are the formula at p = 0 and 1
     [
         (9, 10, 59.58, 98.21),
@@ -775,60 +739,60 @@ def test_noise_stays_in_the_ball_and_counts_any_draw():
         (50, 50, 100 * 50 / 53.8414588, 100),
     ],
 )
-def test_wilson_interval(hits, n, low, high):
-    assert wilson(hits, n) == pytest.approx((low, high), abs=0.006)
+def test_wilson_interval(count, of, low, high):
+    assert wilson(count, of) == pytest.approx((low, high), abs=0.006)
 
 
-def test_json_says_what_the_verdicts_say(full):
-    record, _ = full
-    for attack in record["attacks"].values():
-        right = attack["verdicts"].count("1")
+def test_the_record_and_the_table_say_what_the_verdicts_say(full):
+    record, folder = full
+    log = (folder / "test.log").read_text()
+    assert "! every attack" not in log
+    _, table = log.rsplit("\nattack ", 1)
+    lines = table.splitlines()[1:]
+    for line, (name, attack) in zip(lines, record["attacks"].items(), strict=False):
+        count = attack["verdicts"].count("1")
         assert len(attack["verdicts"]) == attack["images"] == record["images"] == 50
-        assert attack["robust_accuracy"] == pytest.approx(2 * right)
-        assert attack["interval_95"] == pytest.approx(wilson(right, 50))
+        assert attack["robust_accuracy"] == pytest.approx(2 * count)
+        assert attack["interval_95"] == pytest.approx(wilson(count, 50))
+        accuracy, low, _, high, images, _ = line.removeprefix(name).split()
+        assert float(accuracy) == pytest.approx(2 * count, abs=0.005)
+        assert [float(low), float(high)] == pytest.approx(attack["interval_95"], abs=0.005)
+        assert images == "50"
     expected = {"eps": FULL_EPS, "step_size": FULL_STEP, "num_steps": 20, "restarts": 2}
     assert expected.items() <= record["settings"].items()
-
-
-def test_the_table_says_what_the_record_says(full):
-    record, folder = full
-    lines = (folder / "test.log").read_text().splitlines()
-    start = max(i for i, line in enumerate(lines) if line.startswith("attack "))
-    for line, (name, attack) in zip(lines[start + 1 :], record["attacks"].items(), strict=False):
-        figure, low, _, high, count, _ = line.removeprefix(name).split()
-        assert float(figure) == pytest.approx(attack["robust_accuracy"], abs=0.005)
-        assert [float(low), float(high)] == pytest.approx(attack["interval_95"], abs=0.005)
-        assert count == "50"
 
 
 def test_pictures_and_their_curves(full):
     record, folder = full
     for name in ("adversarial_examples", "robust_vs_eps", "robust_vs_steps"):
         assert (folder / f"{name}.png").exists()
-    diagnostics = record["diagnostics"]
-    radii = [point["eps"] for point in diagnostics["by_eps"]]
+    by_eps = record["diagnostics"]["by_eps"]
+    by_steps = record["diagnostics"]["by_steps"]
+    radii = [point["eps"] for point in by_eps]
     assert radii == pytest.approx([0, FULL_EPS, 2 * FULL_EPS, 1])
-    assert [point["steps"] for point in diagnostics["by_steps"]] == [1, 5, 40]
-    for point in (*diagnostics["by_eps"], *diagnostics["by_steps"]):
+    assert [point["steps"] for point in by_steps] == [1, 5, 40]
+    for point in by_eps + by_steps:
         assert 0 <= point["PGD on every view"] <= point["PGD on the answer's logits"] <= 100
     log = (folder / "test.log").read_text()
-    for sign in diagnostics["signs"]:
+    for sign in record["diagnostics"]["signs"]:
         assert (f"SIGN: {sign['name']} ({sign['figure']})" in log) == sign["raised"]
 
 
 def test_examples_are_chosen_by_the_share_of_their_kind(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(utils.evaluation.report, "draw_examples", lambda *args: drawn.append(args))
+    drawn = mock.Mock()
+    monkeypatch.setattr("utils.evaluation.report.draw_examples", drawn)
     split = digits_split(count=80)
     logits = F.one_hot(split.labels, 10).float()
-    logits[:20] = logits[:20].roll(1, 1)  # wrong without an attack
+    wrong_logits = logits.roll(1, 1)
+    logits[:20] = wrong_logits[:20]  # wrong without an attack
     worst = WorstImages(as_input(split.images), logits, split.labels)
-    worst.take(torch.arange(20, 60), worst.images[20:60], logits[20:60].roll(1, 1))
+    rows = torch.arange(20, 60)
+    worst.take(rows, worst.images[rows], wrong_logits[rows])
     subject = SimpleNamespace(split=split, eps=8 / 255, norm="Linf", radius="eps 8/255")
-    utils.evaluation.report.draw_worst(tmp_path / "x.png", subject, worst, ["fgsm"])
-    _, _, fooled, labels, _, _, title, _ = drawn[0]
+    draw_worst(tmp_path / "x.png", subject, worst, ["fgsm"])
+    _, _, fooled, labels, _, _, title, _ = drawn.call_args.args
     assert fooled.tolist() == [True] * 4 + [False] * 4
-    assert torch.equal(labels[:4], split.labels[20:60][torch.tensor([0, 11, 23, 34])])
+    assert labels[:4].tolist() == split.labels[[20, 31, 43, 54]].tolist()
     for words in ("50.0 % fooled", "25.0 % wrong", "25.0 % right", "fgsm"):
         assert words in title
 
@@ -845,16 +809,14 @@ def test_every_attack_takes_logits_of_any_type_and_torchscript(
     model, tmp_path, monkeypatch, brief_library, no_pictures
 ):
     shorten_diagnostics(monkeypatch)
-    square = partial(utils.evaluation.autoattack.square, queries=20)
-    monkeypatch.setattr(utils.evaluation.robustness, "square", square)
-    flags = ("--attacks", EVERY, "--n-examples", "6", "--num-steps", "2", "--restarts", "1")
+    monkeypatch.setattr("utils.evaluation.robustness.square", partial(square, queries=20))
+    flags = ("--attacks", EVERY, "--n-examples=6", "--num-steps=2", "--restarts=1")
     record = evaluate(tmp_path, model, *flags, "--diagnostics")
     split, x = digits(6)
     assert torch.equal(right(record, "natural"), robust()(x).argmax(1) == split.labels)
     assert len(record["attacks"]) == 10
-    assert (
-        accuracy(record, "worst case") <= accuracy(record, "PGD-2") <= accuracy(record, "natural")
-    )
+    worst = accuracy(record, "worst case")
+    assert worst <= accuracy(record, "PGD-2") <= accuracy(record, "natural")
 
 
 QUICK = ("--dataset=digits", "--n-examples=4", "--device=cpu")
@@ -908,36 +870,28 @@ def block(channels):
 }
 
 
-@pytest.mark.parametrize(
-    ("model", "shape"),
-    [
-        ("models.nets:plain", (3, 16, 16)),
-        ("models.nets:normed", (3, 28, 28)),
-    ],
-)
+@pytest.mark.parametrize(("model", "side"), [("models.nets:plain", 16), ("models.nets:normed", 28)])
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_a_repository_with_models_and_utils_of_its_own(
-    model, shape, tmp_path, monkeypatch, no_pictures
+    model, side, tmp_path, monkeypatch, no_pictures
 ):
     """One folder lands there, and afterwards our own names are ours again."""
-    for name, source in THEIRS.items():
-        (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "theirs" / name).write_text(source)
     folder = tmp_path / "theirs"
-    before = {*folder.iterdir()}
+    for name, source in THEIRS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source)
     path = [*sys.path]
     ours = modules_of_ours()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    flags = ("--dataset", "digits", "--image-size", shape[-1], "--n-examples", "6")
-    flags += ("--attacks", "fgsm", "--device", "cpu")
     saved = tmp_path / "found.npz"
+    flags = ("--dataset=digits", f"--image-size={side}", "--n-examples=6", "--attacks=fgsm")
     assert execute(ATTACK, "--model", model, *flags, "--save-adversarial", saved) == 0
     with np.load(saved) as content:
-        assert content["images"].shape == (6, *shape)
-    (out,) = {*folder.iterdir()} - before
-    (log,) = out.glob("*/test.log")
-    assert out.name == "evaluated" and log.parent.name == re.sub(r"\W+", "-", model).strip("-")
+        assert content["images"].shape == (6, 3, side, side)
+    assert sorted(file.name for file in folder.iterdir()) == ["evaluated", "models", "utils"]
+    (log,) = folder.glob("evaluated/*/test.log")
+    assert log.parent.name == model.replace(".", "-").replace(":", "-")
     assert log.with_name("white_attack.json").exists()
     assert sys.path == path
     now = modules_of_ours()
@@ -951,7 +905,7 @@ def test_a_file_may_import_from_the_current_folder(here, no_pictures):
     (here / "common.py").write_text("import torch\nNET = torch.nn.Flatten()\n")
     code = "import torch, common\ndef build(): return torch.nn.Sequential(common.NET, LINEAR)\n"
     (here / "nets" / "a.py").write_text(code.replace("LINEAR", "torch.nn.Linear(768, 10)"))
-    assert execute(ATTACK, "--model", "nets/a.py:build", *QUICK, "--attacks=natural") == 0
+    assert execute(ATTACK, "--model=nets/a.py:build", *QUICK, "--attacks=natural") == 0
 
 
 def modules_of_ours():
@@ -992,34 +946,34 @@ class Net(torch.nn.Module):
 
 def test_a_foreign_network_may_use_names_of_ours(here):
     (here / "named.py").write_text(NAMES_OF_OURS)
-    assert execute(ATTACK, "--model", "named.py:Net", *QUICK, "--attacks=fgsm") == 0
+    assert execute(ATTACK, "--model=named.py:Net", *QUICK, "--attacks=fgsm") == 0
 
 
 def test_a_network_without_gradients_is_looked_at_without_attacks(beside_foreign):
-    flags = ("--model", "foreign_nets:flat", *QUICK, "--attacks=natural,noise")
+    flags = ("--model=foreign_nets:flat", *QUICK, "--attacks=natural,noise")
     assert execute(ATTACK, *flags) == 0
     assert {file.name for file in beside_foreign.iterdir()} == {"foreign_nets.py", "evaluated"}
 
 
 def test_wrong_flags(refused, trained, tmp_path):
     file = trained[2]
-    flags = ("--ckpt_url", file, "--n-examples", "4", "--attacks", "fgsm")
+    flags = ("--ckpt_url", file, "--n-examples=4", "--attacks=fgsm")
     refused(ATTACK, *flags, "--save-adversarial", file / "x.npz", mentions=["--save-adversarial"])
     refused(ATTACK, *flags, "--save-adversarial", tmp_path, mentions=["folder"])
-    refused(ATTACK, *flags, "--diagnostics", "--epsilon", "0", mentions=["--diagnostics"])
+    refused(ATTACK, *flags, "--diagnostics", "--epsilon=0", mentions=["--diagnostics"])
 
 
 def test_a_surrogate_of_other_classes(tmp_path):
-    seven = {"num_classes": 7, "classes": list("0123456")}
-    model = digits_checkpoint(tmp_path / "ten.pt")
-    weights = torch.load(model, weights_only=True)["model"]
+    weights = digits_content()["model"]
     weights |= {key: weights[key][:7] for key in ("fc.weight", "fc.bias")}
-    digits_checkpoint(tmp_path / "seven.pt", model=weights, **seven)
+    classes = [*"0123456"]
+    file = tmp_path / "seven.pt"
+    digits_checkpoint(file, model=weights, num_classes=7, classes=classes)
     with pytest.raises(UsageError, match="7 classes"):
-        evaluate(tmp_path, "robust", "--attacks=adaptive", "--surrogate", tmp_path / "seven.pt")
+        evaluate(tmp_path, "robust", "--attacks=adaptive", "--surrogate", file)
 
 
 def test_logits_that_are_not_finite_are_no_result(tmp_path):
     with pytest.raises(RunError, match="not finite"):
-        evaluate(tmp_path, "not_finite", "--attacks", "fgsm", "--n-examples", "10")
+        evaluate(tmp_path, "not_finite", "--attacks=fgsm", "--n-examples=10")
     assert not (tmp_path / "white_attack.json").exists()

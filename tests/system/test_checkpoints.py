@@ -164,7 +164,7 @@ def test_a_network_of_one_s_own_is_known_by_its_file_and_its_weights(here, funct
         flags = ["--model", f"foreign_net.py:{function}", "--dataset", "digits"]
         flags += ["--n-examples", "4", "--device", "cpu"]
         sys.modules.pop("foreign_net", None)
-        return load_subject(parse(Evaluation, "", flags)).identity["network"]
+        return load_subject(parse(Evaluation, "", flags)).identity()["network"]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "dont_write_bytecode", True)

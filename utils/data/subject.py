@@ -20,6 +20,7 @@ from utils.data.datasets import (
     numbers_of,
 )
 from utils.system import distributed
+from utils.system.attack_copy import attack_copy
 from utils.system.checkpoints import checkpoint_file, load_model
 from utils.system.devices import computing, pick_device
 from utils.system.errors import RunError, UsageError, first_line
@@ -200,12 +201,6 @@ class Subject(NamedTuple):
         return ball
 
     @property
-    def identity(self) -> dict[str, object]:
-        """Checksums of network and images, and the ball: equal where evaluations' rows add up."""
-        network = network_checksum(self.model, self.info, self.split)
-        return {"network": network, "images": images_checksum(self.split), **self.ball}
-
-    @property
     def radius(self) -> str:
         """The ball of attacks in words: `eps 8/255`, or `L2 eps 0.5`."""
         radius = f"eps {eps_text(self.eps)}"
@@ -266,6 +261,14 @@ class Subject(NamedTuple):
         note = f"; {self.split.note}" if self.split.note else ""
         count = len(self.split.labels)
         return f"{self.dataset}, {count} of {self.split.total} test images{note}"
+
+    def identity(self) -> dict[str, object]:
+        """Return checksums of network and images, and the ball.
+
+        Rows of evaluations belong in one table where these are equal.
+        """
+        network = network_checksum(self.model, self.info, self.split)
+        return {"network": network, "images": images_checksum(self.split), **self.ball}
 
 
 def images_checksum(split: Split) -> str:
@@ -375,7 +378,7 @@ def _require_classifier(settings: Evaluation, model: nn.Module, split: Split) ->
 
 
 def load_surrogate(settings: Evaluation, subject: Subject) -> nn.Module | None:
-    """Load the network of --surrogate, on the subject's device; None without this flag.
+    """Load the network of --surrogate, as attacks call it; None without this flag.
 
     Errors: UsageError where it has another number of classes.
     """
@@ -390,4 +393,4 @@ def load_surrogate(settings: Evaluation, subject: Subject) -> nn.Module | None:
             f"--surrogate {path} has {info['num_classes']} classes and {subject.dataset} has "
             f"{classes}; name a network that was trained on the same classes"
         )
-    return model
+    return attack_copy(model)

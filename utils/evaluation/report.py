@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from utils.data.subject import Subject, at_chance, percent, wilson
+from utils.evaluation.autoattack import BLOCK
 from utils.evaluation.cache import WorstImages
 from utils.evaluation.diagnostics import Diagnosis
 from utils.evaluation.results import FORMAT
 from utils.figures.plots import draw_examples, draw_robustness, save_or_note
 from utils.system.files import write_atomically
 from utils.system.settings import Evaluation
-from utils.system.values import eps_text
+from utils.system.values import counted, eps_text
 
 RECORDED = (  # settings that white_attack.json keeps
     "num_steps",
@@ -50,6 +51,18 @@ class Row(NamedTuple):
     settings: dict[str, object] = {}
     parts: dict[str, dict[str, float]] = {}
     made: str = ""
+
+
+def heading(settings: Evaluation, subject: Subject) -> Iterator[str]:
+    """Yield what a log says of an evaluation before it begins."""
+    yield f"{subject.file}: {subject.described()}"
+    yield (
+        f"{subject.radius}, step {eps_text(subject.step_size)}, "
+        f"{'random' if settings.random else 'natural'} start, seed {settings.seed}; adaptive "
+        f"attack: {counted(settings.restarts, 'start')} of PGD, "
+        f"{counted(settings.apgd_restarts, 'start')} of APGD with {settings.apgd_steps} steps"
+    )
+    yield f"blocks of {BLOCK} images, each cached when an attack has finished it"
 
 
 def lowest(rows: dict[str, Row]) -> Tensor:

@@ -1,8 +1,9 @@
 """What test_white_attack.py does, in the order in which a row of its table comes about.
 
-`evaluate` loads a network with its test images, plans the attacks, and runs them on blocks of 250
-images. Each attack and block gives verdicts, which are cached in a file. Verdicts of all blocks
-make a row, rows make the worst case, and `report` formats the table.
+`evaluate` has them all, from top to bottom: it loads a network with its test images, plans the
+attacks, and classifies the images without an attack. Each attack on each block of 250 images gives
+verdicts, which are cached in a file. Verdicts on all blocks make a row, rows make the worst case,
+and `report` formats the table.
 """
 
 import json
@@ -47,7 +48,6 @@ from utils.system.files import require_writable, write_record
 from utils.system.log import open_log
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import BLIND, Evaluation
-from utils.system.values import counted, eps_text
 
 PACKAGE = "pyautoattack"  # AutoAttack, Square, and the APGD of the adaptive attack
 LIBRARY_VERSIONS = {  # of the attacks that it runs, which take all images of a block at once
@@ -72,7 +72,7 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     than the first.
     """
     subject = load_subject(settings, path)
-    identity = subject.identity
+    identity = subject.identity()
     surrogate = load_surrogate(settings, subject)
     log_file, saved_file = output_files(settings, subject)
     file = log_file.with_name(FILE)
@@ -81,9 +81,15 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     attacked = judge
     if settings.precision == "bf16":
         attacked = SearchedInBfloat16(judge, attack_copy(subject.model, "bf16"))
-    if surrogate is not None:
-        surrogate = attack_copy(surrogate)
     subject = subject._replace(model=judge)
+
+    origin = provenance(subject.split.labels.device, settings.seed, [PACKAGE])
+    made = f"{origin['started']}, {origin['device']}"
+    log = open_log(log_file)
+    log(in_one_line(origin))
+    for line in report.heading(settings, subject):
+        log(line)
+
     view_by_name = views(
         subject.info["reverse_attention"],
         subject.auxiliary_weight,
@@ -92,20 +98,6 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
         **subject.gates,
     )
     plans = planned_attacks(settings, subject, surrogate, view_by_name)
-
-    origin = provenance(subject.split.labels.device, settings.seed, [PACKAGE])
-    made = f"{origin['started']}, {origin['device']}"
-    log = open_log(log_file)
-    log(in_one_line(origin))
-    log(f"{subject.file}: {subject.described()}")
-    log(
-        f"{subject.radius}, step {eps_text(subject.step_size)}, "
-        f"{'random' if settings.random else 'natural'} start, seed {settings.seed}; adaptive "
-        f"attack: {counted(settings.restarts, 'start')} of PGD, "
-        f"{counted(settings.apgd_restarts, 'start')} of APGD with {settings.apgd_steps} steps"
-    )
-    log(f"blocks of {BLOCK} images, each cached when an attack has finished it")
-
     with stop_signals(stop), computing(settings.precision):
         warnings = sanity_warnings(judge, subject.split)
         natural, worst = classify(judge, subject.split, settings.test_batch_size)
