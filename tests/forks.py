@@ -73,7 +73,7 @@ def points():
         "update": (torch.optim.SGD, "step"),
         "evaluation": (loop, "verdicts"),
         "evaluation attack": (attacks, "projected_ascent"),
-        "table": (csv.DictWriter, "writerows"),
+        "table": (csv.DictWriter, "writeheader"),
         "curves": (records, "save_or_note"),
         "save": (torch, "save"),
         "flush": (os, "fsync"),

@@ -67,7 +67,6 @@ def test_strategies_with_several_negatives(tmp_path, strategy):
     counts = ("--sample_class_number", 2, "--sample_number", 2)
     run = train(tmp_path, "--strategy", strategy, *counts, *ONE_EPOCH)
     assert f"strategy-{strategy}-" in run.name
-    assert len(metrics(run)) == 1
 
 
 @pytest.mark.parametrize("arch", ["WRN-28-10", "PreActResNet18"])
@@ -351,11 +350,11 @@ def test_what_is_not_finite_names_its_own_batch(tmp_path, monkeypatch, wrong):
     def failing(model, *args):
         stats = real(model, *args)
         calls.append(1)
-        if len(calls) != 2:
-            return stats
-        zero = 0 * model.classifier.bias.sum()
-        added = zero + math.nan if wrong == "loss" else zero.sqrt()
-        return stats._replace(loss=stats.loss + added)
+        if len(calls) == 2:
+            zero = 0 * model.classifier.bias.sum()
+            added = zero + math.nan if wrong == "loss" else zero.sqrt()
+            stats = stats._replace(loss=stats.loss + added)
+        return stats
 
     monkeypatch.setattr(job, "training_loss", failing)
     with pytest.raises(RunError, match="nan.* in batch 2 in epoch 2"):

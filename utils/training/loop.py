@@ -269,10 +269,9 @@ def finish_epoch(job: Job) -> None:
     row = records.epoch_row(job, accuracies, time.perf_counter() - started)
     rows = [*job.progress.rows, row]
     job.progress = Progress(epoch + 1, rows=rows)
+    records.log_epoch(job)
 
-    records.log_epoch(job, row)
     if distributed.first():
-        records.write_epoch(job, rows)
         save(job.folder / LAST, checkpoint)
         if epoch % settings.save_freq == 0:
             save(job.folder / f"model-{epoch}.pt", checkpoint)

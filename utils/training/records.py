@@ -128,15 +128,6 @@ def in_words(accuracies: Row, labels: Tensor, where: str = "") -> str:
     return f"{figures}{where}{at_chance(natural, labels)}"
 
 
-def log_epoch(job: Job, row: Row) -> None:
-    """Log an epoch in a line; metrics.csv has all of its figures."""
-    epochs = job.settings.epochs
-    minutes = (epochs - row["epoch"]) * row["seconds"] / 60
-    speed = f"{row['seconds']:.1f} s, {minutes:.1f} min left"
-    figures = in_words(row, job.data.selection.labels)
-    job.log(f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  {figures}  {speed}")
-
-
 def best_row(rows: list[Row]) -> Row | None:
     """Return the row of best_adv_model.pt, None where no epoch was evaluated.
 
@@ -150,30 +141,38 @@ def best_row(rows: list[Row]) -> Row | None:
     )
 
 
-def write_epoch(job: Job, rows: list[Row]) -> None:
-    """Write metrics.csv, with nine digits of each figure, and its last row for TensorBoard."""
-    best = best_row(rows)
-    lines = []
-    for row in rows:
-        line = {"selected": int(row is best)}
-        for name, value in row.items():
-            line[name] = f"{value:.9g}" if isinstance(value, float) else value
-        lines.append(line)
-
-    def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as out:
-            table = csv.DictWriter(out, [*rows[0], "selected"], lineterminator="\n")
-            table.writeheader()
-            table.writerows(lines)
-
-    write_atomically(job.folder / "metrics.csv", write)
-    if job.settings.tensorboard:
+def log_epoch(job: Job) -> None:
+    """Log the last epoch in a line, and write it to metrics.csv and for TensorBoard."""
+    settings = job.settings
+    rows = job.progress.rows
+    row = rows[-1]
+    minutes = (settings.epochs - row["epoch"]) * row["seconds"] / 60
+    speed = f"{row['seconds']:.1f} s, {minutes:.1f} min left"
+    figures = in_words(row, job.data.selection.labels)
+    job.log(f"epoch {row['epoch']}/{settings.epochs}  loss {row['loss']:.4f}  {figures}  {speed}")
+    if not distributed.first():
+        return
+    write_atomically(job.folder / "metrics.csv", lambda file: write_metrics(file, rows))
+    if settings.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         with SummaryWriter(job.folder / "tensorboard") as writer:
-            for name, value in rows[-1].items():
+            for name, value in row.items():
                 if value is not None and name != "epoch":
-                    writer.add_scalar(name, value, rows[-1]["epoch"])
+                    writer.add_scalar(name, value, row["epoch"])
+
+
+def write_metrics(file: Path, rows: list[Row]) -> None:
+    """Write rows to metrics.csv, with nine digits of each figure."""
+    best = best_row(rows)
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        table = csv.DictWriter(out, [*rows[0], "selected"], lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            line = {"selected": int(row is best)}
+            for name, value in row.items():
+                line[name] = f"{value:.9g}" if isinstance(value, float) else value
+            table.writerow(line)
 
 
 def draw_training_curves(job: Job) -> str:

@@ -113,6 +113,7 @@ def run_folder(command: Command) -> Path:
 
 
 def _name_parts(command: Command) -> Iterator[str]:
+    """Yield the parts of the name of a command's run."""
     settings = command.settings
     script = training_settings({}, command.script)
     without_effect = idle(settings)
