@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from tests.helpers import pixels
 from utils.data.augmentation import augment
@@ -13,17 +14,14 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def windows(image, pad):
-    """Every crop of the zero-padded image (3, S, S), mirrored or not, by (mirrored, top, left)."""
+def places_of(crop, image):
+    """Where a crop lies in the zero-padded image (3, S, S), as rows of mirrored, top, left."""
     size = image.shape[-1]
+    pad = size // 8
     padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
-    crops = {}
-    for top in range(2 * pad + 1):
-        for left in range(2 * pad + 1):
-            crop = padded[:, top : top + size, left : left + size]
-            crops[False, top, left] = crop
-            crops[True, top, left] = crop[:, :, ::-1]
-    return crops
+    windows = sliding_window_view(padded, (size, size), (1, 2))
+    both = np.stack([crop, crop[:, :, ::-1]])[:, :, None, None]
+    return np.argwhere((windows == both).all((1, 4, 5)))
 
 
 @pytest.mark.parametrize("kind", ["crop", "crop-flip"])
@@ -35,13 +33,9 @@ def test_a_crop_is_a_window_of_the_padded_image(kind, size):
     assert augmented.dtype == torch.uint8
     assert torch.equal(images, before)
 
-    places = []
-    for image, crop in zip(images.numpy(), augmented.numpy(), strict=True):
-        crops = windows(image, size // 8).items()
-        matches = [place for place, window in crops if np.array_equal(window, crop)]
-        assert len(matches) == 1
-        places += matches
-    mirrored, *shifts = np.transpose(places)
+    found = [places_of(*pair) for pair in zip(augmented.numpy(), images.numpy(), strict=True)]
+    assert {len(places) for places in found} == {1}
+    mirrored, *shifts = np.concatenate(found).T
     for shift in shifts:  # all shifts, each about equally often
         counts = np.bincount(shift, minlength=size // 4 + 1)
         assert counts.min() > 0.4 * counts.mean()

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 from functools import partial
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -202,16 +203,11 @@ def test_a_batch_of_extra_data_image_by_image(tmp_path):
 
 
 def test_an_epoch_sees_each_original_image_once(tmp_path, monkeypatch, short_runs):
-    sizes = []
-    real = training.train_step
-
-    def noting(job, batch):
-        sizes.append(len(batch.labels))
-        return real(job, batch)
-
-    monkeypatch.setattr(training, "train_step", noting)
+    step = MagicMock(wraps=training.train_step)
+    monkeypatch.setattr(training, "train_step", step)
     flags = ("--extra-data", extra_file(tmp_path / "extra.npz"), "--extra-fraction", 0.6)
     run = train(tmp_path, "--epochs", 1, "--limit-train", 30, "--batch-size", 10, *flags)
+    sizes = [len(batch.labels) for (_, batch), _ in step.call_args_list]
     assert sizes == [10] * 7 + [8]  # 6 of each are extra; 2 of the 30 are left at the end
     assert "extra_fraction-0.6" in run.name
 
@@ -255,24 +251,20 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     """Rates, perturbations and decays of each step, and which network is evaluated."""
     rates = []
     perturbed = []
-    averaged = []
-    evaluated = []
+    weights = []
+    evaluate = MagicMock(wraps=training.evaluate)
     real_step = training.train_step
-    real_evaluate = training.evaluate
 
     def step(job, batch):
         rates.append(job.optimizer.param_groups[0]["lr"])
         figures = real_step(job, batch)
-        averaged.append(copy.deepcopy([job.model.conv1.weight, job.average.model.conv1.weight]))
+        pair = job.model.conv1.weight, job.average.model.conv1.weight
+        weights.append(copy.deepcopy(pair))
         return figures
 
     def perturb(model, gradients, gamma):
         perturbed.append((len(rates), gamma))
         return adversarial_weights(model, gradients, gamma)
-
-    def evaluate(job, model, split):
-        evaluated.append(model is job.average.model)
-        return real_evaluate(job, model, split)
 
     monkeypatch.setattr(training, "train_step", step)
     monkeypatch.setattr(training, "adversarial_weights", perturb)
@@ -283,12 +275,14 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     cosine = [0.03 * (1 + math.cos(math.pi * t / 2)) / 2 for t in (0, 0.5, 1, 1.5)]
     assert rates == pytest.approx([0, 0.015, *cosine])
     assert perturbed == [(step, 0.05) for step in (3, 4, 5, 6)]
-    assert evaluated == [True, True, True]
-    _, average = averaged[0]
-    for t, (weights, now) in enumerate(averaged[1:], 1):
+    assert evaluate.call_count == 3
+    for (job, network, _), _ in evaluate.call_args_list:
+        assert network is job.average.model
+    expected = weights[0][1]
+    for t, (trained, average) in enumerate(weights[1:], 1):
         decay = min(0.3, (1 + t) / (10 + t))
-        average = decay * average + (1 - decay) * weights
-        assert torch.allclose(now, average, atol=1e-6)
+        expected = decay * expected + (1 - decay) * trained
+        assert torch.allclose(average, expected, atol=1e-6)
 
 
 def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkeypatch, short_runs):

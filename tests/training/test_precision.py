@@ -1,6 +1,7 @@
 """Runs in bfloat16, in TF32 and through torch.compile."""
 
 import json
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,21 +20,15 @@ ONE_EPOCH = ("--epochs", 1)
 
 
 def test_a_run_in_bfloat16_keeps_float32_weights_and_verdicts(tmp_path, monkeypatch):
-    real = training.verdicts
-    judges = []
-
-    def verdicts(net, *args, **kwargs):
-        judges.append(net.judge)
-        return real(net, *args, **kwargs)
-
+    verdicts = MagicMock(wraps=training.verdicts)
     monkeypatch.setattr(training, "verdicts", verdicts)
     run = train(tmp_path, *ONE_EPOCH, "--amp", "bf16")
     assert run.name.endswith("-precision-bf16")
     assert json.loads((run / "run.json").read_text())["precision"].startswith("bfloat16")
-    assert judges
-    for net in judges:
-        assert not isinstance(net, Bfloat16)
-        assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert verdicts.call_count > 0
+    for (net, *_), _ in verdicts.call_args_list:
+        assert not isinstance(net.judge, Bfloat16)
+        assert {p.dtype for p in net.judge.parameters()} == {torch.float32}
     content = state(run)
     assert {v.dtype for v in content["model"].values()} == {torch.float32, torch.int64}
     momenta = [entry["momentum_buffer"] for entry in content["optimizer"]["state"].values()]
