@@ -67,11 +67,11 @@ def awp_case(no_ra, method="trades"):
     """Return a network in double precision, and the other arguments of its `training_loss`."""
     torch.manual_seed(0)
     model = build_model("ResNet18", 4, reverse_attention=not no_ra, width=2, image_size=16)
-    draw = partial(torch.rand, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    natural, adversarial, negative = torch.rand(3, 6, 3, 16, 16, dtype=torch.double)
     labels = torch.tensor([0, 1, 2, 3, 1, 2])
-    attacked = Attacked(draw(6, 3, 16, 16), draw(6, 3, 16, 16), labels.roll(1))
+    attacked = Attacked(adversarial, negative, labels.roll(1))
     chosen = replace(settings(), method=method, no_ra=no_ra)
-    return model.double().train(), (draw(6, 3, 16, 16), labels, attacked, chosen)
+    return model.double().train(), (natural, labels, attacked, chosen)
 
 
 def leave_gradients(model, case):
@@ -148,6 +148,11 @@ def test_weights_come_back_whatever_happens_inside():
 # Schedules
 
 
+def cosine(part):
+    """The factor of the cosine schedule after a part of its epochs."""
+    return (1 + math.cos(math.pi * part)) / 2
+
+
 TIMES = [0, 0.5, 1, 2.5, 4, 5, 7.5, 8, 9.5, 9.99]  # in epochs
 
 
@@ -156,14 +161,14 @@ TIMES = [0, 0.5, 1, 2.5, 4, 5, 7.5, 8, 9.5, 9.99]  # in epochs
     [
         ("--lr-schedule=milestones --milestones=4,9", [1] * 4 + [0.1] * 3 + [0.01] * 3),
         ("--lr-schedule=piecewise", [1] * 5 + [0.1] + [0.01] * 4),
-        ("--lr-schedule=cosine", [(1 + math.cos(math.pi * t / 10)) / 2 for t in TIMES]),
+        ("--lr-schedule=cosine", [cosine(t / 10) for t in TIMES]),
         (
             "--lr-schedule=cyclic",
             [0, 0.2, 0.4, 1, 0.8, 2 / 3, 1 / 3, 8 / 30, 2 / 30, 0.04 / 30],
         ),
         (
             "--lr-schedule=cosine --warmup-lr=2",
-            [0, 0.25, 0.5, *((1 + math.cos(math.pi * (t - 2) / 8)) / 2 for t in TIMES[3:])],
+            [0, 0.25, 0.5, *(cosine((t - 2) / 8) for t in TIMES[3:])],
         ),
         ("--milestones=2 --warmup-lr=2", [0, 0.25, 0.5] + [0.1] * 7),
     ],
@@ -190,13 +195,15 @@ def test_a_batch_of_extra_data_image_by_image(tmp_path):
     batch = train_part.take(torch.arange(6))
     both = with_extra(batch, extra, 14, (1, 2, 0))
     assert_equal(both, with_extra(batch, extra, 14, (1, 2, 0)))
-    assert not torch.equal(both.images, with_extra(batch, extra, 14, (1, 2, 6)).images)
+    other = with_extra(batch, extra, 14, (1, 2, 6))
+    assert not torch.equal(both.images, other.images)
 
     stored = np.load(file)
     draw = np.random.default_rng((1, 2, 0))
     chosen = draw.integers(40, size=14)
     order = draw.permutation(20)
-    images = np.concatenate([batch.images, stored["image"][chosen].transpose(0, 3, 1, 2)])
+    extra_images = stored["image"][chosen].transpose(0, 3, 1, 2)
+    images = np.concatenate([batch.images, extra_images])
     labels = np.concatenate([batch.labels, stored["label"][chosen]])
     assert np.array_equal(both.images, images[order])
     assert np.array_equal(both.labels, labels[order])
@@ -272,8 +279,8 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     flags = ("--awp=0.05", "--awp-warmup=1", "--ema=0.3", "--lr-schedule=cosine", "--warmup-lr=1")
     train(tmp_path, *flags, "--epochs=3", "--limit-train=32", "--batch-size=16", "--lr=0.03")
 
-    cosine = [0.03 * (1 + math.cos(math.pi * t / 2)) / 2 for t in (0, 0.5, 1, 1.5)]
-    assert rates == pytest.approx([0, 0.015, *cosine])
+    after_warmup = [0.03 * cosine(t) for t in (0, 0.25, 0.5, 0.75)]
+    assert rates == pytest.approx([0, 0.015, *after_warmup])
     assert perturbed == [(step, 0.05) for step in (3, 4, 5, 6)]
     assert evaluate.call_count == 3
     for (job, network, _), _ in evaluate.call_args_list:
@@ -310,12 +317,14 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
         patch.setattr(training, "train_step", stopping)
         train(tmp_path / "2", *flags)
     resumed = resume(folder(tmp_path / "2"))
+    expected = state(straight)
+    actual = state(resumed)
     for key in ("model", "average", "average_steps", "generator", "optimizer"):
-        assert_equal(state(straight)[key], state(resumed)[key], key)
+        assert_equal(actual[key], expected[key], key)
 
+    trained = expected["model"]
     saved = load_model(straight / "model-wrn-last.pt")[0].state_dict()
-    assert_equal(saved, state(straight)["average"])
-    trained = state(straight)["model"]
+    assert_equal(saved, expected["average"])
     assert not torch.equal(saved["conv1.weight"], trained["conv1.weight"])
     assert torch.equal(saved["bn1.running_mean"], trained["bn1.running_mean"])
     assert len(straight.name) == 200  # too long for a name, and cut

@@ -23,7 +23,7 @@ from utils.system.checkpoints import load_model
 from utils.system.errors import UsageError
 from utils.system.foreign import build_own, source_of
 
-FILE = ROOT / "tests" / "own_networks.py"
+FILE = ROOT / "tests/own_networks.py"
 SHUFFLENET = ("--arch", f"{FILE}:shufflenet")
 SHORT = ("--dataset=digits", "--epochs=1", "--limit-train=8", "--limit-test=8", "--device=cpu")
 SHAPE = {
@@ -95,7 +95,7 @@ def test_a_network_of_torchvision_is_trained_and_measured(here):
     (run,) = here.glob("run*")
     flags = ("--target_label=all", "--n-examples=6", "--device=cpu", *SHUFFLENET)
     assert execute("feature_distance.py", "--model_dir", run, *flags) == 0
-    assert (here / "distances" / "MART-ANC-shufflenet-digits-all.npz").exists()
+    assert (here / "distances/MART-ANC-shufflenet-digits-all.npz").exists()
 
 
 MINE = """

@@ -183,7 +183,7 @@ def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
 
     assert "other images" not in resumed("--epochs", 2)
     for part in ("train", "test"):
-        png(pets / part / "dog" / "1.png", pixels(77, 16, 16, 3))
+        png(pets / part / "dog/1.png", pixels(77, 16, 16, 3))
     before = files(run)
     with pytest.raises(UsageError, match="other images .*--other-data"):
         resume(run, "--epochs", 3)
