@@ -150,6 +150,12 @@ def test_a_study_of_as_many_images_as_it_takes_sees_the_difference():
     assert results.images_needed(gain / 10, 3, *measured) is None
 
 
+def test_seeds_that_differ_by_chance_alone_have_no_variance_of_their_own():
+    rows, _ = verdicts_of_two_rows(np.random.default_rng(0), 100, 300)
+    of_seeds, _, rest = results.variances(*rows)
+    assert of_seeds < 0.5 * rest / 300
+
+
 def test_a_table_pairs_equal_seeds_and_says_what_more_would_show():
     """Runs come in any order, and each is compared with that of its seed."""
     verdicts = {1: "1100110010", 2: "1111110000", 3: "1000110001", 4: "1111111000"}

@@ -43,10 +43,16 @@ def measured(run, target, *flags):
 # Features
 
 
-@pytest.mark.parametrize("arch", ["ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18"])
-def test_weighted_features_are_the_unweighted_ones_times_the_predicted_row(arch):
-    size = 64 if arch == "PreActResNet18" else 16  # 64 gives a last map of 2x2 cells
-    width = 1 if arch.startswith("WRN") else 4
+@pytest.mark.parametrize(
+    ("arch", "width", "size"),
+    [
+        ("ResNet18", 4, 16),
+        ("WRN-34-10", 1, 16),
+        ("WRN-28-10", 1, 16),
+        ("PreActResNet18", 4, 64),  # a last map of 2x2 cells
+    ],
+)
+def test_weighted_features_are_the_unweighted_ones_times_the_predicted_row(arch, width, size):
     model = build_model(arch, 5, width=width, image_size=size).double().train()
     with torch.no_grad():  # in train mode, where the map of a fresh network does not fade
         heads = model(torch.rand(3, 3, size, size, dtype=torch.float64), heads=True)
