@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,14 @@ class Affine(nn.Module):
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
+class Folded(NamedTuple):
+    """A BatchNorm of a network, the convolution before it or None, and the layer for both."""
+
+    conv: nn.Module | None
+    norm: nn.Module
+    layer: nn.Module
+
+
 class AttackCopy:
     """A copy of a network in eval mode, without gradients of parameters, that attacks call.
 
@@ -91,8 +100,7 @@ class AttackCopy:
         warned: Callable[[str], None] = print,
     ) -> None:
         net = copy.deepcopy(model).eval().requires_grad_(False)
-        # (convolution of the network or None, BatchNorm behind it, the copy's layer for both)
-        self._folded: list[tuple[nn.Module | None, nn.Module, nn.Module]] = []
+        self._folded: list[Folded] = []
         self._fold_batch_norms(model, net)
         if isinstance(net, ReverseAttentionNetwork) and not isinstance(net, OwnNetwork):
             if needs_affine(net):
@@ -103,10 +111,11 @@ class AttackCopy:
                 if isinstance(module, nn.Conv2d | Affine):
                     module.to(torch.bfloat16)
 
-        folded = {id(tensor) for *_, layer in self._folded for tensor in layer.parameters()}
+        layers = [folded.layer for folded in self._folded]
+        folded_tensors = {id(tensor) for layer in layers for tensor in layer.parameters()}
         originals = model.state_dict(keep_vars=True)
         copies = net.state_dict(keep_vars=True)
-        unfolded = [name for name, tensor in copies.items() if id(tensor) not in folded]
+        unfolded = [name for name, tensor in copies.items() if id(tensor) not in folded_tensors]
         self._copies = [copies[name] for name in unfolded]
         self._originals = [originals[name] for name in unfolded]
 
@@ -131,7 +140,7 @@ class AttackCopy:
                 conv = modules[conv_name]
                 conv.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
                 block.set_submodule(norm_name, nn.Identity())
-                self._folded.append((original.get_submodule(conv_name), norm, conv))
+                self._folded.append(Folded(original.get_submodule(conv_name), norm, conv))
 
     def _replace_batch_norms(self, model: nn.Module, net: nn.Module) -> None:
         """Make each BatchNorm that is left an `Affine` layer."""
@@ -139,13 +148,14 @@ class AttackCopy:
             if isinstance(module, BATCH_NORMS):
                 affine = Affine(module)
                 net.set_submodule(name, affine)
-                self._folded.append((None, model.get_submodule(name), affine))
+                self._folded.append(Folded(None, model.get_submodule(name), affine))
 
     @torch.no_grad()
     def sync_weights(self) -> nn.Module:
         """Take over the network's present weights and statistics, and return the copy."""
-        self._sync_folded()
         torch._foreach_copy_(self._copies, self._originals)
+        if self._folded:
+            self._sync_folded()
         return self.net
 
     def _sync_folded(self) -> None:
@@ -154,11 +164,10 @@ class AttackCopy:
         All layers go together in each operation: on a card, launching one operation after the other
         for each of them would take longer than the operations.
         """
-        if not self._folded:
-            return
-        norms = [norm for _, norm, _ in self._folded]
+        norms = [folded.norm for folded in self._folded]
         norm_weights = [norm.weight for norm in norms]
-        inverse = torch._foreach_add([norm.running_var for norm in norms], [n.eps for n in norms])
+        variances = [norm.running_var for norm in norms]
+        inverse = torch._foreach_add(variances, [norm.eps for norm in norms])
         torch._foreach_rsqrt_(inverse)
         scales = torch._foreach_mul(norm_weights, inverse)
         shifts = torch._foreach_mul([norm.running_mean for norm in norms], inverse)
@@ -166,10 +175,14 @@ class AttackCopy:
         biases = torch._foreach_sub([norm.bias for norm in norms], shifts)
 
         weights = []
-        for (conv, _, _), scale in zip(self._folded, scales, strict=True):
-            weights.append(scale if conv is None else conv.weight * scale[:, None, None, None])
-        torch._foreach_copy_([layer.weight for _, _, layer in self._folded], weights)
-        torch._foreach_copy_([layer.bias for _, _, layer in self._folded], biases)
+        for folded, scale in zip(self._folded, scales, strict=True):
+            if folded.conv is None:
+                weights.append(scale)
+            else:
+                weights.append(folded.conv.weight * scale[:, None, None, None])
+        layers = [folded.layer for folded in self._folded]
+        torch._foreach_copy_([layer.weight for layer in layers], weights)
+        torch._foreach_copy_([layer.bias for layer in layers], biases)
 
 
 def needs_affine(net: ReverseAttentionNetwork) -> bool:

@@ -37,24 +37,18 @@ from utils.system.values import (
 )
 
 Method = Literal["pgd", "trades", "mart"]
-Arch = Literal["ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18"]
 Dataset = Literal["cifar10", "cifar100", "tiny-imagenet", "digits", "fashion-mnist", "folder"]
 Strategy = Literal[
     "random", "random_adv", "soft", "soft_adv", "hard", "hard_adv", "easy", "easy_adv"
 ]
-Inner = Literal["ce", "kl"]
 Norm = Literal["Linf", "L2"]
-Optimizer = Literal["sgd", "adamw"]
-Schedule = Literal["milestones", "cosine", "cyclic", "piecewise"]
-Augmentation = Literal["crop-flip", "crop", "none"]
 Gate = Literal["label", "predicted", "soft", "none"]
 Classifier = Literal["shared", "own"]
-Prediction = Literal["final", "auxiliary1", "auxiliary2"]
 Layer = Literal["weighted", "unweighted"]
 Precision = Literal["default", "fp32", "tf32", "bf16"]
 Width = Annotated[int | None, whole(1, 1024)]
 
-ARCHS = get_args(Arch)
+ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
 FEATURES = get_args(Layer)
 NETWORK = network(ARCHS)
 
@@ -145,7 +139,7 @@ class Training(FromFile):
     """epochs to train"""
     milestones: Epochs = (75, 90, 100)
     """epochs at whose start the learning rate is divided by 10"""
-    optimizer: Optimizer = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd, as published, or adamw, which suits transformers; its betas are 0.9 and 0.999"""
     lr: Positive = 0.01
     """learning rate"""
@@ -167,7 +161,7 @@ class Training(FromFile):
     """steps of a training attack"""
     step_size: Positive = 0.007
     """size of an attack step"""
-    inner: Inner = "ce"
+    inner: Literal["ce", "kl"] = "ce"
     """loss that the untargeted training attack ascends"""
     attack_cr_beta: Annotated[float | None, number("[0, inf)")] = None
     """weight of the auxiliary heads in training attacks; if unset, that of --cr_beta"""
@@ -199,7 +193,7 @@ class Training(FromFile):
     """epochs without --awp (no release trains mart well with it)"""
     ema: ShareBelowOne = 0.0
     """average the weights, by 0.995 say, and evaluate, select and save the average"""
-    lr_schedule: Schedule = "milestones"
+    lr_schedule: Literal["milestones", "cosine", "cyclic", "piecewise"] = "milestones"
     """cosine and cyclic change the learning rate at each step, piecewise at 1/2 and 3/4"""
     warmup_lr: Whole = 0
     """epochs in which the learning rate rises from 0"""
@@ -225,7 +219,7 @@ class Training(FromFile):
     image_size: Annotated[int, SIDE] = 32
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
     fashion-mnist by zeros; other sides scale them"""
-    augmentation: Augmentation = "crop-flip"
+    augmentation: Literal["crop-flip", "crop", "none"] = "crop-flip"
     """crop shifts images at random by up to an eighth of the side, padded by zeros"""
     val_size: Whole = 0
     """select the best epoch on N held-out training images, not on the test set"""
@@ -382,7 +376,7 @@ class Checkpoint(FromFile):
     """whose W weights maps, as in training; tensors tell it"""
     ra_blocks: Annotated[int | None, whole(1, 2)] = None
     """last blocks with reverse attention"""
-    predict: Prediction = "final"
+    predict: Literal["final", "auxiliary1", "auxiliary2"] = "final"
     """head whose logits are the network's answer"""
     mean: Annotated[tuple[float, ...] | None, listed(number("[0, 1]"), MEANS)] = None
     """a network of normalised images: three numbers, or the name of published ones (cifar10,
