@@ -208,11 +208,6 @@ def test_baselines_accept_switches_that_their_recipe_has_on(capsys, script):
     assert "--no-no" not in answer
 
 
-def test_a_default_given_on_the_command_counts_as_given():
-    command = parse_training("", {"lr": 0.1}, ["--lr", "0.1", "--lr=0.1", "--dataset", "digits"])
-    assert command.given == {"lr": 0.1, "dataset": "digits"}
-
-
 def test_defaults_come_from_the_script_then_the_data_set_then_the_command():
     recipe = {"lr": 0.5, "weight_decay": 0.25}
     settings = parse_training(
@@ -362,6 +357,7 @@ def write_code(path, new_format):
 NO_CHECKPOINTS = {
     "missing": (lambda path: None, "does not exist"),
     "folder": (lambda path: path.mkdir(), "no weights"),
+    "empty": (lambda path: path.touch(), "begins with b''"),
     "git-lfs pointer": (lambda path: path.write_text("version https://git-lfs"), "git-lfs"),
     "web page": (lambda path: path.write_text("<!DOCTYPE html>\n<html>404"), "DOCTYPE html"),
     "truncated": (write_truncated, "truncated"),
@@ -380,7 +376,7 @@ NO_CHECKPOINTS = {
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
 def test_a_file_that_is_no_checkpoint_is_named_and_never_run(refused, tmp_path, kind):
-    file = tmp_path / "weights.pt"
+    file = tmp_path / "last_state.pt"
     write, word = NO_CHECKPOINTS[kind]
     write(file)
     refused(*evaluation(file), mentions=(file, word))
@@ -518,14 +514,6 @@ def test_resuming_without_a_run_is_refused(refused, finished, tmp_path):
         refused(ANCRA, *flags, mentions=("--resume", "does not exist"))
     weights = finished / "best_adv_model.pt"
     refused(ANCRA, "--resume", weights, mentions=(weights,))
-
-
-@pytest.mark.parametrize("share", [0, 0.9])
-def test_resuming_names_a_truncated_state(refused, finished, share):
-    file = finished / "last_state.pt"
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * share)])
-    refused(ANCRA, "--resume", finished, mentions=(file,))
 
 
 def test_resuming_from_another_version_or_a_weight_that_is_not_finite_is_refused(refused, finished):
