@@ -224,7 +224,7 @@ class Forked:
     def __init__(self, count, parent, *argv):
         self.count = count
         self.parent = parent
-        parent.mkdir(exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
         address = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
@@ -419,18 +419,14 @@ def test_ranks_continue_a_run_and_a_stop_of_one_stops_all(short_runs, tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_stopped_between_epochs_is_the_straight_one(tmp_path):
-    runs = []
-    for name, parts in (("straight", [()]), ("stopped", [("--epochs=1",), ("--resume",)])):
-        parent = tmp_path / name
-        parent.mkdir()
-        for flags in parts:
-            statuses, written = start_ranks(parent, *flags).finish()
-            assert statuses == [0, 0], written
-        assert written[0][0] and not written[1][0]  # the first rank logs
-        runs.append(folder(parent))
-    straight, stopped = runs
-    assert metrics(straight) == metrics(stopped)
-    assert_equal(state(straight)["model"], state(stopped)["model"])
+    straight = tmp_path / "straight"
+    stopped = tmp_path / "stopped"
+    for parent, flags in ((straight, []), (stopped, ["--epochs=1"]), (stopped, ["--resume"])):
+        statuses, written = start_ranks(parent, *flags).finish()
+        assert statuses == [0, 0], written
+    assert written[0][0] and not written[1][0]  # the first rank logs
+    assert metrics(folder(straight)) == metrics(folder(stopped))
+    assert_equal(state(folder(straight))["model"], state(folder(stopped))["model"])
 
 
 @pytest.mark.slow
