@@ -232,15 +232,17 @@ def _digits(dataset: str, part: str, data_dir: Path, size: int) -> Split:
 
 
 @contextmanager
-def _downloading(dataset: str, data_dir: Path, needed: str) -> Iterator[None]:
+def _downloading(dataset: str, data_dir: Path, needed: str) -> Iterator[Path]:
     """Download a data set in the context, where no other process does.
 
+    Yields a folder in data_dir for what is not whole yet; it is removed in the end.
     Errors: UsageError that says which files are `needed` in data_dir, and where to get them.
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir / f".{dataset}.lock", wait=True):
-            yield
+        lock = locked(data_dir / f".{dataset}.lock", wait=True)
+        with lock, TemporaryDirectory(dir=data_dir) as scratch:
+            yield Path(scratch)
     except Exception as error:  # networks and archives raise nearly anything
         raise UsageError(
             f"{dataset}: no intact copy in {data_dir} and none could be downloaded "
@@ -315,14 +317,13 @@ def _get_fashion_mnist(data_dir: Path, names: list[str]) -> list[Path]:
 
     source = f"{FashionMNIST.mirrors[0]} or Debian's package dataset-fashion-mnist"
     needed = f"{'.gz and '.join(names)}.gz from {source}"
-    with _downloading("fashion-mnist", data_dir, needed):
+    with _downloading("fashion-mnist", data_dir, needed) as scratch:
         if not _find_idx(data_dir, names):  # no other process was faster
-            with TemporaryDirectory(dir=data_dir) as scratch:
-                FashionMNIST(scratch, download=True)
-                folder = data_dir / FASHION_FOLDER
-                folder.mkdir(parents=True, exist_ok=True)
-                for file in (Path(scratch) / FASHION_FOLDER).glob("*-ubyte"):
-                    file.replace(folder / file.name)
+            FashionMNIST(scratch, download=True)
+            folder = data_dir / FASHION_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in (scratch / FASHION_FOLDER).glob("*-ubyte"):
+                file.replace(folder / file.name)
     return _find_idx(data_dir, names)
 
 
@@ -390,12 +391,11 @@ def _get_tiny_imagenet(data_dir: Path) -> None:
 
     url, md5 = TINY_IMAGENET
     archive = f"{TINY_FOLDER}.zip"
-    with _downloading("tiny-imagenet", data_dir, f"{archive} (MD5 {md5}) from {url}"):
-        if (data_dir / TINY_FOLDER).is_dir():  # another process or rank was faster
-            return
-        with TemporaryDirectory(dir=data_dir) as scratch:
+    needed = f"{archive} (MD5 {md5}) from {url}"
+    with _downloading("tiny-imagenet", data_dir, needed) as scratch:
+        if not (data_dir / TINY_FOLDER).is_dir():  # no other process or rank was faster
             download_and_extract_archive(url, data_dir, scratch, archive, md5=md5)
-            (Path(scratch) / TINY_FOLDER).rename(data_dir / TINY_FOLDER)
+            (scratch / TINY_FOLDER).rename(data_dir / TINY_FOLDER)
 
 
 def _folder(dataset: str, part: str, data_dir: Path, size: int) -> Split:
