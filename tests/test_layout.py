@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-from pathlib import Path
 
 import pytest
 
@@ -13,15 +12,17 @@ METHOD = {"utils.losses", "utils.negatives", "utils.attacks", "utils.step"}
 LAYERS = ["training", "evaluation", "figures", "data", "system", "method", "models"]
 
 
-def module_name(file: Path) -> str:
+def module_name(file):
     """`utils/data/subject.py` -> utils.data.subject; a package's __init__ -> the package's name."""
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    path = file.relative_to(ROOT).with_suffix("")
+    return ".".join(path.parts).removesuffix(".__init__")
 
 
-def imported_by(file: Path) -> set[str]:
+def imported_by(file):
     """Names of all modules that a file imports, inside functions too."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -30,30 +31,31 @@ def imported_by(file: Path) -> set[str]:
     return names
 
 
-PACKAGES = [
-    file for package in ("utils", "models") for file in sorted((ROOT / package).rglob("*.py"))
-]
+PACKAGES = [*(ROOT / "utils").rglob("*.py"), *(ROOT / "models").rglob("*.py")]
 FILES = {module_name(file): file for file in PACKAGES}
 IMPORTS = {name: imported_by(file) & FILES.keys() - {name} for name, file in FILES.items()}
 
 
-def layer(name: str) -> str | None:
+def layer(name):
     """Return a module's name in LAYERS, which is that of its folder; None for utils itself."""
     if name in METHOD:
         return "method"
-    parts = name.split(".")
-    if parts[0] == "models":
+    package, *folder = name.split(".")
+    if package == "models":
         return "models"
-    return parts[1] if len(parts) > 1 else None
+    return folder[0] if folder else None
 
 
 def test_there_is_no_import_circle():
     packages = {name for name, file in FILES.items() if file.name == "__init__.py"}
-    graph = {name: others - packages for name, others in IMPORTS.items() if name not in packages}
-    assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(graph)
+    modules = FILES.keys() - packages
+    graph = {name: IMPORTS[name] - packages for name in modules}
+    order = graphlib.TopologicalSorter(graph).static_order()
+    assert set(order) == modules
 
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - {"utils"}))
 def test_imports_point_down_the_layers(name):
+    highest = LAYERS.index(layer(name))
     for other in IMPORTS[name] - {"utils"}:
-        assert LAYERS.index(layer(other)) >= LAYERS.index(layer(name)), other
+        assert LAYERS.index(layer(other)) >= highest, other
