@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -42,13 +43,11 @@ def execute(script, *argv):
     Signal handlers and sys.argv are put back.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    argv_before = sys.argv
-    sys.argv = [script, *map(str, argv)]
+    command = [script, *map(str, argv)]
     try:
-        with pytest.raises(SystemExit) as stop:
+        with mock.patch.object(sys, "argv", command), pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
-        sys.argv = argv_before
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return stop.value.code or 0

@@ -76,7 +76,8 @@ def relative(value, expected):
 
 def random_batch(count, classes=10):
     """Return random images and labels of each class in turn, on the card."""
-    return torch.rand(count, 3, 32, 32, device=CUDA), torch.arange(count, device=CUDA) % classes
+    x = torch.rand(count, 3, 32, 32, device=CUDA)
+    return x, torch.arange(count, device=CUDA) % classes
 
 
 # The golden numbers
@@ -119,7 +120,8 @@ def test_negatives(strategy):
     expected = golden[strategy]
     generator = torch.Generator(CUDA).manual_seed(0)
     chosen = choose_negatives(logits, labels, strategy, generator).squeeze(1).cpu()
-    assert torch.equal(chosen[expected >= 0], expected[expected >= 0])
+    is_defined = expected >= 0
+    assert torch.equal(chosen[is_defined], expected[is_defined])
     assert (labels[chosen] != labels).all()
 
 
@@ -130,7 +132,8 @@ def cpu_draws():
     """Replace the device's random draws by a CPU's, so that steps on both can be compared."""
 
     def start(x, generator):
-        return x + 0.001 * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return x + 0.001 * noise.to(x.device)
 
     def choose(logits, labels, strategy, generator, *counts):
         if logits is not None:
@@ -271,8 +274,8 @@ def test_a_second_card_computes_what_the_first_one_does(tmp_path, short_runs):
     torch.cuda.set_device(0)
     assert_near_weights(second, first)
     assert "graph" not in (second / "train.log").read_text()
-    losses = [state(run)["progress"]["rows"][0]["loss"] for run in (first, second)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    row, other = (state(run)["progress"]["rows"][0] for run in (first, second))
+    assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["default", "bf16"])
@@ -292,7 +295,8 @@ def test_float32_and_tf32_are_what_they_say():
     weight = torch.rand(128, 64, 3, 3, device=CUDA) - 0.5
 
     def products(x, weight):
-        return F.conv2d(x, weight), x.flatten(1)[:, :576] @ weight.flatten(1).T
+        rows = x.flatten(1)[:, :576]
+        return F.conv2d(x, weight), rows @ weight.flatten(1).T
 
     exact = products(x.double(), weight.double())
     for precision, smallest, largest in (("fp32", 0, 1e-5), ("tf32", 1e-5, 1e-2)):

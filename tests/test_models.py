@@ -105,7 +105,8 @@ def test_training_forward_statistics_and_gradients(golden, name):
     loss = over_heads(partial(pgd_loss, labels=g.y), heads, auxiliary_weight=2)
     assert_near(loss.detach(), g["train_loss"])
     loss.backward()
-    means = [model.get_buffer(key).double().sum().item() for key in g.arrays["bn_keys"]]
+    buffers = dict(model.named_buffers())
+    means = [buffers[key].double().sum().item() for key in g.arrays["bn_keys"]]
     assert means == pytest.approx(g.arrays["bn_running_mean_sum"], rel=1e-3, abs=1e-3)
     gradients = {name: weights.grad for name, weights in model.named_parameters()}
     assert set(gradients) == set(g.arrays["grad_keys"])
@@ -139,7 +140,8 @@ def test_stored_networks_attain_what_their_table_says(reverse_attention, natural
     split = digits_split()
     with frozen(digits_network(reverse_attention)) as net:
         right = verdicts(net, split, 100)
-        robustly = verdicts(net, split, 100, pgd40_heads(0.1, 0.02, 2.0, 1), right)
+        attack = pgd40_heads(0.1, 0.02, 2.0, 1)
+        robustly = verdicts(net, split, 100, attack, right)
     assert percent(right) == pytest.approx(natural, abs=0.6)
     assert percent(robustly) == pytest.approx(robust, abs=2)
 

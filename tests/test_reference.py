@@ -49,7 +49,8 @@ def over_list(criterion, *heads, weight):
 
 def probability(logits, labels):
     """Return the softmax of each row at its label, (N,)."""
-    return logits.softmax(1)[torch.arange(len(labels)), labels]
+    rows = torch.arange(len(labels))
+    return logits.softmax(1)[rows, labels]
 
 
 def ce(logits, labels):
@@ -61,30 +62,37 @@ def kl(natural, adversarial):
     """Return the mean KL divergence of adversarial from natural probabilities."""
     p = natural.softmax(1)
     q = adversarial.softmax(1)
-    return (p * (p / q).log()).sum() / len(p)
+    divergence = (p * (p / q).log()).sum(1)
+    return divergence.mean()
 
 
 def boosted_ce(adversarial, labels):
     """Return MART's cross-entropy, which pushes the most probable other class down."""
     is_label = F.one_hot(labels, adversarial.shape[1]).bool()
     rival = adversarial.softmax(1).masked_fill(is_label, 0).amax(1)
-    return ce(adversarial, labels) - (1.0001 - rival + 1e-12).log().mean()
+    boost = -(1.0001 - rival + 1e-12).log()
+    return ce(adversarial, labels) + boost.mean()
 
 
 def weighted_kl(natural, adversarial, labels):
     """Return MART's KL divergence, weighted by the doubt about natural examples."""
     p = natural.softmax(1)
     q = adversarial.softmax(1)
-    divergence = (p * (p.log() - (q + 1e-12).log())).sum(1)
-    return (divergence * (1.0000001 - probability(natural, labels))).mean()
+    ratio = p / (q + 1e-12)
+    divergence = (p * ratio.log()).sum(1)
+    doubt = 1.0000001 - probability(natural, labels)
+    return (divergence * doubt).mean()
 
 
 def anc(natural, negative, alpha):
     """Return asymmetric negative contrast, the K negatives of each anchor in a row."""
-    anchors = torch.arange(len(negative)) * len(natural) // len(negative)
+    count = len(negative) // len(natural)
+    anchors = torch.arange(len(negative)) // count
     p, predicted = natural.softmax(1)[anchors].max(1)
     q, negative_predicted = negative.softmax(1).max(1)
-    similarity = alpha * (p.detach() * q).sqrt() + (1 - alpha) * (p * q.detach()).sqrt()
+    of_negative = (p.detach() * q).sqrt()
+    of_natural = (p * q.detach()).sqrt()
+    similarity = alpha * of_negative + (1 - alpha) * of_natural
     return (similarity * (predicted == negative_predicted)).mean()
 
 
@@ -140,7 +148,8 @@ class Reference:
     def conv(self, name, z, stride=1):
         """Apply a convolution that keeps the side, or divides it by the stride."""
         weight = self.state[name + ".weight"]
-        return F.conv2d(z, weight, stride=stride, padding=weight.shape[-1] // 2)
+        margin = weight.shape[-1] // 2
+        return F.conv2d(z, weight, stride=stride, padding=margin)
 
     def basic_block(self, name, z, stride, train):
         """Apply a block of ResNet-18."""
@@ -165,14 +174,16 @@ class Reference:
 
     def pool(self, z):
         """Return the mean of each pooling cell of a map, (N, D * cells)."""
-        side = min(self.window or z.shape[2], z.shape[2])
-        return F.avg_pool2d(z, side).flatten(1)
+        side = z.shape[2]
+        window = min(self.window or side, side)
+        return F.avg_pool2d(z, window).flatten(1)
 
     def classify(self, z, name):
         """Return the logits of a map by a classifier; one of a block's own has no cells."""
         weight = self.state[name + ".weight"]
+        bias = self.state[name + ".bias"]
         pooled = self.pool(z) if name == self.linear else z.mean((2, 3))
-        return pooled @ weight.T + self.state[name + ".bias"]
+        return pooled @ weight.T + bias
 
     def weigh(self, z, name, logits, labels):
         """Return z'[n, d, i, j] = z[n, d, i, j] * W[c_n] at the pooling cell of (i, j)."""
@@ -216,7 +227,8 @@ class Reference:
         x = centre + 0.001 * torch.randn(centre.shape, generator=generator)
         for _ in range(o.num_steps):
             x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(score(self.forward(x)), x)
+            heads = self.forward(x)
+            (gradient,) = torch.autograd.grad(score(heads), x)
             change = x.detach() - centre
             if o.norm == "L2":
                 change += o.step_size * gradient / l2(gradient)
@@ -326,13 +338,13 @@ def assert_same_steps(
             (stats.loss, loss),
             (stats.contrast, contrast),
         ]
-        assert (attacked.negative is None) == (negative is None)
-        if negative is not None:
-            pairs.append((attacked.negative, negative))
         optimizer.zero_grad()
         stats.loss.backward()
         reference_optimizer.zero_grad()
         loss.backward()
+        assert (attacked.negative is None) == (negative is None)
+        if negative is not None:
+            pairs.append((attacked.negative, negative))
         for name, parameter in model.named_parameters():
             pairs.append((parameter.grad, reference.parameters[name].grad))
         optimizer.step()
