@@ -43,8 +43,10 @@ from utils.system.errors import RunError, Stopped, UsageError
 from utils.system.options import parse
 from utils.system.settings import Evaluation
 
-EPS, SEED = 0.1, 1  # those of digits, and the default
-FULL_EPS, FULL_STEP = 0.015, 0.003  # of `full`, whose network is not trained to be robust
+EPS = 0.1  # of digits
+SEED = 1  # the default
+FULL_EPS = 0.015  # of `full`, whose network is not trained to be robust
+FULL_STEP = 0.003
 
 
 def settings_of(model, *flags):
@@ -78,9 +80,9 @@ def accuracy(record, name):
 
 
 def digits(count):
-    """Some test images of digits, as a split and as the networks take them."""
+    """Some test images of digits as networks take them, their labels and their numbers."""
     split = subset(digits_split(), count)
-    return split, as_input(split.images)
+    return as_input(split.images), split.labels, split.numbers
 
 
 @pytest.fixture
@@ -143,19 +145,17 @@ def full(tmp_path_factory):
 
 def same_as_directly(model, folder, count, eps, block, record, norm="Linf"):
     """Assert that the library, called on the right images of each block, finds the same."""
-    split, x = digits(count)
+    x, y, _ = digits(count)
     found = x.clone()
     with frozen(model) as net:
-        natural = net(x).argmax(1) == split.labels
+        natural = net(x).argmax(1) == y
         for numbers in torch.arange(count).split(block):
             rows = numbers[natural[numbers]]
             library = AutoAttack(
                 net, norm=norm, eps=eps, seed=SEED, version="standard", device="cpu"
             )
-            found[rows], _ = library.run_standard_evaluation(
-                x[rows], split.labels[rows], batch_size=len(rows)
-            )
-        expected = net(found).argmax(1) == split.labels
+            found[rows], _ = library.run_standard_evaluation(x[rows], y[rows], batch_size=len(rows))
+        expected = net(found).argmax(1) == y
     assert torch.equal(right(record, "AutoAttack"), expected)
     assert 0 < expected.sum() < natural.sum()
     found[expected] = x[expected]  # of images that no attack fools, the image itself
@@ -266,7 +266,7 @@ def blocks(folder):
 def test_a_stopped_evaluation_goes_on_to_the_same_table(tmp_path, counted):
     flags = (*LONG, "--attacks=pgd,adaptive")
     expected = evaluate(tmp_path / "whole", "robust", *flags)
-    starts = digits(60)[0].numbers[::25].tolist()
+    starts = digits(60)[2][::25].tolist()
     assert counted == [(name, start) for start in starts for name in ("pgd", "adaptive")]
 
     counted.clear()
@@ -313,12 +313,12 @@ def test_attacks_search_in_bfloat16_and_float32_judges(network, trained, tmp_pat
     in_float32 = evaluate(tmp_path, model, *flags)
     record = evaluate(tmp_path, model, *flags, "--precision=bf16", "--save-adversarial", file)
 
-    split, x = digits(20)
-    batch = (x, split.labels, split.numbers)
+    x, y, numbers = digits(20)
+    batch = (x, y, numbers)
     attack = pgd(cross_entropy, EPS, 0.1, 2, start="uniform", seed=SEED)
     adversarial = attack(AttackCopy(net, "bf16").net, *batch)
-    natural = net(x).argmax(1) == split.labels
-    judged = net(adversarial).argmax(1) == split.labels
+    natural = net(x).argmax(1) == y
+    judged = net(adversarial).argmax(1) == y
     fooled = natural & ~judged
     assert fooled.any()
     assert torch.equal(right(record, "natural"), natural)
@@ -339,22 +339,22 @@ def test_attacks_search_in_bfloat16_and_float32_judges(network, trained, tmp_pat
 def test_parts_of_an_attack_are_judged_in_float32_and_search_in_bfloat16(trained, tmp_path):
     """By a network to search that is always wrong, and a ball in which the judge stays right."""
     model = trained[0]
-    split, x = digits(20)
-    kept = model(x).argmax(1) == split.labels
+    x, y, numbers = digits(20)
+    kept = model(x).argmax(1) == y
     net = SearchedInBfloat16(model, lambda x: model(x).roll(1, 1))
     monitor = Monitor(tmp_path / "parts", print)
     sizes = {"eps": 1e-4, "step_size": 1e-4, "steps": 2, "apgd_steps": 5}
     attack = adaptive(plain, **sizes, restarts=2, seed=SEED, monitor=monitor)
-    attack(net, x[kept], split.labels[kept], split.numbers[kept])
+    attack(net, x[kept], y[kept], numbers[kept])
     assert [images for _, images, _ in monitor.parts] == [int(kept.sum())] * 4
 
 
 def test_restarts_of_apgd_repeat_its_steps_at_each_target(trained, tmp_path):
     """In a ball that fools no image: PGD and APGD take all steps that they are allowed."""
     model = trained[0]
-    split, x = digits(4)
-    kept = model(x).argmax(1) == split.labels
-    batch = (x[kept], split.labels[kept], split.numbers[kept])
+    x, y, numbers = digits(4)
+    kept = model(x).argmax(1) == y
+    batch = (x[kept], y[kept], numbers[kept])
     with_gradients = []
 
     def net(images):
@@ -365,7 +365,8 @@ def test_restarts_of_apgd_repeat_its_steps_at_each_target(trained, tmp_path):
     for restarts in (1, 3):
         with_gradients.clear()
         monitor = Monitor(tmp_path / f"{restarts}", print)
-        adaptive(plain, **sizes, apgd_restarts=restarts, seed=SEED, monitor=monitor)(net, *batch)
+        attack = adaptive(plain, **sizes, apgd_restarts=restarts, seed=SEED, monitor=monitor)
+        attack(net, *batch)
         # APGD takes a gradient at its start, too.
         assert sum(with_gradients) == 2 + restarts * 10 * 6
 
@@ -491,12 +492,12 @@ def test_the_worst_case_is_the_worst_of_all_attacks_image_by_image(full):
 
 def test_adaptive_finds_what_pgd_on_each_head_finds(full):
     record, _ = full
-    split, x = digits(50)
+    x, y, numbers = digits(50)
     worst = right(record, "adaptive, worst case")
     rows = right(record, "natural").nonzero().squeeze(1)
     x = x[rows]
-    y = split.labels[rows]
-    start = x + FULL_EPS * image_noise(x, split.numbers[rows], SEED, "Linf")
+    y = y[rows]
+    start = x + FULL_EPS * image_noise(x, numbers[rows], SEED, "Linf")
 
     def objective(z, head):
         heads = net(z, heads=True)
@@ -578,7 +579,8 @@ def test_vanishing_gradients_are_exposed(tmp_path):
 
 def diagnosis(model, count, norm="Linf", eps=EPS):
     """Diagnosis of a plain network: the names of raised signs, and the diagnosis."""
-    split, x = digits(count)
+    split = subset(digits_split(), count)
+    x = as_input(split.images)
     with frozen(model) as net:
         logits = net(x).detach()
         natural = logits.argmax(1) == split.labels
@@ -683,17 +685,17 @@ def test_what_leads_every_attack_astray_is_said_of_every_row(model, warning, tmp
 
 def test_saved_adversarial_images_are_what_the_table_says(full):
     record, folder = full
-    split, x = digits(50)
+    x, y, _ = digits(50)
     with np.load(folder / "worst.npz", allow_pickle=False) as content:
         images = torch.from_numpy(content["images"])
         stays_right = torch.from_numpy(content["right"])
-        assert content["labels"].tolist() == split.labels.tolist()
+        assert content["labels"].tolist() == y.tolist()
         assert content["eps"] == pytest.approx(FULL_EPS)
     assert images.dtype == torch.float32
     assert (images - x).abs().max() <= FULL_EPS + 1e-6
     assert images.min() >= 0
     assert images.max() <= 1
-    assert torch.equal(with_ra()(images).argmax(1) == split.labels, stays_right)
+    assert torch.equal(with_ra()(images).argmax(1) == y, stays_right)
     assert torch.equal(stays_right, right(record, "worst case"))
     natural = right(record, "natural")
     assert 0 < stays_right.sum() < natural.sum()
@@ -713,15 +715,14 @@ def test_n_examples_are_the_first_after_a_fixed_shuffle(tmp_path):
 
 
 def test_noise_stays_in_the_ball_and_counts_any_draw():
-    split, x = digits(60)
-    numbers = torch.arange(60)
+    x, y, numbers = digits(60)
     with frozen(undefended()) as net:
-        attacked = noise(0.6, SEED, 20)(net, x, split.labels, numbers)
-        wrong = net(attacked).argmax(1) != split.labels
-        any_draw = net(x).argmax(1) != split.labels
+        attacked = noise(0.6, SEED, 20)(net, x, y, numbers)
+        wrong = net(attacked).argmax(1) != y
+        any_draw = net(x).argmax(1) != y
         for draw in range(20):
             noisy = (x + 0.6 * image_noise(x, numbers, SEED, "Linf", draw)).clamp(0, 1)
-            any_draw |= net(noisy).argmax(1) != split.labels
+            any_draw |= net(noisy).argmax(1) != y
     assert (attacked - x).abs().max() <= 0.6 + 1e-6
     assert torch.equal(wrong, any_draw)
     assert 0 < wrong.sum() < 60
@@ -812,8 +813,8 @@ def test_every_attack_takes_logits_of_any_type_and_torchscript(
     monkeypatch.setattr("utils.evaluation.robustness.square", partial(square, queries=20))
     flags = ("--attacks", EVERY, "--n-examples=6", "--num-steps=2", "--restarts=1")
     record = evaluate(tmp_path, model, *flags, "--diagnostics")
-    split, x = digits(6)
-    assert torch.equal(right(record, "natural"), robust()(x).argmax(1) == split.labels)
+    x, y, _ = digits(6)
+    assert torch.equal(right(record, "natural"), robust()(x).argmax(1) == y)
     assert len(record["attacks"]) == 10
     worst = accuracy(record, "worst case")
     assert worst <= accuracy(record, "PGD-2") <= accuracy(record, "natural")

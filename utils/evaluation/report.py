@@ -247,7 +247,7 @@ def draw_worst(file: Path, subject: Subject, worst: WorstImages, attacks: list[s
     Fooled, wrong and right images are shown in proportion to their numbers.
     """
     fooled = worst.fooled
-    right = (worst.logits.argmax(1) == worst.labels) & ~fooled
+    right = worst.logits.argmax(1) == worst.labels
     wrong = ~right & ~fooled
     order = torch.cat([kind.nonzero().squeeze(1) for kind in (fooled, wrong, right)])
     places = torch.linspace(0, len(order) - 1, min(8, len(order)))

@@ -116,7 +116,7 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
         return {}
 
     rows |= earlier_rows(file, identity, rows, warnings)
-    classes = {}
+    classes = {}  # and no worst case where attacks on the final logits overestimate the network
     if not needs_adaptive(subject.info) or any(name.startswith(ADAPTIVE) for name in rows):
         rows |= worst_cases(rows)
         classes = report.by_class(rows, subject)
