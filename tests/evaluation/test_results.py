@@ -228,7 +228,7 @@ def test_settings_of_the_evaluation_are_below_the_table_and_in_no_name():
 
 
 def test_a_network_of_ones_own_is_named_once(tmp_path):
-    evaluate(tmp_path, "robust", "--attacks", "natural", "--n-examples", "9")
+    evaluate(tmp_path, "robust", "--attacks=natural", "--n-examples=9")
     lines = (tmp_path / "test.log").read_text().splitlines()
     (described,) = (line for line in lines if ": digits, " in line)
     assert described.count("tiny_networks:robust") == 1
@@ -240,8 +240,8 @@ def test_a_network_of_ones_own_is_named_once(tmp_path):
 def test_a_smaller_evaluation_keeps_what_an_earlier_one_found(tmp_path):
     file = tmp_path / "run" / "best_adv_model.pt"
     run = digits_checkpoint(file, recipe={"method": "trades"}).parent
-    first = evaluate(run, file, *FEW, "--attacks", "natural,pgd,adaptive")
-    again = evaluate(run, file, *FEW, "--attacks", "natural,fgsm")
+    first = evaluate(run, file, *FEW, "--attacks=natural,pgd,adaptive")
+    again = evaluate(run, file, *FEW, "--attacks=natural,fgsm")
     assert set(again["attacks"]) == {*first["attacks"], "FGSM"}
     made = again["attacks"]["adaptive: final"]["made"]
     assert made == f"{first['provenance']['started']}, cpu"
@@ -251,17 +251,17 @@ def test_a_smaller_evaluation_keeps_what_an_earlier_one_found(tmp_path):
 
 
 def test_a_quick_look_at_few_images_does_not_hide_a_whole_table(tmp_path):
-    whole = evaluate(tmp_path, "robust", "--attacks", "fgsm", "--n-examples", "30")
-    evaluate(tmp_path, "robust", "--attacks", "natural", "--n-examples", "10")
+    whole = evaluate(tmp_path, "robust", "--attacks=fgsm", "--n-examples=30")
+    evaluate(tmp_path, "robust", "--attacks=natural", "--n-examples=10")
     assert results.read(str(tmp_path))["attacks"] == whole["attacks"]
-    evaluate(tmp_path, "with_ra", "--attacks", "natural", "--n-examples", "10")
+    evaluate(tmp_path, "with_ra", "--attacks=natural", "--n-examples=10")
     assert len(results.read(str(tmp_path))["labels"]) == 10
 
 
 def test_a_weaker_search_does_not_hide_a_stronger_one(tmp_path):
-    flags = ("--attacks", "pgd", "--n-examples", "40", "--num-steps", "5", "--epsilon", "0.2")
+    flags = ("--attacks=pgd", "--n-examples=40", "--num-steps=5", "--epsilon=0.2")
     strong = evaluate(tmp_path, "robust", *flags)
-    weak = evaluate(tmp_path, "robust", *flags, "--step-size", "0.001")
+    weak = evaluate(tmp_path, "robust", *flags, "--step-size=0.001")
     (kept,) = (name for name in weak["attacks"] if name.startswith("PGD-5 ("))
     assert "step_size 0.02" in kept
     assert right(weak, kept).equal(right(strong, "PGD-5"))
@@ -271,19 +271,19 @@ def test_a_weaker_search_does_not_hide_a_stronger_one(tmp_path):
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        ("robust", ("--epsilon", "0.05")),
-        ("robust", ("--epsilon", "0.1", "--norm", "L2")),
-        ("robust", ("--n-examples", "30")),
+        ("robust", ("--epsilon=0.05",)),
+        ("robust", ("--epsilon=0.1", "--norm=L2")),
+        ("robust", ("--n-examples=30",)),
         ("with_ra", ()),
     ],
 )
 def test_other_networks_images_and_balls_are_not_merged(tmp_path, model, flags):
-    evaluate(tmp_path, "robust", *FEW, "--attacks", "fgsm")
-    other = evaluate(tmp_path, model, *FEW, "--attacks", "natural", *flags)
+    evaluate(tmp_path, "robust", *FEW, "--attacks=fgsm")
+    other = evaluate(tmp_path, model, *FEW, "--attacks=natural", *flags)
     assert set(other["attacks"]) == {"natural"}
 
 
 def test_the_table_of_a_gated_network_has_no_worst_case_without_the_adaptive_attack(tmp_path):
-    record = evaluate(tmp_path, "with_ra", *FEW, "--attacks", "fgsm,pgd")
+    record = evaluate(tmp_path, "with_ra", *FEW, "--attacks=fgsm,pgd")
     assert set(record["attacks"]) == {"natural", "FGSM", "PGD-3"}
     assert "no worst case" in (tmp_path / "test.log").read_text()

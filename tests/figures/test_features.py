@@ -35,7 +35,7 @@ def run(here):
 
 def measured(run, target, *flags):
     """Run the script for one class -> settings and arrays of the file it wrote."""
-    argv = ("--model_dir", run, "--target_label", target, "--name", "measured", *flags)
+    argv = ("--model_dir", run, "--target_label", target, "--name=measured", *flags)
     assert execute(SCRIPT, *argv) == 0
     return read_arrays(run.parent / "distances" / f"measured-{target}.npz")
 
@@ -119,7 +119,7 @@ def test_distances_are_those_of_scikit_learn():
 def test_distances_of_a_class_are_those_of_its_images(trained, run):
     """Compute them anew, by the network itself and a PGD loop of this test."""
     model, split, _ = trained
-    settings, values = measured(run, 0, "--num-steps", "3")
+    settings, values = measured(run, 0, "--num-steps=3")
     assert settings["target"] == 0
     assert settings["epsilon"] == 0.1
     indices = torch.from_numpy(values["indices"])
@@ -150,8 +150,8 @@ def test_distances_of_a_class_are_those_of_its_images(trained, run):
 
 
 def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
-    flags = ("--n-examples", "120", "--num-steps", "2", "--strategy", "hard")
-    _, alone = measured(run, 3, *flags, "--test-batch-size", "9")
+    flags = ("--n-examples=120", "--num-steps=2", "--strategy=hard")
+    _, alone = measured(run, 3, *flags, "--test-batch-size=9")
     settings, together = measured(run, "all", *flags)
     _, of_class = read_arrays(here / "distances" / "measured-3.npz")
     chosen = np.isin(together["indices"], alone["indices"])
@@ -167,8 +167,8 @@ def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
 
 
 def test_adversarial_negatives_look_more_like_the_class(run):
-    _, natural = measured(run, 5, "--epsilon", "0.3", "--strategy", "random")
-    _, pushed = measured(run, 5, "--epsilon", "0.3", "--strategy", "random_adv")
+    _, natural = measured(run, 5, "--epsilon=0.3", "--strategy=random")
+    _, pushed = measured(run, 5, "--epsilon=0.3", "--strategy=random_adv")
     assert np.array_equal(natural["negatives"], pushed["negatives"])
     cosine = "unweighted_NP_cosine"
     assert pushed[cosine].mean() > natural[cosine].mean() + 0.05
@@ -176,15 +176,15 @@ def test_adversarial_negatives_look_more_like_the_class(run):
 
 def test_a_plain_network_has_one_kind_of_features(here, capsys):
     run = digits_checkpoint(here / "plain.pt", reverse_attention=False)
-    _, values = measured(run, 3, "--n-examples", "60", "--num-steps", "1")
+    _, values = measured(run, 3, "--n-examples=60", "--num-steps=1")
     assert "weighted" not in capsys.readouterr().out
     assert np.array_equal(values["weighted_NP_L2"], values["unweighted_NP_L2"])
 
 
 def test_pgd_attacks_the_head_that_answers(run):
-    flags = ("--n-examples", "80", "--num-steps", "3")
+    flags = ("--n-examples=80", "--num-steps=3")
     _, final = measured(run, 3, *flags)
-    settings, auxiliary = measured(run, 3, *flags, "--predict", "auxiliary1")
+    settings, auxiliary = measured(run, 3, *flags, "--predict=auxiliary1")
     assert settings["predict"] == "auxiliary1"
     assert "auxiliary1" in settings["method"]
     assert not np.allclose(final["weighted_PP_cosine"], auxiliary["weighted_PP_cosine"])
@@ -231,9 +231,9 @@ def test_classes_by_name_synonym_and_number():
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (("--target_label", "cat"), "'cat'"),
-        (("--target_label", "all", "--n-examples", "1"), "single class"),
-        (("--target_label", "3", "--out", "run.pt"), "--out"),
+        (("--target_label=cat",), "'cat'"),
+        (("--target_label=all", "--n-examples=1"), "single class"),
+        (("--target_label=3", "--out=run.pt"), "--out"),
     ],
 )
 def test_bad_input_of_feature_distance(here, refused, flags, word):
@@ -242,7 +242,7 @@ def test_bad_input_of_feature_distance(here, refused, flags, word):
 
 
 def test_another_run_s_distances_are_not_overwritten(here, refused):
-    quick = ("--target_label", "3", "--num-steps", "1", "--name", "same")
+    quick = ("--target_label=3", "--num-steps=1", "--name=same")
     for name in ("a.pt", "b.pt"):
         checkpoint(here / name)
     for path in ("a.pt", here / "a.pt"):  # a run's own may be

@@ -149,7 +149,7 @@ def test_only_features_of_a_gated_network_are_called_weighted(here, histograms, 
 def test_files_are_drawn_in_the_order_of_the_labels(here, histograms):
     a = write_distances(here / "a.npz", 1, method="TRADES")
     b = write_distances(here / "b.npz", 2, method="TRADES")
-    flags = ("--labels", "B", "A", "--features", "unweighted")
+    flags = ("--labels", "B", "A", "--features=unweighted")
     assert execute(HIST, "--distances", b, a, *flags) == 0
     assert len(histograms) == 4
     values, _, title = histograms[2]
@@ -173,7 +173,7 @@ def test_files_that_are_not_comparable_do_not_share_a_figure(here, histograms, c
         ["METHOD 2"],
     ]
     assert "differ in epsilon: 0.1, 0.2" in capsys.readouterr().out
-    assert execute(HIST, "--dataset", "cifar10") == 0
+    assert execute(HIST, "--dataset=cifar10") == 0
     assert len(histograms) == 16
 
 
@@ -186,7 +186,7 @@ def test_figures_depend_on_no_setting_of_the_user_s_and_open_no_window_unasked(h
     monkeypatch.setitem(plt.rcParams, "font.size", 20)
     shown = []
     monkeypatch.setattr(plt, "show", lambda: shown.extend(plt.get_fignums()))
-    assert execute(HIST, "--show", "--out", "shown") == 0
+    assert execute(HIST, "--show", "--out=shown") == 0
     plt.close("all")
     assert len(shown) == 4
     expected = sorted(files(here / "plots").values())
@@ -208,8 +208,8 @@ def test_a_file_that_holds_no_distances_is_named(here, refused):
     [
         ((), "feature_distance.py"),
         (("--distances", "a.npz", "--labels", "A", "B"), "--labels"),
-        (("--distances", "a.npz", "--dataset", "cifar10"), "cifar10"),
-        (("--distances", "a.npz", "--out", "a.npz"), "--out"),
+        (("--distances", "a.npz", "--dataset=cifar10"), "cifar10"),
+        (("--distances", "a.npz", "--out=a.npz"), "--out"),
     ],
 )
 def test_bad_input_of_draw_hist(here, refused, flags, word):
@@ -247,7 +247,7 @@ def test_every_point_of_an_embedding_is_drawn_once(drawn, classes, kinds):
 def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(here):
     digits_checkpoint(here / "a.pt", recipe={})
     digits_checkpoint(here / "b.pt", reverse_attention=False)
-    flags = ("--n-examples", "60", "--adversarial", "--num-steps", "2", "--name", "same")
+    flags = ("--n-examples=60", "--adversarial", "--num-steps=2", "--name=same")
     pictures = []
     for out in ("one", "two"):
         assert execute(UMAP, "--model_dir", "a.pt", "b.pt", *flags, "--out", out) == 0
@@ -267,9 +267,9 @@ def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(here):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (("a.pt", "--n-examples", "14"), "--n-examples"),
+        (("a.pt", "--n-examples=14"), "--n-examples"),
         (("a.pt", "--labels", "A", "B"), "--labels"),
-        (("a.pt", "--n-examples", "20", "--out", "a.pt"), "--out"),
+        (("a.pt", "--n-examples=20", "--out=a.pt"), "--out"),
         (("a.pt", "folder.pt"), "folder.pt"),
     ],
 )
