@@ -241,12 +241,14 @@ def images_needed(
     left = (points / 100) ** 2 - by_seeds * of_seeds
     if left <= 0:
         return None
-    return math.ceil((by_seeds * rest + by_images * (of_images + rest / seeds)) / left)
+    variance = by_seeds * rest + by_images * (of_images + rest / seeds)  # of a single image
+    return math.ceil(variance / left)
 
 
 def worst_of(seeds: list[Verdicts], names: list[str]) -> np.ndarray:
     """Return which images are right under all the attacks named, (seeds, images)."""
-    return np.stack([np.minimum.reduce([attacks[name] for name in names]) for attacks in seeds])
+    by_attack = [[attacks[name] for attacks in seeds] for name in names]
+    return np.min(by_attack, axis=0)
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -287,12 +289,14 @@ def table(groups: Groups) -> Iterator[str]:
     for name, records in groups.items():
         worst_case = "needs adaptive"
         if name in worst:
-            worst_case = f"**{mean_and_deviation(100 * worst[name].mean(1))}**"
+            accuracies = 100 * worst[name].mean(1)
+            worst_case = f"**{mean_and_deviation(accuracies)}**"
         gain = ""
         if name != first and name in worst and first in worst:
             if images_of(records[0]) == images_of(groups[first][0]):
-                paired = list(map(seed_of, records)) == list(map(seed_of, groups[first]))
-                gain = _difference_cell(worst[name], worst[first], paired)
+                seeds = list(map(seed_of, records))
+                first_seeds = list(map(seed_of, groups[first]))
+                gain = _difference_cell(worst[name], worst[first], seeds == first_seeds)
                 compared.append((worst[name], worst[first]))
             else:
                 gain = "other images, norm or eps"
@@ -307,10 +311,7 @@ def table(groups: Groups) -> Iterator[str]:
             "`needs adaptive`: attacks on the final logits overestimate this network, so there is "
             "a worst case only when all runs are evaluated with --attacks adaptive, too."
         )
-    yield from _other_settings(groups)
-    first_look = [name for name, records in groups.items() if any(map(_is_first_look, records))]
-    if first_look:
-        yield f"A first look, searched by --precision bf16: {', '.join(first_look)}."
+    yield from _search_notes(groups)
     yield (
         "Minus the first row: on the same images, seed by seed where both rows have the same "
         "seeds, with a 95 % interval over images and seeds, Student's t for so few seeds. "
@@ -343,8 +344,8 @@ def _search_settings(record: dict) -> dict[str, object]:
     return settings
 
 
-def _other_settings(groups: Groups) -> Iterator[str]:
-    """Yield a line for each setting of an attack in which evaluations differ."""
+def _search_notes(groups: Groups) -> Iterator[str]:
+    """Yield a line for each setting in which attacks differ, and one on searches in bfloat16."""
     uses = defaultdict(dict)  # by setting, and by value and row in words: the value
     for name, records in groups.items():
         for record in records:
@@ -353,6 +354,9 @@ def _other_settings(groups: Groups) -> Iterator[str]:
     for setting, values in uses.items():
         if len(set(values.values())) > 1:
             yield f"Evaluated with {setting} {'; '.join(values)}."
+    first_look = [name for name, records in groups.items() if any(map(_is_first_look, records))]
+    if first_look:
+        yield f"A first look, searched by --precision bf16: {', '.join(first_look)}."
 
 
 def _power(rows: list[tuple[np.ndarray, np.ndarray]]) -> str:
@@ -362,7 +366,9 @@ def _power(rows: list[tuple[np.ndarray, np.ndarray]]) -> str:
     """
     several = [variances(*pair) for pair in rows if min(map(len, pair)) > 1]
     if not several:
-        return "Power: unknown, as one seed says nothing about others; train by --seed 1,2,3."
+        return (
+            "Power: unknown, since a single seed says nothing about others; train by --seed 1,2,3."
+        )
     mean = np.mean(several, axis=0)
     plans = {}
     for points in (1, 2):
