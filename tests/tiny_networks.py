@@ -61,20 +61,6 @@ def stored(name):
     return model.eval()
 
 
-class First(nn.Module):
-    """The logits of the first classes only."""
-
-    def __init__(self, classes):
-        """Keep this many classes."""
-        super().__init__()
-        self.net = robust()
-        self.classes = classes
-
-    def forward(self, x):
-        """Return logits, or heads where they are asked for."""
-        return self.net(x)[:, : self.classes]
-
-
 class Scaled(nn.Module):
     """Fraud: an undefended network with logits so large that cross-entropy has no gradient."""
 
@@ -85,8 +71,13 @@ class Scaled(nn.Module):
         self.scale = scale
 
     def forward(self, x):
-        """Return logits, or heads where they are asked for."""
+        """Return logits."""
         return self.scale * self.net(x)
+
+
+def first(classes):
+    """The logits of the first classes only."""
+    return lambda x: robust()(x)[:, :classes]
 
 
 class Decoy(nn.Module):
@@ -117,8 +108,8 @@ def seeded(build, seed):
 robust = partial(stored, "robust")
 undefended = partial(stored, "undefended")
 with_ra = partial(stored, "with_ra")
-first_3 = partial(First, 3)
-first_7 = partial(First, 7)
+first_3 = partial(first, 3)
+first_7 = partial(first, 7)
 scaled = partial(Scaled, 1e4)
 always_wrong = partial(Scaled, -1)
 not_finite = partial(Scaled, torch.inf)
@@ -169,11 +160,13 @@ def saved_script():
 def fit(reverse_attention, eps, epochs):
     """Train a tiny network on digits, under an attack of radius eps unless that is 0."""
     torch.manual_seed(0)
-    model, split = Tiny(reverse_attention), load_split("digits", "train", "", 16)
+    model = Tiny(reverse_attention)
+    split = load_split("digits", "train", "", 16)
     optimizer = torch.optim.Adam(model.parameters(), 0.005)
     for _ in range(epochs):
         for rows in torch.randperm(len(split.labels)).split(64):
-            x, y = as_input(split.images[rows]), split.labels[rows]
+            x = as_input(split.images[rows])
+            y = split.labels[rows]
             if eps:
                 with frozen(model) as net:
                     x = linf_pgd(x, cross_entropy(net, y), eps, eps / 2, 3, x)
