@@ -1,12 +1,14 @@
 """tests/tools/truth.py: a trick and an honest network, end to end, and how judges are judged."""
 
+import json
+
 import pytest
 import torch
 
 from tests.evaluation.test_robustness import shorten, shorten_diagnostics
-from tests.helpers import digits_split
+from tests.helpers import ROOT, digits_split
 from tests.tools import truth
-from tests.tools.truth_networks import TRICKS, Known
+from tests.tools.truth_networks import CONTROLS, TRICKS, Known
 from utils.data.datasets import as_input
 from utils.evaluation import report
 from utils.evaluation.diagnostics import sanity_warnings
@@ -85,6 +87,17 @@ def test_judges_are_judged_by_truth_and_by_warnings():
     assert attack.exposes(network(**{"PGD-40": 15.0}))
     assert not attack.exposes(network(**{"PGD-40": 15.1}))
     assert checks.exposes(network(["two calls"])) and not checks.exposes(network())
+
+
+def test_the_page_counts_what_the_committed_record_holds():
+    """A finished run of all networks, and in the page its hits and false alarms."""
+    networks = json.loads(truth.FILE.read_text())["networks"]
+    assert list(networks) == truth.NETWORKS
+    page = (ROOT / "README.md").read_text()
+    for name, judge in truth.JUDGES.items():
+        hits = sum(judge.exposes(networks[trick]) for trick in TRICKS)
+        alarms = sum(judge.warns(networks[control]) for control in CONTROLS)
+        assert f"| {name} | {hits} | {alarms if judge.warners else ''} |" in page
 
 
 @pytest.mark.parametrize(
