@@ -221,13 +221,15 @@ def change(root, idea, text):
             before = file.read_text() if file.exists() else ""
             parts = match.groupdict()
             escaped = {name: re.escape(part) for name, part in parts.items()}
-            (found,) = re.finditer("(?ms)" + place.format(**escaped), before)
+            places = list(re.finditer("(?ms)" + place.format(**escaped), before))
+            assert len(places) == 1, match[0]
+            end = places[0].end()
             added = re.sub(
                 r"\A(\s*)((?:def|elif) [^\n]*:\n)",
                 rf"\1\2\1    print('USED: {idea}')\n",
                 addition.format(**parts),
             )
-            file.write_text(before[: found.end()] + added + before[found.end() :])
+            file.write_text(before[:end] + added + before[end:])
             count += 1
     return count
 
