@@ -41,6 +41,8 @@ Dataset = Literal["cifar10", "cifar100", "tiny-imagenet", "digits", "fashion-mni
 Strategy = Literal[
     "random", "random_adv", "soft", "soft_adv", "hard", "hard_adv", "easy", "easy_adv"
 ]
+Arch = Literal["ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18"]
+Inner = Literal["ce", "kl"]
 Norm = Literal["Linf", "L2"]
 Gate = Literal["label", "predicted", "soft", "none"]
 Classifier = Literal["shared", "own"]
@@ -48,7 +50,7 @@ Layer = Literal["weighted", "unweighted"]
 Precision = Literal["default", "fp32", "tf32", "bf16"]
 Width = Annotated[int | None, whole(1, 1024)]
 
-ARCHS = ("ResNet18", "WRN-34-10", "WRN-28-10", "PreActResNet18")
+ARCHS = get_args(Arch)
 FEATURES = get_args(Layer)
 NETWORK = network(ARCHS)
 
@@ -161,7 +163,7 @@ class Training(FromFile):
     """steps of a training attack"""
     step_size: Positive = 0.007
     """size of an attack step"""
-    inner: Literal["ce", "kl"] = "ce"
+    inner: Inner = "ce"
     """loss that the untargeted training attack ascends"""
     attack_cr_beta: Annotated[float | None, number("[0, inf)")] = None
     """weight of the auxiliary heads in training attacks; if unset, that of --cr_beta"""
