@@ -80,6 +80,7 @@ WRONG = {
     '{"bogus": 1}': "--bogus",
     '{"settings": {"resume": true}}': "--resume",
     '{"settings": 1}': "map names",
+    '{"tag": {"a": 1}}': "a number, a word",
     '{"lr': "line 1",
     "\xff": "utf-8",
 }

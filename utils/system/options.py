@@ -139,6 +139,8 @@ def _content(file: str) -> dict:
         content = content.get("settings", content)
     if not isinstance(content, dict):
         raise UsageError("it must map names of settings to values")
+    if any(isinstance(value, dict) for value in content.values()):
+        raise UsageError("a setting takes a number, a word, a list or null")
     return content
 
 
