@@ -198,7 +198,7 @@ CHANGES = [
     (rf"At the end of `(?P<file>[\w/.]+)`[^`]*?:{CODE}", r"\Z", "\n\n{code}"),
     (
         r"\* In `(?P<file>[\w/.]+)`, add `(?P<name>[^\n]+?)` to `(?P<table>\w+)`",
-        r"^ *{table}(: Literal\[|(: [^=\n]+)? = (Literal)?[\[({{])",
+        r"^ *{table}(: [^=\n]+)? = (Literal)?[\[({{]",
         "{name}, ",
     ),
     (
