@@ -11,9 +11,10 @@ import torch
 
 from tests.helpers import ROOT, environment, python
 from tests.tools import study
-from utils.evaluation import results
+from utils.evaluation.adaptive import views
+from utils.system.errors import UsageError
 from utils.system.options import parse, parse_training
-from utils.system.settings import Distances, Evaluation
+from utils.system.settings import Evaluation
 
 GOLDEN = ROOT / "tests/golden"
 
@@ -24,26 +25,41 @@ def first_cells(text, count=1):
     return [line.strip("| ").split(" | ")[:count] for line in lines[1:]]
 
 
-def test_every_command_of_the_study_is_understood(capsys):
-    study.main(["--commands"])
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_command_of_a_study_is_understood(name, capsys):
+    assert study.main([name, "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(set(lines)) > 70
+    rows = study.STUDIES[name].rows()
+    assert len(set(lines)) == sum(row.seeds for row in rows.values())
+    assert len({row.flags for row in rows.values()}) == len(rows)
     for line in lines:
-        train, evaluate, measure = (command.split()[2:] for command in line.split(" && "))
-        settings = parse_training("", {}, train).settings
-        assert (settings.width, settings.epochs) == (8, 6)
-        assert parse(Evaluation, "", evaluate).attacks[-1] in ("adaptive", "autoattack")
-        assert parse(Distances, "", measure).target_label == "all"
+        train, *attacks = (command.split()[2:] for command in line.split(" && "))
+        parse_training("", {}, train)
+        settings = [parse(Evaluation, "", attack) for attack in attacks]
+        assert settings[0].attacks[-1] == "adaptive"
+        assert settings[0].restarts == settings[0].apgd_restarts
+
+
+def test_each_network_gets_as_many_starts_as_a_plain_one_or_more():
+    for name in ("digits", "fashion-mnist"):
+        for row in study.STUDIES[name].rows().values():
+            settings = parse_training("", {}, row.flags).settings
+            gates = {"gate": settings.gate, "classifier": settings.classifier}
+            assert row.views == len(views(not settings.no_ra, 2, **gates))
+            run = study.run_of(study.STUDIES[name], row, 1, ROOT)
+            starts = parse(Evaluation, "", [*run.attacks[0][1:], "--ckpt_url=x"]).restarts
+            assert starts * row.views >= study.STARTS
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["nothing"], "unknown: nothing"),
-        (["--seeds", "x"], "--seeds"),
-        (["--print", "--out", "nowhere"], "nowhere"),
-        (["--print", "--out", str(GOLDEN / "ResNet18.keys.json")], "study.json"),
-        (["--out", "study.json"], "--print"),
+        (["nothing"], "'nothing'"),
+        (["digits", "--rows", "TRADES;nothing"], "nothing"),
+        (["digits", "--seeds", "x"], "--seeds"),
+        (["digits", "--jobs", "0"], "--jobs"),
+        (["digits", "--print", "--file", "nowhere.json"], "nowhere.json"),
+        (["digits", "--file", str(GOLDEN / "ResNet18.keys.json")], "ResNet18.keys.json"),
     ],
 )
 def test_wrong_use_of_the_study_is_refused(argv, words, capsys):
@@ -53,23 +69,63 @@ def test_wrong_use_of_the_study_is_refused(argv, words, capsys):
     assert words in capsys.readouterr().err
 
 
-SMALL = (
-    "--width=4 --epochs=2 --milestones=none --limit-train=24 --limit-test=6 --num-steps=1 "
-    "--device=cpu"
+def verdicts_of(row, seed, right, **more):
+    """A record of a study: a row's run, and which images it gets right."""
+    attacks = {"natural": {"verdicts": "1111"}, "adaptive": {"verdicts": right}}
+    return {"row": list(row), "seed": seed, "machine": "CPU", "attacks": attacks} | more
+
+
+def test_a_file_holds_what_was_saved_and_machines_are_not_mixed(tmp_path):
+    records = [verdicts_of(["--no-ra"], seed, "1100") for seed in (1, 2)]
+    study.save(records, tmp_path / "study.json")
+    assert study.saved(tmp_path / "study.json") == records
+    with pytest.raises(UsageError, match="--file"):
+        study.require_same_machine(verdicts_of([], 1, "1111", machine="a card"), records)
+
+
+def test_claims_have_wider_intervals_than_other_differences():
+    rows = study.STUDIES["digits"].rows()
+    records = []
+    for seed, right in enumerate(("1100", "1110"), 1):
+        records.append(verdicts_of(rows["TRADES"].flags, seed, "1000"))
+        records.append(verdicts_of(rows["gate none"].flags, seed, right))
+    ((name, row, baseline, corrected),) = study.claimed({"digits": records})
+    assert (name, row, baseline) == ("digits", "gate none", "TRADES")
+    groups = study.groups_of(rows, records)
+    mean, low, high = study.gain(groups[row], groups[baseline])
+    assert mean == corrected[0] == 37.5
+    assert corrected[1] < low < high < corrected[2]
+
+
+TINY = study.Study(
+    (
+        "--dataset=digits",
+        "--width=4",
+        "--epochs=2",
+        "--milestones=none",
+        "--limit-train=24",
+        "--limit-test=6",
+        "--num-steps=1",
+        "--device=cpu",
+    ),
+    ("--n-examples=4", "--num-steps=2", "--apgd-steps=5", "--device=cpu"),
+    {"one": {"TRADES": study.Row(study.PLAIN, 2), "gate none": study.Row(("--gate=none",), 1, 4)}},
 )
-QUICK = "--n-examples=4 --num-steps=2 --apgd-steps=5 --device=cpu"
-
-
-def study_of(tmp_path):
-    """The arguments of a study of four quick runs."""
-    out = str(tmp_path / "study")
-    return ["best", "--seeds", "1", "--out", out, "--flags", SMALL, "--evaluation", QUICK]
+BEGIN = """
+import sys
+from tests import test_study
+test_study.study.STUDIES["digits"] = test_study.TINY
+sys.exit(test_study.study.main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.slow
-def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_path, capfd):
-    argv = study_of(tmp_path)
-    began = [sys.executable, "-m", "tests.tools.study", *argv]
+def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(
+    tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "study.json"
+    argv = ["digits", "--out", str(tmp_path), "--file", str(file), "--jobs", "2"]
+    began = [sys.executable, "-c", BEGIN, *argv]
     with subprocess.Popen(began, cwd=ROOT, env=environment(), stderr=subprocess.PIPE) as process:
         while not list(tmp_path.rglob("last_state.pt")):
             assert process.poll() is None, process.stderr.read()
@@ -78,26 +134,22 @@ def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(tmp_p
         assert b"goes on" in process.stderr.read()
     assert process.returncode == 128 + signal.SIGTERM
 
-    capfd.readouterr()
-    study.main(argv)
-    rows = first_cells(capfd.readouterr().out)
-    assert [name for (name,) in rows[: len(study.best())]] == list(study.best())
-    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob(results.FILE)}
-    assert len(times) == 4
-    study.main(argv)
-    assert times == {file: file.stat().st_mtime_ns for file in tmp_path.rglob(results.FILE)}
+    monkeypatch.setitem(study.STUDIES, "digits", TINY)
+    assert study.main(argv) == 0
+    assert first_cells(capsys.readouterr().out, 2) == [["TRADES", "2"], ["gate none", "1"]]
+    records = study.saved(file)
+    assert [len(record["commands"]) for record in records] == [3, 3, 2]
+    assert ["AutoAttack" in record["attacks"] for record in records] == [True, True, False]
 
-    capfd.readouterr()
-    with pytest.raises(SystemExit):
-        study.main([*argv[:-1], f"{QUICK} --num-steps=3", "--print"])
-    assert "num_steps" in capfd.readouterr().err
+    before = file.stat().st_mtime_ns
+    assert study.main(argv) == 0
+    assert file.stat().st_mtime_ns == before
 
-    study.main(["--commands", *argv])
-    train = shlex.split(capfd.readouterr().out.splitlines()[-1].split(" && ")[0])
-    done = python(*train[1:-1], f"--model-dir={tmp_path / 'alone' / 'run'}")
+    command = shlex.split(records[0]["commands"][0])[1:]
+    done = python(*command, f"--model-dir={tmp_path / 'alone' / 'run'}")
     assert done.returncode == 0, done.stderr
     (alone,) = tmp_path.glob("alone/run*/model-wrn-last.pt")
-    (of_study,) = tmp_path.glob(f"study/*awp*ema*/{alone.parent.name}/{alone.name}")
+    (of_study,) = tmp_path.glob(f"digits/*/{alone.parent.name}/{alone.name}")
     weights = torch.load(alone, weights_only=True)["model"]
     for key, value in torch.load(of_study, weights_only=True)["model"].items():
         assert torch.equal(weights[key], value)

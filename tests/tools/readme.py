@@ -11,12 +11,13 @@ python -m tests.tools.readme --record FOLDER
 
 README.md is made of tests/tools/README.template.md, by replacing what stands between two @@:
 
-main.gates: gate none: PGD-40            a cell of a table of the study, as the study prints it:
-                                         file (main, cpu, small), table, row, column
-main.gates: gate none: PGD-40, mean      its figure without the range of the seeds
-main.gates: gate none: gain              the column of differences from the first row
-cpu.gates: gate label - TRADES: PGD-40   a difference of two rows
-table main.gates                         a whole table
+digits.trades: gate none: PGD-40         a cell of a study's table: study, table, row, column
+digits.trades: gate none: PGD-40, mean   its figure without the deviation of the seeds
+digits.trades: gate none: gain           the column of differences from the first row
+digits.trades: gate label - TRADES: PGD-40, seed 1
+                                         a difference of two rows, of the runs of one seed
+table digits.trades                      a whole table
+claims                                   the comparisons that were named before their runs
 truth judges                             a table of tests.tools.truth: networks, judges
 log                                      what the quick start prints
 
@@ -39,13 +40,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from tests.tools import readme_pictures, study, truth
 from tests.tools.readme_runs import RUNS, record
-from utils.evaluation.results import table
+from utils.evaluation.results import Groups, table, verdicts
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = Path(__file__).parent / "README.template.md"
 PAGE = ROOT / "README.md"
 FIGURES = ROOT / "figure"
-STUDIES = {"main": "study_main.json", "cpu": "study_cpu.json", "small": "study.json"}
 NOTICE = "<!-- Made by `python -m tests.tools.readme` of tests/tools/README.template.md -->\n"
 CHECKSUM = "Drawn-From"
 KATEX = """
@@ -61,13 +61,33 @@ console.log(JSON.stringify(errors))
 Cells = dict[str, dict[str, str]]  # of a table, by row and column
 
 
+def groups(name: str) -> Groups:
+    """Return the runs of a table of a study, such as `digits.trades`, by row."""
+    study_name, _, table_name = name.partition(".")
+    rows = study.STUDIES[study_name].tables[table_name]
+    return study.groups_of(rows, study.saved(study.file_of(study_name)))
+
+
 @cache
 def table_lines(name: str) -> list[str]:
-    """Return the lines of a table of the study, such as `main.gates`, in Markdown."""
-    file, _, table_name = name.partition(".")
-    records = study.saved(ROOT / "tests/golden" / STUDIES[file])
-    groups = study.groups_of(study.TABLES[table_name](), records)
-    return [line for line in table(groups) if line.startswith("|")]
+    """Return the lines of a table of a study in Markdown."""
+    return [line for line in table(groups(name)) if line.startswith("|")]
+
+
+def claims() -> Iterator[str]:
+    """Yield a table of the comparisons that carry the finding, as far as they have runs."""
+    yield f"| worst case of | minus | on | points, {100 * study.CLAIM_LEVEL:.1f} % interval |"
+    yield "|---|---|---|---|"
+    files = {name: study.file_of(name) for name, _, _ in study.CLAIMS}
+    records = {name: study.saved(file) for name, file in files.items() if file.exists()}
+    for name, row, baseline, (mean, low, high) in study.claimed(records):
+        yield f"| {row} | {baseline} | {name} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
+
+
+def accuracy(group: list[dict], column: str, seed: int) -> float:
+    """Return the accuracy in % of the run of one seed of a row."""
+    (right,) = (verdicts(record)[column] for record in group if record["seed"] == seed)
+    return 100 * right.mean()
 
 
 @cache
@@ -91,17 +111,21 @@ def value(placeholder: str) -> str:
     """
     if placeholder == "log":
         return "\n".join(json.loads(RUNS.read_text())["log"])
+    if placeholder == "claims":
+        return "\n".join(claims())
     if placeholder.startswith("truth "):
         record = json.loads(truth.FILE.read_text())
         return "\n".join(truth.TABLES[placeholder.removeprefix("truth ")](record))
     if placeholder.startswith("table "):
         return "\n".join(table_lines(placeholder.removeprefix("table ")))
     table_name, row, column = placeholder.split(": ")
-    cells = cells_of(table_name)
-    if " - " in row:
-        one, other = (float(number(cells[name][column])) for name in row.split(" - "))
-        return f"{one - other:.1f}"
     column, _, part = column.partition(", ")
+    if " - " in row:
+        seed = int(part.removeprefix("seed "))
+        rows = [groups(table_name)[name] for name in row.split(" - ")]
+        one, other = (accuracy(group, column, seed) for group in rows)
+        return f"{one - other:.1f}"
+    cells = cells_of(table_name)
     cell = cells[row][column].strip("*")
     return number(cell) if part == "mean" else cell
 

@@ -8,29 +8,31 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tests.tools import draw_idea, study
 from tests.tools.readme_runs import RUNS
-from utils.evaluation.results import difference, seed_of, verdicts, worst_of
+from utils.evaluation.results import Groups, verdicts
 from utils.figures import plots
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SHARP = 400  # dots an inch, for pictures that the page shows at the width of a paper's column
 
-# Rows of the forest plot: the table and row of the study, and what the picture calls it.
+# What the forest plot calls the rows of the study.
 FOREST = {
-    ("controls", "TRADES, lr 0.09"): "TRADES, three times the learning rate",
-    ("companions_trades", "TRADES +AWP"): "TRADES + AWP",
-    ("companions_trades", "TRADES +EMA"): "TRADES + EMA",
-    ("gates", "gate label, no ANC"): "TRADES + RA",
-    ("gates", "gate label"): "TRADES + RA + ANC (ANCRA)",
-    ("companions_ancra", "ANCRA-TRADES +AWP"): "ANCRA + AWP",
-    ("companions_ancra", "ANCRA-TRADES +EMA"): "ANCRA + EMA",
-    ("gates", "gate soft"): "ANCRA, soft gate",
-    ("gates", "gate none, no ANC"): "no gate, no ANC",
-    ("gates", "gate none"): "no gate, ANC",
+    "TRADES, three times the rate": "TRADES, three times the learning rate",
+    "TRADES + EMA": "TRADES + EMA",
+    "gate label": "ANCRA, as published",
+    "gate label, own classifiers": "ANCRA, own classifiers (as in CAS)",
+    "gate soft": "ANCRA, soft gate",
+    "gate none": "ANCRA without a gate",
+    "gate none, own classifiers": "the same, own classifiers",
+    "gate none + EMA": "ANCRA without a gate + EMA",
+    "gate none + AWP": "ANCRA without a gate + AWP",
 }
+DATA_SETS = {"digits": "digits", "fashion-mnist": "Fashion-MNIST"}
+USUAL_COLOUR = "#d55e00"
+WORST_COLOUR = "#0072b2"
 Draw = Callable[[object, Path], None]
 
 
@@ -50,28 +52,37 @@ def pictures() -> dict[str, tuple[object, Draw]]:
 
 
 @cache
-def forest_rows() -> list[dict]:
-    """Return the gains over TRADES of the rows of `FOREST`, in points of accuracy.
+def forest_rows() -> dict[str, list[dict]]:
+    """Return the gains over TRADES by data set, in points of accuracy, those of most gain first.
 
-    Each has `name`, `usual` for the gain under PGD-40 on the answer, and `worst`, the gain in the
-    worst case and the ends of its 95 % interval.
+    Each has `name`, `seeds`, `usual` for the gain under PGD-40 on the answer, and `worst`, the gain
+    in the worst case and the ends of its 95 % interval.
     """
-    records = study.saved(GOLDEN / "study_main.json")
-    (first,) = study.groups_of({"TRADES": study.TRADES}, records).values()
-    first_verdicts = [verdicts(record) for record in first]
-    first_usual = np.mean([run["PGD-40"] for run in first_verdicts])
-    attacks = list(first_verdicts[0])
+    panels = {}
+    for study_name, title in DATA_SETS.items():
+        file = study.file_of(study_name)
+        if file.exists():
+            rows = study.STUDIES[study_name].tables["trades"]
+            panels[title] = gains(study.groups_of(rows, study.saved(file)))
+    return panels
+
+
+def gains(groups: Groups) -> list[dict]:
+    """Return the gains of all rows over TRADES, as `forest_rows` does for a data set."""
+    baseline = groups["TRADES"]
     rows = []
-    for (table, name), title in FOREST.items():
-        row = study.TABLES[table]()[name]
-        (group,) = study.groups_of({name: row}, records).values()
-        row_verdicts = [verdicts(record) for record in group]
-        usual = np.mean([run["PGD-40"] for run in row_verdicts]) - first_usual
-        worsts = worst_of(row_verdicts, attacks), worst_of(first_verdicts, attacks)
-        gain = difference(*worsts, list(map(seed_of, group)) == list(map(seed_of, first)))
-        worst = [round(value, 3) for value in gain]
-        rows.append({"name": title, "usual": round(100 * usual, 3), "worst": worst})
-    return rows
+    for name, title in FOREST.items():
+        if name in groups:
+            usual = mean_accuracy(groups[name], "PGD-40") - mean_accuracy(baseline, "PGD-40")
+            worst = [round(value, 3) for value in study.gain(groups[name], baseline)]
+            seeds = len(groups[name])
+            rows.append({"name": title, "seeds": seeds, "usual": round(usual, 3), "worst": worst})
+    return sorted(rows, key=lambda row: -row["worst"][0])
+
+
+def mean_accuracy(group: list[dict], column: str) -> float:
+    """Return the mean accuracy of a row's runs in %."""
+    return 100 * float(np.mean([verdicts(record)[column].mean() for record in group]))
 
 
 def save(draw: Callable[[Figure], None], file: Path, dpi: int) -> None:
@@ -82,26 +93,39 @@ def save(draw: Callable[[Figure], None], file: Path, dpi: int) -> None:
         figure.savefig(file, dpi=dpi, facecolor="white")
 
 
-def draw_forest(rows: list[dict], file: Path) -> None:
-    """Draw a line for each row: the gain by the usual attack, and that in the worst case."""
+def draw_forest(panels: dict[str, list[dict]], file: Path) -> None:
+    """Draw a panel for each data set, and in it a line for each row: both gains."""
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(7, 0.6 + sum(0.55 + 0.3 * len(rows) for rows in panels.values()))
+        heights = [len(rows) + 1 for rows in panels.values()]
+        every = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)
+        for axes, (title, rows) in zip(every[:, 0], panels.items(), strict=True):
+            draw_panel(axes, title, rows)
+        axes.set(xlabel="gain over TRADES in points of accuracy; in parentheses, how many seeds")
+
+    save(draw, file, 250)
+
+
+def draw_panel(axes: Axes, title: str, rows: list[dict]) -> None:
+    """Draw the gains on a data set; words above one of them say which mark is which."""
     heights = np.arange(len(rows))[::-1]
     usual = [row["usual"] for row in rows]
     worst, low, high = np.array([row["worst"] for row in rows]).T
-    bars = [worst - low, high - worst]
-
-    def draw(figure: Figure) -> None:
-        figure.set_size_inches(7, 3.6)
-        axes = figure.subplots()
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.plot(usual, heights, "D", color="#d55e00", mfc="white", label="PGD-40 on the answer")
-        label = "worst case, with its 95 % interval"
-        axes.errorbar(worst, heights, xerr=bars, fmt="o", color="#0072b2", label=label)
-        axes.set(xlabel="gain over TRADES in points of accuracy; digits, eps 0.1, three seeds each")
-        axes.set_yticks(heights, [row["name"] for row in rows], fontsize=8)
-        axes.grid(axis="x", alpha=0.3)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-
-    save(draw, file, 250)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.plot(usual, heights, "D", color=USUAL_COLOUR, mfc="white")
+    axes.errorbar(worst, heights, xerr=[worst - low, high - worst], fmt="o", color=WORST_COLOUR)
+    axes.set_yticks(heights, [f"{row['name']} ({row['seeds']})" for row in rows], fontsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.1)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.grid(axis="x", alpha=0.3)
+    row = int(np.argmax(np.abs(worst - usual)))
+    for text, x, colour in (
+        ("PGD-40 on the answer", usual[row], USUAL_COLOUR),
+        ("worst case", worst[row], WORST_COLOUR),
+    ):
+        place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+        axes.annotate(text, (x, heights[row]), color=colour, **place)
 
 
 def draw_curves(metrics: str, file: Path) -> None:
