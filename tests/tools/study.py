@@ -1,6 +1,5 @@
 """What each part is worth against an attacker who knows it: trained and attacked runs, as tables.
 
-python -m tests.tools.study                       the studies there are, and what they would take
 python -m tests.tools.study digits                all rows and seeds of one, --jobs at once
 python -m tests.tools.study digits --seeds 1,2 --rows "TRADES;gate none"
 python -m tests.tools.study fashion-mnist --data-dir FOLDER
