@@ -191,7 +191,7 @@ def test_an_epoch_s_attack_searches_in_the_precision_of_training_and_float32_jud
     split = subset(digits_split(), 60)
     chosen = training_settings("--dataset=digits", "--precision", precision)
     job = SimpleNamespace(settings=chosen, device=torch.device("cpu"), check_stop=lambda: None)
-    natural, robust = training.evaluate(job, model, split)
+    natural, robust = training.evaluate(job, model, split).values()
 
     attack = pgd40_heads(0.1, 0.02, 2.0, 1, steps=5)
     x = as_input(split.images)
