@@ -16,7 +16,8 @@ run for the first seed of each row. It is no part of the worst case, since other
 
 Equal effort: the adaptive attack starts `STARTS` times on a plain network, and at least as often,
 over all views, on one with heads. A start is 40 steps of PGD, 20 of APGD and 20 of targeted APGD
-for each of 9 targets, so it takes 240 gradients of an image that stays right.
+for each of 9 targets. APGD takes a gradient at its start, too: that makes 250 gradients of an image
+that stays right.
 """
 
 import argparse

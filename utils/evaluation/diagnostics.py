@@ -61,7 +61,7 @@ def zero_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether two tensors are equal. tolerance: a share of the largest magnitude."""
+    """Whether two tensors are nearly equal. tolerance: a share of the largest magnitude."""
     scale = one.nan_to_num(0, 0, 0).abs().amax().item()
     return torch.allclose(other, one, rtol=0, atol=tolerance * scale, equal_nan=True)
 
