@@ -103,7 +103,6 @@ def test_a_wrong_value_is_refused(capsys, argument):
         (Evaluation, "--ckpt_url=x --mean=cifar", "cifar"),
         (Training, "--restart_epoch 1", "--ckpt_url"),
         (Training, "--ckpt_url weights.pt", "--restart_epoch"),
-        (Training, "--restart_epoch 1 --ckpt_url weights.pt --resume", "--resume"),
         (Training, "--overwrite --resume", "--overwrite"),
         (Training, "--method mart --label-smoothing 0.1", "--label-smoothing"),
         (Training, "--extra-data images.npz --extra-fraction 0.999", "--extra-fraction"),

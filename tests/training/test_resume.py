@@ -197,12 +197,13 @@ def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
 
 
 def test_a_restart_from_weights_has_a_fresh_optimiser(tmp_path):
-    def restarted(name, file):
-        return train(tmp_path / name, "--restart_epoch", 1, "--ckpt_url", file)
+    def restarted(name, file, *more):
+        return train(tmp_path / name, "--restart_epoch", 1, "--ckpt_url", file, *more)
 
     file = train(tmp_path / "1", *ONE_EPOCH) / "model-wrn-last.pt"
     again = restarted("2", file)
     assert [row["epoch"] for row in metrics(again)] == ["2"]
+    assert restarted("2", file, "--resume") == again
 
     weights = load_model(file)[0].state_dict()
     published = {f"module.{name.replace('fc.', 'linear.')}": w for name, w in weights.items()}

@@ -196,8 +196,8 @@ def _refuse_contradictions_in_training(settings: Training, seeds: int) -> None:
     if settings.resume is not None and seeds > 1:
         _refuse("several seeds are resumed by the same command; leave --resume out")
     if settings.resume is not None:
-        if settings.restart_epoch or settings.overwrite:
-            _refuse("--resume continues a run, --restart_epoch and --overwrite start one")
+        if settings.overwrite:
+            _refuse("--resume continues a run, --overwrite starts one")
     elif settings.awp and settings.awp_warmup >= settings.epochs:
         _refuse("--awp never acts within --epochs; lower --awp-warmup")
 

@@ -1,11 +1,9 @@
 """Runs of several seeds: a process for each, and what they have attained together."""
 
-import csv
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -18,8 +16,8 @@ from utils.system import distributed
 from utils.system.checkpoints import STATE, read
 from utils.system.errors import RunError, Stopped, UsageError, stop_signals
 from utils.system.options import Command
-from utils.system.settings import Training, code_flags
-from utils.system.values import counted
+from utils.system.settings import Training
+from utils.training.records import best_row
 from utils.training.runs import run_folder
 
 # Stops a run, however often it comes. A second SIGTERM would end it before its state is saved, and
@@ -37,21 +35,19 @@ def train_seeds(command: Command) -> None:
     if distributed.world() > 1:
         raise UsageError("several seeds start processes of their own; give torchrun one seed")
     folders = {}
-    pending = {}
+    commands = {}
     for seed in command.seeds:
         folder = run_folder(command._replace(settings=replace(settings, seed=seed)))
         folders[seed] = folder
         if settings.overwrite or not is_finished(folder, settings.epochs):
-            pending[seed] = child_command(settings, seed, folder)
-        else:
-            print(f"seed {seed}: {folder} is finished")
+            commands[seed] = child_command(settings, seed, folder)
 
     failed = []
-    for seed, status in train_processes(settings, pending).items():
+    for seed, status in train_processes(settings, commands).items():
         if status:
             failed.append(f"seed {seed} with status {status}")
             del folders[seed]
-    print(*summary(folders), sep="\n")
+    print_summary(folders)
     if failed:
         hint = "the same command tries again and leaves finished runs alone"
         raise RunError(f"{', '.join(failed)}; {hint}")
@@ -59,41 +55,34 @@ def train_seeds(command: Command) -> None:
 
 def is_finished(folder: Path, epochs: int) -> bool:
     """Whether a folder holds a run of that many epochs, in a state that can be read."""
-    if (folder / STATE).exists():
-        with suppress(UsageError):  # which its own process will say
-            return read(folder / STATE).get("epoch", 0) >= epochs
+    with suppress(UsageError):  # the seed's own process names a damaged file
+        return read(folder / STATE)["epoch"] >= epochs
     return False
 
 
 def child_command(settings: Training, seed: int, folder: Path) -> list[str]:
     """Return the command that trains one seed of this one, or goes on with it."""
-    resume = f"--resume={folder}"
-    one_run = [sys.executable, *sys.argv, f"--seed={seed}", "--jobs=1"]
-    if settings.overwrite or not (folder / STATE).exists():
-        return one_run
-    if settings.restart_epoch:  # a flag that starts a run
-        also = [f"--epochs={settings.epochs}", *code_flags(settings.arch)]
-        return [sys.executable, sys.argv[0], resume, *also]
-    return [*one_run, resume]
+    argv = [sys.executable, *sys.argv, f"--seed={seed}", "--jobs=1"]
+    if not settings.overwrite and (folder / STATE).exists():
+        argv.append(f"--resume={folder}")
+    return argv
 
 
 def train_processes(settings: Training, commands: dict[int, list[str]]) -> dict[int, int]:
     """Run the commands of seeds, --jobs at once, and return their exit statuses by seed.
 
-    Their lines are printed behind their seeds. Errors: Stopped, after all of them have ended.
+    Their lines are printed behind their seeds. Processes share the threads, and each has the next
+    CUDA device. Errors: Stopped, after all of them have ended.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if settings.jobs > 1:
-        threads = max(1, torch.get_num_threads() // settings.jobs)
-        environment["OMP_NUM_THREADS"] = str(threads)
+        threads = torch.get_num_threads() // settings.jobs
+        environment["OMP_NUM_THREADS"] = str(max(1, threads))
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads take no core
-        line = f"{settings.jobs} runs at once, each with {counted(threads, 'thread')}"
         cards = torch.cuda.device_count()
         if cards > 1 and settings.device in ("auto", "cuda") and not settings.no_cuda:
-            line += f" and the next of {cards} cards"
             for i, argv in enumerate(commands.values()):
                 argv.append(f"--device=cuda:{i % cards}")
-        print(line)
     children: list[subprocess.Popen] = []
     signals: list[int] = []
 
@@ -133,19 +122,18 @@ def train_processes(settings: Training, commands: dict[int, list[str]]) -> dict[
     return statuses
 
 
-def summary(folders: dict[int, Path]) -> Iterator[str]:
-    """Yield a table of the best epochs of runs, with mean ± standard deviation and range."""
+def print_summary(folders: dict[int, Path]) -> None:
+    """Print a table of the best epochs of the runs of seeds, with mean ± standard deviation."""
     naturals = []
     robusts = []
-    yield "| seed | best epoch | natural | pgd40_heads |"
-    yield "|---|---|---|---|"
+    print("| seed | best epoch | natural | pgd40_heads |")
+    print("|---|---|---|---|")
     for seed, folder in folders.items():
-        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-            (best,) = (row for row in csv.DictReader(file) if row["selected"] == "1")
-        naturals.append(float(best["natural_accuracy"]))
-        robusts.append(float(best["pgd40_heads_accuracy"]))
-        yield f"| {seed} | {best['epoch']} | {naturals[-1]:.2f} | {robusts[-1]:.2f} |"
+        best = best_row(read(folder / STATE)["progress"]["rows"])
+        natural = best["natural_accuracy"]
+        robust = best["pgd40_heads_accuracy"]
+        naturals.append(natural)
+        robusts.append(robust)
+        print(f"| {seed} | {best['epoch']} | {natural:.2f} | {robust:.2f} |")
     if folders:
-        yield f"| mean ± sd | | {mean_and_deviation(naturals)} | {mean_and_deviation(robusts)} |"
-        ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in (naturals, robusts)]
-        yield f"| range | | {' | '.join(ranges)} |"
+        print(f"| mean ± sd | | {mean_and_deviation(naturals)} | {mean_and_deviation(robusts)} |")
