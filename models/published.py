@@ -1,7 +1,10 @@
-"""State dicts of published networks: what network they belong to, and other names of layers."""
+"""State dicts of published networks: their network, their normalisation, other names of layers."""
 
 import torch
 from torch import Tensor, nn
+
+# Names of the buffers that normalise images: mean, and standard deviation.
+BUFFERS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}
 
 
 def shape_of(state: dict[str, Tensor]) -> dict:
@@ -60,3 +63,34 @@ def named_as(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
                 name = key.replace(".downsample.", ".shortcut.")
         renamed[name] = value
     return renamed
+
+
+def normalisation_in(
+    state: dict[str, Tensor],
+) -> tuple[list[str], dict[str, tuple[float, ...]]]:
+    """Find the buffers of a state dict that normalise images.
+
+    Returns their names, and `mean` and `std`, or nothing of both. Of several pairs the outermost
+    counts; the others belong to copies of the network inside it.
+    """
+    names: list[str] = []
+    normalisation = {}
+    for mean_name in sorted(state, key=len, reverse=True):
+        prefix, dot, last = mean_name.rpartition(".")
+        std_name = f"{prefix}{dot}{BUFFERS.get(last)}"
+        if std_name not in state:
+            continue
+        mean = _by_channel(state[mean_name])
+        std = _by_channel(state[std_name])
+        if mean and std:
+            names = [mean_name, std_name, *names]
+            normalisation = {"mean": mean, "std": std}
+    return names, normalisation
+
+
+def _by_channel(values: Tensor) -> tuple[float, ...]:
+    """Return three numbers from three or one, or none from a tensor of another size."""
+    if values.numel() not in (1, 3):
+        return ()
+    numbers = [float(f"{value:.7g}") for value in values.flatten().tolist()]
+    return tuple(numbers * (3 // len(numbers)))

@@ -457,8 +457,7 @@ def test_limits_and_held_out_images_are_taken_in_one_order(tmp_path):
     assert torch.equal(data.selection.images, images[:1])
     assert torch.equal(data.train.images, images[1:3])
     assert len(data.test.labels) == 2
-    assert data.train.numbers is None  # noise of PGD is drawn by them
-    assert data.selection.numbers is None
+    assert data.selection.numbers.tolist() == [0]  # noise of PGD is drawn by them
 
 
 def test_all_unreadable_images_are_named_at_once(tmp_path):

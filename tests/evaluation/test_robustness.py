@@ -30,7 +30,7 @@ from tests.tiny_networks import robust, scaled, undefended, with_ra
 from tests.tools.truth_networks import Cut
 from utils.attacks import cross_entropy, image_noise, linf_pgd, noise, pgd
 from utils.data.datasets import as_input, load_split, shuffled, subset
-from utils.data.subject import load_subject, wilson
+from utils.data.subject import load_subject
 from utils.evaluation import results
 from utils.evaluation.adaptive import ViewAPGD, ViewAPGDTargeted, adaptive, plain, views
 from utils.evaluation.autoattack import square
@@ -741,7 +741,7 @@ def test_noise_stays_in_the_ball_and_counts_any_draw():
     ],
 )
 def test_wilson_interval(count, of, low, high):
-    assert wilson(count, of) == pytest.approx((low, high), abs=0.006)
+    assert results.wilson(count, of) == pytest.approx((low, high), abs=0.006)
 
 
 def test_the_record_and_the_table_say_what_the_verdicts_say(full):
@@ -754,7 +754,7 @@ def test_the_record_and_the_table_say_what_the_verdicts_say(full):
         count = attack["verdicts"].count("1")
         assert len(attack["verdicts"]) == attack["images"] == record["images"] == 50
         assert attack["robust_accuracy"] == pytest.approx(2 * count)
-        assert attack["interval_95"] == pytest.approx(wilson(count, 50))
+        assert attack["interval_95"] == pytest.approx(results.wilson(count, 50))
         accuracy, low, _, high, images, _ = line.removeprefix(name).split()
         assert float(accuracy) == pytest.approx(2 * count, abs=0.005)
         assert [float(low), float(high)] == pytest.approx(attack["interval_95"], abs=0.005)

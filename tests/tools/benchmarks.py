@@ -795,7 +795,8 @@ def figures(device: torch.device, quick: bool) -> Rows:
     whole, count = (100, 4) if quick else (10_000, 500)
     labels = torch.arange(whole) % 10
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
-    split = Split(images, labels[:count], tuple("0123456789")).to(device)
+    numbers = torch.arange(count)
+    split = Split(images, labels[:count], tuple("0123456789"), numbers=numbers).to(device)
     features = torch.randn(whole, 512) + 2 * torch.randn(10, 512)[labels]
     attack = attacks.pgd(cross_entropy, EPS, STEP, 10, start="normal", seed=1)
     with frozen(build_model("ResNet18", 10, width=4 if quick else None).to(device)) as net:

@@ -302,7 +302,8 @@ def evaluation(card: Card) -> Iterator[Row]:
 def random_split(card: Card, job: Step, count: int) -> Split:
     """Make random images of the job's size."""
     images = torch.randint(256, (count, *job.x.shape[1:]), dtype=torch.uint8, device=card.device)
-    return Split(images, torch.randint(10, (count,), device=card.device), tuple("0123456789"))
+    labels = torch.randint(10, (count,), device=card.device)
+    return Split(images, labels, tuple("0123456789"), numbers=torch.arange(count))
 
 
 def evaluated(card: Card, arch: str, job: Step, precision: str, batch: int) -> Row:

@@ -32,7 +32,7 @@ import torch
 
 from tests.tiny_networks import EPS
 from tests.tools.truth_networks import CONTROLS, SIDE, TRICKS, Known
-from utils.data.datasets import as_input, load_split, numbers_of
+from utils.data.datasets import as_input, load_split
 from utils.data.subject import percent
 from utils.evaluation import robustness
 from utils.evaluation.adaptive import adaptive, plain
@@ -70,7 +70,7 @@ def known_accuracy(name: str, images: int, folder: Path) -> float:
     around = trick.around()
     target = around if trick.random else Known(tricked, around)
     split = load_split("digits", "test", "", SIDE, images)
-    batch = (as_input(split.images), split.labels, numbers_of(split))
+    batch = (as_input(split.images), split.labels, split.numbers)
 
     monitors = [Monitor(folder / f"known-{attack}.parts", str) for attack in ("aa", "adaptive")]
     searched = {"step_size": EPS / 5, "steps": 100, "restarts": 4, "apgd_steps": 50}

@@ -38,8 +38,8 @@ class Split(NamedTuple):
     images: (N, 3, S, S) uint8. labels: (N,) int64, indices into classes.
     classes: names of the classes. words: where those are codes (wnids), what people call the
     classes, synonyms between commas; otherwise empty.
-    numbers: (N,) places of the images in the whole part, where this is a subset of it; otherwise
-    None. whole: how many images that part has, then.
+    numbers: (N,) places of the images in the whole part, which do not depend on a limit; None of
+    training images. whole: how many images that part has, where this is a subset of it.
     note: what to know of the images: files left out, another part taken, copies, other files.
     files: image files that `load_split` decodes; until then images holds places among them.
     """
@@ -139,13 +139,6 @@ def require_same_on_ranks(data_dir: str, splits: Mapping[str, Split]) -> dict[st
     return checksums
 
 
-def numbers_of(split: Split) -> Tensor:
-    """Return the images' numbers in the whole part, which do not depend on a limit -> (N,)."""
-    if split.numbers is None:
-        return torch.arange(len(split.labels))
-    return split.numbers
-
-
 def shuffled(count: int, seed: int) -> Tensor:
     """Return a permutation of `count` numbers that depends on the seed alone."""
     return torch.from_numpy(np.random.default_rng(seed).permutation(count))
@@ -155,7 +148,7 @@ def subset(split: Split, limit: int | None) -> Split:
     """Take the first `limit` images after a fixed shuffle; all where it is None or larger."""
     count = len(split.labels)
     if limit is None or limit >= count:
-        return split
+        return split._replace(numbers=torch.arange(count))
     numbers = shuffled(count, 0)[:limit]
     return split.take(numbers)._replace(numbers=numbers, whole=count)
 

@@ -1,7 +1,6 @@
 """A trained network with its test images, and the loop that looks at them batch by batch."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -17,7 +16,6 @@ from utils.data.datasets import (
     batches,
     checksum_of,
     load_split,
-    numbers_of,
 )
 from utils.system import distributed
 from utils.system.attack_copy import attack_copy
@@ -50,25 +48,23 @@ LARGEST = 1000  # images that an attack takes at once; more are hardly faster
 
 def over_images(
     split: Split,
-    rows: Tensor,
     batch_size: int,
     work: Work,
     progress: Progress | None = None,
     shared: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Call `work` on the images at `rows` (M,), M > 0, of a split, batch by batch.
+    """Call `work` on the images of a split, of which there are some, batch by batch.
 
-    Returns each of its answers for all rows, (M, ...), in their order, on the CPU.
+    Returns each of its answers for all N images, (N, ...), in their order, on the CPU.
     shared: ranks share the images, `batch_size` at a time for each of them, and all return all
     answers; otherwise this process goes over all images alone.
     """
-    split = split._replace(numbers=numbers_of(split))
     ranks = distributed.world() if shared else 1
     answers = []
-    for positions in batches(torch.arange(len(rows)), batch_size * ranks):
+    for positions in batches(torch.arange(len(split.labels)), batch_size * ranks):
         share = positions[distributed.rank() :: ranks] if shared else positions
         if len(share):
-            batch = split.take(rows[share])
+            batch = split.take(share)
             answer = work(as_input(batch.images), batch.labels, batch.numbers)
             answers.append((share, *(values.cpu() for values in answer)))
         if progress is not None:
@@ -144,24 +140,13 @@ def verdicts(
         return right_or_not(net, attack, x, labels, numbers)[:1]
 
     if len(rows):
-        (right[rows],) = over_images(split, rows, batch_size, judge, progress)
+        (right[rows],) = over_images(split.take(rows), batch_size, judge, progress)
     return right
 
 
 def percent(right: Tensor) -> float:
     """Return the share of true verdicts, in percent."""
     return 100 * right.double().mean().item()
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of the share of right ones, in percent (Wilson, 1927)."""
-    share = right / count
-    z = 1.959963984540054
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    low = (centre - spread) / (1 + z * z / count)
-    high = (centre + spread) / (1 + z * z / count)
-    return 100 * max(0.0, low), 100 * min(1.0, high)
 
 
 def at_chance(natural: float, labels: Tensor) -> str:

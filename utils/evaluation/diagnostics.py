@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.attacks import ONE_STEP, Attack, image_noise, margins, noise
-from utils.data.datasets import Split, as_input, numbers_of
-from utils.data.subject import Work, over_images, percent, right_or_not, wilson
+from utils.data.datasets import Split, as_input
+from utils.data.subject import Work, over_images, percent, right_or_not
 from utils.evaluation.adaptive import View, cross_entropies, plain, view_pgd
 from utils.evaluation.autoattack import square
 from utils.evaluation.cache import WorstImages
+from utils.evaluation.results import wilson
 from utils.system.devices import computing
 from utils.system.settings import largest_radius
 from utils.system.values import eps_text
@@ -79,7 +80,7 @@ def sanity_warnings(net: nn.Module, split: Split) -> list[str]:
     with torch.no_grad():
         alone = torch.cat([net(image[None]) for image in first])
     # Images that are as unlike the data as those of attacks.
-    uniform = image_noise(first, numbers_of(split)[:16], 0, "Linf")
+    uniform = image_noise(first, split.numbers[:16], 0, "Linf")
     noisy = (first + NOISE * uniform).clamp(0, 1)
     slopes = partial(input_gradient, net, noisy, labels[:16])
     hint = "which leads attacks astray; where a part of it is in training mode, call eval()"
@@ -133,7 +134,7 @@ class Probe:
     def run(self, name: str, work: Work) -> tuple[Tensor, ...]:
         """Call `work` on the images to attack, batch by batch -> its answers, each (n, ...)."""
         self.progress(name)
-        return over_images(self.split, self.rows, self.batch_size, work)
+        return over_images(self.split.take(self.rows), self.batch_size, work)
 
     def keep(self, fooled: Tensor, images: Tensor, logits: Tensor) -> None:
         """Hand adversarial images (n, 3, H, W) within eps on, where they fool: fooled (n,) bool."""

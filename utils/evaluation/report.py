@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.subject import Subject, at_chance, percent, wilson
+from utils.data.subject import Subject, at_chance, percent
 from utils.evaluation.autoattack import BLOCK
 from utils.evaluation.cache import WorstImages
 from utils.evaluation.diagnostics import Diagnosis
-from utils.evaluation.results import FORMAT
+from utils.evaluation.results import FORMAT, wilson
 from utils.figures.plots import draw_examples, draw_robustness, save_or_note
 from utils.system.files import write_atomically
 from utils.system.settings import Evaluation
@@ -182,7 +182,7 @@ def record(
         "notes": subject.notes,
         "dataset": subject.dataset,
         "images": len(split.labels),
-        "image_numbers": None if split.numbers is None else split.numbers.tolist(),
+        "image_numbers": split.numbers.tolist() if split.whole else None,
         "threat_model": threat_model(subject),
         "settings": {
             "norm": subject.norm,

@@ -184,6 +184,17 @@ def quantile(probability: float, seeds: float = math.inf) -> float:
     return float(stdtrit(seeds - 1, probability))
 
 
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of the share of right ones, in percent (Wilson, 1927)."""
+    share = right / count
+    z = 1.959963984540054
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low = (centre - spread) / (1 + z * z / count)
+    high = (centre + spread) / (1 + z * z / count)
+    return 100 * max(0.0, low), 100 * min(1.0, high)
+
+
 def difference(
     one: np.ndarray, other: np.ndarray, paired: bool = False, level: float = 0.95
 ) -> tuple[float, float, float]:

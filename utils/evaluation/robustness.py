@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from utils import attacks
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, noise, pgd
-from utils.data.datasets import Split, as_input, checksum_of, numbers_of
+from utils.data.datasets import Split, as_input, checksum_of
 from utils.data.subject import (
     Subject,
     load_subject,
@@ -74,8 +74,6 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     subject = load_subject(settings, path)
     identity = subject.identity()
     surrogate = load_surrogate(settings, subject)
-    log_file, saved_file = output_files(settings, subject)
-    file = log_file.with_name(FILE)
 
     judge = attack_copy(subject.model)
     attacked = judge
@@ -83,6 +81,8 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
         attacked = SearchedInBfloat16(judge, attack_copy(subject.model, "bf16"))
     subject = subject._replace(model=judge)
 
+    log_file, saved_file = output_files(settings, subject)
+    file = log_file.with_name(FILE)
     origin = provenance(subject.split.labels.device, settings.seed, [PACKAGE])
     made = f"{origin['started']}, {origin['device']}"
     log = open_log(log_file)
@@ -241,8 +241,7 @@ def classify(net: nn.Module, split: Split, batch_size: int) -> tuple[Row, WorstI
     """Classify the images without an attack; each rank does so for all of them."""
     began = time.perf_counter()
     work = partial(right_or_not, net, None)
-    every = torch.arange(len(split.labels))
-    right, images, logits = over_images(split, every, batch_size, work, shared=False)
+    right, images, logits = over_images(split, batch_size, work, shared=False)
     row = Row(right, time.perf_counter() - began, settings={"version": attacks.VERSION})
     return row, WorstImages(images, logits, split.labels.cpu())
 
@@ -261,7 +260,6 @@ def attack_blocks(
     natural: (N,) bool, the images to attack, those that are right without an attack. `worst` takes
     the adversarial images. Returns the verdicts on each block by the names of the attacks.
     """
-    split = split._replace(numbers=numbers_of(split))
     blocks = torch.arange(len(split.labels)).split(BLOCK)
     mine = range(distributed.rank(), len(blocks), distributed.world())
     verdicts_by_block: dict[int, dict[str, Verdicts]] = {}
@@ -311,7 +309,7 @@ def attack_block(
     if len(rows):
         size = BLOCK if plan.kind in LIBRARY_VERSIONS else batch_size
         work = partial(right_or_not, net, attack)
-        right[rows], images, logits = over_images(block, rows, size, work, shared=False)
+        right[rows], images, logits = over_images(block.take(rows), size, work, shared=False)
     wrong = ~right[rows]
     seconds_of_parts = sum(seconds for _, _, seconds in monitor.parts)  # some of before a stop
     seconds = max(time.perf_counter() - began, seconds_of_parts)

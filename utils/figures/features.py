@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.attacks import Attack, Objective, cross_entropy, pgd
-from utils.data.datasets import Split, numbers_of, shuffled
+from utils.data.datasets import Split, shuffled
 from utils.data.subject import Subject, load_subject, over_images
 from utils.figures.plots import Panel, draw_embedding, draw_histogram, save_figure
 from utils.negatives import choose_negatives
@@ -90,11 +90,10 @@ def extract(
             heads = net(x, heads=True)
         return heads.features, heads.unweighted, heads.logits(net.predict)
 
-    rows = torch.arange(len(split.labels))
     with tqdm(
-        total=len(rows), desc=task, unit="img", leave=False, disable=distributed.quiet()
+        total=len(split.labels), desc=task, unit="img", leave=False, disable=distributed.quiet()
     ) as bar:
-        features = Features(*over_images(split, rows, batch_size, forward, bar.update))
+        features = Features(*over_images(split, batch_size, forward, bar.update))
     if not all(part.isfinite().all() for part in features):
         raise RunError("the network's features are not finite; its training has diverged")
     return features
@@ -341,7 +340,7 @@ def measure_distances(
     Returns their labels (M,), and the arrays (M,) of their files: the distances, and the numbers of
     the images and of their negatives in the test set.
     """
-    split = subject.split._replace(numbers=numbers_of(subject.split))
+    split = subject.split
     labels = split.labels.cpu()
     rows = torch.isin(labels, torch.tensor(targets)).nonzero().squeeze(1)
     anchors = split.take(rows)
@@ -519,7 +518,7 @@ def draw_umap(settings: Umap) -> None:
         **describe_origin(subjects, settings),
     }
     arrays = {f"embedding_{i}": panel.points for i, panel in enumerate(panels)}
-    write_arrays(file, about, indices=numbers_of(split).numpy(), labels=labels, **arrays)
+    write_arrays(file, about, indices=split.numbers.numpy(), labels=labels, **arrays)
     print(f"saved {file}")
 
     features = feature_name(settings.features, [subject.info for subject in subjects])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from models import build_model
-from models.normalise import Normalise, normalisation_in
-from models.published import named_as, shape_of
+from models.normalise import Normalise
+from models.published import named_as, normalisation_in, shape_of
 from utils.system import distributed
 from utils.system.errors import UsageError
 from utils.system.files import write_atomically

@@ -58,7 +58,7 @@ def load_training_data(settings: Training) -> Data:
     evaluated = [(splits[part], NAMES[part]) for part in parts]
 
     train = splits["train"]
-    if (held_out or settings.limit_train) and train.numbers is None:  # else it is shuffled already
+    if (held_out or settings.limit_train) and not train.whole:  # else it is shuffled already
         train = train.take(shuffled(len(train.labels), 0))
     train = train._replace(numbers=None)
     if held_out:
@@ -66,7 +66,8 @@ def load_training_data(settings: Training) -> Data:
         if held_out > len(rows) - 2:
             raise UsageError(f"--val-size {held_out} leaves too few of {len(rows)} images")
         name = f"{held_out} held-out training images"
-        evaluated.insert(0, (train.take(rows[:held_out]), name))
+        selection = train.take(rows[:held_out])._replace(numbers=torch.arange(held_out))
+        evaluated.insert(0, (selection, name))
         train = train.take(rows[held_out:])
     selection, selected = evaluated[0]
     test, tested = evaluated[-1]
