@@ -191,7 +191,9 @@ def with_extra(batch: Split, extra: Split, count: int, seeds: tuple[int, ...]) -
     images = drawn.images.to(batch.images.device, non_blocking=True)
     labels = drawn.labels.to(batch.labels.device)
     both = batch._replace(
-        images=torch.cat([batch.images, images]), labels=torch.cat([batch.labels, labels])
+        images=torch.cat([batch.images, images]),
+        labels=torch.cat([batch.labels, labels]),
+        numbers=None,
     )
     return both.take(torch.from_numpy(generator.permutation(len(both.labels))))
 
