@@ -46,8 +46,7 @@ def test_two_thousand_steps_hold_no_more_memory_and_files(tmp_path, monkeypatch)
 
     monkeypatch.setattr(training, "attack_batch", counting)
     # Draw from the first epoch on: matplotlib takes its memory with the first picture.
-    monkeypatch.setattr(training, "DRAW_EVERY", 0)
-    run = train(tmp_path, *FLAGS)
+    run = train(tmp_path, *FLAGS, "--save-freq=1")
     assert len(memory) == 2000
     assert max(memory[1900:]) <= 1.02 * max(memory[400:500])
     # matplotlib keeps two fonts open once it has drawn

@@ -97,7 +97,6 @@ def test_a_run_goes_on_as_if_it_had_not_ended(tmp_path, straight_run):
     assert [float(row["lr"]) for row in metrics(resumed)] == pytest.approx([0.03, 0.003])
     log = (resumed / "train.log").read_text()
     assert "resumed    in epoch 2, 0 images done\n" in log
-    assert "--epochs 2, the run has 1\n" in log
 
 
 def test_a_finished_run_stays_as_it_is(run, capsys):
@@ -158,7 +157,6 @@ def test_a_setting_that_the_named_run_has_otherwise_is_an_error(run, tmp_path, f
 def test_a_setting_without_effect_may_be_given_to_a_resume(tmp_path):
     run = train(tmp_path, *ONE_EPOCH, recipe=PLAIN)
     resume(run, "--zeta", 9, "--strategy", "soft")
-    assert "changed" not in (run / "train.log").read_text()
     assert state(run)["recipe"]["zeta"] == 3
 
 

@@ -184,27 +184,25 @@ def test_a_network_that_answers_one_class_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "verdicts", one_class)
     log = (train(tmp_path, *ONE_EPOCH) / "train.log").read_text()
-    assert log.count(", at chance: ") == 3  # of the epoch, as the last one and as the best
+    assert log.count(", at chance: ") == 2  # of the epoch, and as the best
 
 
 def test_curves_that_cannot_be_drawn_are_one_note(tmp_path, monkeypatch):
     failing = MagicMock(side_effect=ImportError("numpy.core.multiarray failed to import"))
     monkeypatch.setattr(records, "save_or_note", save_or_note)
     monkeypatch.setattr(records, "draw_curves", failing)
-    monkeypatch.setattr(training, "DRAW_EVERY", 0)
-    run = train(tmp_path, "--width", 1)
+    run = train(tmp_path, "--width", 1, "--save-freq", 1)
     assert (run / "train.log").read_text().count("training_curves.png is not drawn") == 1
     assert len(metrics(run)) == 2
 
 
-def test_curves_are_drawn_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+def test_curves_are_drawn_with_each_kept_checkpoint_and_at_the_end(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(records, "draw_curves", lambda rows, best: drawn.append(len(rows)))
     monkeypatch.setattr(records, "save_or_note", lambda draw, file: draw())
     run = train(tmp_path, "--epochs", 2, "--eval-interval", 9)
     assert drawn == [2]
-    monkeypatch.setattr(training, "DRAW_EVERY", 0)
-    resume(run, "--epochs", 3)
+    resume(run, "--epochs", 3, "--save-freq", 3)
     assert drawn == [2, 3, 3]
 
 

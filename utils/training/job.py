@@ -117,13 +117,8 @@ class Job:
             "model": weights,
             "arch": settings.arch,
             "source": self.source,
-            "width": settings.width,
-            "image_size": settings.image_size,
             "dataset": settings.dataset,
-            "gate": settings.gate,
-            "classifier": settings.classifier,
-            "ra_blocks": settings.ra_blocks,
-            "reverse_attention": not settings.no_ra,
+            **network_options(settings),
             "classes": list(self.data.train.classes),
             "num_classes": len(self.data.train.classes),
             "averaged": model is not self.model,
@@ -141,7 +136,6 @@ class Job:
         state["generator"] = self.generator.get_state()
         state["progress"] = vars(self.progress)
         state["epoch"] = self.progress.epoch - 1  # the last one completed
-        state["ranks"] = distributed.world()
         if self.average is not None:
             state["average"] = self.average.model.state_dict()
             state["average_steps"] = self.average.steps
@@ -199,11 +193,8 @@ class Job:
         SIGHUP and SIGUSR1 may come twice by themselves: both the system and the shell send SIGHUP.
         """
         self.stop_signal = signum
-        if distributed.world() > 1:  # torchrun may repeat it, and kills the process in the end
-            return
-        if signum == signal.SIGINT:
-            signal.signal(signum, signal.default_int_handler)
-        if signum == signal.SIGTERM:
+        # torchrun may repeat a signal, and kills its processes in the end.
+        if signum in (signal.SIGINT, signal.SIGTERM) and distributed.world() == 1:
             signal.signal(signum, signal.SIG_DFL)
 
     def check_stop(self) -> None:
@@ -221,20 +212,18 @@ class Job:
         raise Stopped(signum, f"stopped by {cause}; continue by: {go_on}")
 
 
+def network_options(settings: Training) -> dict:
+    """Return the arguments of `build_model` that checkpoints keep, too."""
+    names = ("width", "image_size", "gate", "classifier", "ra_blocks")
+    options = {name: getattr(settings, name) for name in names}
+    return options | {"reverse_attention": not settings.no_ra}
+
+
 def build(settings: Training, num_classes: int, device: torch.device) -> nn.Module:
     """Build the network of a run, on its device. UsageError where it takes no such images."""
     builder = build_own if is_code(settings.arch) else build_model
     try:
-        model = builder(
-            settings.arch,
-            num_classes,
-            reverse_attention=not settings.no_ra,
-            width=settings.width,
-            image_size=settings.image_size,
-            gate=settings.gate,
-            classifier=settings.classifier,
-            ra_blocks=settings.ra_blocks,
-        )
+        model = builder(settings.arch, num_classes, **network_options(settings))
     except ValueError as error:
         raise UsageError(str(error)) from error
     if settings.sync_bn and distributed.world() > 1:

@@ -34,8 +34,6 @@ from utils.training.runs import Start, prepare, take_new_folder
 from utils.training.seeds import train_seeds
 from utils.training.splits import load_training_data
 
-DRAW_EVERY = 30  # seconds between two drawings of the curves, which take most of a second
-
 
 def run(command: Command) -> None:
     """Train as a command says, a run for each of its seeds.
@@ -51,14 +49,10 @@ def run(command: Command) -> None:
         if distributed.first():
             records.announce(job, start)
         del start  # holds a copy of the network
-        drawn_at = time.monotonic()
         with stop_signals(job.note_stop), computing(job.settings.precision):
             while job.progress.epoch <= job.settings.epochs:
                 train_epoch(job)
                 finish_epoch(job)
-                if time.monotonic() - drawn_at > DRAW_EVERY:
-                    records.draw_training_curves(job)
-                    drawn_at = time.monotonic()
             finish_run(job)
 
 
@@ -124,8 +118,6 @@ def train_epoch(job: Job) -> None:
 
             # The numbers of the step before have arrived by now.
             job.read_stats()
-            if progress.done:
-                bar.set_postfix(loss=progress.sums["loss"] / progress.done, refresh=False)
             progress.done += len(indices)
             job.pending = len(indices), Sent(stats)
             progress.seconds += time.perf_counter() - started
@@ -275,6 +267,7 @@ def finish_epoch(job: Job) -> None:
         save(job.folder / LAST, checkpoint)
         if epoch % settings.save_freq == 0:
             save(job.folder / f"model-{epoch}.pt", checkpoint)
+            records.draw_training_curves(job)
         if records.best_row(rows) is row:
             save(job.folder / BEST, checkpoint)
         job.save_state()

@@ -3,7 +3,6 @@
 import csv
 import math
 import shlex
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from utils.system import distributed
 from utils.system.checkpoints import BEST
 from utils.system.devices import precision_name
 from utils.system.files import write_atomically, write_record
-from utils.system.options import flag
 from utils.system.provenance import in_one_line
-from utils.system.settings import Training, code_flags, dataset_defaults, idle, stored
+from utils.system.settings import code_flags, stored
 from utils.system.values import as_given
 from utils.training.job import Job
 from utils.training.runs import Start
@@ -45,11 +43,7 @@ def announce(job: Job, start: Start) -> None:
     }
     write_record(job.folder / "run.json", record)
 
-    names = [name for name in record["settings"] if name not in idle(settings)]
-    changed = other_flags(settings, dataset_defaults(settings.dataset), names)
     job.log(in_one_line(job.provenance))
-    others = f", but for {' '.join(changed)}" if changed else ""
-    job.log(f"settings   the defaults of {settings.dataset}{others}")
     job.log(f"network    {record['parameters']:,} parameters, {record['precision']}")
     job.log(f"data       {record['training_images']} images to train")
     job.log(f"selection  by pgd40_heads on {data.selected}, {record['evaluation_images']} images")
@@ -61,33 +55,18 @@ def announce(job: Job, start: Start) -> None:
 
 
 def log_resume(job: Job, start: Start) -> None:
-    """Log where a resumed run goes on, and what is other than before."""
+    """Log where a resumed run goes on, and what is other than before.
+
+    Its command, and run.json with those of before, tell other settings and numbers of ranks.
+    """
     progress = job.progress
     job.log(f"resumed    in epoch {progress.epoch}, {progress.done} images done")
-    for change in start.changes:
-        job.log(f"changed    {change}")
-    ranks = start.state["ranks"]
-    if ranks != distributed.world():  # which decides the slices that BatchNorm sees
-        job.log(f"ranks      {ranks} before, {distributed.world()} now")
     if job.source != start.state.get("source"):
         job.log(f"network    {job.settings.arch.rpartition(':')[0]} has changed since then")
     if job.data.checksums != start.state["checksums"]:
         job.log("data       other images than before, by --other-data")
     if progress.epoch > job.settings.epochs:
         job.log("nothing is left to train; raise --epochs")
-
-
-def other_flags(settings: Training, usual: Training, names: Iterable[str]) -> list[str]:
-    """Return the words of a command line for those settings of `names` that are not as usual."""
-    words = []
-    for name in names:
-        value = getattr(settings, name)
-        if value is None or value == getattr(usual, name):
-            continue
-        words.append(flag(name))
-        if value is not True:
-            words.append(as_given(value))
-    return words
 
 
 def epoch_row(job: Job, accuracies: Row, seconds: float) -> Row:
@@ -118,14 +97,14 @@ def accuracy(right: float, count: int) -> float | None:
     return None if math.isnan(right) else 100 * round(right) / count
 
 
-def in_words(accuracies: Row, labels: Tensor, where: str = "") -> str:
+def in_words(accuracies: Row, labels: Tensor) -> str:
     """Format the two accuracies of an evaluation on images of these labels, in percent."""
     natural = accuracies["natural_accuracy"]
     if natural is None:
         return "not evaluated"
     robust = accuracies["pgd40_heads_accuracy"]
-    figures = f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %"
-    return f"{figures}{where}{at_chance(natural, labels)}"
+    remark = at_chance(natural, labels)
+    return f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{remark}"
 
 
 def best_row(rows: list[Row]) -> Row | None:
@@ -185,20 +164,20 @@ def draw_training_curves(job: Job) -> str:
 
 
 def log_results(job: Job, on_test: Row | None) -> None:
-    """Log the figures of the last and the best epoch, and how to go on.
+    """Log the figures of the best epoch, and how to go on.
 
-    on_test: the two accuracies of the best epoch on images that did not choose it.
+    on_test: its two accuracies on images that did not choose it.
     """
+    settings = job.settings
     data = job.data
-    rows = job.progress.rows
-    for name, row in (("last", rows[-1]), ("best", best_row(rows))):
-        figures = in_words(row, data.selection.labels, f" on {data.selected}")
-        job.log(f"{name} epoch, {row['epoch']}: {figures}")
+    best = best_row(job.progress.rows)
+    figures = in_words(best, data.selection.labels)
+    job.log(f"best epoch, {best['epoch']}: {figures}, on {data.selected}")
     if on_test is not None:
         job.log(f"best epoch on {data.tested}: {in_words(on_test, data.test.labels)}")
 
     script = Path(__file__).resolve().parents[2] / "test_white_attack.py"
-    command = [str(script), "--ckpt_url", str(job.folder / BEST), *code_flags(job.settings.arch)]
-    usual = dataset_defaults(job.settings.dataset, job.settings.norm)
-    command += other_flags(job.settings, usual, ("epsilon", "step_size"))
-    job.log(f"evaluate by: python {shlex.join(command)}")
+    command = ["python", str(script), "--ckpt_url", str(job.folder / BEST)]
+    command += ["--epsilon", as_given(settings.epsilon)]
+    command += ["--step-size", as_given(settings.step_size)]
+    job.log(f"evaluate by: {shlex.join([*command, *code_flags(settings.arch)])}")

@@ -4,7 +4,7 @@ import glob
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -58,14 +58,12 @@ WRITTEN = (
 class Start(NamedTuple):
     """How a run starts: its settings and folder.
 
-    state: what a resumed run goes on from; None for a new run. changes: the settings that a resumed
-    run has other than before, a line each.
+    state: what a resumed run goes on from; None for a new run.
     """
 
     settings: Training
     folder: Path
     state: dict | None = None
-    changes: Sequence[str] = ()
 
 
 def prepare(command: Command, lock: ExitStack) -> Start:
@@ -94,8 +92,7 @@ def prepare(command: Command, lock: ExitStack) -> Start:
     run = restored(state["recipe"])
     if is_code(run.arch):
         named_code(run.arch, command.given.get("arch"), file)
-    settings, changes = resumed_settings(command, run)
-    return Start(settings, folder, state, changes)
+    return Start(resumed_settings(command, run), folder, state)
 
 
 def run_folder(command: Command) -> Path:
@@ -160,8 +157,8 @@ def known_runs(settings: Training) -> str:
     return f"{hint}; runs of this --model-dir: {runs}"
 
 
-def resumed_settings(command: Command, run: Training) -> tuple[Training, list[str]]:
-    """Return a run's settings, with the free ones that a command gives, and what these change.
+def resumed_settings(command: Command, run: Training) -> Training:
+    """Return a run's settings, with the free ones that a command gives.
 
     Errors: UsageError where the command gives any other setting than the run has.
     """
@@ -178,17 +175,15 @@ def resumed_settings(command: Command, run: Training) -> tuple[Training, list[st
 
     now = stored(command.settings)
     before = stored(run)
-    changes = {
-        name: f"{flag(name)} {as_given(now[name])}, the run has {as_given(before[name])}"
-        for name in sorted(given & now.keys())
+    refused = [
+        f"{flag(name)} {as_given(now[name])}, the run has {as_given(before[name])}"
+        for name in sorted((given - free) & now.keys())
         if now[name] != before[name]
-    }
-    refused = [change for name, change in changes.items() if name not in free]
+    ]
     if refused:
         raise UsageError(f"--resume: {'; '.join(refused)}; {known_runs(command.settings)}")
-    values = {name: getattr(command.settings, name) for name in changes}
-    settings = replace(run, other_data=command.settings.other_data, **values)
-    return settings, list(changes.values())
+    values = {name: getattr(command.settings, name) for name in given & free}
+    return replace(run, other_data=command.settings.other_data, **values)
 
 
 def refuse_existing(folder: Path) -> None:
