@@ -40,7 +40,7 @@ class Split(NamedTuple):
     classes, synonyms between commas; otherwise empty.
     numbers: (N,) places of the images in the whole part, which do not depend on a limit; None of
     training images. whole: how many images that part has, where this is a subset of it.
-    note: what to know of the images: files left out, another part taken, copies, other files.
+    note: what to know of the images: files left out, another part taken, other files.
     files: image files that `load_split` decodes; until then images holds places among them.
     """
 
@@ -91,29 +91,6 @@ def load_split(
         images = decode([split.files[place] for place in split.images], image_size)
         split = split._replace(images=images, files=())
     return split
-
-
-def load_splits(
-    dataset: str, limits: Mapping[str, int | None], data_dir: str, image_size: int
-) -> dict[str, Split]:
-    """Load each part that `limits` names, and note which images of a folder are copies."""
-    splits = {}
-    for part, limit in limits.items():
-        splits[part] = load_split(dataset, part, data_dir, image_size, limit)
-    if dataset != "folder":
-        return splits
-    known = set(_pixels(splits["train"]))
-    for part in splits.keys() - {"train"}:
-        copies = sum(pixels in known for pixels in _pixels(splits[part]))
-        if copies:
-            note = f"{copies} images of the {part} part are copies of training images"
-            notes = filter(None, [splits[part].note, note])
-            splits[part] = splits[part]._replace(note="; ".join(notes))
-    return splits
-
-
-def _pixels(split: Split) -> list[bytes]:
-    return [hashlib.sha256(image.numpy()).digest() for image in split.images]
 
 
 def checksum_of(tensors: Iterable[Tensor]) -> str:
@@ -168,7 +145,7 @@ def load_extra(path: str, like: Split) -> Split:
         if images.dtype != np.uint8 or images.shape != (*labels.shape, side, side, 3):
             raise ValueError(f"image is {images.dtype} {images.shape}, label {labels.shape}")
         if not np.array_equal(np.unique(labels), np.arange(classes)):
-            raise ValueError(f"label has other classes than 0 to {classes - 1}")
+            raise ValueError("label has other classes")
     except Exception as error:  # damaged archives make numpy raise nearly anything
         raise UsageError(
             f"--extra-data {path} must be an npz of image, uint8 (M, {side}, {side}, 3), and "
@@ -274,7 +251,7 @@ def _fashion_mnist(dataset: str, part: str, data_dir: Path, size: int) -> Split:
     names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
     files = _find_idx(data_dir, names) or _get_fashion_mnist(data_dir, names)
     try:
-        pixels, labels = _read_idx(*files)
+        pixels, labels = _read_idx(files)
     except Exception as error:  # gzip and torchvision raise nearly anything
         raise UsageError(
             f"{' or '.join(map(str, files))} is damaged ({first_line(error)}); remove them, "
@@ -315,25 +292,23 @@ def _get_fashion_mnist(data_dir: Path, names: list[str]) -> list[Path]:
     with _downloading("fashion-mnist", data_dir, needed) as scratch:
         if not _find_idx(data_dir, names):  # no other process was faster
             FashionMNIST(scratch, download=True)
-            folder = data_dir / FASHION_FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in (scratch / FASHION_FOLDER).glob("*-ubyte"):
-                file.replace(folder / file.name)
+            (scratch / "FashionMNIST").rename(data_dir / "FashionMNIST")
     return _find_idx(data_dir, names)
 
 
-def _read_idx(images_file: Path, labels_file: Path) -> tuple[Tensor, Tensor]:
+def _read_idx(files: list[Path]) -> tuple[Tensor, Tensor]:
     """Read two idx files, with or without .gz -> (N, 28, 28) uint8, (N,) int64 from 0 to 9."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
     from torchvision.datasets.utils import extract_archive
 
+    unpacked = []
     with TemporaryDirectory() as scratch:
-        if images_file.suffix == ".gz":
-            images_file = extract_archive(images_file, scratch)
-        if labels_file.suffix == ".gz":
-            labels_file = extract_archive(labels_file, scratch)
-        images = read_image_file(images_file)
-        labels = read_label_file(labels_file)
+        for file in files:
+            if file.suffix == ".gz":
+                file = extract_archive(file, scratch)
+            unpacked.append(file)
+        images = read_image_file(unpacked[0])
+        labels = read_label_file(unpacked[1])
     if images.shape != (len(labels), 28, 28) or labels.max() > 9:
         raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
     return images, labels

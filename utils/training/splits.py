@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils.data.datasets import Split, load_extra, load_splits, require_same_on_ranks, shuffled
+from utils.data.datasets import Split, load_extra, load_split, require_same_on_ranks, shuffled
 from utils.data.folders import find_parts
 from utils.system.errors import UsageError
 from utils.system.settings import Training
@@ -54,7 +54,10 @@ def load_training_data(settings: Training) -> Data:
     limits["train"] = None
     if settings.limit_train is not None:
         limits["train"] = held_out + settings.limit_train
-    splits = load_splits(settings.dataset, limits, settings.data_dir, settings.image_size)
+    splits = {
+        part: load_split(settings.dataset, part, settings.data_dir, settings.image_size, limit)
+        for part, limit in limits.items()
+    }
     evaluated = [(splits[part], NAMES[part]) for part in parts]
 
     train = splits["train"]
