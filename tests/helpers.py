@@ -11,7 +11,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -64,24 +63,6 @@ def python(*argv, cwd=ROOT, **extra):
     command = [sys.executable, *map(str, argv)]
     env = environment(**extra)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def end_forked(work, out, err):
-    """Do `work` in a forked child, its output in two files, and end as a script ends."""
-    status = 70  # what no script returns
-    try:
-        for stream, file in ((1, out), (2, err)):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
-        work()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 # Flags and settings

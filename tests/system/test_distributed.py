@@ -1,31 +1,23 @@
-"""Several ranks against one process on the same global batch, and whole runs of several ranks.
+"""Several ranks against one process on the same global batch, and whole runs of several ranks."""
 
-`python -m tests.system.test_distributed COUNT FOLDER [SCRIPT FLAG ...]` loads PyTorch once and
-forks into COUNT ranks, which run the script or else `work`. Their output and results go to FOLDER.
-"""
-
-import contextlib
-import itertools
 import json
 import os
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from torch import nn
+from torch.distributed import TCPStore
 
 from models import build_model
+from tests.forks import ended, forked, run_script
 from tests.helpers import (
     ANCRA,
     ROOT,
@@ -34,7 +26,6 @@ from tests.helpers import (
     digits_checkpoint,
     digits_network,
     digits_split,
-    end_forked,
     environment,
     folder,
     metrics,
@@ -154,18 +145,30 @@ def judged():
     return {"natural": natural, "robust": robust}
 
 
-def small_things():
-    """Return sums, wishes and slices, and see that an error of the first rank arrives on all."""
+def assert_ranks_communicate():
+    """Sums, wishes, slices, errors and buffers reach every rank."""
     rank = distributed.rank()
     world = distributed.world()
+    ranks = range(world)
+    assert distributed.gathered(rank) == list(ranks)
+    assert distributed.total(torch.tensor(rank + 1)) == sum(ranks) + world
+    assert distributed.agreed(15 if rank == world - 1 else 0) == 15
+    assert distributed.from_first(lambda: rank) == 0
+    with pytest.raises(UsageError, match="wrong"):
+        distributed.from_first(mock.Mock(side_effect=UsageError("wrong")))
+
+    slices = {2: [(0, 4), (4, 7)], 3: [(0, 3), (3, 5), (5, 7)]}
+    part = distributed.own_slice(7)
+    assert (part.start, part.stop) == slices[world][rank]
+    for count in (7, 1):  # ranks, and fewer things than ranks
+        things = torch.arange(count)
+        assert_equal(distributed.joined(things[distributed.own_slice(count)], count), things)
+
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     splits = {"training": Split(images, torch.tensor([0, 1]), ("a", "b"))}
     images[1, 2, 3, 4] = rank == world - 1
     with pytest.raises(UsageError, match="folder in data"):
         require_same_on_ranks("folder in data", splits)
-
-    with pytest.raises(UsageError, match="wrong"):
-        distributed.from_first(mock.Mock(side_effect=UsageError("wrong")))
 
     norm = nn.BatchNorm1d(1)
     norm.running_mean.fill_(5 + rank)
@@ -174,17 +177,7 @@ def small_things():
     norm.bias.requires_grad_(False)  # a parameter that is not trained has no gradient to sum
     distributed.sum_gradients(norm)
     norm.weight.sum().backward()
-    return {
-        "total": distributed.total(torch.tensor([rank + 1])).item(),
-        "joined": distributed.joined(torch.arange(7.0)[distributed.own_slice(7)], 7).tolist(),
-        "joined of one": distributed.joined(torch.tensor([5.0]), 1).tolist(),
-        "slices": distributed.gathered(distributed.own_slice(7).indices(7)[:2]),
-        "agreed": distributed.agreed(15 if rank == world - 1 else 0),
-        "from_first": distributed.gathered(distributed.from_first(lambda: rank)),
-        "buffers": distributed.gathered(norm.running_mean.item()),
-        "parameters": distributed.gathered(norm.weight.item()),
-        "gradient": norm.weight.grad.item(),
-    }
+    assert (norm.running_mean, norm.weight, norm.weight.grad) == (5, 5, world)
 
 
 def evaluate_and_measure(parent):
@@ -193,83 +186,64 @@ def evaluate_and_measure(parent):
         *("--ckpt_url", str(parent / "net.pt"), "--attacks", "fgsm,pgd", "--num-steps", "5"),
         *("--n-examples", "50", "--save-adversarial", str(parent / "worst.npz"), "--device", "cpu"),
     ]
-    with mock.patch.object(robustness, "BLOCK", 25):
-        robustness.white_attack(parse(Evaluation, "", evaluation))
     distances = [
         *("--model_dir", str(parent / "net.pt"), "--target_label", "3", "--num-steps", "2"),
         *("--out", str(parent / "distances"), "--device", "cpu"),
         "--test-batch-size=1",  # for each rank, so that batches are the same
     ]
-    feature_distance(parse(Distances, "", distances))
+    with distributed.started(), mock.patch.object(robustness, "BLOCK", 25):
+        robustness.white_attack(parse(Evaluation, "", evaluation))
+        feature_distance(parse(Distances, "", distances))
 
 
 # Starting ranks
 
-_ports = itertools.count(os.getpid())
 
+class Ranks:
+    """Forked processes that do the same work as the ranks of one group, as torchrun starts them."""
 
-def free_port():
-    """Return a port that no other test gets, below those that systems give out by themselves."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    while True:
-        port = 20000 + 400 * (worker % 30) + next(_ports) % 400
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-
-
-class Forked:
-    """Ranks forked from one process that has loaded PyTorch, which takes most of their time."""
-
-    def __init__(self, count, parent, *argv):
-        self.count = count
-        self.parent = parent
+    def __init__(self, count, parent, work, *args):
         parent.mkdir(parents=True, exist_ok=True)
-        address = {
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_PORT": str(self.store.port),
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "TORCHELASTIC_RUN_ID": "none",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "GLOO_SOCKET_IFNAME": "lo",
         }
-        module = "tests.system.test_distributed"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, str(count), str(parent), *map(str, argv)],
-            env=environment(**address),
-            cwd=ROOT,
-            start_new_session=True,
-        )
+        self.outputs = [parent / str(rank) for rank in range(count)]
+        self.processes = []
+        for rank, out in enumerate(self.outputs):
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(forked(out, in_environment, own, work, *args))
 
     def send_signal(self, rank, signum):
         """Send a signal to one rank."""
-        pids = json.loads((self.parent / "pids.json").read_text())
-        os.kill(pids[rank], signum)
+        os.kill(self.processes[rank].pid, signum)
 
-    def finish(self, timeout=120):
+    def finish(self):
         """Wait; return exit statuses, and standard output and standard error of each rank."""
-        try:
-            self.process.wait(timeout)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # all of them have ended
-                os.killpg(self.process.pid, signal.SIGKILL)
-        statuses = json.loads((self.parent / "statuses.json").read_text())
-        return statuses, outputs(self.count, self.parent)
+        statuses = [ended(process) for process in self.processes]
+        written = []
+        for out in self.outputs:
+            pair = [out.with_suffix(ending).read_text() for ending in (".out", ".err")]
+            written.append(pair)
+        return statuses, written
 
 
-def outputs(count, parent):
-    """Return what each of `Forked` ranks wrote to standard output and standard error."""
-    pairs = []
-    for rank in range(count):
-        out = (parent / f"out.{rank}").read_text()
-        err = (parent / f"err.{rank}").read_text()
-        pairs.append((out, err))
-    return pairs
+def in_environment(variables, work, *args):
+    """Do some work with further environment variables."""
+    os.environ |= variables
+    work(*args)
 
 
 def start_ranks(tmp_path, *flags):
     """Start a short training as two ranks."""
     command = (SCRIPT, *SHORT, "--model-dir", tmp_path / "run", *flags)
-    return Forked(2, tmp_path / "ranks", *command)
+    return Ranks(2, tmp_path / "ranks", run_script, *command)
 
 
 def start_torchrun(*argv):
@@ -280,10 +254,10 @@ def start_torchrun(*argv):
     return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
 
 
-def wait_for(line, parent, process):
-    """Wait until `line` is in the log of the run in a folder; fail if the process has ended."""
+def wait_for(line, parent):
+    """Wait until `line` is in the log of the run in a folder."""
     until = time.monotonic() + 90
-    while time.monotonic() < until and process.poll() is None:
+    while time.monotonic() < until:
         for log in parent.glob("run*/train.log"):
             if line in log.read_text():
                 return
@@ -291,72 +265,36 @@ def wait_for(line, parent, process):
     raise AssertionError(f"{line!r} was never logged")
 
 
-# Steps, verdicts and small things
+# Steps and verdicts
 
 
-@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)])
-def ranks(request, tmp_path_factory):
-    """Return the results of 3 or 2 ranks, their number and their folder, made once a session."""
-    count = request.param
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # that of all processes of the session
-    parent = base / f"{count}-ranks"
-    with FileLock(f"{parent}.lock"):
-        if not (parent / "results.pt").exists():
-            digits_checkpoint(parent / "net.pt")
-            statuses, written = Forked(count, parent).finish()
-            assert statuses == [0] * count, written
-    results = torch.load(parent / "results.pt", weights_only=True)
-    return results, count, parent
+def compute(file):
+    """Compute what ranks share, and write the results of the first one."""
+    with distributed.started():
+        assert_ranks_communicate()
+        results = computed()
+        if distributed.first():
+            torch.save(results, file)
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Return the same results of this one process."""
-    return {job.__name__: job() for job in (steps, companions, judged)}
+def computed():
+    """Return the results of steps, of weights beside a step, and verdicts."""
+    return steps() | {"companions": companions(), "verdicts": judged()}
 
 
-def assert_same_tensors(result, expected):
-    """Compare tensors by name; in float64 only the order of sums differs."""
-    assert result.keys() == expected.keys()
-    assert any(value.abs().max() > 1e-3 for value in expected.values())
-    for key, value in expected.items():
-        assert torch.allclose(result[key], value, rtol=0, atol=1e-7, equal_nan=True), key
-
-
-@pytest.mark.parametrize("case", [*CASES, "train mode"])
-def test_a_step_of_several_ranks_is_that_of_one_process(ranks, alone, case):
-    expected = alone["steps"][case]
-    if case in ("trades", "several negatives"):
-        assert StepStats(*expected["stats"]).contrast > 0
-    assert_same_tensors(ranks[0]["steps"][case], expected)
-
-
-def test_adversarial_and_averaged_weights_of_several_ranks_are_those_of_one_process(ranks, alone):
-    assert_same_tensors(ranks[0]["companions"], alone["companions"])
-
-
-def test_verdicts_of_several_ranks_are_those_of_one_process(ranks, alone):
-    expected = alone["judged"]
-    assert 0 < expected["robust"].sum() < expected["natural"].sum()
-    assert_equal(ranks[0]["judged"], expected)
-
-
-def test_sums_wishes_and_buffers_reach_every_rank(ranks):
-    results, count, _ = ranks
-    slices = {2: [(0, 4), (4, 7)], 3: [(0, 3), (3, 5), (5, 7)]}
-    assert results["small_things"] == {
-        "total": count * (count + 1) // 2,
-        "joined": list(range(7)),
-        "joined of one": [5],
-        "slices": slices[count],
-        "agreed": 15,
-        "from_first": [0] * count,
-        "buffers": [5] * count,
-        "parameters": [5] * count,
-        "gradient": count,
-    }
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_ranks_compute_what_one_process_computes(tmp_path, count):
+    """In float64 only the order of sums differs."""
+    file = tmp_path / "results.pt"
+    statuses, written = Ranks(count, tmp_path, compute, file).finish()
+    assert statuses == [0] * count, written
+    results = torch.load(file, weights_only=True)
+    expected = computed()
+    for case in ("trades", "several negatives"):
+        assert StepStats(*expected[case]["stats"]).contrast > 0
+    robust = expected["verdicts"]["robust"]
+    assert 0 < robust.sum() < expected["verdicts"]["natural"].sum()
+    torch.testing.assert_close(results, expected, rtol=0, atol=1e-7, equal_nan=True)
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):
@@ -400,7 +338,7 @@ def test_ranks_continue_a_run_and_a_stop_of_one_stops_all(short_runs, tmp_path):
     """One process, then two ranks until one of them is stopped, then one process: one run."""
     run = run_alone(tmp_path, "--epochs=1")
     ranks = start_ranks(tmp_path, "--resume", "--epochs=999")
-    wait_for("epoch 2/999", tmp_path, ranks.process)
+    wait_for("epoch 2/999", tmp_path)
     ranks.send_signal(1, signal.SIGTERM)
     statuses, written = ranks.finish()
     assert statuses == [143, 143], written
@@ -431,7 +369,7 @@ def test_a_run_of_two_ranks_stopped_between_epochs_is_the_straight_one(tmp_path)
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(short_runs, tmp_path, killed):
     ranks = start_ranks(tmp_path, "--epochs=999")
-    wait_for("epoch 2/999", tmp_path, ranks.process)
+    wait_for("epoch 2/999", tmp_path)
     ranks.send_signal(killed, signal.SIGKILL)
     statuses, _ = ranks.finish()
     assert statuses[killed] == -signal.SIGKILL
@@ -444,7 +382,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(short_runs, tmp_path,
 @pytest.mark.slow
 def test_a_stop_of_torchrun_stops_its_ranks_and_is_resumable(tmp_path):
     job = start_torchrun(SCRIPT, *SHORT, "--model-dir", tmp_path / "run", "--epochs=999")
-    wait_for("epoch 1/", tmp_path, job)
+    wait_for("epoch 1/", tmp_path)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 1
@@ -481,68 +419,25 @@ def evaluated(parent):
         return verdicts, saved["images"]
 
 
-def test_scripts_of_several_ranks_find_what_one_process_finds(ranks, tmp_path):
+def test_scripts_of_several_ranks_find_what_one_process_finds(tmp_path):
     """Evaluation, shared block by block, and feature distances, shared image by image."""
-    _, count, together = ranks
-    digits_checkpoint(tmp_path / "net.pt")
-    evaluate_and_measure(tmp_path)
-    tables = [out.count("robust %") for out, _ in outputs(count, together)]
-    assert tables == [1] + [0] * (count - 1)
+    together = tmp_path / "together"
+    alone = tmp_path / "alone"
+    for parent in (together, alone):
+        digits_checkpoint(parent / "net.pt")
+    evaluate_and_measure(alone)
+    statuses, written = Ranks(2, together, evaluate_and_measure, together).finish()
+    assert statuses == [0, 0], written
+    assert [out.count("robust %") for out, _ in written] == [1, 0]
 
     verdicts, images = evaluated(together)
-    expected_verdicts, expected_images = evaluated(tmp_path)
+    expected_verdicts, expected_images = evaluated(alone)
     assert verdicts == expected_verdicts
     distances = np.abs(images - expected_images).max((1, 2, 3))
     assert (distances < 1e-4).mean() > 0.95
 
-    (file,) = (tmp_path / "distances").iterdir()
+    (file,) = (alone / "distances").iterdir()
     _, arrays = read_arrays(together / "distances" / file.name)
     _, expected_arrays = read_arrays(file)
     for key, expected in expected_arrays.items():
         assert np.allclose(arrays[key], expected, atol=1e-4), key
-
-
-# The program that forks into ranks
-
-
-def work(parent):
-    """Do as one rank all that the fixture `ranks` returns."""
-    with distributed.started():
-        results = {job.__name__: job() for job in (steps, companions, judged, small_things)}
-        evaluate_and_measure(parent)
-        if distributed.first():
-            torch.save(results, parent / "results.pt")
-
-
-def run_rank(rank, parent, argv):
-    """Run a script or `work` as a forked rank, and end the process."""
-
-    def job():
-        os.environ["RANK"] = str(rank)
-        os.environ["LOCAL_RANK"] = str(rank)
-        if argv:
-            sys.argv = argv
-            runpy.run_path(argv[0], run_name="__main__")
-        else:
-            work(parent)
-
-    end_forked(job, parent / f"out.{rank}", parent / f"err.{rank}")
-
-
-def main():
-    """Fork into ranks and wait for them."""
-    count = int(sys.argv[1])
-    parent = Path(sys.argv[2])
-    pids = []
-    for rank in range(count):
-        pid = os.fork()
-        if pid == 0:
-            run_rank(rank, parent, sys.argv[3:])
-        pids.append(pid)
-    (parent / "pids.json").write_text(json.dumps(pids))
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    (parent / "statuses.json").write_text(json.dumps(statuses))
-
-
-if __name__ == "__main__":
-    main()
