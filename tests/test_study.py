@@ -1,15 +1,13 @@
 """The study's command runs, stops, goes on and counts as it says."""
 
-import shlex
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
 
-from tests.helpers import ROOT, environment, python
+from tests.helpers import ROOT, environment
 from tests.tools import study
 from utils.evaluation.adaptive import views
 from utils.system.errors import UsageError
@@ -120,9 +118,7 @@ sys.exit(test_study.study.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(
-    tmp_path, capsys, monkeypatch
-):
+def test_a_study_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
     file = tmp_path / "study.json"
     argv = ["digits", "--out", str(tmp_path), "--file", str(file), "--jobs", "2"]
     began = [sys.executable, "-c", BEGIN, *argv]
@@ -144,12 +140,3 @@ def test_a_study_that_was_stopped_goes_on_and_a_run_is_that_of_its_command(
     before = file.stat().st_mtime_ns
     assert study.main(argv) == 0
     assert file.stat().st_mtime_ns == before
-
-    command = shlex.split(records[0]["commands"][0])[1:]
-    done = python(*command, f"--model-dir={tmp_path / 'alone' / 'run'}")
-    assert done.returncode == 0, done.stderr
-    (alone,) = tmp_path.glob("alone/run*/model-wrn-last.pt")
-    (of_study,) = tmp_path.glob(f"digits/*/{alone.parent.name}/{alone.name}")
-    weights = torch.load(alone, weights_only=True)["model"]
-    for key, value in torch.load(of_study, weights_only=True)["model"].items():
-        assert torch.equal(weights[key], value)

@@ -28,6 +28,7 @@ from tests.helpers import (
     SCRIPTS,
     RunsCode,
     checkpoint,
+    digits_content,
     execute,
     folder,
     folder_flags,
@@ -48,13 +49,13 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 def test_help_that_a_pipe_cuts_short_prints_no_traceback():
-    reader, writer = os.pipe()
-    os.close(reader)
-    argv = [sys.executable, str(ROOT / ANCRA), "--help"]
-    cut = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, ROOT / ANCRA, "--help"], stdout=pipe, stderr=pipe
+    ) as cut:
+        cut.stdout.close()
+        assert cut.stderr.read() == b""
     assert cut.returncode == 1
-    assert cut.stderr == ""
 
 
 WRONG_VALUES = [
@@ -107,6 +108,12 @@ def test_a_wrong_value_is_refused(capsys, argument):
         (Training, "--method mart --label-smoothing 0.1", "--label-smoothing"),
         (Training, "--extra-data images.npz --extra-fraction 0.999", "--extra-fraction"),
         (Training, "--awp 0.005 --epochs 5", "--awp-warmup"),
+        (Training, "--seed=1,2,1", "1,2,1 names a seed twice"),
+        (Training, "--seed=1,x", "'x'"),
+        (Training, "--seed=", "--seed"),
+        (Training, "--seed=1,2 --jobs=0", "--jobs"),
+        (Training, "--seed=1 --jobs=2", "--jobs is of several seeds"),
+        (Training, "--seed=1,2 --resume", "leave --resume out"),
         (Evaluation, "", "--ckpt_url"),
         (Evaluation, "--ckpt_url", "--ckpt_url PATH"),
         (Evaluation, "--ckpt_url x --model m:f", "--model"),
@@ -282,12 +289,9 @@ def test_a_device_that_is_not_there_is_named(refused, monkeypatch, tmp_path, scr
         ("tiny-imagenet", "tiny-imagenet-200.zip"),
     ],
 )
-def test_a_missing_or_truncated_archive_is_named(refused, no_network, tmp_path, dataset, archive):
+def test_a_missing_archive_is_named(refused, no_network, tmp_path, dataset, archive):
     store = tmp_path / "data"
     flags = ("--dataset", dataset, "--data-dir", store, "--model-dir", tmp_path / "run")
-    refused(ANCRA, *flags, mentions=(archive, "http", store))
-    store.mkdir(exist_ok=True)
-    (store / archive).write_bytes(b"\x1f\x8b\x08\x00 or PK, cut off")
     refused(ANCRA, *flags, mentions=(archive, "http", store))
 
 
@@ -384,13 +388,6 @@ def test_a_file_that_is_no_checkpoint_is_named_and_never_run(refused, tmp_path, 
     assert not (tmp_path / "executed").exists()
 
 
-def test_files_that_run_code_would_run_it(tmp_path):
-    for new_format in (True, False):
-        write_code(tmp_path / "weights.pt", new_format)
-        torch.load(tmp_path / "weights.pt", weights_only=False)
-        (tmp_path / "executed").rmdir()
-
-
 def test_a_checkpoint_of_other_classes_or_another_network_is_named(refused, tmp_path):
     file = checkpoint(tmp_path / "weights.pt", num_classes=7)
     refused(*evaluation(file), mentions=(file, "7 classes"))
@@ -400,11 +397,8 @@ def test_a_checkpoint_of_other_classes_or_another_network_is_named(refused, tmp_
 
 
 def test_training_does_not_start_from_a_network_of_normalised_images(refused, tmp_path):
-    file = checkpoint(tmp_path / "weights.pt")
-    content = torch.load(file, weights_only=True)
-    content["normalize.mean"] = torch.full((3,), 0.5)
-    content["normalize.std"] = torch.ones(3)
-    torch.save(content, file)
+    statistics = {"normalize.mean": torch.full((3,), 0.5), "normalize.std": torch.ones(3)}
+    file = checkpoint(tmp_path / "weights.pt", **statistics)
     refused(*restart(file), mentions=(file, "normalised"))
 
 
@@ -443,9 +437,9 @@ def test_a_moved_folder_of_images_is_named(refused, monkeypatch, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_named(refused, tmp_path):
-    file = checkpoint(tmp_path / "weights.pt")
-    content = torch.load(file, weights_only=True)
+    content = digits_content()
     content["model"]["layer2.0.conv1.weight"].fill_(math.nan)
+    file = tmp_path / "weights.pt"
     torch.save(content, file)
     for argv in (evaluation(file), restart(file)):
         refused(*argv, mentions=(file, "finite"))
@@ -539,31 +533,18 @@ def test_a_process_says_one_line_and_exits_with_two(tmp_path):
 # Unusual but right
 
 
-def assert_trained(parent):
-    """A run of one epoch whose figures are finite."""
-    (row,) = metrics(folder(parent))
-    assert all(math.isfinite(float(value)) for value in row.values()), row
-
-
 @pytest.mark.parametrize(
     "script, flags",
     [
         (ANCRA, ["--method", "mart"]),
+        (ANCRA, ["--strategy", "easy_adv", "--warmup-epochs", "0"]),
         ("train_CIFAR10_WideResNet.py", ["--width", "1"]),
         ("train_Tiny_ImageNet_PreActResNet.py", []),
         (BASELINE, []),
     ],
 )
 def test_a_last_batch_of_one_image_is_trained_on(tmp_path, script, flags):
+    """Which is a batch of one class, too."""
     assert execute(script, *DIGITS, *flags, "--model-dir", tmp_path / "run") == 0
-    assert_trained(tmp_path)
-
-
-@pytest.mark.parametrize("strategy", ["random", "easy_adv"])
-def test_a_batch_of_one_class_is_trained_on(tmp_path, strategy):
-    """Of four images of one class and one of the other a batch of two holds one class only."""
-    counts = {"train": {"cat": 4, "dog": 1}, "test": {"cat": 2, "dog": 2}}
-    root = image_folder(tmp_path / "pictures", counts)
-    flags = (*folder_flags(root), "--batch-size", 2, "--strategy", strategy, "--warmup-epochs", 0)
-    assert execute(ANCRA, *flags, "--model-dir", tmp_path / "run") == 0
-    assert_trained(tmp_path)
+    (row,) = metrics(folder(tmp_path))
+    assert all(math.isfinite(float(value)) for value in row.values()), row

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models import build_model
-from tests.helpers import checkpoint, digits_content
+from tests.helpers import checkpoint
 from utils.data.subject import load_subject
 from utils.system.checkpoints import load_model, read
 from utils.system.errors import UsageError
@@ -112,8 +112,7 @@ def test_weights_of_other_precisions_load(tmp_path, kind):
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(tmp_path, change, word):
-    file = checkpoint(tmp_path / "weights.pt")
-    torch.save(torch.load(file, weights_only=True) | change, file)
+    file = checkpoint(tmp_path / "weights.pt", **change)
     with pytest.raises(UsageError, match=word) as refusal:
         load_model(file)
     assert str(file) in str(refusal.value)
@@ -127,17 +126,6 @@ def test_a_published_file_without_the_network_asked_for_is_refused(tmp_path):
     torch.save({"state_dict": small_network().state_dict()}, file)
     with pytest.raises(UsageError, match="called ema"):
         load_model(file, key="ema")
-
-
-def test_the_head_that_answers_can_be_chosen(tmp_path):
-    file = tmp_path / "weights.pt"
-    torch.save(digits_content(), file)
-    x = torch.rand(2, 3, 16, 16)
-    heads = load_model(file)[0](x, heads=True)
-    assert torch.equal(load_model(file, predict="auxiliary2")[0](x), heads.auxiliary[1])
-    torch.save(digits_content(False), file)
-    with pytest.raises(UsageError, match="final"):
-        load_model(file, predict="auxiliary1")
 
 
 FOREIGN = """

@@ -46,24 +46,6 @@ def test_one_seed_is_a_number_and_names_the_folder_as_before(tmp_path):
     assert (command.seeds, command.settings.seed) == ((3, 4), 3)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--seed=1,2,1", "1,2,1 names a seed twice"),
-        ("--seed=1,x", "'x'"),
-        ("--seed=", "--seed"),
-        ("--seed=1,2 --jobs=0", "--jobs"),
-        ("--seed=1 --jobs=2", "--jobs is of several seeds"),
-        ("--seed=1,2 --resume", "leave --resume out"),
-    ],
-)
-def test_wrong_use_is_refused(capsys, flags, words):
-    with pytest.raises(SystemExit) as end:
-        parse_training("", RA, flags.split())
-    assert end.value.code == 2
-    assert words in " ".join(capsys.readouterr().err.split())
-
-
 def test_every_seed_has_its_lines_and_its_status_and_a_share_of_the_threads(capsys, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
