@@ -112,19 +112,3 @@ def test_the_plain_step_attacks_as_ours_does():
         objective = cross_entropy_over_heads(net, job.labels, 2.0)
         ours = linf_pgd(job.x, objective, benchmarks.EPS, benchmarks.STEP, 3, start)
     assert ((plain - ours).abs() < 1e-5).float().mean() > 0.99
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["stpe"], "stpe"),
-        (["negatives", "--device", "gpu"], "--device gpu"),
-        (["negatives", "--out", "a file/figures.json"], "a file/figures.json"),
-    ],
-)
-def test_wrong_use_is_said_before_anything_is_measured(here, capsys, argv, words):
-    (here / "a file").touch()
-    with pytest.raises(SystemExit) as stopped:
-        benchmarks.main(argv)
-    assert stopped.value.code == 2
-    assert words in capsys.readouterr().err

@@ -101,11 +101,3 @@ def test_hours_and_epochs_an_hour_are_of_training_and_evaluation(capsys, monkeyp
     full_scale.main(["--gate", "soft", "--epochs", "10"])
     cells = capsys.readouterr().out.splitlines()[-1].split("|")
     assert cells[-3].strip() == "3.0, 0.38; 3.3"
-
-
-@pytest.mark.parametrize("flags", ["--dataset digits", "--precision bf16", "--resume x"])
-def test_what_is_not_counted_is_refused(flags, capsys):
-    with pytest.raises(SystemExit) as end:
-        full_scale.main(flags.split())
-    assert end.value.code == 2
-    assert "nothing is counted here" in capsys.readouterr().err

@@ -32,23 +32,27 @@ def test_gates_that_a_forward_is_given():
     x = torch.rand(4, 3, 16, 16)
     labels = torch.arange(4)
     heads = model(x, heads=True)
-    predictions = tuple(logits.argmax(1) for logits in heads.auxiliary)
-    assert torch.equal(heads.final, model(x, predictions))
+    first, second = heads.auxiliary
+    predictions = (first.argmax(1), second.argmax(1))
+    assert_equal(model(x, predictions), heads.final)
     by_label = model(x, labels)
     one_hot = F.one_hot(labels, 4).float()
-    assert torch.allclose(by_label, model(x, (one_hot, one_hot)), atol=1e-6)
-    assert torch.equal(by_label, model(x, (labels, labels)))
-    assert not torch.allclose(by_label, model(x, (labels, None)))
+    by_one_hot = model(x, (one_hot, one_hot))
+    assert torch.allclose(by_label, by_one_hot, atol=1e-6)
+    assert_equal(model(x, (labels, labels)), by_label)
+    by_one_label = model(x, (labels, None))
+    assert not torch.allclose(by_label, by_one_label)
 
 
 def test_any_head_may_answer():
     x = torch.rand(3, 3, 16, 16)
     model = gated("label")
     heads = model(x, heads=True)
-    for name, logits in zip(["auxiliary1", "auxiliary2"], heads.auxiliary, strict=True):
+    for number, logits in enumerate(heads.auxiliary, 1):
+        name = f"auxiliary{number}"
         model.predict = name
         assert_equal(model(x), logits)
-        assert_equal(model(x, heads=True).final, heads.final)
+        assert_equal(model(x, heads=True), heads)
         for view in views(True, 2.0, predict=name).values():
             answer, _ = view(model, x)
             assert_equal(answer, logits)
@@ -60,8 +64,10 @@ def test_an_evaluation_judges_by_the_head_that_answers(tmp_path, refused):
     assert execute(ATTACK, "--ckpt_url", file, *flags, "--predict=auxiliary1") == 0
     record = json.loads((tmp_path / "white_attack.json").read_text())
     images = as_input(digits_split(count=8).images)
-    logits = digits_network()(images, heads=True).auxiliary[0]
-    assert_equal(load_model(file, predict="auxiliary1")[0](images), logits)
+    heads = digits_network()(images, heads=True)
+    logits = heads.auxiliary[0]
+    model, _ = load_model(file, predict="auxiliary1")
+    assert_equal(model(images), logits)
     assert record["predicted"]["natural"] == logits.argmax(1).tolist()
 
     plain = digits_checkpoint(tmp_path / "plain.pt", reverse_attention=False)
@@ -74,7 +80,8 @@ def test_own_classifiers_are_drawn_after_all_other_weights():
     two = gated("label", classifier="own").state_dict()
     assert list(one) == [*shared, "block_classifiers.0.weight", "block_classifiers.0.bias"]
     assert len(two) == len(one) + 2
-    assert_equal([two[name] for name in shared], list(shared.values()))
+    for name, tensor in shared.items():
+        assert_equal(two[name], tensor)
 
 
 def test_with_own_classifiers_every_head_is_a_view():
@@ -84,10 +91,11 @@ def test_with_own_classifiers_every_head_is_a_view():
     assert not torch.equal(heads.auxiliary[1], heads.final)
     assert "auxiliary 2" not in views(True, 2.0, gate="none")
     with_own = views(True, 2.0, gate="none", classifier="own")
-    for name, logits in zip(["auxiliary 1", "auxiliary 2"], heads.auxiliary, strict=True):
-        view = with_own[name]
-        answer, [(_, attacked)] = view(model, x)
+    for number, logits in enumerate(heads.auxiliary, 1):
+        view = with_own[f"auxiliary {number}"]
+        answer, attacked_heads = view(model, x)
         assert_equal(answer, heads.final)
+        ((_, attacked),) = attacked_heads
         assert_equal(attacked, logits)
 
 
@@ -95,11 +103,11 @@ def test_a_run_with_own_classifiers_is_evaluated_as_such(short_runs, tmp_path):
     flags = ("--classifier=own", "--ra-blocks=1", "--awp=0.01", "--awp-warmup=0", "--ema=0.9")
     run = train(tmp_path, *flags, "--epochs=1")
     assert "-classifier-own-ra_blocks-1" in run.name
-    assert state(run)["model"]["block_classifiers.0.weight"].shape == (10, 32)
+    weights = state(run)["model"]
+    assert weights["block_classifiers.0.weight"].shape == (10, 32)
 
-    attacks = ("--attacks=adaptive", "--n-examples=4", "--restarts=1", "--num-steps=1")
-    search = ("--apgd-steps=5", "--device=cpu")
-    assert execute(ATTACK, "--ckpt_url", run, *attacks, *search) == 0
+    flags = ("--attacks=adaptive", "--n-examples=4", "--restarts=1", "--apgd-steps=5")
+    assert execute(ATTACK, "--ckpt_url", run, *flags, "--device=cpu") == 0
     record = json.loads((run / "white_attack.json").read_text())
     method = "ANCRA-TRADES, AWP 0.01, EMA 0.9, classifier own, RA blocks 1"
     assert record["network"]["method"] == method
@@ -117,8 +125,8 @@ def test_tensors_tell_own_classifiers(tmp_path, refused):
 
     other = digits_checkpoint(tmp_path / "shared.pt")
     for checkpoint, flag, words in (
-        (file, "--classifier=shared", ["classifier own, not shared", "leave the flag out"]),
-        (file, "--no-ra", ["reverse_attention True, not False"]),
-        (other, "--classifier=own", ["classifier shared, not own"]),
+        (file, "--classifier=shared", "classifier own, not shared"),
+        (file, "--no-ra", "reverse_attention True, not False"),
+        (other, "--classifier=own", "classifier shared, not own"),
     ):
-        refused(ATTACK, "--ckpt_url", checkpoint, flag, mentions=words)
+        refused(ATTACK, "--ckpt_url", checkpoint, flag, mentions=[words])

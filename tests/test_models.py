@@ -28,8 +28,10 @@ def slow_if(names, beginning):
     """Mark the names that begin in a certain way as slow."""
     params = []
     for name in names:
-        marks = [pytest.mark.slow] if name.startswith(beginning) else []
-        params.append(pytest.param(name, marks=marks))
+        param = name
+        if name.startswith(beginning):
+            param = pytest.param(name, marks=pytest.mark.slow)
+        params.append(param)
     return params
 
 
@@ -44,7 +46,7 @@ def golden():
 def test_state_dict_keys_and_shapes_are_the_published_ones(name):
     with torch.device("meta"):
         state = GoldenNetwork.outline(name).state_dict()
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    shapes = {key: value.shape for key, value in state.items()}
     assert shapes == published_shapes(name)
 
 
@@ -56,9 +58,11 @@ def test_logits_of_the_network_and_of_its_attack_copy(golden, name):
             heads = network(g.x, heads=True)
             assert_near(heads.final, g["eval_logits"])
             assert torch.equal(network(g.x), heads.final)
-            assert len(heads.auxiliary) == (2 if name in RA else 0)
-            if heads.auxiliary:
-                assert_near(torch.stack(heads.auxiliary), g["eval_aux"])
+            if name in RA:
+                auxiliary = torch.stack(heads.auxiliary)
+                assert_near(auxiliary, g["eval_aux"])
+            else:
+                assert heads.auxiliary == ()
 
 
 @pytest.mark.parametrize("name", slow_if(RA + PLAIN, "WRN"))
@@ -66,14 +70,16 @@ def test_attack_objective_and_its_gradient(golden, name):
     g = golden(name)
     x = g.x.clone().requires_grad_()
     with frozen(g.model) as net:
-        value = cross_entropy_over_heads(net, g.y, 2)(x) / len(x)
+        objective = cross_entropy_over_heads(net, g.y, 2)
+        value = objective(x) / len(x)
         (gradient,) = torch.autograd.grad(value, x)
     if name in RA:
         assert_near(value.detach(), g["attack_loss"])
         expected = g["attack_grad"]
     else:
         expected = g["ce_grad"]
-    assert (gradient - expected).norm() < 1e-2 * expected.norm()
+    difference = gradient - expected
+    assert difference.norm() < 1e-2 * expected.norm()
     has_same_sign = gradient.sign() == expected.sign()
     assert has_same_sign.float().mean() > 0.999
 
@@ -88,7 +94,8 @@ def test_training_attacks_end_where_the_official_ones_do(golden, name, small, mo
     with frozen(g.model) as net:
         attacked = pgd_together(net, batches, 2, EPS, 0.007, 10)
     for images, kind in zip(attacked, ("pgd_untargeted", "pgd_targeted"), strict=True):
-        assert (images - g.x).abs().max() <= EPS + 1e-6
+        change = images - g.x
+        assert change.abs().max() <= EPS + 1e-6
         assert images.min() >= 0
         assert images.max() <= 1
         is_equal = (images - g[kind]).abs() <= 1e-5
@@ -100,17 +107,27 @@ def test_training_forward_statistics_and_gradients(golden, name):
     g = golden(name)
     model = GoldenNetwork(name).model.train()
     heads = model(g.x, g.y, heads=True)
-    assert_near(heads.final.detach(), g["train_logits"])
-    assert_near(torch.stack(heads.auxiliary).detach(), g["train_aux"])
-    loss = over_heads(partial(pgd_loss, labels=g.y), heads, auxiliary_weight=2)
-    assert_near(loss.detach(), g["train_loss"])
+    auxiliary = torch.stack(heads.auxiliary)
+    criterion = partial(pgd_loss, labels=g.y)
+    loss = over_heads(criterion, heads, auxiliary_weight=2)
+    assert_near(heads.final, g["train_logits"])
+    assert_near(auxiliary, g["train_aux"])
+    assert_near(loss, g["train_loss"])
     loss.backward()
-    buffers = dict(model.named_buffers())
-    means = [buffers[key].double().sum().item() for key in g.arrays["bn_keys"]]
-    assert means == pytest.approx(g.arrays["bn_running_mean_sum"], rel=1e-3, abs=1e-3)
-    gradients = {name: weights.grad for name, weights in model.named_parameters()}
-    assert set(gradients) == set(g.arrays["grad_keys"])
-    norms = [gradients[key].norm().item() for key in g.arrays["grad_keys"]]
+
+    means = []
+    for key in g.arrays["bn_keys"]:
+        mean = model.get_buffer(key)
+        means.append(mean.double().sum().item())
+    expected = g.arrays["bn_running_mean_sum"]
+    assert means == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+    names = [name for name, _ in model.named_parameters()]
+    assert set(names) == set(g.arrays["grad_keys"])
+    norms = []
+    for key in g.arrays["grad_keys"]:
+        gradient = model.get_parameter(key).grad
+        norms.append(gradient.norm().item())
     assert norms == pytest.approx(g.arrays["grad_norm"], rel=1e-2)
 
 
@@ -162,9 +179,13 @@ def test_what_cannot_be_built_is_said(arch, changes, mentioned):
 
 
 def test_settings_offer_what_the_registries_hold():
-    assert set(settings.ARCHS) == set(ARCHS)
-    assert set(get_args(settings.Gate)) == set(GATES)
-    assert set(get_args(settings.Classifier)) == set(CLASSIFIERS)
-    strategies = {name.removesuffix("_adv") for name in get_args(settings.Strategy)}
-    assert strategies == set(STRATEGIES)
-    assert set(get_args(settings.Method)) == set(OBJECTIVES)
+    strategies = get_args(settings.Strategy)
+    pairs = [
+        (settings.ARCHS, ARCHS),
+        (get_args(settings.Gate), GATES),
+        (get_args(settings.Classifier), CLASSIFIERS),
+        (get_args(settings.Method), OBJECTIVES),
+        ({name.removesuffix("_adv") for name in strategies}, STRATEGIES),
+    ]
+    for offered, held in pairs:
+        assert set(offered) == set(held)

@@ -11,6 +11,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn import BatchNorm2d
+from torch.nn.init import uniform_
 
 from models import build_model
 from tests.golden_numbers import assert_near
@@ -28,12 +30,14 @@ TOLERANCE = 1e-8  # relative; both sides are float64
 
 def options(**changes):
     """Return settings whose attacks leave the ball, so that both clips are compared."""
-    return replace(Training(), **{"num_steps": 3, "step_size": 0.012} | changes)
+    base = Training(num_steps=3, step_size=0.012)
+    return replace(base, **changes)
 
 
 def l2(images):
     """Return the L2 norm of each image, (N, 1, 1, 1)."""
-    return images.square().sum((1, 2, 3), keepdim=True).sqrt()
+    squares = images.square().sum((1, 2, 3), keepdim=True)
+    return squares.sqrt()
 
 
 # The objectives. Heads are a list of (N, C) logits, the final one first.
@@ -44,7 +48,8 @@ def over_list(criterion, *heads, weight):
     final, *auxiliary = map(criterion, *heads)
     if not auxiliary:
         return final
-    return final + weight * sum(auxiliary) / len(auxiliary)
+    mean = sum(auxiliary) / len(auxiliary)
+    return final + weight * mean
 
 
 def probability(logits, labels):
@@ -62,24 +67,26 @@ def kl(natural, adversarial):
     """Return the mean KL divergence of adversarial from natural probabilities."""
     p = natural.softmax(1)
     q = adversarial.softmax(1)
-    divergence = (p * (p / q).log()).sum(1)
+    log_ratio = (p / q).log()
+    divergence = (p * log_ratio).sum(1)
     return divergence.mean()
 
 
 def boosted_ce(adversarial, labels):
     """Return MART's cross-entropy, which pushes the most probable other class down."""
     is_label = F.one_hot(labels, adversarial.shape[1]).bool()
-    rival = adversarial.softmax(1).masked_fill(is_label, 0).amax(1)
-    boost = -(1.0001 - rival + 1e-12).log()
-    return ce(adversarial, labels) + boost.mean()
+    others = adversarial.softmax(1).masked_fill(is_label, 0)
+    rival = others.amax(1)
+    log_others = (1.0001 - rival + 1e-12).log()
+    return ce(adversarial, labels) - log_others.mean()
 
 
 def weighted_kl(natural, adversarial, labels):
     """Return MART's KL divergence, weighted by the doubt about natural examples."""
     p = natural.softmax(1)
-    q = adversarial.softmax(1)
-    ratio = p / (q + 1e-12)
-    divergence = (p * ratio.log()).sum(1)
+    q = adversarial.softmax(1) + 1e-12
+    log_ratio = (p / q).log()
+    divergence = (p * log_ratio).sum(1)
     doubt = 1.0000001 - probability(natural, labels)
     return (divergence * doubt).mean()
 
@@ -88,25 +95,29 @@ def anc(natural, negative, alpha):
     """Return asymmetric negative contrast, the K negatives of each anchor in a row."""
     count = len(negative) // len(natural)
     anchors = torch.arange(len(negative)) // count
-    p, predicted = natural.softmax(1)[anchors].max(1)
+    probabilities = natural.softmax(1)[anchors]
+    p, predicted = probabilities.max(1)
     q, negative_predicted = negative.softmax(1).max(1)
     of_negative = (p.detach() * q).sqrt()
     of_natural = (p * q.detach()).sqrt()
     similarity = alpha * of_negative + (1 - alpha) * of_natural
-    return (similarity * (predicted == negative_predicted)).mean()
+    agree = predicted == negative_predicted
+    return (similarity * agree).mean()
 
 
 def objective(natural, adversarial, negative, labels, o):
     """Return (loss, ANC over heads); natural and negative are None where nothing needs them."""
     over = partial(over_list, weight=o.cr_beta)
+    labelled_ce = partial(ce, labels=labels)
     if o.method == "pgd":
-        loss = over(partial(ce, labels=labels), adversarial)
+        loss = over(labelled_ce, adversarial)
     elif o.method == "trades":
         divergence = over(kl, natural, adversarial)
-        loss = over(partial(ce, labels=labels), natural) + o.beta * divergence
+        loss = over(labelled_ce, natural) + o.beta * divergence
     elif o.method == "mart":
         divergence = over(partial(weighted_kl, labels=labels), natural, adversarial)
-        loss = over(partial(boosted_ce, labels=labels), adversarial) + o.beta * divergence
+        boosted = over(partial(boosted_ce, labels=labels), adversarial)
+        loss = boosted + o.beta * divergence
     contrast = torch.zeros((), dtype=torch.float64)
     if negative is not None:
         contrast = over(partial(anc, alpha=o.alpha), natural, negative)
@@ -130,20 +141,26 @@ class Reference:
         self.linear = "linear" if arch == "PreActResNet18" else "fc"
         self.last_norm = {"PreActResNet18": "bn", "WRN-28-10": "bn1"}.get(arch)
         self.window = 4 if arch == "PreActResNet18" else None
-        self.blocks = []  # name and stride; the first block of each stage but the first has 2
+        self.blocks = {}  # strides by name; the first block of each stage but the first has 2
         for key in self.state:
             if key.endswith(".conv1.weight"):
                 name = key.removesuffix("conv1.weight")
-                halves = name.endswith(".0.") and name not in ("layer1.0.", "block1.layer.0.")
-                self.blocks.append((name, 2 if halves else 1))
+                self.blocks[name] = 2 if name.endswith(".0.") else 1
+        first = next(iter(self.blocks))
+        self.blocks[first] = 1
 
     def norm(self, name, z, train):
         """Apply a BatchNorm layer."""
         if train:
             self.state[f"{name}.num_batches_tracked"] += 1
-        names = ("running_mean", "running_var", "weight", "bias")
-        tensors = [self.state[f"{name}.{part}"] for part in names]
+        parts = ("running_mean", "running_var", "weight", "bias")
+        names = [f"{name}.{part}" for part in parts]
+        tensors = [self.state[name] for name in names]
         return F.batch_norm(z, *tensors, train)
+
+    def norm_relu(self, name, z, train):
+        """Apply a BatchNorm layer and a ReLU."""
+        return self.norm(name, z, train).clamp(min=0)
 
     def conv(self, name, z, stride=1):
         """Apply a convolution that keeps the side, or divides it by the stride."""
@@ -154,7 +171,7 @@ class Reference:
     def basic_block(self, name, z, stride, train):
         """Apply a block of ResNet-18."""
         out = self.conv(name + "conv1", z, stride)
-        out = self.norm(name + "bn1", out, train).clamp(min=0)
+        out = self.norm_relu(name + "bn1", out, train)
         out = self.conv(name + "conv2", out)
         out = self.norm(name + "bn2", out, train)
         if name + "shortcut.0.weight" in self.state:
@@ -164,12 +181,12 @@ class Reference:
 
     def preactivation_block(self, name, z, stride, train):
         """Apply a block of PreActResNet-18 or of a WideResNet."""
-        out = self.norm(name + "bn1", z, train).clamp(min=0)
+        out = self.norm_relu(name + "bn1", z, train)
         for shortcut in (name + "shortcut.0", name + "convShortcut"):
             if shortcut + ".weight" in self.state:
                 z = self.conv(shortcut, out, stride)
         out = self.conv(name + "conv1", out, stride)
-        out = self.norm(name + "bn2", out, train).clamp(min=0)
+        out = self.norm_relu(name + "bn2", out, train)
         return self.conv(name + "conv2", out) + z
 
     def pool(self, z):
@@ -180,9 +197,11 @@ class Reference:
 
     def classify(self, z, name):
         """Return the logits of a map by a classifier; one of a block's own has no cells."""
+        pooled = z.mean((2, 3))
+        if name == self.linear:
+            pooled = self.pool(z)
         weight = self.state[name + ".weight"]
         bias = self.state[name + ".bias"]
-        pooled = self.pool(z) if name == self.linear else z.mean((2, 3))
         return pooled @ weight.T + bias
 
     def weigh(self, z, name, logits, labels):
@@ -196,43 +215,51 @@ class Reference:
             rows = weight[labels]
         else:
             rows = weight[logits.argmax(1)]
-        cells = int((rows.shape[1] // z.shape[1]) ** 0.5)
-        side = z.shape[2] // cells
-        rows = rows.reshape(*z.shape[:2], cells, cells)
-        return z * rows.repeat_interleave(side, 2).repeat_interleave(side, 3)
+        count, channels, side, _ = z.shape
+        cells = int((rows.shape[1] // channels) ** 0.5)
+        rows = rows.reshape(count, channels, cells, cells)
+        cell_side = side // cells
+        rows = rows.repeat_interleave(cell_side, 2)
+        return z * rows.repeat_interleave(cell_side, 3)
 
     def forward(self, x, labels=None, train=False):
         """Return heads, the final one first; labels are for gates."""
         z = self.conv("conv1", x)
+        block = self.preactivation_block
         if not self.preactivation:
-            z = self.norm("bn1", z, train).clamp(min=0)
-        block = self.preactivation_block if self.preactivation else self.basic_block
+            z = self.norm_relu("bn1", z, train)
+            block = self.basic_block
         auxiliary = []
-        for index, (name, stride) in enumerate(self.blocks):
+        left = len(self.blocks)
+        for name, stride in self.blocks.items():
             z = block(name, z, stride, train)
-            carries = index >= len(self.blocks) - self.ra_blocks
-            is_last = index == len(self.blocks) - 1
-            if self.last_norm and (carries or is_last):
-                z = self.norm(self.last_norm, z, train).clamp(min=0)
+            carries = left <= self.ra_blocks
+            if self.last_norm and (carries or left == 1):
+                z = self.norm_relu(self.last_norm, z, train)
             if carries:
-                own = f"block_classifiers.{len(auxiliary)}"
-                name = own if own + ".weight" in self.state else self.linear
+                name = f"block_classifiers.{len(auxiliary)}"
+                if name + ".weight" not in self.state:
+                    name = self.linear
                 logits = self.classify(z, name)
                 auxiliary.append(logits)
                 z = self.weigh(z, name, logits, labels)
+            left -= 1
         return [self.classify(z, self.linear), *auxiliary]
 
     def attack(self, centre, o, generator, score):
         """Ascend a score of the heads in the ball and in [0, 1]."""
-        x = centre + 0.001 * torch.randn(centre.shape, generator=generator)
+        noise = torch.randn(centre.shape, generator=generator)
+        x = centre + 0.001 * noise
         for _ in range(o.num_steps):
             x = x.detach().requires_grad_()
-            heads = self.forward(x)
-            (gradient,) = torch.autograd.grad(score(heads), x)
+            value = score(self.forward(x))
+            (gradient,) = torch.autograd.grad(value, x)
             change = x.detach() - centre
             if o.norm == "L2":
-                change += o.step_size * gradient / l2(gradient)
-                change *= (o.epsilon / l2(change)).clamp(max=1)
+                direction = gradient / l2(gradient)
+                change += o.step_size * direction
+                factor = o.epsilon / l2(change)
+                change *= factor.clamp(max=1)
             else:
                 change += o.step_size * gradient.sign()
                 change = change.clamp(-o.epsilon, o.epsilon)
@@ -246,7 +273,9 @@ class Reference:
             natural = self.forward(x)
         chosen = None
         if not o.no_anc:
-            strategy = "random" if epoch <= 10 else o.strategy.removesuffix("_adv")
+            strategy = "random"
+            if epoch > 10:
+                strategy = o.strategy.removesuffix("_adv")
             counts = o.sample_class_number, o.sample_number
             chosen = choose_negatives(natural[0], labels, strategy, generator, *counts)
 
@@ -256,12 +285,13 @@ class Reference:
         adversarial = self.attack(x, o, generator, score)
         if chosen is None:
             return adversarial, None, None
-        negative = x[chosen.flatten()]
+        rows = chosen.flatten()
+        negative = x[rows]
         if o.strategy.endswith("_adv"):
             anchors = labels.repeat_interleave(chosen.shape[1])
-            likely = partial(over, lambda logits: -ce(logits, anchors))
-            negative = self.attack(negative, o, generator, likely)
-        return adversarial, negative, labels[chosen.flatten()]
+            towards_anchors = partial(over, lambda logits: -ce(logits, anchors))
+            negative = self.attack(negative, o, generator, towards_anchors)
+        return adversarial, negative, labels[rows]
 
     def loss(self, x, labels, o, generator, epoch):
         """Return the attacked images of a training step (negatives or None), loss and contrast."""
@@ -291,11 +321,11 @@ def network(arch, o, image_size, width):
         ra_blocks=o.ra_blocks,
     ).double()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.7, 1.3)
-            torch.nn.init.uniform_(module.bias, -0.2, 0.2)
-            torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
-            torch.nn.init.uniform_(module.running_var, 0.7, 1.3)
+        if isinstance(module, BatchNorm2d):
+            uniform_(module.weight, 0.7, 1.3)
+            uniform_(module.bias, -0.2, 0.2)
+            uniform_(module.running_mean, -0.2, 0.2)
+            uniform_(module.running_var, 0.7, 1.3)
     with torch.no_grad():
         model.classifier.weight *= 4
     return model.train()
@@ -306,11 +336,13 @@ def batch(labels, image_size, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(side):
-        shape = len(labels), 3, side, side
+        shape = (len(labels), 3, side, side)
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    x = uniform(image_size) + 2 * uniform(1) - 1
-    return x.clamp(0, 1), torch.tensor(labels)
+    texture = uniform(image_size)
+    colour = 2 * uniform(1) - 1
+    x = (texture + colour).clamp(0, 1)
+    return x, torch.tensor(labels)
 
 
 def assert_same_steps(
@@ -320,7 +352,8 @@ def assert_same_steps(
     model = network(arch, o, image_size, width)
     reference = Reference(model, arch, o)
     attack_copy = AttackCopy(model)
-    sgd = partial(torch.optim.SGD, lr=o.lr, momentum=0.9, weight_decay=o.weight_decay)
+    options = {"lr": o.lr, "momentum": 0.9, "weight_decay": o.weight_decay}
+    sgd = partial(torch.optim.SGD, **options)
     optimizer = sgd(model.parameters())
     reference_optimizer = sgd(reference.parameters.values())
     generator = torch.Generator().manual_seed(5)
@@ -328,25 +361,28 @@ def assert_same_steps(
     contrasts = []
     for step in range(steps):
         x, y = batch(labels, image_size, step)
-        adversarial, negative, loss, contrast = reference.loss(x, y, o, same_generator, epoch)
+        theirs = reference.loss(x, y, o, same_generator, epoch)
+        adversarial, negative, loss, contrast = theirs
         attacked = attack_batch(attack_copy, x, y, o, generator, epoch)
         stats = training_loss(model, x, y, attacked, o)
         contrasts.append(contrast.item())
+        optimizer.zero_grad()
+        stats.loss.backward()
+        reference_optimizer.zero_grad()
+        loss.backward()
 
+        assert (attacked.negative is None) == (negative is None)
+        if negative is not None:
+            assert_near(attacked.negative, negative, TOLERANCE)
         pairs = [
             (attacked.adversarial, adversarial),
             (stats.loss, loss),
             (stats.contrast, contrast),
         ]
-        optimizer.zero_grad()
-        stats.loss.backward()
-        reference_optimizer.zero_grad()
-        loss.backward()
-        assert (attacked.negative is None) == (negative is None)
-        if negative is not None:
-            pairs.append((attacked.negative, negative))
         for name, parameter in model.named_parameters():
-            pairs.append((parameter.grad, reference.parameters[name].grad))
+            expected = reference.parameters[name]
+            pair = (parameter.grad, expected.grad)
+            pairs.append(pair)
         optimizer.step()
         reference_optimizer.step()
         for name, tensor in model.state_dict().items():
@@ -383,7 +419,8 @@ OTHER_SETTINGS = {
 @pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_training_steps_of_other_settings(name):
     changes, setup = OTHER_SETTINGS[name]
-    assert any(assert_same_steps(options(**changes), **setup))
+    o = options(**changes)
+    assert any(assert_same_steps(o, **setup))
 
 
 @pytest.mark.parametrize("classifier", ["shared", "own"])
@@ -404,10 +441,12 @@ def test_training_steps_of_gates_and_classifiers(gate, setup, classifier):
 @pytest.mark.parametrize("inner", ["ce", "kl"])
 def test_training_steps_of_batches_too_large_to_be_attacked_as_one(inner, monkeypatch):
     monkeypatch.setattr(attacks, "SMALL", 0)
-    assert any(assert_same_steps(options(inner=inner)))
+    o = options(inner=inner)
+    assert any(assert_same_steps(o))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_steps_of_a_batch_of_one_class(method):
-    contrasts = assert_same_steps(options(method=method), labels=(2, 2, 2, 2), steps=1)
+    o = options(method=method)
+    contrasts = assert_same_steps(o, labels=(2, 2, 2, 2), steps=1)
     assert not any(contrasts)

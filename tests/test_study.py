@@ -14,24 +14,18 @@ from utils.system.errors import UsageError
 from utils.system.options import parse, parse_training
 from utils.system.settings import Evaluation
 
-GOLDEN = ROOT / "tests/golden"
-
-
-def first_cells(text, count=1):
-    """The first cells of each row of a table."""
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    return [line.strip("| ").split(" | ")[:count] for line in lines[1:]]
-
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_every_command_of_a_study_is_understood(name, capsys):
     assert study.main([name, "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = study.STUDIES[name].rows()
-    assert len(set(lines)) == sum(row.seeds for row in rows.values())
-    assert len({row.flags for row in rows.values()}) == len(rows)
+    rows = study.STUDIES[name].rows().values()
+    seeds = [row.seeds for row in rows]
+    assert len(set(lines)) == sum(seeds)
+    assert len({row.flags for row in rows}) == len(rows)
     for line in lines:
-        train, *attacks = (command.split()[2:] for command in line.split(" && "))
+        commands = [command.split() for command in line.split(" && ")]
+        train, *attacks = [words[2:] for words in commands]
         parse_training("", {}, train)
         settings = [parse(Evaluation, "", attack) for attack in attacks]
         assert settings[0].attacks[-1] == "adaptive"
@@ -45,32 +39,16 @@ def test_each_network_gets_as_many_starts_as_a_plain_one_or_more():
             gates = {"gate": settings.gate, "classifier": settings.classifier}
             assert row.views == len(views(not settings.no_ra, 2, **gates))
             run = study.run_of(study.STUDIES[name], row, 1, ROOT)
-            starts = parse(Evaluation, "", [*run.attacks[0][1:], "--ckpt_url=x"]).restarts
+            attack = [*run.attacks[0][1:], "--ckpt_url=x"]
+            starts = parse(Evaluation, "", attack).restarts
             assert starts * row.views >= study.STARTS
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["nothing"], "'nothing'"),
-        (["digits", "--rows", "TRADES;nothing"], "nothing"),
-        (["digits", "--seeds", "x"], "--seeds"),
-        (["digits", "--jobs", "0"], "--jobs"),
-        (["digits", "--print", "--file", "nowhere.json"], "nowhere.json"),
-        (["digits", "--file", str(GOLDEN / "ResNet18.keys.json")], "ResNet18.keys.json"),
-    ],
-)
-def test_wrong_use_of_the_study_is_refused(argv, words, capsys):
-    with pytest.raises(SystemExit) as end:
-        study.main(argv)
-    assert end.value.code == 2
-    assert words in capsys.readouterr().err
 
 
 def verdicts_of(row, seed, right, **more):
     """A record of a study: a row's run, and which images it gets right."""
     attacks = {"natural": {"verdicts": "1111"}, "adaptive": {"verdicts": right}}
-    return {"row": list(row), "seed": seed, "machine": "CPU", "attacks": attacks} | more
+    record = {"row": list(row), "seed": seed, "machine": "CPU", "attacks": attacks}
+    return record | more
 
 
 def test_a_file_holds_what_was_saved_and_machines_are_not_mixed(tmp_path):
@@ -84,9 +62,9 @@ def test_a_file_holds_what_was_saved_and_machines_are_not_mixed(tmp_path):
 def test_claims_have_wider_intervals_than_other_differences():
     rows = study.STUDIES["digits"].rows()
     records = []
-    for seed, right in enumerate(("1100", "1110"), 1):
-        records.append(verdicts_of(rows["TRADES"].flags, seed, "1000"))
-        records.append(verdicts_of(rows["gate none"].flags, seed, right))
+    for name, rights in (("TRADES", ("1000", "1000")), ("gate none", ("1100", "1110"))):
+        for seed, right in enumerate(rights, 1):
+            records.append(verdicts_of(rows[name].flags, seed, right))
     ((name, row, baseline, corrected),) = study.claimed({"digits": records})
     assert (name, row, baseline) == ("digits", "gate none", "TRADES")
     groups = study.groups_of(rows, records)
@@ -107,7 +85,12 @@ TINY = study.Study(
         "--device=cpu",
     ),
     ("--n-examples=4", "--num-steps=2", "--apgd-steps=5", "--device=cpu"),
-    {"one": {"TRADES": study.Row(study.PLAIN, 2), "gate none": study.Row(("--gate=none",), 1, 4)}},
+    {
+        "one": {
+            "TRADES": study.Row(study.PLAIN, 2),
+            "gate none": study.Row(("--gate=none",), 1, 4),
+        }
+    },
 )
 BEGIN = """
 import sys
@@ -132,7 +115,9 @@ def test_a_study_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setitem(study.STUDIES, "digits", TINY)
     assert study.main(argv) == 0
-    assert first_cells(capsys.readouterr().out, 2) == [["TRADES", "2"], ["gate none", "1"]]
+    table = capsys.readouterr().out
+    assert "| TRADES | 2 |" in table
+    assert "| gate none | 1 |" in table
     records = study.saved(file)
     assert [len(record["commands"]) for record in records] == [3, 3, 2]
     assert ["AutoAttack" in record["attacks"] for record in records] == [True, True, False]

@@ -49,10 +49,9 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 def test_help_that_a_pipe_cuts_short_prints_no_traceback():
+    argv = [sys.executable, ROOT / ANCRA, "--help"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, ROOT / ANCRA, "--help"], stdout=pipe, stderr=pipe
-    ) as cut:
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe) as cut:
         cut.stdout.close()
         assert cut.stderr.read() == b""
     assert cut.returncode == 1

@@ -24,8 +24,6 @@ def test_a_record_is_plain_and_says_how_to_repeat(monkeypatch):
     line = in_one_line(record)
     assert torch.__version__ in line
     assert record["waiting"] in line
-    for threads, words in ((1, ", 1 thread ("), (2, ", 2 threads (")):
-        assert words in in_one_line(record | {"threads": threads})
 
 
 # Prints what the environment says of waiting threads, where PyTorch has not been loaded yet.

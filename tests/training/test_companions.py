@@ -39,7 +39,11 @@ from utils.training.companions import adversarial_weights, learning_rate, make_o
 
 def test_steps_of_adamw_by_hand():
     torch.manual_seed(0)
-    layers = {"norm": nn.BatchNorm1d(4), "fc": nn.Linear(4, 2), "positions": nn.Embedding(3, 4)}
+    layers = {
+        "norm": nn.BatchNorm1d(4),
+        "fc": nn.Linear(4, 2),
+        "positions": nn.Embedding(3, 4),
+    }
     model = nn.ModuleDict(layers).double()
     optimizer = make_optimizer(model, settings("--optimizer=adamw", "--lr=0.1", "--wd=0.5"))
     expected = copy.deepcopy(model.state_dict())
@@ -52,7 +56,8 @@ def test_steps_of_adamw_by_hand():
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
             mean = first[name] / (1 - 0.9**step)
-            spread = (second[name] / (1 - 0.999**step)).sqrt() + 1e-8
+            variance = second[name] / (1 - 0.999**step)
+            spread = variance.sqrt() + 1e-8
             if name == "fc.weight":  # the only one that decays
                 expected[name] *= 1 - 0.1 * 0.5
             expected[name] -= 0.1 * mean / spread
@@ -71,7 +76,8 @@ def awp_case(no_ra, method="trades"):
     labels = torch.tensor([0, 1, 2, 3, 1, 2])
     attacked = Attacked(adversarial, negative, labels.roll(1))
     chosen = replace(settings(), method=method, no_ra=no_ra)
-    return model.double().train(), (natural, labels, attacked, chosen)
+    model.double().train()
+    return model, (natural, labels, attacked, chosen)
 
 
 def leave_gradients(model, case):
@@ -95,8 +101,9 @@ def two_steps_by_hand(model, case, gamma):
 
     The weights are moved back after the optimiser's step, so its decay is of the moved ones.
     """
-    weights = {name: w.detach().clone() for name, w in model.named_parameters()}
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    model = copy.deepcopy(model).requires_grad_(False)
+    weights = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     momentum = dict.fromkeys(weights, 0)
 
     def gradients(weights, buffers):
@@ -114,12 +121,13 @@ def two_steps_by_hand(model, case, gamma):
         moved = dict(weights)
         for name, gradient in first.items():
             if gradient.ndim > 1:
-                size = gamma * weights[name].norm() / (gradient.norm() + 1e-20)
-                moved[name] = weights[name] + size * gradient
+                direction = gradient / (gradient.norm() + 1e-20)
+                size = gamma * weights[name].norm()
+                moved[name] = weights[name] + size * direction
         second = gradients(moved, buffers)  # whose statistics stay
         for name, gradient in second.items():
-            decay = case[-1].weight_decay * moved[name]
-            momentum[name] = 0.9 * momentum[name] + gradient + decay
+            momentum[name] *= 0.9
+            momentum[name] += gradient + case[-1].weight_decay * moved[name]
             weights[name] = weights[name] - 0.1 * momentum[name]
     return weights | buffers
 
@@ -130,7 +138,7 @@ def two_steps_by_hand(model, case, gamma):
 )
 def test_a_step_with_adversarial_weights(no_ra, method):
     model, case = awp_case(no_ra, method)
-    expected = two_steps_by_hand(copy.deepcopy(model), case, 0.01)
+    expected = two_steps_by_hand(model, case, 0.01)
     actual = two_steps(model, case, 0.01)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
@@ -175,7 +183,8 @@ TIMES = [0, 0.5, 1, 2.5, 4, 5, 7.5, 8, 9.5, 9.99]  # in epochs
 )
 def test_learning_rates_at_ten_times(flags, expected):
     chosen = settings("--lr=1", "--epochs=10", *flags.split())
-    assert [learning_rate(chosen, done) for done in TIMES] == pytest.approx(expected)
+    rates = [learning_rate(chosen, done) for done in TIMES]
+    assert rates == pytest.approx(expected)
 
 
 # Extra data
@@ -183,7 +192,10 @@ def test_learning_rates_at_ten_times(flags, expected):
 
 def extra_file(path, **changes):
     """Write 40 generated images for the ten classes of digits -> the file."""
-    arrays = {"image": pixels(0, 40, 16, 16, 3), "label": np.arange(40) % 10}
+    arrays = {
+        "image": pixels(0, 40, 16, 16, 3),
+        "label": np.arange(40) % 10,
+    }
     np.savez(path, **arrays | changes)
     return path
 
@@ -200,8 +212,9 @@ def test_a_batch_of_extra_data_image_by_image(tmp_path):
     chosen = draw.integers(40, size=14)
     order = draw.permutation(20)
     extra_images = stored["image"][chosen].transpose(0, 3, 1, 2)
+    extra_labels = stored["label"][chosen]
     images = np.concatenate([batch.images, extra_images])
-    labels = np.concatenate([batch.labels, stored["label"][chosen]])
+    labels = np.concatenate([batch.labels, extra_labels])
     assert np.array_equal(both.images, images[order])
     assert np.array_equal(both.labels, labels[order])
 
@@ -211,7 +224,8 @@ def test_an_epoch_sees_each_original_image_once(tmp_path, monkeypatch, short_run
     monkeypatch.setattr(training, "train_step", step)
     flags = ("--extra-data", extra_file(tmp_path / "extra.npz"), "--extra-fraction", 0.6)
     run = train(tmp_path, "--epochs", 1, "--limit-train", 30, "--batch-size", 10, *flags)
-    sizes = [len(batch.labels) for (_, batch), _ in step.call_args_list]
+    batches = [args[1] for args, _ in step.call_args_list]
+    sizes = [len(batch.labels) for batch in batches]
     assert sizes == [10] * 7 + [8]  # 6 of each are extra; 2 of the 30 are left at the end
     assert "extra_fraction-0.6" in run.name
 
@@ -241,7 +255,8 @@ def test_label_smoothing_is_of_cross_entropy_alone():
     adversarial = torch.randn(4, 5)
     labels = torch.tensor([0, 1, 2, 4])
     cross_entropy = F.cross_entropy(natural, labels)
-    smooth = 0.9 * cross_entropy - 0.1 * F.log_softmax(natural, 1).mean()
+    uniform = -F.log_softmax(natural, 1).mean()
+    smooth = 0.9 * cross_entropy + 0.1 * uniform
     assert torch.allclose(pgd_loss(natural, labels, 0.1), smooth)
     plain = trades_loss(natural, adversarial, labels, 6.0)
     smoothed = trades_loss(natural, adversarial, labels, 6.0, 0.1)
@@ -256,14 +271,15 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     rates = []
     perturbed = []
     weights = []
+    averages = []
     evaluate = MagicMock(wraps=training.evaluate)
     real_step = training.train_step
 
     def step(job, batch):
         rates.append(job.optimizer.param_groups[0]["lr"])
         figures = real_step(job, batch)
-        pair = job.model.conv1.weight, job.average.model.conv1.weight
-        weights.append(copy.deepcopy(pair))
+        weights.append(job.model.conv1.weight.detach().clone())
+        averages.append(job.average.model.conv1.weight.clone())
         return figures
 
     def perturb(model, gradients, gamma):
@@ -282,11 +298,11 @@ def test_the_loop_perturbs_averages_and_schedules_as_asked(tmp_path, monkeypatch
     assert evaluate.call_count == 3
     for (job, network, _), _ in evaluate.call_args_list:
         assert network is job.average.model
-    expected = weights[0][1]
-    for t, (trained, average) in enumerate(weights[1:], 1):
+    expected = averages[0]
+    for t in range(1, 6):
         decay = min(0.3, (1 + t) / (10 + t))
-        expected = decay * expected + (1 - decay) * trained
-        assert torch.allclose(average, expected, atol=1e-6)
+        expected = decay * expected + (1 - decay) * weights[t]
+        torch.testing.assert_close(averages[t], expected, rtol=0, atol=1e-6)
 
 
 def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkeypatch, short_runs):
@@ -320,7 +336,8 @@ def test_a_run_with_everything_resumes_in_mid_epoch_bit_for_bit(tmp_path, monkey
         assert_equal(actual[key], expected[key], key)
 
     trained = expected["model"]
-    saved = load_model(straight / "model-wrn-last.pt")[0].state_dict()
+    last, _ = load_model(straight / "model-wrn-last.pt")
+    saved = last.state_dict()
     assert_equal(saved, expected["average"])
     assert not torch.equal(saved["conv1.weight"], trained["conv1.weight"])
     assert torch.equal(saved["bn1.running_mean"], trained["bn1.running_mean"])

@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import utils.training.loop as training
 from tests.golden_numbers import assert_near
@@ -28,11 +29,11 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_verdicts(tmp_path, monkeypa
     assert verdicts.call_count > 0
     for (net, *_), _ in verdicts.call_args_list:
         assert not isinstance(net.judge, Bfloat16)
-        assert {p.dtype for p in net.judge.parameters()} == {torch.float32}
+        dtypes = {parameter.dtype for parameter in net.judge.parameters()}
+        assert dtypes == {torch.float32}
     content = state(run)
-    assert {v.dtype for v in content["model"].values()} == {torch.float32, torch.int64}
-    momenta = [entry["momentum_buffer"] for entry in content["optimizer"]["state"].values()]
-    assert {momentum.dtype for momentum in momenta} == {torch.float32}
+    tensors = tree_leaves([content["model"], content["optimizer"]["state"]])
+    assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,8 @@ def test_attacks_search_in_the_precision_asked_for_and_verdicts_are_float32(
     monkeypatch.setattr(attacks, "projected_ascent", noting("pgd", attacks.projected_ascent))
     train(tmp_path, *ONE_EPOCH, "--precision", precision)
     network = noting("verdict", lambda x: x.flatten(1)[:, :4])
-    right_or_not(network, None, *some_batch(4), torch.arange(4))
+    x, labels = some_batch(4)
+    right_or_not(network, None, x, labels, torch.arange(4))
     assert noted == {"attack": {expected}, "pgd": {expected}, "verdict": {(False, False)}}
     assert switches() == (True, False)
 

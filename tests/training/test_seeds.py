@@ -43,7 +43,8 @@ def test_one_seed_is_a_number_and_names_the_folder_as_before(tmp_path):
     assert parse_training("", RA, []).settings.seed == 1
     (tmp_path / "a.json").write_text('{"seed": [3, 4]}')
     command = parse_training("", RA, [f"--config={tmp_path / 'a.json'}"])
-    assert (command.seeds, command.settings.seed) == ((3, 4), 3)
+    assert command.seeds == (3, 4)
+    assert command.settings.seed == 3
 
 
 def test_every_seed_has_its_lines_and_its_status_and_a_share_of_the_threads(capsys, monkeypatch):
@@ -51,7 +52,11 @@ def test_every_seed_has_its_lines_and_its_status_and_a_share_of_the_threads(caps
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     show = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['OMP_WAIT_POLICY']); "
-    commands = {3: child(show + "sys.exit(1)"), 4: child(show), 5: child(show + "print(sys.argv)")}
+    commands = {
+        3: child(show + "sys.exit(1)"),
+        4: child(show),
+        5: child(show + "print(sys.argv)"),
+    }
     statuses = seeds.train_processes(settings("--seed=3,4,5", "--jobs=2"), commands)
     assert statuses == {3: 1, 4: 0, 5: 0}
     lines = capsys.readouterr().out.splitlines()
@@ -97,7 +102,7 @@ def test_a_failed_run_is_named_after_the_figures_of_the_others(tmp_path, monkeyp
     flags = ["--seed=1,2,3", "--model-dir", str(tmp_path / "run")]
     command = parse_training("", RA, flags)
     for seed, natural, robust in ((1, 80, 50), (2, 90, 0), (3, 83, 53)):
-        folder = tmp_path / run_folder(parse_training("", RA, [*flags, f"--seed={seed}"])).name
+        folder = run_folder(parse_training("", RA, [*flags, f"--seed={seed}"]))
         folder.mkdir()
         figures = [(1, natural, robust), (2, 99, 1)]
         columns = ("epoch", "natural_accuracy", "pgd40_heads_accuracy")
@@ -115,13 +120,11 @@ def test_a_failed_run_is_named_after_the_figures_of_the_others(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_run_of_several_seeds_is_that_of_its_seed_alone(tmp_path):
-    alone = python(ANCRA, *RUN, "--seed=2", f"--model-dir={tmp_path / 'alone'}")
-    assert alone.returncode == 0, alone.stderr
+    alone = (ANCRA, *RUN, "--seed=2", f"--model-dir={tmp_path / 'alone'}")
     several = (ANCRA, *RUN, "--seed=1,2", f"--model-dir={tmp_path / 'both'}")
-    first = python(*several, "--epochs=1")
-    assert first.returncode == 0, first.stderr
-    both = python(*several)
-    assert both.returncode == 0, both.stderr
+    for command in (alone, (*several, "--epochs=1"), several):
+        done = python(*command)
+        assert done.returncode == 0, done.stderr
     (run,) = tmp_path.glob("alone*")
     (other,) = tmp_path.glob("both*-seed-2-*")
     assert_same_run(run, other)
