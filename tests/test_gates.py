@@ -11,12 +11,11 @@ from tests.helpers import (
     assert_equal,
     digits_checkpoint,
     digits_network,
-    digits_split,
     execute,
     state,
     train,
 )
-from utils.data.datasets import as_input
+from utils.data.datasets import as_input, load_split
 from utils.evaluation.adaptive import views
 from utils.system.checkpoints import load_model
 
@@ -63,7 +62,7 @@ def test_an_evaluation_judges_by_the_head_that_answers(tmp_path, refused):
     flags = ("--n-examples=8", "--num-steps=2", "--attacks=natural,pgd", "--device=cpu")
     assert execute(ATTACK, "--ckpt_url", file, *flags, "--predict=auxiliary1") == 0
     record = json.loads((tmp_path / "white_attack.json").read_text())
-    images = as_input(digits_split(count=8).images)
+    images = as_input(load_split("digits", "test", "", 16, 8).images)
     heads = digits_network()(images, heads=True)
     logits = heads.auxiliary[0]
     model, _ = load_model(file, predict="auxiliary1")

@@ -229,8 +229,8 @@ class Ranks:
         statuses = [ended(process) for process in self.processes]
         written = []
         for out in self.outputs:
-            pair = [out.with_suffix(ending).read_text() for ending in (".out", ".err")]
-            written.append(pair)
+            texts = out.with_suffix(".out").read_text(), out.with_suffix(".err").read_text()
+            written.append(texts)
         return statuses, written
 
 
