@@ -26,6 +26,12 @@ def gated(gate, arch="ResNet18", **options):
     return build_model(arch, 4, width=4, image_size=16, gate=gate, **options).eval()
 
 
+def evaluated(folder, *flags):
+    """Evaluate a run's best network, and return the record."""
+    assert execute(ATTACK, "--ckpt_url", folder, *flags, "--device=cpu") == 0
+    return json.loads((folder / "white_attack.json").read_text())
+
+
 def test_gates_that_a_forward_is_given():
     model = gated("label")
     x = torch.rand(4, 3, 16, 16)
@@ -59,10 +65,10 @@ def test_any_head_may_answer():
 
 def test_an_evaluation_judges_by_the_head_that_answers(tmp_path, refused):
     file = digits_checkpoint(tmp_path / "best_adv_model.pt")
-    flags = ("--n-examples=8", "--num-steps=2", "--attacks=natural,pgd", "--device=cpu")
-    assert execute(ATTACK, "--ckpt_url", file, *flags, "--predict=auxiliary1") == 0
-    record = json.loads((tmp_path / "white_attack.json").read_text())
-    images = as_input(load_split("digits", "test", "", 16, 8).images)
+    flags = ("--n-examples=8", "--num-steps=2", "--attacks=natural,pgd")
+    record = evaluated(tmp_path, *flags, "--predict=auxiliary1")
+    split = load_split("digits", "test", "", 16, 8)
+    images = as_input(split.images)
     heads = digits_network()(images, heads=True)
     logits = heads.auxiliary[0]
     model, _ = load_model(file, predict="auxiliary1")
@@ -77,7 +83,8 @@ def test_own_classifiers_are_drawn_after_all_other_weights():
     shared = gated("label").state_dict()
     one = gated("label", classifier="own", ra_blocks=1).state_dict()
     two = gated("label", classifier="own").state_dict()
-    assert list(one) == [*shared, "block_classifiers.0.weight", "block_classifiers.0.bias"]
+    added = ["block_classifiers.0.weight", "block_classifiers.0.bias"]
+    assert list(one) == [*shared, *added]
     assert len(two) == len(one) + 2
     for name, tensor in shared.items():
         assert_equal(two[name], tensor)
@@ -106,8 +113,7 @@ def test_a_run_with_own_classifiers_is_evaluated_as_such(short_runs, tmp_path):
     assert weights["block_classifiers.0.weight"].shape == (10, 32)
 
     flags = ("--attacks=adaptive", "--n-examples=4", "--restarts=1", "--apgd-steps=5")
-    assert execute(ATTACK, "--ckpt_url", run, *flags, "--device=cpu") == 0
-    record = json.loads((run / "white_attack.json").read_text())
+    record = evaluated(run, *flags)
     method = "ANCRA-TRADES, AWP 0.01, EMA 0.9, classifier own, RA blocks 1"
     assert record["network"]["method"] == method
     assert {"adaptive: auxiliary 1", "adaptive: smooth gates"} < set(record["attacks"])

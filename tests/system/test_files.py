@@ -47,6 +47,8 @@ def test_a_lock_is_released_by_death(tmp_path):
     with locked(file, wait=False):
         assert file.exists()
     assert not file.exists()
+    with locked(file, wait=False):
+        file.unlink()  # with its folder, perhaps
 
 
 def test_a_record_keeps_those_before_it(tmp_path):

@@ -171,9 +171,7 @@ def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
     checksums = json.loads((run / "run.json").read_text())["checksums"]
     assert checksums == state(run)["checksums"]
     assert checksums.keys() == {"training", "selection", "test"}
-    log = capsys.readouterr().out
-    assert "on the val part, 6 images" in log
-    assert "best epoch on the test set" in log
+    assert "on the val part, 6 images" in capsys.readouterr().out
 
     def resumed(*flags):
         resume(run, *flags)
