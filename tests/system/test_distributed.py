@@ -217,8 +217,8 @@ class Ranks:
         self.outputs = [parent / str(rank) for rank in range(count)]
         self.processes = []
         for rank, out in enumerate(self.outputs):
-            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.processes.append(forked(out, in_environment, own, work, *args))
+            variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(forked(out, in_environment, variables, work, *args))
 
     def send_signal(self, rank, signum):
         """Send a signal to one rank."""
