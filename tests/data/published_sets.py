@@ -1,17 +1,16 @@
 """CIFAR and Tiny-ImageNet as they are published, with a few made images."""
 
 import hashlib
-import io
 import pickle
 import shutil
 import tarfile
-import zipfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from tests.helpers import pixels
+from tests.helpers import pixels, png
 from utils.data import datasets
 
 # By data set: torchvision's class, the key of the labels, number of classes
@@ -45,64 +44,63 @@ def write_cifar(monkeypatch, folder, dataset="cifar10"):
         sums = []
         for i, name in enumerate(names):
             rows = slice(3 * i, 3 * i + 3)
-            sums.append(write(name, {"data": images[rows].reshape(3, 3072), key: labels[rows]}))
+            content = {"data": images[rows].reshape(3, 3072), key: labels[rows]}
+            sums.append(write(name, content))
         monkeypatch.setattr(source, f"{part}_list", sums)
         written[part] = (images.transpose(0, 2, 3, 1), labels)
 
     meta = source.meta
-    _, checksum = write(meta["filename"], {meta["key"]: [f"name{i}" for i in range(classes)]})
+    class_names = [f"name{i}" for i in range(classes)]
+    _, checksum = write(meta["filename"], {meta["key"]: class_names})
     monkeypatch.setattr(source, "meta", meta | {"md5": checksum})
     return written
 
 
 def pack_cifar(monkeypatch, folder, dataset="cifar10"):
-    """Replace the unpacked folder by the archive that torchvision downloads, and return that."""
+    """Replace the unpacked folder by the archive that torchvision downloads."""
     source, *_ = CIFARS[dataset]
     archive = folder / source.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder / source.base_folder, source.base_folder)
     shutil.rmtree(folder / source.base_folder)
     monkeypatch.setattr(source, "tgz_md5", md5(archive.read_bytes()))
-    return archive
 
 
 def write_tiny_imagenet(monkeypatch, folder):
     """Write the zip of a Tiny-ImageNet of 3 classes, and let `datasets` expect it.
 
-    Returns the zip, and {part: (decoded images NHWC, labels)} in order.
+    Returns {part: (decoded images NHWC, labels)} in order. One image is grey, as some of the
+    published ones are.
     """
+    root = folder / "tiny-imagenet-200"
     wnids = ("n01", "n02", "n03")
-    of_test = ("n02", "n03", "n01", "n03")
-    annotations = [f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n" for i, wnid in enumerate(of_test)]
+    labels = {"train": [0, 0, 1, 1, 2, 2], "test": [1, 2, 0, 2]}
+    written = {}
+    for part in labels:
+        images = []
+        for i, label in enumerate(labels[part]):
+            wnid = wnids[label]
+            place = "val/images/val"
+            if part == "train":
+                place = f"train/{wnid}/images/{wnid}"
+            file = root / f"{place}_{i}.JPEG"
+            png(file, pixels(i + len(part), 64, 64, 3), "L" if i == 1 else None)
+            images.append(np.array(Image.open(file).convert("RGB")))
+        written[part] = (images, labels[part])
+
+    annotations = ""
+    for i, label in enumerate(labels["test"]):
+        annotations += f"val_{i}.JPEG\t{wnids[label]}\t0\t32\t44\t62\n"
     texts = {
         "wnids.txt": "n03\nn01\nn02\n",  # not sorted, as in the published file
-        "words.txt": "".join(f"{wnid}\tthing {wnid}\n" for wnid in wnids),
-        "val/val_annotations.txt": "".join(annotations),
+        "words.txt": "n01\tthing\nn02\tother thing\nn03\tlast, thing\n",
+        "val/val_annotations.txt": annotations,
         "train/n01/n01_boxes.txt": "n01_0.JPEG\t0\t0\t63\t63\n",
     }
-    train = [(f"train/{wnid}/images/{wnid}_{i}.JPEG", wnid) for wnid in wnids for i in range(2)]
-    test = [(f"val/images/val_{i}.JPEG", wnid) for i, wnid in enumerate(of_test)]
-
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / "tiny-imagenet-200.zip"
-    expected = {"train": ([], []), "test": ([], [])}
-    with zipfile.ZipFile(archive, "w") as out:
-        for name, text in texts.items():
-            out.writestr(f"tiny-imagenet-200/{name}", text)
-        for seed, (name, wnid) in enumerate(train + test):
-            content = jpeg(seed)
-            out.writestr(f"tiny-imagenet-200/{name}", content)
-            images, labels = expected["train" if seed < len(train) else "test"]
-            images.append(np.array(Image.open(io.BytesIO(content)).convert("RGB")))
-            labels.append(wnids.index(wnid))
+    for name, text in texts.items():
+        (root / name).write_text(text)
+    archive = Path(shutil.make_archive(root, "zip", folder, root.name))
+    shutil.rmtree(root)
     url = "http://localhost/tiny.zip"
     monkeypatch.setattr(datasets, "TINY_IMAGENET", (url, md5(archive.read_bytes())))
-    return archive, expected
-
-
-def jpeg(seed):
-    """Return the bytes of a JPEG of 64x64; one is grey, as some of the published ones are."""
-    array = pixels(seed, 64, 64) if seed == 1 else pixels(seed, 64, 64, 3)
-    out = io.BytesIO()
-    Image.fromarray(array).save(out, "JPEG")
-    return out.getvalue()
+    return written
