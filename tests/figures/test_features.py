@@ -1,18 +1,20 @@
 """Features, distances, negatives, clusters, and feature_distance.py."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import silhouette_score
 from sklearn.metrics.pairwise import paired_cosine_distances, paired_euclidean_distances
 
 from models import build_model
 from tests.helpers import checkpoint, digits_checkpoint, execute
-from utils.attacks import image_noise
+from utils.attacks import cross_entropy, pgd
 from utils.data.datasets import Split, as_input
 from utils.figures.features import (
     BLOCK,
+    METRICS,
     choose_in_blocks,
     class_names,
     compare,
@@ -23,6 +25,7 @@ from utils.figures.features import (
 from utils.system.attack_copy import frozen
 from utils.system.errors import RunError, UsageError
 from utils.system.files import read_arrays
+from utils.system.settings import FEATURES
 
 SCRIPT = "feature_distance.py"
 
@@ -53,9 +56,11 @@ def measured(run, target, *flags):
     ],
 )
 def test_weighted_features_are_the_unweighted_ones_times_the_predicted_row(arch, width, size):
-    model = build_model(arch, 5, width=width, image_size=size).double().train()
-    with torch.no_grad():  # in train mode, where the map of a fresh network does not fade
-        heads = model(torch.rand(3, 3, size, size, dtype=torch.float64), heads=True)
+    model = build_model(arch, 5, width=width, image_size=size).double()
+    x = torch.rand(3, 3, size, size, dtype=torch.float64)
+    model.train()  # where the map of a fresh network does not fade
+    with torch.no_grad():
+        heads = model(x, heads=True)
     last = heads.auxiliary[-1]
     assert torch.allclose(model.classifier(heads.unweighted), last)
     rows = model.classifier.weight[last.argmax(1)]
@@ -85,10 +90,12 @@ def test_negatives_are_of_another_class_and_of_the_same_block(strategy):
     logits = torch.randn(450, 4)
     chosen = choose_in_blocks(labels, logits, strategy, 3)
     assert (labels[chosen] != labels).all()
-    assert torch.equal(chosen, choose_in_blocks(labels, logits, strategy, 3))
-    assert not torch.equal(chosen, choose_in_blocks(labels, logits, strategy, 4))
+    again = choose_in_blocks(labels, logits, strategy, 3)
+    assert torch.equal(chosen, again)
+    other = choose_in_blocks(labels, logits, strategy, 4)
+    assert not torch.equal(chosen, other)
     order = np.random.default_rng(3).permutation(450)
-    block = np.argsort(order) // BLOCK
+    block = order.argsort() // BLOCK
     assert np.array_equal(block[chosen], block)
 
 
@@ -107,46 +114,46 @@ def test_a_block_without_another_class_takes_negatives_from_the_rest(strategy):
 
 
 def test_distances_are_those_of_scikit_learn():
-    a = torch.randn(5, 7)
-    b = torch.randn(5, 7)
+    a, b = torch.randn(2, 5, 7)
     distances = compare(a, b)
-    assert np.allclose(distances["L2"], paired_euclidean_distances(a, b))
-    assert np.allclose(1 - distances["cosine"], paired_cosine_distances(a, b), atol=1e-6)
+    assert distances["L2"] == pytest.approx(paired_euclidean_distances(a, b))
+    cosine_distances = 1 - distances["cosine"]
+    assert cosine_distances == pytest.approx(paired_cosine_distances(a, b), abs=1e-6)
     tiny = 1e-9 * a
-    assert compare(tiny, tiny)["cosine"] == pytest.approx(1)
+    of_equal_ones = compare(tiny, tiny)
+    assert of_equal_ones["cosine"] == pytest.approx(1)
 
 
 def test_distances_of_a_class_are_those_of_its_images(trained, run):
-    """Compute them anew, by the network itself and a PGD loop of this test."""
     model, split, _ = trained
     settings, values = measured(run, 0, "--num-steps=3")
     assert settings["target"] == 0
     assert settings["epsilon"] == 0.1
-    indices = torch.from_numpy(values["indices"])
-    negatives = torch.from_numpy(values["negatives"])
-    assert torch.equal(indices.sort().values, (split.labels == 0).nonzero().squeeze(1))
-    assert (split.labels[negatives] != 0).all()
+    numbers = torch.from_numpy(values["indices"])
+    images = split.take(numbers)
+    negatives = split.take(torch.from_numpy(values["negatives"]))
+    expected = (split.labels == 0).nonzero().squeeze(1)
+    assert torch.equal(numbers.sort().values, expected)
+    assert (negatives.labels != 0).all()
 
-    x = as_input(split.images[indices])
-    attacked = x + 0.001 * image_noise(x, indices, 1, "normal")
-    for _ in range(3):
-        attacked.requires_grad_()
-        loss = F.cross_entropy(model(attacked), split.labels[indices], reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, attacked)
-        attacked = attacked.detach() + 0.02 * gradient.sign()
-        attacked = attacked.clamp(x - 0.1, x + 0.1).clamp(0, 1)
-
-    # The sign of a gradient near 0 may differ, so a few PGD examples do.
-    others = {"PP": (attacked, 0.9), "NP": (as_input(split.images[negatives]), 1)}
-    for pair, (images, share) in others.items():
-        with torch.no_grad():
-            natural, other = (model(batch, heads=True) for batch in (x, images))
-        for layer, name in (("weighted", "features"), ("unweighted", "unweighted")):
-            expected = compare(getattr(natural, name), getattr(other, name))
-            for metric, distances in expected.items():
-                actual = values[f"{layer}_{pair}_{metric}"]
-                close = np.isclose(actual, distances, rtol=1e-2, atol=1e-3)
-                assert close.mean() >= share
+    x = as_input(images.images)
+    attack = pgd(cross_entropy, 0.1, 0.02, 3, start="normal", seed=1)
+    with frozen(model) as net:
+        natural = net(x, heads=True)
+        attacked = attack(net, x, images.labels, numbers)
+        others = {
+            "PP": net(attacked, heads=True),
+            "NP": net(as_input(negatives.images), heads=True),
+        }
+    for pair, other in others.items():
+        distances = {
+            "weighted": compare(natural.features, other.features),
+            "unweighted": compare(natural.unweighted, other.unweighted),
+        }
+        for layer, metric in product(FEATURES, METRICS):
+            expected = distances[layer][metric]
+            actual = values[f"{layer}_{pair}_{metric}"]
+            assert np.allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
@@ -155,9 +162,10 @@ def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
     settings, together = measured(run, "all", *flags)
     _, of_class = read_arrays(here / "distances" / "measured-3.npz")
     chosen = np.isin(together["indices"], alone["indices"])
-    for key, array in alone.items():
-        assert np.isclose(array, of_class[key], rtol=1e-2, atol=1e-3).mean() > 0.9, key
-        assert np.array_equal(of_class[key], together[key][chosen])
+    for key, array in of_class.items():
+        is_close = np.isclose(alone[key], array, rtol=1e-2, atol=1e-3)
+        assert is_close.mean() > 0.9, key
+        assert np.array_equal(array, together[key][chosen])
     assert "unweighted" in capsys.readouterr().out
 
     # --n-examples takes the same images everywhere; numbers count in the whole test set.
@@ -170,8 +178,8 @@ def test_adversarial_negatives_look_more_like_the_class(run):
     _, natural = measured(run, 5, "--epsilon=0.3", "--strategy=random")
     _, pushed = measured(run, 5, "--epsilon=0.3", "--strategy=random_adv")
     assert np.array_equal(natural["negatives"], pushed["negatives"])
-    cosine = "unweighted_NP_cosine"
-    assert pushed[cosine].mean() > natural[cosine].mean() + 0.05
+    closer = pushed["unweighted_NP_cosine"] - natural["unweighted_NP_cosine"]
+    assert closer.mean() > 0.05
 
 
 def test_a_plain_network_has_one_kind_of_features(here, capsys):
@@ -187,8 +195,9 @@ def test_pgd_attacks_the_head_that_answers(run):
     settings, auxiliary = measured(run, 3, *flags, "--predict=auxiliary1")
     assert settings["predict"] == "auxiliary1"
     assert "auxiliary1" in settings["method"]
-    assert not np.allclose(final["weighted_PP_cosine"], auxiliary["weighted_PP_cosine"])
-    assert np.array_equal(final["weighted_NP_cosine"], auxiliary["weighted_NP_cosine"])
+    for pair, is_equal in (("PP", False), ("NP", True)):
+        key = f"weighted_{pair}_cosine"
+        assert np.allclose(final[key], auxiliary[key]) == is_equal
 
 
 # Clusters
@@ -196,24 +205,27 @@ def test_pgd_attacks_the_head_that_answers(run):
 
 def test_cluster_numbers_against_their_definitions():
     labels = torch.arange(60) % 3
-    features = torch.randn(60, 8) + 2 * torch.randn(3, 8)[labels]
+    centres = 2 * torch.randn(3, 8)
+    features = torch.randn(60, 8) + centres[labels]
     distance = 1 - np.corrcoef(features.double().numpy())
     np.fill_diagonal(distance, 0)
-    labels_of_nearest = labels[distance.argsort(1)[:, 1:13]]  # the first is the image itself
+    nearest = distance.argsort(1)[:, 1:13]  # the first is the image itself
+    is_alike = labels[nearest] == labels[:, None]
 
     silhouette, agreement = measure_clusters(features, labels)
     expected = silhouette_score(distance, labels.numpy(), metric="precomputed")
     assert silhouette == pytest.approx(expected, abs=1e-4)
-    expected = (labels_of_nearest == labels[:, None]).double().mean()
-    assert agreement == pytest.approx(expected.item(), abs=1e-6)
+    assert agreement == pytest.approx(is_alike.double().mean())
 
 
 # Classes
 
 
 def test_classes_by_name_synonym_and_number():
+    labels = torch.tensor([0, 1, 1])
+    wnids = ("n1", "n2", "n3")
     words = ("goldfish, Carassius auratus", "crane", "crane, wading bird")
-    split = Split(torch.zeros(3), torch.tensor([0, 1, 1]), ("n1", "n2", "n3"), words)
+    split = Split(torch.zeros(3), labels, wnids, words)
     assert class_names(split) == ["goldfish", "crane", "crane"]
     for wanted in ("n1", "Goldfish", "carassius auratus", "0"):
         assert find_classes(wanted, split) == [0]
@@ -221,7 +233,7 @@ def test_classes_by_name_synonym_and_number():
     for wanted in ("goldfis", "3", "n3"):  # of n3 there is no image
         with pytest.raises(UsageError):
             find_classes(wanted, split)
-    numbered = Split(torch.zeros(2), torch.tensor([0, 1]), ("1", "2"))
+    numbered = split._replace(classes=("1", "2", "3"), words=())
     assert find_classes("1", numbered) == [0]  # a name wins over a number
 
 

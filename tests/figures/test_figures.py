@@ -70,10 +70,13 @@ def write_distances(file, seed=0, **changes):
         "target_name": "three",
         "features": "weighted",
         "reverse_attention": True,
+        **changes,
     }
-    keys = ["_".join(parts) for parts in product(FEATURES, PAIRS, METRICS)]
+    arrays = {}
+    for key in product(FEATURES, PAIRS, METRICS):
+        arrays["_".join(key)] = rng.random(30)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(file, settings | changes, **{key: rng.random(30) for key in keys})
+    write_arrays(file, settings, **arrays)
     return file
 
 
@@ -93,11 +96,13 @@ def histograms(monkeypatch):
 # Histograms
 
 
-@pytest.mark.parametrize("methods", [1, 9])
-def test_a_histogram_has_the_same_bins_for_all_methods(drawn, methods):
-    distances = np.random.default_rng(0).normal(range(methods), size=(200, methods)).T
-    values = [(f"method {i}", row) for i, row in enumerate(distances)]
+def test_a_histogram_has_the_same_bins_for_all_methods(drawn):
+    methods = [f"method {i}" for i in range(9)]
+    distances = np.random.default_rng(0).normal(size=(9, 200))
+    distances += np.arange(9)[:, None]
+    values = list(zip(methods, distances, strict=True))
     figure = drawn(draw_histogram, values, "cosine similarity", "some title")
+    assert legend_texts(figure) == methods
     (axes,) = figure.axes
     bins = np.linspace(distances.min(), distances.max(), BINS + 1)
     for patch in axes.patches:
@@ -106,9 +111,6 @@ def test_a_histogram_has_the_same_bins_for_all_methods(drawn, methods):
         assert heights.sum() == pytest.approx(100)
     means = [line.get_xdata()[0] for line in axes.lines]
     assert means == pytest.approx(distances.mean(1))
-    assert legend_texts(figure) == [label for label, _ in values]
-    lines = figure.legends[0].get_lines()
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == methods
 
 
 def test_equal_values_can_be_drawn(drawn):
@@ -133,15 +135,11 @@ def test_four_figures_are_of_each_class_and_four_of_all(here, histograms):
 
 
 @pytest.mark.parametrize(
-    ("network", "features"),
-    [
-        ({"reverse_attention": False}, "three, features"),
-        ({"reverse_attention": True, "gate": "none"}, "three, features"),
-        ({"reverse_attention": True, "gate": "label"}, "three, weighted features"),
-    ],
+    ("gate", "features"),
+    [("none", "three, features"), ("label", "three, weighted features")],
 )
-def test_only_features_of_a_gated_network_are_called_weighted(here, histograms, network, features):
-    write_distances(here / "distances" / "a-3.npz", **network)
+def test_only_features_of_a_gated_network_are_called_weighted(here, histograms, gate, features):
+    write_distances(here / "distances" / "a-3.npz", gate=gate)
     assert execute(HIST) == 0
     assert all(title.endswith(features) for _, _, title in histograms)
 
@@ -155,9 +153,11 @@ def test_files_are_drawn_in_the_order_of_the_labels(here, histograms):
     values, _, title = histograms[2]
     assert list(values) == ["B", "A"]
     assert title.startswith("NP") and title.endswith("unweighted features")
-    assert np.array_equal(values["B"], read_arrays(b)[1]["unweighted_NP_cosine"])
+    _, arrays = read_arrays(b)
+    assert np.array_equal(values["B"], arrays["unweighted_NP_cosine"])
     assert execute(HIST, "--distances", a, b) == 0
-    assert list(histograms[-1][0]) == ["a", "b"]  # two runs of one method have their names
+    values, _, _ = histograms[-1]
+    assert list(values) == ["a", "b"]  # two runs of one method have their names
 
 
 def test_files_that_are_not_comparable_do_not_share_a_figure(here, histograms, capsys):
@@ -167,11 +167,8 @@ def test_files_that_are_not_comparable_do_not_share_a_figure(here, histograms, c
     write_distances(folder / "c-3.npz", 2, features="unweighted")
     write_distances(folder / "d-3.npz", 3, epsilon=0.2)
     assert execute(HIST) == 0
-    assert [list(values) for values, _, _ in histograms[::4]] == [
-        ["METHOD 0", "METHOD 3"],
-        ["METHOD 1"],
-        ["METHOD 2"],
-    ]
+    methods = [list(values) for values, _, _ in histograms[::4]]
+    assert methods == [["METHOD 0", "METHOD 3"], ["METHOD 1"], ["METHOD 2"]]
     assert "differ in epsilon: 0.1, 0.2" in capsys.readouterr().out
     assert execute(HIST, "--dataset=cifar10") == 0
     assert len(histograms) == 16
@@ -194,13 +191,13 @@ def test_figures_depend_on_no_setting_of_the_user_s_and_open_no_window_unasked(h
     assert sorted(files(here / "shown").values()) == expected
 
 
-def test_a_file_that_holds_no_distances_is_named(here, refused):
+@pytest.mark.parametrize("name", ["truncated.npz", "foreign.npz", "embedding.npz"])
+def test_a_file_that_holds_no_distances_is_named(here, refused, name):
     whole = write_distances(here / "whole.npz")
     (here / "truncated.npz").write_bytes(whole.read_bytes()[:1000])
     np.savez(here / "foreign.npz", a=np.arange(3))
     write_arrays(here / "embedding.npz", {"names": ["TRADES"]})
-    for name in ("truncated.npz", "foreign.npz", "embedding.npz"):
-        refused(HIST, "--distances", whole, here / name, mentions=[name])
+    refused(HIST, "--distances", whole, here / name, mentions=[name])
 
 
 @pytest.mark.parametrize(
@@ -221,26 +218,32 @@ def test_bad_input_of_draw_hist(here, refused, flags, word):
 
 
 @pytest.mark.parametrize(
-    ("classes", "kinds"), [(2, ["natural"]), (10, ["natural", "PGD-10"]), (200, ["natural"])]
+    ("classes", "kinds"),
+    [
+        (2, ["natural"]),
+        (10, ["natural", "PGD-10"]),
+        (200, ["natural"]),
+    ],
 )
 def test_every_point_of_an_embedding_is_drawn_once(drawn, classes, kinds):
     labels = np.arange(400) % classes
     names = [f"name {i}" for i in range(classes)]
-    measured = {"weighted, natural": {"silhouette": -0.25, "agreement": 0.875}}
-    points = np.random.default_rng(0).normal(size=(3, 400 * len(kinds), 2))
-    panels = [Panel(name, points[i], measured) for i, name in enumerate("abc")]
-    figure = drawn(draw_embedding, panels, labels, names, kinds, "some features")
+    points = np.random.default_rng(0).normal(size=(400 * len(kinds), 2))
+    measured = {"silhouette": -0.25, "agreement": 0.875}
+    panel = Panel("a run", points, {"weighted, natural": measured})
+    figure = drawn(draw_embedding, [panel], labels, names, kinds, "some features")
 
-    for axes, panel in zip(figure.axes, panels, strict=True):
-        shown = np.concatenate([dots.get_offsets() for dots in axes.collections])
-        assert np.array_equal(np.sort(shown, 0), np.sort(panel.points, 0))
-        assert axes.get_title() == f"{panel.name}\nweighted, natural: -0.25, 87.5 %"
-    expected = min(classes, 10) + (2 if len(kinds) == 2 else 0)
+    (axes,) = figure.axes
+    assert axes.get_title() == "a run\nweighted, natural: -0.25, 87.5 %"
+    shown = np.concatenate([dots.get_offsets() for dots in axes.collections])
+    assert np.array_equal(np.sort(shown, 0), np.sort(points, 0))
     (legend,) = figure.legends
     looks = {(line.get_color(), line.get_marker()) for line in legend.get_lines()}
-    assert len(looks) == len(set(legend_texts(figure)) & {*names, *kinds}) == expected
+    coloured = min(classes, 10)
+    of_kinds = len(kinds) if len(kinds) > 1 else 0
+    assert len(looks) == len(legend_texts(figure)) == coloured + of_kinds
     title = legend.get_title().get_text()
-    assert f"UMAP of some features; {min(classes, 10)} of {classes} classes" in title
+    assert f"some features; {coloured} of {classes} classes" in title
 
 
 @pytest.mark.slow
@@ -248,20 +251,24 @@ def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(here):
     digits_checkpoint(here / "a.pt", recipe={})
     digits_checkpoint(here / "b.pt", reverse_attention=False)
     flags = ("--n-examples=60", "--adversarial", "--num-steps=2", "--name=same")
-    pictures = []
     for out in ("one", "two"):
         assert execute(UMAP, "--model_dir", "a.pt", "b.pt", *flags, "--out", out) == 0
-        pictures.append((here / out / "same.png").read_bytes())
-    assert pictures[0] == pictures[1]
+    picture = (here / "one" / "same.png").read_bytes()
+    assert (here / "two" / "same.png").read_bytes() == picture
     settings, arrays = read_arrays(here / "one" / "same.npz")
     assert settings["names"] == ["a", "TRADES"]
     assert settings["kinds"] == ["natural", "PGD-2"]
-    assert [list(measured) for measured in settings["measured"]] == [
-        ["weighted, natural", "weighted, PGD-2", "unweighted, natural", "unweighted, PGD-2"],
-        ["plain, natural", "plain, PGD-2"],
+    of_gated, of_plain = settings["measured"]
+    assert list(of_gated) == [
+        "weighted, natural",
+        "weighted, PGD-2",
+        "unweighted, natural",
+        "unweighted, PGD-2",
     ]
+    assert list(of_plain) == ["plain, natural", "plain, PGD-2"]
     assert arrays["embedding_0"].shape == arrays["embedding_1"].shape == (120, 2)
-    assert np.array_equal(arrays["labels"], digits_split().labels[arrays["indices"]].numpy())
+    labels = digits_split().labels[arrays["indices"]]
+    assert np.array_equal(arrays["labels"], labels)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +282,9 @@ def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(here):
 )
 def test_bad_input_of_draw_umap(here, refused, flags, word):
     checkpoint(here / "a.pt")
-    counts = {part: {str(i): 2 for i in range(10)} for part in ("train", "test")}
-    root = image_folder(here / "pictures", counts)
-    checkpoint(here / "folder.pt", dataset="folder", recipe={"data_dir": str(root)})
+    recipe = {"data_dir": str(image_folder(here / "pictures"))}
+    network = {"num_classes": 2, "classes": ["cat", "dog"], "dataset": "folder"}
+    checkpoint(here / "folder.pt", recipe=recipe, **network)
     refused(UMAP, "--model_dir", *flags, mentions=[word])
 
 
@@ -292,74 +299,78 @@ def test_umap_that_cannot_be_loaded_says_what_to_do(tmp_path, monkeypatch):
 # Training and evaluation
 
 
-def metrics_rows(epochs, interval):
-    """Return rows of metrics.csv; the learning rate falls at epochs 11 and 14."""
+def metrics_rows(epochs):
+    """Return rows of metrics.csv, evaluated every second epoch; the learning rate falls at 11."""
     rows = []
     for epoch in range(1, epochs + 1):
-        row = {
-            "epoch": epoch,
-            "lr": 0.1 ** ((epoch >= 11) + (epoch >= 14)),
-            "loss": 5 / epoch,
-            "train_natural_accuracy_first_head": None,
-            "train_robust_accuracy_first_head": 60.0,
-            "natural_accuracy": None,
-            "pgd40_heads_accuracy": None,
-        }
-        if epoch % interval == 0:
-            row["natural_accuracy"] = 95.0
-            row["pgd40_heads_accuracy"] = 80.0 - abs(epoch - 12)
-        rows.append(row)
+        is_evaluated = epoch % 2 == 0
+        rows.append(
+            {
+                "epoch": epoch,
+                "lr": 0.1 if epoch < 11 else 0.01,
+                "loss": 5 / epoch,
+                "train_natural_accuracy_first_head": None,
+                "train_robust_accuracy_first_head": 60.0,
+                "natural_accuracy": 95.0 if is_evaluated else None,
+                "pgd40_heads_accuracy": 80.0 if is_evaluated else None,
+            }
+        )
     return rows
 
 
 @pytest.mark.parametrize(
-    ("epochs", "interval", "best", "falls"),
-    [(1, 2, [], []), (3, 1, [3], []), (16, 2, [12], [10.5, 13.5])],
+    ("epochs", "best", "falls"),
+    [
+        (1, [], []),
+        (16, [12], [10.5]),
+    ],
 )
-def test_training_curves_mark_the_best_epoch_and_the_learning_rate(
-    drawn, epochs, interval, best, falls
-):
-    rows = metrics_rows(epochs, interval)
-    figure = drawn(draw_curves, rows, rows[best[0] - 1] if best else None)
+def test_training_curves_mark_the_best_epoch_and_the_learning_rate(drawn, epochs, best, falls):
+    rows = metrics_rows(epochs)
+    figure = drawn(draw_curves, rows, rows[11] if best else None)
     for axes in figure.axes:
         assert all(float(tick).is_integer() for tick in axes.get_xticks())
         dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
         assert [line.get_xdata()[0] for line in dotted] == falls
-    marks = [line for line in figure.axes[1].lines if "best" in line.get_label()]
+    _, accuracy = figure.axes
+    marks = [line for line in accuracy.lines if "best" in line.get_label()]
     assert [mark.get_xdata()[0] for mark in marks] == best
-    assert len(legend_texts(figure)) == 4 + len(best) + bool(falls)
 
 
-@pytest.mark.parametrize(
-    ("eps", "ticks"),
-    [(8 / 255, ["0", "2/255", "8/255", "12/255", "1"]), (0.1, ["0", "0.025", "0.1", "0.15", "1"])],
-)
-def test_robustness_curves_have_intervals_and_the_fractions_of_255(drawn, eps, ticks):
-    curve = [(x, (80, 75, 85), (70, 60, 75)) for x in (0, eps / 4, eps, 1.5 * eps, 1.0)]
+def test_robustness_curves_have_intervals_and_the_fractions_of_255(drawn):
+    final = (80, 75, 85)
+    every = (70, 60, 75)
+    eps = 8 / 255
+    curve = [(x, final, every) for x in (0, eps / 4, eps, 1.0)]
     (axes,) = drawn(draw_robustness, curve, "eps", eps).axes
-    assert [text.get_text() for text in axes.get_xticklabels()] == ticks
-    final, adaptive, trained = axes.lines
-    assert [*final.get_ydata(), *adaptive.get_ydata()] == [80] * 5 + [70] * 5
+    ticks = [text.get_text() for text in axes.get_xticklabels()]
+    assert ticks == ["0", "2/255", "8/255", "1"]
+    *accuracies, trained = axes.lines
+    assert [set(line.get_ydata()) for line in accuracies] == [{80}, {70}]
     assert trained.get_xdata()[0] == eps
-    bands = [set(band.get_paths()[0].vertices[:, 1]) for band in axes.collections]
-    assert bands == [{75, 85}, {60, 75}]
+    outlines = [band.get_paths()[0] for band in axes.collections]
+    assert [set(outline.vertices[:, 1]) for outline in outlines] == [{75, 85}, {60, 75}]
 
 
 def test_examples_show_the_answers_and_say_which_images_are_not_fooled(drawn):
+    """Of three images one is fooled, one is right throughout, and one is wrong from the start."""
     labels = torch.tensor([0, 1, 2])
     fooled = torch.tensor([True, False, False])
-    # Fooled, right throughout, and wrong from the start
-    answers = [torch.eye(3)[[0, 1, 0]], torch.eye(3)[[1, 1, 0]]]
+    natural = torch.eye(3)[[0, 1, 0]]
+    adversarial = torch.eye(3)[[1, 1, 0]]
+    answers = [natural, adversarial]
     images = torch.rand(2, 3, 3, 16, 16)
     classes = ["a$b$c", "$x^{$", r"\frac_"]  # no formulas
     figure = drawn(draw_examples, images, answers, fooled, labels, 8 / 255, classes, "some title")
-    top, _, bottom = np.array(figure.axes).reshape(3, 3)
-    assert [axes.get_title() for axes in top] == [f"true class\n{name}" for name in classes]
-    assert [len(axes.images) for axes in figure.axes] == [1, 1, 1, 1, 0, 0, 1, 0, 0]
-    for axes, name, colour in ((top[0], classes[0], RIGHT), (bottom[0], classes[1], WRONG)):
-        assert axes.get_xlabel().startswith(name)
-        assert axes.xaxis.label.get_color() == colour
-    texts = [text.get_text() for axes in bottom for text in axes.texts]
+    shown = [len(axes.images) for axes in figure.axes]
+    assert shown == [1, 1, 1, 1, 0, 0, 1, 0, 0]
+    titles = [axes.get_title() for axes in figure.axes[:3]]
+    assert titles == [f"true class\n{name}" for name in classes]
+    answer_labels = [axes.xaxis.label for axes in figure.axes]
+    for place, name, colour in ((0, "a$b$c", RIGHT), (6, "$x^{$", WRONG)):
+        assert answer_labels[place].get_text().startswith(name)
+        assert answer_labels[place].get_color() == colour
+    texts = [axes.texts[0].get_text() for axes in figure.axes[7:]]
     assert texts == ["not fooled", "wrong\nas it is"]
 
 
