@@ -93,6 +93,12 @@ def short_runs(monkeypatch):
     shorten_runs(monkeypatch)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Draw no picture in evaluations."""
+    monkeypatch.setattr("utils.evaluation.report.save_or_note", lambda draw, file: "")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Return a small network that knows digits, the test images, and the network's checkpoint."""

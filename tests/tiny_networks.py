@@ -116,11 +116,6 @@ not_finite = partial(Scaled, torch.inf)
 decoy = partial(seeded, Decoy, 3)
 
 
-def as_callable():
-    """A function instead of a module."""
-    return lambda x: robust()(x)
-
-
 def in_training_mode():
     """BatchNorm's statistics are those of a batch."""
     net = copy.deepcopy(robust()).train()

@@ -51,7 +51,6 @@ def measured(run, target, *flags):
     [
         ("ResNet18", 4, 16),
         ("WRN-34-10", 1, 16),
-        ("WRN-28-10", 1, 16),
         ("PreActResNet18", 4, 64),  # a last map of 2x2 cells
     ],
 )
@@ -195,9 +194,8 @@ def test_pgd_attacks_the_head_that_answers(run):
     settings, auxiliary = measured(run, 3, *flags, "--predict=auxiliary1")
     assert settings["predict"] == "auxiliary1"
     assert "auxiliary1" in settings["method"]
-    for pair, is_equal in (("PP", False), ("NP", True)):
-        key = f"weighted_{pair}_cosine"
-        assert np.allclose(final[key], auxiliary[key]) == is_equal
+    assert not np.allclose(final["weighted_PP_cosine"], auxiliary["weighted_PP_cosine"])
+    assert np.array_equal(final["weighted_NP_cosine"], auxiliary["weighted_NP_cosine"])
 
 
 # Clusters
@@ -213,7 +211,7 @@ def test_cluster_numbers_against_their_definitions():
     is_alike = labels[nearest] == labels[:, None]
 
     silhouette, agreement = measure_clusters(features, labels)
-    expected = silhouette_score(distance, labels.numpy(), metric="precomputed")
+    expected = silhouette_score(distance, labels, metric="precomputed")
     assert silhouette == pytest.approx(expected, abs=1e-4)
     assert agreement == pytest.approx(is_alike.double().mean())
 
