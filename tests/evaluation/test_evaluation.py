@@ -326,13 +326,12 @@ def test_what_was_assumed_stands_beside_the_figures(tmp_path, capsys):
     normalised = ("--mean=cifar10", "--std", ",".join(map(str, STDS["cifar10"])))
     networks = set()
     for flags, images, recorded in (
-        ((), "not normalised", None),
-        (normalised, f"normalised by {mean}", list(mean)),
+        ((), "mean None", None),
+        (normalised, f"mean {mean}", list(mean)),
     ):
         run("--ckpt_url", file, *DIGITS_ALONE, "--no-ra", *flags)
         _, table = capsys.readouterr().out.split("\nattack ")
-        assert "taken for ResNet18 of width 4, without reverse attention" in table
-        assert f"images {images}" in table
+        assert f"taken for arch ResNet18, width 4, reverse_attention False, {images}" in table
         record = json.loads((tmp_path / "white_attack.json").read_text())
         assert all(f"note: {note}" in table for note in record["notes"])
         assert record["network"]["mean"] == recorded

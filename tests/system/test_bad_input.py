@@ -66,7 +66,7 @@ WRONG_VALUES = [
     "--ema=1",
     "--batch_size=1",
     "--num-steps=0.5",
-    "--image-size=17",
+    "--image-size=0",
     "--milestones=0",
     "--method=TRADES",
     "--strategy=hard-adv",
@@ -98,7 +98,7 @@ def test_a_wrong_value_is_refused(capsys, argument):
     [
         (Training, "--epoch 3", "--epochs"),
         (Training, "stray", "stray"),
-        (Training, "--compile x y", "x y"),
+        (Training, "--compile x y", "x,y"),
         (Evaluation, "--ckpt_url=x --attacks=autoatack", "autoatack"),
         (Evaluation, "--ckpt_url=x --mean=cifar", "cifar"),
         (Training, "--restart_epoch 1", "--ckpt_url"),
@@ -356,7 +356,7 @@ def write_code(path, new_format):
 
 # How files that are no checkpoints are written, and a word of what an evaluation says of them
 NO_CHECKPOINTS = {
-    "missing": (lambda path: None, "does not exist"),
+    "missing": (lambda path: None, "No such file"),
     "folder": (lambda path: path.mkdir(), "no weights"),
     "empty": (lambda path: path.touch(), "begins with b''"),
     "git-lfs pointer": (lambda path: path.write_text("version https://git-lfs"), "git-lfs"),

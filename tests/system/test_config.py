@@ -78,7 +78,6 @@ WRONG = {
     '{"milestones": [3, "x"]}': "'x'",
     '{"tag": "a/\\nb"}': "no file name",
     '{"bogus": 1}': "--bogus",
-    '{"settings": {"resume": true}}': "--resume",
     '{"settings": 1}': "map names",
     '{"tag": {"a": 1}}': "a number, a word",
     '{"lr': "line 1",
@@ -93,7 +92,7 @@ def test_a_wrong_file_is_refused(here, refused, text):
 
 
 def test_a_file_is_refused_that_is_missing_or_another_script_s(here, refused):
-    refused(ANCRA, "--config", "x.json", mentions=["x.json: No such file"])
+    refused(ANCRA, "--config", "x.json", mentions=["--config x.json", "No such file"])
     written(here / "run.json", {"settings": {"method": "mart"}})
     refused("test_white_attack.py", "--config=run.json", mentions=["--method", "--config run.json"])
 

@@ -14,16 +14,16 @@ from utils.system.provenance import commit, in_one_line, provenance
 
 def test_a_record_is_plain_and_says_how_to_repeat(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_CIFAR10_ResNet.py", "--model-dir", "my runs"])
-    record = provenance(torch.device("cpu"), 7, packages=["ruff"])
+    record = provenance(torch.device("cpu"), 7)
     assert json.loads(json.dumps(record)) == record
     assert type(record["versions"]["torch"]) is str  # pickles as one, too
     assert record["command"].endswith("train_CIFAR10_ResNet.py --model-dir 'my runs'")
     assert record["device"] == "cpu"
     assert record["seed"] == 7
-    assert {"python", "torchvision", "ruff"} <= record["versions"].keys()
+    assert {"python", "torchvision"} <= record["versions"].keys()
     line = in_one_line(record)
     assert torch.__version__ in line
-    assert record["waiting"] in line
+    assert f"threads {torch.get_num_threads()}, seed 7" in line
 
 
 # Prints what the environment says of waiting threads, where PyTorch has not been loaded yet.

@@ -907,7 +907,7 @@ def main(argv: list[str] | None = None) -> None:
     except (UsageError, OSError) as error:
         parser.error(str(error))
     record = {
-        "made": provenance(device, packages=("torchattacks", "foolbox")),
+        "made": provenance(device),
         "machine": machine(device),
         "quick": given.quick,
         "benchmarks": {},

@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         "images": given.images,
         "eps": EPS,
         "flags": list(FLAGS),
-        "machine": provenance("cpu")["cpu"],
+        "machine": provenance(torch.device("cpu"))["cpu"],
         "networks": networks,
     }
     file = given.out / "truth.json"

@@ -139,7 +139,7 @@ def test_a_run_of_a_changed_copy_of_the_code_is_refused(run):
     ("flags", "difference"),
     [
         (("--lr", 0.01), "--lr 0.01, the run has 0.03"),
-        (("--lr", 0.03, "--zeta", 2, "--epochs", 9), "--zeta 2.0, the run has 3.0"),
+        (("--lr", 0.03, "--zeta", 2, "--epochs", 9), "--zeta 2, the run has 3"),
         (("--milestones", "11,14"), "--milestones 11,14, the run has 2"),  # a default
         (("--optimizer", "adamw"), "--optimizer adamw, the run has sgd"),
         (("--gate", "soft", "--batch-size", 12), "--batch-size 12, the run has 10; --gate soft"),

@@ -17,7 +17,7 @@ from utils.evaluation.results import FORMAT, wilson
 from utils.figures.plots import draw_examples, draw_robustness, save_or_note
 from utils.system.files import write_atomically
 from utils.system.settings import Evaluation
-from utils.system.values import counted, eps_text
+from utils.system.values import eps_text
 
 RECORDED = (  # settings that white_attack.json keeps
     "num_steps",
@@ -59,8 +59,8 @@ def heading(settings: Evaluation, subject: Subject) -> Iterator[str]:
     yield (
         f"{subject.radius}, step {eps_text(subject.step_size)}, "
         f"{'random' if settings.random else 'natural'} start, seed {settings.seed}; adaptive "
-        f"attack: {counted(settings.restarts, 'start')} of PGD, "
-        f"{counted(settings.apgd_restarts, 'start')} of APGD with {settings.apgd_steps} steps"
+        f"attack: {settings.restarts} x PGD, {settings.apgd_restarts} x APGD with "
+        f"{settings.apgd_steps} steps"
     )
     yield f"blocks of {BLOCK} images, each cached when an attack has finished it"
 

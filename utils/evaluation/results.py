@@ -38,7 +38,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from utils.system.errors import UsageError
-from utils.system.settings import FREE, Training, fitting, idle, restored
+from utils.system.settings import FREE, Training, fitting, idle
 
 FORMAT = 1
 FILE = "white_attack.json"
@@ -124,7 +124,7 @@ def recipe_of(record: dict) -> dict[str, Any]:
     if network.get("recipe") is None:
         recipe = {"file": file, "gate": network.get("gate"), "ra_blocks": network.get("ra_blocks")}
     else:
-        trained = restored(fitting(network["recipe"]))
+        trained = Training(**fitting(network["recipe"]))
         without = NOT_OF_THE_RECIPE.union(idle(trained))
         recipe = {key: value for key, value in asdict(trained).items() if key not in without}
         best = file.endswith("best_adv_model.pt")

@@ -83,7 +83,7 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
 
     log_file, saved_file = output_files(settings, subject)
     file = log_file.with_name(FILE)
-    origin = provenance(subject.split.labels.device, settings.seed, [PACKAGE])
+    origin = provenance(subject.split.labels.device, settings.seed)
     made = f"{origin['started']}, {origin['device']}"
     log = open_log(log_file)
     log(in_one_line(origin))

@@ -6,33 +6,27 @@ Nothing here loads PyTorch, so that --help and wrong flags are answered at once.
 import json
 import os
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypedDict, TypeVar, get_type_hints
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from utils.system.command import end
-from utils.system.errors import UsageError
 from utils.system.settings import (
     ALL_ATTACKS,
     DEFAULTS_OF,
-    OF_A_COMMAND,
     Checkpoint,
     Evaluation,
     FromFile,
     Training,
     Umap,
+    Values,
     beyond_all_images,
     training_settings,
 )
 from utils.system.values import as_given
 
 T = TypeVar("T")
-
-# The settings of a training that a command gives, whatever their defaults
-Given = TypedDict("Given", get_type_hints(Training, include_extras=True), total=False)
 
 
 class Command(NamedTuple):
@@ -43,12 +37,12 @@ class Command(NamedTuple):
     """
 
     settings: Training
-    given: dict[str, Any]
-    script: dict[str, Any]
+    given: Values
+    script: Values
     seeds: tuple[int, ...] = ()
 
 
-def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command:
+def parse_training(doc: str, script: Values, argv: list[str]) -> Command:
     """Parse the command line of a training script; a wrong one ends the program with status 2.
 
     doc: description for --help; script: the script's own recipe.
@@ -60,7 +54,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
     others = {name: value for name, value in from_file.items() if name != "model_dir"}
     if training_settings(others, script) == default:
         from_file = others
-    given = from_file | _parsed(Given, argv)
+    given = from_file | _given(Training, argv)
     seeds = given.get("seed", ())
     if seeds:
         given["seed"] = seeds[0]
@@ -71,8 +65,7 @@ def parse_training(doc: str, script: dict[str, Any], argv: list[str]) -> Command
 
 def parse(cls: type[T], doc: str, argv: list[str]) -> T:
     """Parse the command line of another script; a wrong one ends the program with status 2."""
-    required = {field.name: tyro.MISSING for field in fields(cls) if field.default is MISSING}
-    settings = _parsed(cls, argv, doc, cls(**required | _from_file(cls, argv)))
+    settings = _parsed(cls, argv, doc, cls(**_from_file(cls, argv)))
     _refuse_contradictions(settings)
     return settings
 
@@ -82,7 +75,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _from_file(cls: type, argv: list[str]) -> dict[str, Any]:
+def _from_file(cls: type, argv: list[str]) -> Values:
     """Return the settings of `cls` in the file of --config, if a command line has that flag.
 
     Each entry counts as the flag of its name, with - or _. Lists stand for several values, and null
@@ -92,26 +85,16 @@ def _from_file(cls: type, argv: list[str]) -> dict[str, Any]:
     file = known.config
     if file is None:
         return {}
-    try:
-        content = _content(file)
-    except UsageError as error:
-        _refuse(f"--config {file}: {error}")
-
-    kinds = get_type_hints(cls, include_extras=True)
-    for name in OF_A_COMMAND:
-        kinds.pop(name, None)
     flags = []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        in_one_word = any(
-            isinstance(part, PrimitiveConstructorSpec) for part in get_args(kinds.get(name))
-        )
-        if isinstance(value, list) and not in_one_word:
+    for name, value in _content(file).items():
+        if isinstance(value, dict):
+            _refuse(f"--config {file}: {name} takes a number, a word, a list or null")
+        if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
             flags.append(f"--{name}={as_given(value)}")
     try:
-        return _parsed(TypedDict("InFile", kinds, total=False), flags)
+        return _given(cls, flags)
     except SystemExit:
         _refuse(f"--config {file}: its entries count as flags, and one is refused above")
 
@@ -119,7 +102,7 @@ def _from_file(cls: type, argv: list[str]) -> dict[str, Any]:
 def _content(file: str) -> dict:
     """Return what a file says in JSON, or in YAML where its name ends so; of a run.json `settings`.
 
-    Errors: UsageError where it cannot be read or maps nothing.
+    A file that cannot be read, or maps nothing, ends the program with status 2.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -129,19 +112,19 @@ def _content(file: str) -> dict:
             content = yaml.safe_load(text)
         else:
             content = json.loads(text)
-    except ImportError as error:
-        raise UsageError("YAML needs PyYAML: pip install pyyaml, or write JSON") from error
-    except OSError as error:
-        raise UsageError(error.strerror) from error
     except Exception as error:  # each reader has its own
-        raise UsageError(f"it cannot be read: {' '.join(str(error).split())}") from error
+        _refuse(f"--config {file}: {error}; it is JSON, or YAML, which needs `pip install pyyaml`")
     if isinstance(content, dict):
         content = content.get("settings", content)
     if not isinstance(content, dict):
-        raise UsageError("it must map names of settings to values")
-    if any(isinstance(value, dict) for value in content.values()):
-        raise UsageError("a setting takes a number, a word, a list or null")
+        _refuse(f"--config {file}: it must map names of settings to values")
     return content
+
+
+def _given(cls: type, argv: list[str]) -> Values:
+    """Return the settings of `cls` that a command line names."""
+    kinds = get_type_hints(cls, include_extras=True)
+    return _parsed(TypedDict("Given", kinds, total=False), argv)
 
 
 def _parsed(cls: type[T], argv: list[str], doc: str = "", default: Any = tyro.MISSING_NONPROP) -> T:
@@ -152,7 +135,6 @@ def _parsed(cls: type[T], argv: list[str], doc: str = "", default: Any = tyro.MI
     try:
         return tyro.cli(
             cls,
-            prog=os.path.basename(sys.argv[0]),
             description=doc,
             args=argv,
             default=default,
@@ -180,8 +162,8 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _refuse_contradictions_in_training(settings: Training, seeds: int) -> None:
-    attack = (settings.norm, settings.epsilon, settings.step_size)
-    if problem := beyond_all_images(*attack, settings.image_size):
+    side = settings.image_size
+    if problem := beyond_all_images(settings.norm, settings.epsilon, settings.step_size, side):
         _refuse(problem)
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):
         _refuse("--restart_epoch N and --ckpt_url PATH, the weights of epoch N, need each other")
@@ -193,9 +175,9 @@ def _refuse_contradictions_in_training(settings: Training, seeds: int) -> None:
         _refuse("--extra-fraction leaves no image of one kind in a batch of --batch-size")
     if settings.jobs > 1 and seeds < 2:
         _refuse("--jobs is of several seeds, such as --seed 1,2,3")
-    if settings.resume is not None and seeds > 1:
-        _refuse("several seeds are resumed by the same command; leave --resume out")
     if settings.resume is not None:
+        if seeds > 1:
+            _refuse("several seeds are resumed by the same command; leave --resume out")
         if settings.overwrite:
             _refuse("--resume continues a run, --overwrite starts one")
     elif settings.awp and settings.awp_warmup >= settings.epochs:
@@ -206,7 +188,7 @@ def _refuse_contradictions(settings: object) -> None:
     if isinstance(settings, Checkpoint) and len(settings.mean or ()) != len(settings.std or ()):
         _refuse("--mean and --std need each other, such as --mean cifar10 --std cifar10")
     if isinstance(settings, Evaluation):
-        runs = settings.ckpt_url or ()
+        runs = settings.ckpt_url
         if bool(runs) == bool(settings.model):
             _refuse(
                 "give either --ckpt_url PATH, a checkpoint file or a run folder, or --model M:F"
@@ -221,8 +203,8 @@ def _refuse_contradictions(settings: object) -> None:
         if asked_for_transfer and settings.surrogate is None:
             _refuse("--attacks transfer needs --surrogate, a checkpoint that gives the gradients")
     if isinstance(settings, Umap):
-        panels = len(settings.model_dir)
-        if len(settings.labels or settings.model_dir) != panels or panels == 0:
+        panels = settings.model_dir
+        if not panels or len(settings.labels or panels) != len(panels):
             _refuse(
                 "--model_dir needs a path for each panel, and --labels, if given, a name for each"
             )

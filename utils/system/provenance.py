@@ -1,12 +1,10 @@
 """Where an output file comes from: command, commit, versions, device, seed."""
 
-import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -15,24 +13,29 @@ from pathlib import Path
 import torch
 
 from utils.system import distributed
-from utils.system.values import counted
 
-# Variables that settle how OpenMP's threads wait for work.
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Names on PyPI.
-PACKAGES = ("torchvision", "numpy", "scikit-learn", "umap-learn", "pyautoattack", "pillow")
+PACKAGES = (
+    "torchvision",
+    "numpy",
+    "scikit-learn",
+    "umap-learn",
+    "pillow",
+    "pyautoattack",
+    "torchattacks",
+    "foolbox",
+)
 
 
-def provenance(device: object, seed: int | None = None, packages: Sequence[str] = ()) -> dict:
+def provenance(device: torch.device, seed: int | None = None) -> dict:
     """Describe how an output file is made, in plain values for JSON or a checkpoint.
 
-    device: the torch device that computed. packages: further names on PyPI whose versions matter.
+    device: the one that computes.
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in (*PACKAGES, *packages):
+    for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    waiting = [f"{name} {os.environ.get(name, 'unset')}" for name in WAITING]
     record = {
         "command": f"{distributed.launcher()} {shlex.join(sys.argv)}",
         "commit": commit(),
@@ -40,27 +43,25 @@ def provenance(device: object, seed: int | None = None, packages: Sequence[str] 
         "device": str(device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "waiting": ", ".join(waiting),
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
     }
-    if torch.device(device).type == "cuda":
-        record["card"] = _card(device)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        record["card"] = {
+            "name": card.name,
+            "memory": f"{card.total_memory / 1e9:.0f} GB",
+            "cudnn": torch.backends.cudnn.version(),
+        }
     return record
 
 
 def in_one_line(record: dict) -> str:
     """Format a provenance as one line for a log."""
-    versions = [f"{name} {version}" for name, version in record["versions"].items()]
-    parts = [
-        f"commit {record['commit']}",
-        *versions,
-        record["device"],
-        *record.get("card", {}).values(),
-        f"{counted(record['threads'], 'thread')} ({record['waiting']})",
-        f"seed {record['seed']}",
-    ]
-    return f"{record['started']}  {record['command']}  {', '.join(parts)}"
+    names = ("commit", "device", "threads", "seed")
+    facts = record["versions"] | record.get("card", {}) | {name: record[name] for name in names}
+    text = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return f"{record['started']}  {record['command']}  {text}"
 
 
 def commit() -> str | None:
@@ -84,19 +85,3 @@ def _cpu() -> str:
     with suppress(OSError, AttributeError):  # Linux
         return re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
     return platform.processor() or platform.machine()
-
-
-def _card(device: object) -> dict:
-    """Describe a CUDA device: its name, memory, driver, and the versions of CUDA and cuDNN."""
-    properties = torch.cuda.get_device_properties(torch.device(device))
-    driver = "unknown"
-    with suppress(OSError, AttributeError):  # Linux
-        text = Path("/proc/driver/nvidia/version").read_text()
-        driver = re.search(r"\d+\.[\d.]+", text).group()
-    return {
-        "name": properties.name,
-        "memory": f"{properties.total_memory / 1e9:.0f} GB",
-        "driver": f"driver {driver}",
-        "cuda": f"CUDA {torch.version.cuda}",
-        "cudnn": f"cuDNN {torch.backends.cudnn.version()}",
-    }

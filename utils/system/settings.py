@@ -9,14 +9,17 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Annotated, Any, Literal, get_args
+
+from tyro import MISSING
 
 from utils.system.values import (
     CODE,
-    FILE_NAME,
     Count,
     CountOrNone,
     Epochs,
+    FileNameOrNone,
     NotNegative,
     Path,
     PathOrFlagAlone,
@@ -28,13 +31,14 @@ from utils.system.values import (
     Switch,
     Whole,
     also,
-    as_given,
     listed,
     network,
     number,
     one_of,
     whole,
 )
+
+Values = dict[str, Any]  # of settings, by their names
 
 Method = Literal["pgd", "trades", "mart"]
 Dataset = Literal["cifar10", "cifar100", "tiny-imagenet", "digits", "fashion-mnist", "folder"]
@@ -48,7 +52,6 @@ Gate = Literal["label", "predicted", "soft", "none"]
 Classifier = Literal["shared", "own"]
 Layer = Literal["weighted", "unweighted"]
 Precision = Literal["default", "fp32", "tf32", "bf16"]
-Width = Annotated[int | None, whole(1, 1024)]
 
 ARCHS = get_args(Arch)
 FEATURES = get_args(Layer)
@@ -62,18 +65,13 @@ ATTACKS = (
     "autoattack",
     "adaptive",
     "noise",
-    "square",
     "transfer",
+    "square",
 )
 # Attacks that need no gradient of the network.
 BLIND = ("natural", "noise", "square", "transfer")
-# Square is part of AutoAttack.
-ALL_ATTACKS = tuple(name for name in ATTACKS if name != "square")
+ALL_ATTACKS = ATTACKS[:-1]  # Square is part of AutoAttack.
 APGD_STEPS = 100  # as in AutoAttack
-
-LARGEST_SIDE = 1024  # of an image
-# A multiple of 8, so that the feature map of every stage has at least 2x2 cells.
-SIDE = whole(16, LARGEST_SIDE, step=8)
 
 # Mean and standard deviation of red, green and blue of training images in [0, 1], as published
 # networks use them.
@@ -106,7 +104,7 @@ COMPANIONS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FromFile:
     """What every script takes: settings that a file gives."""
 
@@ -114,7 +112,7 @@ class FromFile:
     """JSON or YAML file of settings by name, such as a run's run.json; flags win over it"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Training(FromFile):
     """The settings of a training script; the defaults are ANCRA-TRADES on CIFAR-10 as published."""
 
@@ -183,9 +181,9 @@ class Training(FromFile):
     """choice of negatives"""
     warmup_epochs: Whole = 10
     """epochs in which every strategy chooses at random"""
-    sample_class_number: Annotated[int, whole(1, 1000)] = 1
+    sample_class_number: Count = 1
     """classes of negatives for an anchor"""
-    sample_number: Annotated[int, whole(1, 1000)] = 1
+    sample_number: Count = 1
     """negatives of each class"""
 
     # What the method is combined with
@@ -214,18 +212,18 @@ class Training(FromFile):
     classifier: Classifier = "shared"
     """whose W weights maps and gives auxiliary logits: that of all heads, or an own one of each
     gated block, as in CAS"""
-    ra_blocks: Annotated[int, whole(1, 2)] = 2
+    ra_blocks: Literal[1, 2] = 2
     """last blocks with reverse attention; the first WRN code had 1"""
-    width: Width = None
+    width: CountOrNone = None
     """channels of the first stage, or the widen factor of a WRN; if unset, 64 or 10"""
-    image_size: Annotated[int, SIDE] = 32
+    image_size: Count = 32
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
     fashion-mnist by zeros; other sides scale them"""
     augmentation: Literal["crop-flip", "crop", "none"] = "crop-flip"
     """crop shifts images at random by up to an eighth of the side, padded by zeros"""
     val_size: Whole = 0
     """select the best epoch on N held-out training images, not on the test set"""
-    limit_train: Annotated[int | None, whole(2)] = None
+    limit_train: CountOrNone = None
     """train on N images only, for trials"""
     limit_test: CountOrNone = None
     """evaluate on N images only, for trials"""
@@ -257,7 +255,7 @@ class Training(FromFile):
     """start after epoch N from the weights of --ckpt_url"""
     ckpt_url: PathOrNone = None
     """weights for --restart_epoch: a file or a run folder"""
-    tag: Annotated[str | None, FILE_NAME] = None
+    tag: FileNameOrNone = None
     """end of the name of the run's folder; tells runs of changed code apart"""
     resume: PathOrFlagAlone = None
     """continue this run, or the one of PATH, a run folder or last_state.pt"""
@@ -296,7 +294,7 @@ class Training(FromFile):
 # later rows win. Digits are small and few, and never flipped. The beta of mart and the zeta of
 # WRN-28-10 are those of the authors' README of 2023-10-05.
 DECIDING = ("dataset", "method", "arch", "optimizer", "norm")
-DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
+DEFAULTS_OF = {
     ("tiny-imagenet",): {"image_size": 64, "augmentation": "none"},
     ("digits",): {
         "epochs": 16,
@@ -332,27 +330,25 @@ DEFAULTS_OF: dict[tuple[str, ...], dict[str, Any]] = {
 }
 
 # Settings that may change on resume: they decide how far and where to train, not what is computed.
-FREE = frozenset(
-    {
-        "test_batch_size",
-        "epochs",
-        "eval_interval",
-        "log_interval",
-        "tensorboard",
-        "save_freq",
-        "data_dir",
-        "compile",
-        "cuda_graph",
-        "device",
-        "no_cuda",
-    }
-)
+FREE = {
+    "test_batch_size",
+    "epochs",
+    "eval_interval",
+    "log_interval",
+    "tensorboard",
+    "save_freq",
+    "data_dir",
+    "compile",
+    "cuda_graph",
+    "device",
+    "no_cuda",
+}
 
 # Settings of a command, which its run does not store.
 OF_A_COMMAND = ("config", "jobs", "resume", "other_data", "overwrite")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Checkpoint(FromFile):
     """What every script takes that looks at a trained network.
 
@@ -363,12 +359,12 @@ class Checkpoint(FromFile):
     """data set; if unset, the checkpoint's own"""
     data_dir: PathOrNone = None
     """where data sets are stored; if unset, where the training had them"""
-    image_size: Annotated[int | None, whole(1, LARGEST_SIDE)] = None
+    image_size: CountOrNone = None
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
     fashion-mnist by zeros; other sides scale them"""
     arch: Annotated[str | None, NETWORK] = None
     """network; if unset, the checkpoint's own. One of your own code has to be named"""
-    width: Width = None
+    width: CountOrNone = None
     """channels of the first stage, or the widen factor of a WRN"""
     no_ra: Switch = False
     """a network without reverse attention"""
@@ -376,7 +372,7 @@ class Checkpoint(FromFile):
     """row of W that weights a map, as in training"""
     classifier: Classifier | None = None
     """whose W weights maps, as in training; tensors tell it"""
-    ra_blocks: Annotated[int | None, whole(1, 2)] = None
+    ra_blocks: Literal[1, 2] | None = None
     """last blocks with reverse attention"""
     predict: Literal["final", "auxiliary1", "auxiliary2"] = "final"
     """head whose logits are the network's answer"""
@@ -408,23 +404,17 @@ class Checkpoint(FromFile):
     """use the CPU"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evaluation(Checkpoint):
     """The settings of test_white_attack.py."""
 
-    ckpt_url: Annotated[tuple[Path, ...] | None, also("--model-dir")] = None
+    ckpt_url: Annotated[tuple[Path, ...], also("--model-dir")] = ()
     """checkpoint files or run folders; either this or --model is required"""
     test_batch_size: Count = 250
     """images in a batch"""
     model: PathOrNone = None
     """any classifier instead: package.module:function or FILE.py:function"""
-    attacks: Annotated[tuple[str, ...], listed(one_of(ATTACKS), {"all": ALL_ATTACKS})] = (
-        "natural",
-        "fgsm",
-        "pgd",
-        "cw",
-        "autoattack",
-    )
+    attacks: Annotated[tuple[str, ...], listed(one_of(ATTACKS), {"all": ALL_ATTACKS})] = ATTACKS[:5]
     """which of natural, fgsm, pgd, cw, autoattack, adaptive, noise, square, transfer; `all` means
     all but square"""
     num_steps: Count = 40
@@ -451,7 +441,7 @@ class Evaluation(Checkpoint):
     ./evaluated"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Features(Checkpoint):
     """What both scripts take that look at the features of images and their PGD examples."""
 
@@ -459,17 +449,17 @@ class Features(Checkpoint):
     """steps of PGD"""
     features: Layer = "weighted"
     """weighted: after reverse attention, as published; unweighted: the last map before it"""
-    name: Annotated[str | None, FILE_NAME] = None
+    name: FileNameOrNone = None
     """first part of the files' names; if unset, what they hold"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Distances(Features):
     """The settings of feature_distance.py."""
 
-    model_dir: Annotated[Path, also("--ckpt-url")]
+    model_dir: Annotated[Path, also("--ckpt-url")] = MISSING
     """run folder or checkpoint file"""
-    target_label: str
+    target_label: str = MISSING
     """a class by name or number, or `all`"""
     strategy: Strategy = "random"
     """choice of negatives; _adv pushes them to look like the class"""
@@ -477,11 +467,11 @@ class Distances(Features):
     """folder of the files"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Umap(Features):
     """The settings of draw_umap.py."""
 
-    model_dir: Annotated[tuple[Path, ...], also("--ckpt-url")]
+    model_dir: Annotated[tuple[Path, ...], also("--ckpt-url")] = MISSING
     """run folders or checkpoint files, a panel for each"""
     labels: tuple[str, ...] | None = None
     """titles of the panels; if unset, the methods"""
@@ -495,11 +485,11 @@ class Umap(Features):
     """also open a window"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Histograms(FromFile):
     """The settings of draw_hist.py."""
 
-    distances: tuple[Path, ...] | None = None
+    distances: tuple[Path, ...] = ()
     """files of feature_distance.py, or folders of them; if unset, ./distances"""
     labels: tuple[str, ...] | None = None
     """legend, a name for each file; if unset, the methods"""
@@ -515,7 +505,7 @@ class Histograms(FromFile):
 
 def is_code(arch: object) -> bool:
     """Whether a network is FILE.py:function, the user's own code, and none of `ARCHS`."""
-    return isinstance(arch, str) and ".py:" in arch
+    return ".py:" in str(arch)
 
 
 def code_flags(arch: str) -> list[str]:
@@ -528,10 +518,10 @@ def arch_name(arch: str) -> str:
     return arch.rpartition(":")[2]
 
 
-def training_settings(given: Mapping[str, Any], script: Mapping[str, Any] = {}) -> Training:
+def training_settings(given: Values, script: Mapping[str, Any] = {}) -> Training:
     """The settings of a training. script: a script's own recipe; given: what the command says."""
-    recipe = asdict(Training()) | dict(script)
-    asked = recipe | dict(given)
+    recipe = {**asdict(Training()), **script}
+    asked = {**recipe, **given}
     chosen = {asked[name] for name in DECIDING}
     if is_code(asked["arch"]):
         chosen.add(CODE)
@@ -541,7 +531,7 @@ def training_settings(given: Mapping[str, Any], script: Mapping[str, Any] = {}) 
     # TRADES-ResNet18 of another method is MART-ResNet18.
     own_method = recipe["method"].upper()
     recipe["model_dir"] = recipe["model_dir"].replace(own_method, asked["method"].upper())
-    return Training(**recipe | dict(given))
+    return Training(**{**recipe, **given})
 
 
 def dataset_defaults(dataset: str, norm: str = Training.norm) -> Training:
@@ -559,62 +549,44 @@ def beyond_all_images(norm: str, eps: float, step_size: float, side: int) -> str
     largest = largest_radius(norm, side)
     if max(eps, step_size) <= largest:
         return ""
-    given = f"--epsilon {as_given(eps)} and --step-size {as_given(step_size)}"
-    return f"{given} must be at most {largest:.4g} for --norm {norm} and images of side {side}"
+    return (
+        f"--epsilon {eps:.4g} and --step-size {step_size:.4g} must be at most {largest:.4g} for "
+        f"--norm {norm} and images of side {side}"
+    )
 
 
-def fitting(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def fitting(recipe: Values) -> Values:
     """The settings of a stored recipe that a training has here."""
     return {name: value for name, value in recipe.items() if hasattr(Training, name)}
 
 
-def combined(recipe: Mapping[str, Any]) -> list[str]:
+def combined(recipe: Values) -> list[str]:
     """What stored settings combine the method with, in words: `AWP 0.005`."""
+    trained = Training(**recipe)
+    without_effect = idle(trained)
     parts = []
     for name, title in COMPANIONS.items():
-        default = getattr(Training, name)
-        value = recipe.get(name, default)
-        without_effect = recipe.get("no_ra") and name in ("gate", "classifier", "ra_blocks")
-        if value == default or without_effect:
-            continue
-        if name == "extra_data":
-            value = os.path.basename(value)
-        parts.append(f"{title} {value}")
+        value = getattr(trained, name)
+        if value != getattr(Training, name) and name not in without_effect:
+            parts.append(f"{title} {os.path.basename(str(value))}")  # of a path the file's name
     return parts
 
 
 def idle(settings: Training) -> tuple[str, ...]:
     """The names of the settings of a run whose values change nothing."""
-    without_effect: list[str] = []
-    if settings.no_anc:
-        without_effect += ["strategy", "sample_class_number", "sample_number"]
-        without_effect += ["alpha", "zeta", "warmup_epochs"]
-    if settings.method == "pgd":
-        without_effect.append("beta")
-    if settings.optimizer != "sgd":
-        without_effect.append("momentum")
-    if settings.no_ra:
-        without_effect += ["cr_beta", "attack_cr_beta", "gate", "classifier", "ra_blocks"]
-    if not settings.awp:
-        without_effect.append("awp_warmup")
-    if not settings.extra_data:
-        without_effect.append("extra_fraction")
-    if settings.lr_schedule != "milestones":
-        without_effect.append("milestones")
-    return tuple(without_effect)
-
-
-def stored(settings: Training) -> dict[str, Any]:
-    """The settings that define a run, as checkpoints keep them: plain values, lists for tuples."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(settings).items()
-        if name not in OF_A_COMMAND
+    negatives = ("strategy", "sample_class_number", "sample_number", "warmup_epochs")
+    are_idle = {
+        ("alpha", "zeta", *negatives): settings.no_anc,
+        ("beta",): settings.method == "pgd",
+        ("momentum",): settings.optimizer != "sgd",
+        ("cr_beta", "attack_cr_beta", "gate", "classifier", "ra_blocks"): settings.no_ra,
+        ("awp_warmup",): not settings.awp,
+        ("extra_fraction",): not settings.extra_data,
+        ("milestones",): settings.lr_schedule != "milestones",
     }
+    return tuple(chain.from_iterable(names for names, holds in are_idle.items() if holds))
 
 
-def restored(recipe: Mapping[str, Any]) -> Training:
-    """The settings that `stored` was given. TypeError for names that are unknown here."""
-    return Training(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
-    )
+def stored(settings: Training) -> Values:
+    """The settings that define a run, as checkpoints keep them."""
+    return {name: value for name, value in asdict(settings).items() if name not in OF_A_COMMAND}

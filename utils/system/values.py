@@ -22,7 +22,7 @@ def eps_text(eps: float) -> str:
     if math.isclose(float(short), eps):
         return short
     quarters = round(1020 * eps)
-    if eps <= 1 and math.isclose(quarters / 1020, eps, rel_tol=1e-5):
+    if math.isclose(quarters / 1020, eps, rel_tol=1e-5):
         return f"{quarters / 4:g}/255"
     return f"{eps:.4g}"
 
@@ -36,16 +36,9 @@ def as_given(value: object) -> str:
     """Format the value of a setting as a command line gives it: 75,90,100 or 8/255."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "none"
-    if isinstance(value, float):
-        text = eps_text(value)
-        if "/" in text and _number(text) == value:
-            return text
+    if isinstance(value, float) and _number(eps_text(value)) == value:
+        return eps_text(value)
     return str(value)
-
-
-def counted(count: int, noun: str) -> str:
-    """Format a number of things: `1 thread`, `2 threads`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def also(*flags: str) -> object:
@@ -54,55 +47,52 @@ def also(*flags: str) -> object:
 
 
 def _values(
-    metavar: str, read: Callable[[str], Any], words: int | tuple[int, ...] = 1
+    metavar: str, read: Callable[[str], Any], words: int | tuple[int, ...] | str = 1
 ) -> PrimitiveConstructorSpec:
-    """Return a kind of value that `read` makes of text. words: how many may follow the flag."""
+    """Return a kind of value that `read` makes of text.
+
+    words: how many may follow the flag, "*" for any number; several are joined by commas.
+    """
     return PrimitiveConstructorSpec(
         nargs=words,
         metavar=metavar,
-        instance_from_str=lambda texts: read(" ".join(texts)),
+        instance_from_str=lambda texts: read(",".join(texts)),
         is_instance=lambda value: True,
         str_from_instance=lambda value: [as_given(value)],
     )
 
 
-def number(interval: str) -> PrimitiveConstructorSpec:
-    """Real numbers in an interval such as "(0, 1]", which may be written as fractions, 8/255."""
+def number(
+    interval: str, kind: Callable[[str], float] = _number, metavar: str = "X"
+) -> PrimitiveConstructorSpec:
+    """Numbers in an interval such as "(0, 1]"; real ones may be written as fractions, 8/255."""
     low, high = (float(end) for end in interval[1:-1].split(","))
+    if interval[0] == "(":
+        low = math.nextafter(low, math.inf)
+    if interval[-1] == ")":
+        high = math.nextafter(high, -math.inf)
 
     def read(text: str) -> float:
-        value = _number(text)
-        inside = low <= value <= high
-        if value == low:
-            inside = interval[0] == "["
-        elif value == high:
-            inside = interval[-1] == "]"
-        if not inside:
+        value = kind(text)
+        if not low <= value <= high:
             raise ValueError(f"{text} is not in {interval}")
         return value
 
-    return _values("X", read)
+    return _values(metavar, read)
 
 
-def whole(low: int = 0, high: int = 2**31 - 1, step: int = 1) -> PrimitiveConstructorSpec:
-    """Whole numbers from low to high in steps."""
-
-    def read(text: str) -> int:
-        value = int(text)
-        if value not in range(low, high + 1, step):
-            raise ValueError(f"{value} is not from {low} to {high} in steps of {step}")
-        return value
-
-    return _values("N", read)
+def whole(low: int = 0) -> PrimitiveConstructorSpec:
+    """Whole numbers from low on."""
+    return number(f"[{low}, {2**31})", int, "N")
 
 
 def one_of(names: Sequence[str]) -> PrimitiveConstructorSpec:
     """One of several names."""
 
     def read(text: str) -> str:
-        if text.strip() not in names:
+        if text not in names:
             raise ValueError(f"{text!r} is none of {', '.join(names)}")
-        return text.strip()
+        return text
 
     return _values("A", read)
 
@@ -121,14 +111,14 @@ def network(names: Sequence[str]) -> PrimitiveConstructorSpec:
 def listed(
     item: PrimitiveConstructorSpec, words: Mapping[str, tuple[Any, ...]]
 ) -> PrimitiveConstructorSpec:
-    """Items separated by commas, or a word that stands for a list of them."""
+    """Items separated by commas or spaces, or a word that stands for a list of them."""
 
     def read(text: str) -> tuple[Any, ...]:
-        if text.strip() in words:
-            return words[text.strip()]
-        return tuple(item.instance_from_str([part]) for part in text.split(","))
+        if text in words:
+            return words[text]
+        return tuple(item.instance_from_str([part.strip()]) for part in text.split(","))
 
-    return _values(f"{item.metavar},{item.metavar}", read)
+    return _values(f"{item.metavar},{item.metavar}", read, words="*")
 
 
 def _read_switch(text: str) -> bool:
@@ -146,9 +136,7 @@ def _read_path(text: str) -> str:
 
 
 def _read_path_or_flag_alone(text: str) -> str | bool:
-    if not text:
-        return True
-    return _read_path(text)
+    return _read_path(text) if text else True
 
 
 def _read_file_name(text: str) -> str:
@@ -157,15 +145,7 @@ def _read_file_name(text: str) -> str:
     return text
 
 
-def _read_seeds(text: str) -> tuple[int, ...]:
-    seeds = listed(whole(), {}).instance_from_str([text])
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{text} names a seed twice")
-    return seeds
-
-
 PATH = _values("PATH", _read_path)
-FILE_NAME = _values("NAME", _read_file_name)
 
 # The most frequent types of settings
 Whole = Annotated[int, whole(0)]
@@ -175,10 +155,11 @@ NotNegative = Annotated[float, number("[0, inf)")]
 Positive = Annotated[float, number("(0, inf)")]
 Share = Annotated[float, number("[0, 1]")]
 ShareBelowOne = Annotated[float, number("[0, 1)")]
-Seeds = Annotated[int | tuple[int, ...], _values("N[,N]", _read_seeds)]  # a run has one of them
-Epochs = Annotated[tuple[int, ...], listed(whole(1), {"none": ()})]
+Seeds = Annotated[int | tuple[int, ...], listed(whole(), {})]  # a run has one of them
+Epochs = Annotated[tuple[int, ...], listed(whole(1), {"none": (), "": ()})]
 # A flag alone switches something on, whatever the default is.
 Switch = Annotated[bool, _values("[BOOL]", _read_switch, words=(0, 1))]
+FileNameOrNone = Annotated[str | None, _values("NAME", _read_file_name)]
 Path = Annotated[str, PATH]
 PathOrNone = Annotated[str | None, PATH]
 PathOrFlagAlone = Annotated[

@@ -22,7 +22,6 @@ from utils.system.settings import (
     arch_name,
     idle,
     is_code,
-    restored,
     stored,
     training_settings,
 )
@@ -89,7 +88,7 @@ def prepare(command: Command, lock: ExitStack) -> Start:
     known_settings = stored(Training()).keys()
     if state.get("version") != VERSION or not state["recipe"].keys() <= known_settings:
         raise UsageError(f"{file} is of another version of this code, which can resume it")
-    run = restored(state["recipe"])
+    run = Training(**state["recipe"])
     if is_code(run.arch):
         named_code(run.arch, command.given.get("arch"), file)
     return Start(resumed_settings(command, run), folder, state)
@@ -136,7 +135,7 @@ def _name_parts(command: Command) -> Iterator[str]:
     for name, value in stored(settings).items():
         if name in told or value == usual[name]:
             continue
-        if isinstance(value, list):
+        if isinstance(value, tuple):
             value = ",".join(map(str, value))
         if name == "extra_data":
             value = Path(value).stem
