@@ -358,7 +358,7 @@ def _require_classifier(settings: Evaluation, model: nn.Module, split: Split) ->
     except Exception as error:  # whatever the user's own code raises
         raise UsageError(
             f"--model {settings.model} must turn float32 images {tuple(x.shape)} into logits "
-            f"(N, {classes}): {type(error).__name__}: {first_line(error)}"
+            f"(N, {classes}): {first_line(error)}"
         ) from error
 
 

@@ -92,8 +92,7 @@ def save_figure(
                 save = partial(figure.savefig, format=kind, metadata=metadata)
                 write_atomically(file.with_suffix(f".{kind}"), save)
     except Exception as error:  # a missing font, a full disk
-        cause = f"{type(error).__name__}: {first_line(error)}"
-        raise RunError(f"{file} is not drawn ({cause})") from error
+        raise RunError(f"{file} is not drawn ({first_line(error)})") from error
     return figure
 
 

@@ -1,36 +1,30 @@
 """The copy of a network that attacks see, and everything that makes attacks on it fast."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput
 from utils.attacks import pgd_together
-from utils.system.foreign import OwnNetwork
+from utils.system.foreign import OwnNetwork, ToFloat32
 from utils.system.graphs import Graphed
 
 # SyncBatchNorm is not a subclass of BatchNorm2d.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-class Bfloat16(nn.Module):
+class Bfloat16(ToFloat32):
     """A network under bfloat16 autocast; it returns float32, so that losses are float32."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
 
     def forward(self, x: Tensor, *args: GateInput, **kwargs: bool) -> Tensor | Heads:
         with torch.autocast(x.device.type, torch.bfloat16):
-            out = self.network(x, *args, **kwargs)
-        return tree_map(Tensor.float, out)
+            return super().forward(x, *args, **kwargs)
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
@@ -64,8 +58,8 @@ class Affine(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
+        self.weight = norm.weight
+        self.bias = norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
@@ -88,7 +82,7 @@ class AttackCopy:
     with the network's up to rounding. Other networks are copied as they are.
 
     precision: `bf16` for bfloat16 convolutions. compiled: whether torch.compile compiles the copy.
-    graph: whether `pgd` is replayed as a CUDA graph; warned is called with a line if that fails.
+    graph: whether `pgd` is replayed as a CUDA graph.
     """
 
     def __init__(
@@ -97,27 +91,26 @@ class AttackCopy:
         precision: str = "default",
         compiled: bool = False,
         graph: bool = False,
-        warned: Callable[[str], None] = print,
     ) -> None:
         net = copy.deepcopy(model).eval().requires_grad_(False)
         self._folded: list[Folded] = []
         self._fold_batch_norms(model, net)
         if isinstance(net, ReverseAttentionNetwork) and not isinstance(net, OwnNetwork):
+            net.to(memory_format=torch.channels_last)
             if needs_affine(net):
                 self._replace_batch_norms(model, net)
-            _to_channels_last(net)
+            else:
+                _make_last_blocks_contiguous(net)
         if precision == "bf16":  # cast once, not in every forward
             for module in net.modules():
                 if isinstance(module, nn.Conv2d | Affine):
                     module.to(torch.bfloat16)
 
-        layers = [folded.layer for folded in self._folded]
-        folded_tensors = {id(tensor) for layer in layers for tensor in layer.parameters()}
         originals = model.state_dict(keep_vars=True)
         copies = net.state_dict(keep_vars=True)
-        unfolded = [name for name, tensor in copies.items() if id(tensor) not in folded_tensors]
-        self._copies = [copies[name] for name in unfolded]
-        self._originals = [originals[name] for name in unfolded]
+        names = [name for name in copies if name in originals]  # folded layers have a bias more
+        self._copies = [copies[name] for name in names]
+        self._originals = [originals[name] for name in names]
 
         if compiled:
             net.compile(
@@ -126,21 +119,19 @@ class AttackCopy:
         self.net = in_precision(net, precision)
         self.sync_weights()
         pgd = partial(pgd_together, self.net)
-        self.pgd = Graphed(pgd, warned) if graph else pgd
+        self.pgd = Graphed(pgd) if graph else pgd
 
     def _fold_batch_norms(self, model: nn.Module, net: nn.Module) -> None:
         """Make one convolution of each pair of layers that a block lists in `conv_bn`."""
         for name, block in list(net.named_modules()):
+            originals = dict(model.get_submodule(name).named_modules())
             for conv_name, norm_name in getattr(block, "conv_bn", ()):
-                modules = dict(block.named_modules())
-                if norm_name not in modules:  # the shortcut of this block is the identity
+                if norm_name not in originals:  # the shortcut of this block is the identity
                     continue
-                original = model.get_submodule(name)
-                norm = original.get_submodule(norm_name)
-                conv = modules[conv_name]
-                conv.bias = nn.Parameter(torch.zeros_like(norm.bias), requires_grad=False)
+                conv = block.get_submodule(conv_name)
+                conv.bias = block.get_submodule(norm_name).bias
                 block.set_submodule(norm_name, nn.Identity())
-                self._folded.append(Folded(original.get_submodule(conv_name), norm, conv))
+                self._folded.append(Folded(originals[conv_name], originals[norm_name], conv))
 
     def _replace_batch_norms(self, model: nn.Module, net: nn.Module) -> None:
         """Make each BatchNorm that is left an `Affine` layer."""
@@ -174,30 +165,26 @@ class AttackCopy:
         torch._foreach_mul_(shifts, norm_weights)
         biases = torch._foreach_sub([norm.bias for norm in norms], shifts)
 
-        weights = []
-        for folded, scale in zip(self._folded, scales, strict=True):
-            if folded.conv is None:
-                weights.append(scale)
-            else:
-                weights.append(folded.conv.weight * scale[:, None, None, None])
+        weights = [
+            scale if folded.conv is None else folded.conv.weight * scale[:, None, None, None]
+            for folded, scale in zip(self._folded, scales, strict=True)
+        ]
         layers = [folded.layer for folded in self._folded]
         torch._foreach_copy_([layer.weight for layer in layers], weights)
         torch._foreach_copy_([layer.bias for layer in layers], biases)
 
 
 def needs_affine(net: ReverseAttentionNetwork) -> bool:
-    """Return whether each BatchNorm that no convolution absorbs becomes an `Affine`."""
+    """Return whether each BatchNorm that no convolution absorbs becomes an `Affine`: on CUDA."""
     return net.classifier.weight.is_cuda
 
 
-def _to_channels_last(net: ReverseAttentionNetwork) -> None:
-    net.to(memory_format=torch.channels_last)
-    if net.classifier.weight.device.type == "cpu":
-        # On a CPU, channels-last convolutions of maps as small as the last blocks' are slow.
-        for block in net.last_blocks():
-            block.to(memory_format=torch.contiguous_format)
-        first = net.last_blocks()[0]
-        first.register_forward_pre_hook(lambda block, inputs: (inputs[0].contiguous(),))
+def _make_last_blocks_contiguous(net: ReverseAttentionNetwork) -> None:
+    """Undo channels-last where maps are small: there, a CPU's convolutions are slow in it."""
+    for block in net.last_blocks():
+        block.to(memory_format=torch.contiguous_format)
+    first = net.last_blocks()[0]
+    first.register_forward_pre_hook(lambda block, inputs: (inputs[0].contiguous(),))
 
 
 @contextmanager

@@ -39,6 +39,8 @@ DESCRIPTION = (
     "classifier",
     "ra_blocks",
     "averaged",
+    "mean",
+    "std",
 )
 
 
@@ -78,8 +80,6 @@ def read(path: Path) -> dict:
     read where that package is installed.
     Errors: UsageError where the file is missing, truncated or no checkpoint, or would run code.
     """
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist; name a checkpoint file or a run folder")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -90,7 +90,9 @@ def read(path: Path) -> dict:
     except ImportError as error:
         raise UsageError(f"{path} needs `pip install safetensors`") from error
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}; name a checkpoint file or a run folder"
+        ) from error
     except Exception as error:  # torch and pickle raise nearly anything
         raise UsageError(
             f"{path} is no state dict of torch.save, or would run code: perhaps an archive, a "
@@ -193,47 +195,37 @@ def _describe(
     content: dict, path: Path, key: str | None, overrides: dict[str, object]
 ) -> tuple[dict[str, Tensor], dict, list[str]]:
     """Return the state dict in a file, what its network is, and notes, as `load_model` says."""
-    info = dict.fromkeys((*DESCRIPTION, "mean", "std"))
-    is_run = isinstance(content.get("model"), dict) and "reverse_attention" in content
+    given = {name: value for name, value in overrides.items() if value is not None}
+    is_run = "reverse_attention" in content
     if is_run:
         state = content["model"]
         notes = []
-        # Runs of before there were others do not say these.
-        info |= {"gate": "label", "classifier": "shared", "ra_blocks": 2}
-        info |= {name: content[name] for name in DESCRIPTION if name in content}
-        if is_code(info["arch"]):
-            info["arch"] = named_code(info["arch"], overrides.get("arch"), path)
+        known = {name: content.get(name) for name in DESCRIPTION}
+        if is_code(known["arch"]):
+            known["arch"] = named_code(known["arch"], given.get("arch"), path)
+        elif is_code(given.get("arch")):
+            del given["arch"]  # which is of other files of the same command
     else:
-        state, normalisation, notes = find_weights(content, path, key)
+        state, known, notes = find_weights(content, path, key)
         try:
-            info |= normalisation | shape_of(state)
+            known |= shape_of(state)
         except (LookupError, ValueError) as error:
-            known = ", ".join(ARCHS)
-            raise UsageError(f"{path} is of no network known here: {known}") from error
+            raise UsageError(f"{path} is of no network known here: {', '.join(ARCHS)}") from error
 
-    for name, value in overrides.items():
-        is_known = info[name] is not None or (is_run and name in ("mean", "std"))
-        code_of_others = name == "arch" and is_run and is_code(value)  # of the same command
-        if value is None or value == info[name] or code_of_others:
-            continue
-        if is_known and name != "dataset":
+    for name, value in given.items():
+        if known.get(name, value) != value and name != "dataset":
             raise UsageError(
-                f"{path} is a checkpoint with {name} {info[name]}, not {value}; leave the flag out"
+                f"{path} is a checkpoint with {name} {known[name]}, not {value}; leave the flag out"
             )
-        info[name] = value
-    if info["reverse_attention"] is None:
-        info["reverse_attention"] = True
+    assumed = {"reverse_attention": True, "dataset": Training.dataset}
+    info = dict.fromkeys(DESCRIPTION) | assumed | known | given
     if info["image_size"] is None:
         info["image_size"] = dataset_defaults(info["dataset"]).image_size
 
     if not is_run:
-        attention = "with" if info["reverse_attention"] else "without"
-        dataset = info["dataset"] or Training.dataset
-        scale = f"normalised by {info['mean']}, {info['std']}" if info["mean"] else "not normalised"
-        notes.append(
-            f"taken for {info['arch']} of width {info['width']}, {attention} reverse attention, "
-            f"images {scale}, of {dataset}; no tensor tells, see --no-ra, --gate, --mean, --dataset"
-        )
+        names = ("arch", "width", "reverse_attention", "mean", "std", "dataset")
+        taken = ", ".join(f"{name} {info[name]}" for name in names)
+        notes.append(f"taken for {taken}; tensors tell not all, see --no-ra, --gate, --mean")
     return state, info, notes
 
 
@@ -260,8 +252,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        problem = str(error).splitlines()[1].strip()
-        raise UsageError(f"{path} does not fit this network: {problem:.300}") from error
+        raise UsageError(f"{path} does not fit this network: {str(error):.300}") from error
     for name, value in state.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} is not finite; the training that wrote it had failed")
@@ -297,25 +288,22 @@ def find_weights(
         for prefix in prefixes
         if not any(prefix != other and prefix.startswith(other) for other in prefixes)
     ]
-    chosen = networks
-    if key is not None:
-        chosen = [prefix for prefix in networks if key in (prefix[:-1], *prefix.split("."))]
+    chosen = [prefix for prefix in networks if key is None or f".{key}." in f".{prefix}"]
     if not chosen:
-        wanted = f"network called {key}" if key else f"network known here ({', '.join(ARCHS)})"
+        wanted = f"{', '.join(ARCHS)} called {key}" if key else ", ".join(ARCHS)
         held = ", ".join(networks or map(str, content)) or "nothing"
-        raise UsageError(f"{path} is no checkpoint of a {wanted}; it holds {held:.400}")
+        raise UsageError(f"{path} holds no weights of {wanted}; it holds {held:.400}")
 
     prefix = chosen[0]
     others = [other for other in networks if other != prefix]
     tensors = {name: value for name, value in tensors.items() if not name.startswith(tuple(others))}
     buffers, normalisation = normalisation_in(tensors)
     unused = f"{prefix}sub_block1."  # which the forward of the official WRN leaves out
-    state = {}
-    for name, value in tensors.items():
-        in_network = name.startswith(prefix) and not name.startswith(unused)
-        if in_network and name not in buffers:
-            state[name.removeprefix(prefix)] = value
-
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix) and not name.startswith((unused, *buffers))
+    }
     notes = []
     if prefix:
         notes.append(f"weights: {prefix[:-1]}")

@@ -32,8 +32,7 @@ def pick_device(
     name = device
     if device == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    picked = torch.device("cpu" if no_cuda else name)
-    picked = distributed.own_device(picked, shared)
+    picked = distributed.own_device(torch.device("cpu" if no_cuda else name), shared)
     error = compute_error(picked)
     if device == "auto" and distributed.agreed(int(error is not None)):
         if error is not None:

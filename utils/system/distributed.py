@@ -103,12 +103,10 @@ def own_device(device: torch.device, shared: bool = False) -> torch.device:
     shared: whether ranks may share a device. Those of an evaluation may; those of a training
     exchange gradients by NCCL, which refuses it. Errors: UsageError where there is no device left.
     """
-    if world() == 1 or device.type != "cuda":
+    if world() == 1 or device.type != "cuda" or (shared and device.index is not None):
         return device
     count = torch.cuda.device_count()
     index = int(os.environ["LOCAL_RANK"])
-    if shared and device.index is not None:
-        return device
     if shared:
         index %= max(count, 1)
     elif device.index is not None or index >= count:
@@ -161,11 +159,7 @@ def joined(part: Tensor, count: int) -> Tensor:
 
 def agreed(wish: int) -> int:
     """Return the largest wish of all ranks, and wait for all of them; not for signal handlers."""
-    if world() == 1:
-        return wish
-    wishes = torch.tensor(wish)
-    dist.all_reduce(wishes, dist.ReduceOp.MAX)
-    return int(wishes)
+    return max(gathered(wish))
 
 
 def gathered(value: T) -> list[T]:

@@ -25,8 +25,8 @@ class Stopped(BaseException):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its type if it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The kind of an exception, and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextmanager
@@ -41,8 +41,7 @@ def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for name in STOP_SIGNALS:
             signum = getattr(signal, name, None)  # Windows has some of them alone
-            ignored = signum and signal.getsignal(signum) == signal.SIG_IGN
-            if signum and (not ignored or name == "SIGINT"):
+            if signum and (name == "SIGINT" or signal.getsignal(signum) != signal.SIG_IGN):
                 before[signum] = signal.signal(signum, handler)
     try:
         yield

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import importlib
 import inspect
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +16,10 @@ from torch.utils._pytree import tree_map_only
 
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput, pool
-from utils.system import distributed
 from utils.system.errors import UsageError, first_line
 from utils.system.settings import arch_name, is_code
 
 OURS = Path(__file__).resolve().parents[2]
-AS_HEADS = "fc(features(x).flatten(2).mean(2))"  # what reverse attention takes forward(x) for
 
 
 # --arch FILE.py:function
@@ -41,7 +38,7 @@ class OwnNetwork(ReverseAttentionNetwork):
         super().__init__()
         self.network = network
         self.reverse_attention = reverse_attention
-        self.last_input: Tensor | None = None
+        self.last_input = None
         linears = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
         if linears and not reverse_attention:
             linears[-1].register_forward_pre_hook(self.keep_input)
@@ -111,11 +108,9 @@ def build_own(
             if not isinstance(network, nn.Module):
                 raise TypeError(f"it returns {type(network).__name__}, no torch.nn.Module")
             with torch.no_grad():
-                for training in (True, False):
-                    trial = copy.deepcopy(network).train(training)
-                    shape = getattr(trial(images), "shape", None)
-                    if shape != (2, num_classes):
-                        raise ValueError(f"its answer is {shape}, not logits {(2, num_classes)}")
+                shape = getattr(copy.deepcopy(network)(images), "shape", None)
+                if shape != (2, num_classes):
+                    raise ValueError(f"its answer is {shape}, not logits {(2, num_classes)}")
                 if isinstance(network, ReverseAttentionNetwork):
                     model = network
                 elif reverse_attention:
@@ -129,8 +124,7 @@ def build_own(
                 model.add_block_classifiers()
             return model
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        kind = type(error).__name__
-        raise UsageError(f"--arch {arch}: {kind}: {first_line(error)}") from error
+        raise UsageError(f"--arch {arch}: {first_line(error)}") from error
 
 
 def _with_one_block(network: nn.Module, images: Tensor, ra_blocks: int) -> OwnNetwork:
@@ -142,7 +136,9 @@ def _with_one_block(network: nn.Module, images: Tensor, ra_blocks: int) -> OwnNe
         raise ValueError("it has one block for reverse attention; leave --ra-blocks out")
     model = OwnNetwork(network, True).eval()
     if not torch.allclose(classifier(pool(model.trunk(images))), network(images), 1e-3, 1e-5):
-        raise ValueError(f"forward(x) is not {AS_HEADS}; mend it, or add --no-ra")
+        raise ValueError(
+            "forward(x) is not fc(features(x).flatten(2).mean(2)); mend it, or add --no-ra"
+        )
     return model.train()
 
 
@@ -160,30 +156,23 @@ def named_code(recorded: str, named: str | None, file: Path) -> str:
     """
     if is_code(named) and arch_name(named) == arch_name(recorded):
         return named
-    command = shlex.join([*sys.argv, "--arch", recorded])
     raise UsageError(
-        f"{file} holds a network of your own code, which is run only if you name it: "
-        f"{distributed.launcher()} {command}"
+        f"{file} holds a network of your own code, run only if you name it: --arch {recorded}"
     )
 
 
 # --model module:function
 
 
-class Foreign(nn.Module):
-    """A network or function of the user's, whose logits are cast to float32."""
+class ToFloat32(nn.Module):
+    """A network or function whose logits, or `Heads`, are cast to float32."""
 
     def __init__(self, network: Callable[..., Tensor | Heads]) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, gate: GateInput = None, heads: bool = False) -> Tensor | Heads:
-        """Return logits (N, C), or the `Heads` of a network that has some."""
-        if not heads:
-            return self.network(x).float()
-        answer = self.network(x, gate, heads=True)
-        answer = Heads(answer.final, tuple(answer.auxiliary), answer.features)
-        return tree_map_only(Tensor, Tensor.float, answer)
+    def forward(self, x: Tensor, *args: GateInput, **kwargs: bool) -> Tensor | Heads:
+        return tree_map_only(Tensor, Tensor.float, self.network(x, *args, **kwargs))
 
 
 def load_foreign(model: str) -> tuple[nn.Module, dict]:
@@ -195,7 +184,7 @@ def load_foreign(model: str) -> tuple[nn.Module, dict]:
         network, file = _run(model)
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise UsageError(
-            f"--model {model}: {type(error).__name__}: {first_line(error)}; name "
+            f"--model {model}: {first_line(error)}; name "
             "package.module:function or FILE.py:function, no arguments"
         ) from error
 
@@ -213,7 +202,7 @@ def load_foreign(model: str) -> tuple[nn.Module, dict]:
         info["classifier"] = "own" if getattr(network, "block_classifiers", None) else "shared"
         info["ra_blocks"] = getattr(network, "ra_blocks", None)
     if not isinstance(network, ReverseAttentionNetwork):
-        network = Foreign(network)
+        network = ToFloat32(network)
     return network.requires_grad_(False).eval(), info
 
 
@@ -235,11 +224,12 @@ def _run(
     with _imports_from(folder):
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
-        arguments = dict(given)
-        for name in offered:
-            if name in inspect.signature(function).parameters:
-                arguments[name] = offered[name]
-        return function(**arguments), module.__file__
+        wanted = {
+            name: value
+            for name, value in offered.items()
+            if name in inspect.signature(function).parameters
+        }
+        return function(**given, **wanted), module.__file__
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 WARM_UP = 3  # calls before a recording, in which libraries choose kernels and allocate memory
 AGREEMENT = 0.75  # share of equal values of a replay and an eager call; rounding may flip signs
@@ -24,21 +24,18 @@ class Graphed:
 
     What the function reads besides its arguments, such as weights, must stay where it is in memory;
     new values there count. The function may neither draw random numbers nor wait for the device.
-    The first replay is compared with the function. Where they differ, `warned` gets a line, and the
+    The first replay is compared with the function. Where they differ, a line says so, and the
     function is never replayed.
     """
 
-    def __init__(self, function: Callable[..., Any], warned: Callable[[str], None] = print) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.warned = warned
         self.works = True
         self.last_signature = None  # of the call before
         self._forget()
 
     def __call__(self, *args: Any) -> Any:
-        leaves, structure = tree_flatten(args)
-        shapes = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        signature = structure, shapes
+        signature = tree_map_only(Tensor, lambda tensor: (tensor.shape, tensor.dtype), args)
         repeated = signature == self.last_signature
         self.last_signature = signature
         if signature == self.recorded_signature:
@@ -50,9 +47,9 @@ class Graphed:
         expected = self._record(args)
         replayed = self._replay(args)
         if not alike(replayed, expected):
+            print("note: the CUDA graph of the attack computes other images; it is not used")
             self.works = False
             self._forget()
-            self.warned("the CUDA graph of the attack computes other images; it is not used")
             return expected
         self.recorded_signature = signature
         return replayed

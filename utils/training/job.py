@@ -83,7 +83,6 @@ class Job:
             settings.precision,
             compiled=settings.compile,
             graph=settings.cuda_graph and device.type == "cuda",
-            warned=self.log,
         )
         model = in_precision(self.model, settings.precision)
         self.training_loss = partial(training_loss, model)
