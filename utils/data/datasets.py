@@ -39,7 +39,7 @@ class Split(NamedTuple):
     classes: names of the classes. words: where those are codes (wnids), what people call the
     classes, synonyms between commas; otherwise empty.
     numbers: (N,) places of the images in the whole part, which do not depend on a limit; None of
-    training images. whole: how many images that part has, where this is a subset of it.
+    training images. total: how many images that part has.
     note: what to know of the images: files left out, another part taken, other files.
     files: image files that `load_split` decodes; until then images holds places among them.
     """
@@ -49,14 +49,9 @@ class Split(NamedTuple):
     classes: tuple[str, ...]
     words: tuple[str, ...] = ()
     numbers: Tensor | None = None
-    whole: int = 0
+    total: int = 0
     note: str = ""
     files: tuple[str, ...] = ()
-
-    @property
-    def total(self) -> int:
-        """How many images the whole part has."""
-        return self.whole or len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
         """Move images and labels to a device."""
@@ -122,12 +117,13 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 
 def subset(split: Split, limit: int | None) -> Split:
-    """Take the first `limit` images after a fixed shuffle; all where it is None or larger."""
-    count = len(split.labels)
-    if limit is None or limit >= count:
-        return split._replace(numbers=torch.arange(count))
-    numbers = shuffled(count, 0)[:limit]
-    return split.take(numbers)._replace(numbers=numbers, whole=count)
+    """Take the first `limit` images after a fixed shuffle; all, in order, of no more than that."""
+    total = len(split.labels)
+    numbers = torch.arange(total)
+    if limit is not None and limit < total:
+        numbers = shuffled(total, 0)[:limit]
+        split = split.take(numbers)
+    return split._replace(numbers=numbers, total=total)
 
 
 def load_extra(path: str, like: Split) -> Split:
@@ -301,14 +297,10 @@ def _read_idx(files: list[Path]) -> tuple[Tensor, Tensor]:
     from torchvision.datasets.mnist import read_image_file, read_label_file
     from torchvision.datasets.utils import extract_archive
 
-    unpacked = []
     with TemporaryDirectory() as scratch:
-        for file in files:
-            if file.suffix == ".gz":
-                file = extract_archive(file, scratch)
-            unpacked.append(file)
-        images = read_image_file(unpacked[0])
-        labels = read_label_file(unpacked[1])
+        files = [extract_archive(file, scratch) if file.suffix == ".gz" else file for file in files]
+        images = read_image_file(files[0])
+        labels = read_label_file(files[1])
     if images.shape != (len(labels), 28, 28) or labels.max() > 9:
         raise ValueError(f"images {tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
     return images, labels

@@ -52,7 +52,7 @@ def _visible(name: str) -> bool:
 
 
 def list_images(root: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int]], list[str]]:
-    """List the images in and below the folder of each class, by class and then by path.
+    """List the images in and below the folder of each class, by class and then by name.
 
     Returns (file, label) of each image, and the names of other files, which are skipped.
     Errors: UsageError that names the classes without an image.
@@ -73,7 +73,7 @@ def list_images(root: Path, classes: Sequence[str]) -> tuple[list[tuple[str, int
         files = make_dataset(str(root), labels, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise UsageError(f"{root}: {first_line(error)}") from error
-    return sorted(files, key=lambda file: (file[1], Path(file[0]))), skipped
+    return files, skipped
 
 
 def decode(files: Sequence[str], size: int) -> Tensor:

@@ -61,7 +61,8 @@ def load_training_data(settings: Training) -> Data:
     evaluated = [(splits[part], NAMES[part]) for part in parts]
 
     train = splits["train"]
-    if (held_out or settings.limit_train) and not train.whole:  # else it is shuffled already
+    is_whole = len(train.labels) == train.total  # else it is shuffled already
+    if is_whole and (held_out or settings.limit_train):
         train = train.take(shuffled(len(train.labels), 0))
     train = train._replace(numbers=None)
     if held_out:
