@@ -35,7 +35,6 @@ def announce(job: Job, start: Start) -> None:
         "source": job.source,
         "precision": precision_name(settings, job.device),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
-        "classes": list(data.train.classes),
         "training_images": len(data.train.labels),
         "evaluation_images": len(data.selection.labels),
         "checksums": data.checksums,

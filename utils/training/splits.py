@@ -50,19 +50,15 @@ def load_training_data(settings: Training) -> Data:
         parts = [part for part in NAMES if part in present]
         if not parts and not held_out:
             parts = ["test"]  # loading it says what is missing
-    limits = dict.fromkeys(parts, settings.limit_test)
-    limits["train"] = None
-    if settings.limit_train is not None:
-        limits["train"] = held_out + settings.limit_train
-    splits = {
-        part: load_split(settings.dataset, part, settings.data_dir, settings.image_size, limit)
-        for part, limit in limits.items()
-    }
-    evaluated = [(splits[part], NAMES[part]) for part in parts]
 
-    train = splits["train"]
+    def load(part: str, limit: int | None) -> Split:
+        return load_split(settings.dataset, part, settings.data_dir, settings.image_size, limit)
+
+    evaluated = [(load(part, settings.limit_test), NAMES[part]) for part in parts]
+    limit = settings.limit_train
+    train = load("train", None if limit is None else held_out + limit)
     is_whole = len(train.labels) == train.total  # else it is shuffled already
-    if is_whole and (held_out or settings.limit_train):
+    if is_whole and (held_out or limit):
         train = train.take(shuffled(len(train.labels), 0))
     train = train._replace(numbers=None)
     if held_out:
