@@ -171,10 +171,9 @@ def with_extra(batch: Split, extra: Split, count: int, seeds: tuple[int, ...]) -
     return both.take(torch.from_numpy(generator.permutation(len(both.labels))))
 
 
-def batches(order: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Yield the indices of one batch after the other; the last one may be smaller."""
-    if len(order) > 0:
-        yield from order.split(batch_size)
+def batches(order: Tensor, batch_size: int) -> Sequence[Tensor]:
+    """Return the indices of one batch after the other; the last one may be smaller."""
+    return order.split(batch_size) if len(order) else ()
 
 
 def as_input(images: Tensor) -> Tensor:

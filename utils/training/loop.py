@@ -98,16 +98,15 @@ def train_epoch(job: Job) -> None:
     job.model.train()
 
     bar = tqdm(
+        batches(progress.order[progress.done :], job.own_images),
         desc=f"epoch {progress.epoch}/{settings.epochs}",
-        total=len(progress.order),
-        initial=progress.done,
-        unit="img",
+        unit="batch",
         leave=False,
         disable=distributed.quiet(),
     )
     with bar:
         started = time.perf_counter()
-        for indices in batches(progress.order[progress.done :], job.own_images):
+        for indices in bar:
             set_learning_rate(job)
             batch = data.train.take(indices)
             seeds = (settings.seed, progress.epoch, progress.done)
@@ -122,7 +121,6 @@ def train_epoch(job: Job) -> None:
             job.pending = len(indices), Sent(stats)
             progress.seconds += time.perf_counter() - started
             started = time.perf_counter()
-            bar.update(len(indices))
             job.check_stop()
     job.read_stats()
 
