@@ -161,6 +161,7 @@ def record(
     keys = ("arch", "width", "reverse_attention", "gate", "ra_blocks", "epoch", "image_size")
     keys += ("classifier", "recipe", "mean", "std")
     split = subject.split
+    images = len(split.labels)
     attacks = {}
     for name, row in rows.items():
         count = len(row.right)
@@ -181,8 +182,8 @@ def record(
         "network": {"method": subject.method, **{key: subject.info.get(key) for key in keys}},
         "notes": subject.notes,
         "dataset": subject.dataset,
-        "images": len(split.labels),
-        "image_numbers": split.numbers.tolist() if split.whole else None,
+        "images": images,
+        "image_numbers": split.numbers.tolist() if images < split.total else None,
         "threat_model": threat_model(subject),
         "settings": {
             "norm": subject.norm,
