@@ -39,12 +39,10 @@ def build_model(
     `CLASSIFIERS`. ra_blocks: 1 for reverse attention on the last block alone.
     Errors: ValueError for an unknown name or such a size of images.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"unknown arch {arch!r}; known: {', '.join(ARCHS)}")
-    if gate not in GATES:
-        raise ValueError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
-    if classifier not in CLASSIFIERS:
-        raise ValueError(f"unknown classifier {classifier!r}; known: {', '.join(CLASSIFIERS)}")
+    names = (("arch", arch, ARCHS), ("gate", gate, GATES), ("classifier", classifier, CLASSIFIERS))
+    for what, name, known in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
     multiple = 32 if arch == "PreActResNet18" and image_size > 32 else 8
     if image_size < 16 or image_size % multiple:
         raise ValueError(f"image_size is {image_size}, no multiple of {multiple} from 16 on")

@@ -119,11 +119,10 @@ def test_run_json_keeps_what_resumes_were_given(tmp_path):
 
 
 def test_resume_alone_means_the_run_of_exactly_this_command(run, tmp_path):
-    """Where there is none, the runs that there are are named, and none is touched."""
+    """Where there is none, no other run is touched."""
     before = files(tmp_path)
-    with pytest.raises(UsageError, match="does not exist") as refusal:
+    with pytest.raises(UsageError, match="does not exist"):
         train(tmp_path, *TWO, "--lr", 0.01, "--resume")
-    assert str(run) in str(refusal.value)
     assert files(tmp_path) == before
 
 
@@ -150,7 +149,6 @@ def test_a_setting_that_the_named_run_has_otherwise_is_an_error(run, tmp_path, f
     with pytest.raises(UsageError) as refusal:
         resume(run, "--model-dir", tmp_path / "run", *flags)
     assert f"--resume: {difference}" in str(refusal.value)
-    assert str(run) in str(refusal.value)
     assert files(tmp_path) == before
 
 
@@ -173,20 +171,19 @@ def test_a_resume_with_other_images_needs_a_flag(tmp_path, capsys):
     assert checksums.keys() == {"training", "selection", "test"}
     assert "on the val part, 6 images" in capsys.readouterr().out
 
-    def resumed(*flags):
-        resume(run, *flags)
-        return capsys.readouterr().out
-
-    assert "other images" not in resumed("--epochs", 2)
+    resume(run, "--epochs", 2)
     for part in ("train", "test"):
         png(pets / part / "dog/1.png", pixels(77, 16, 16, 3))
     before = files(run)
     with pytest.raises(UsageError, match="other images .*--other-data"):
         resume(run, "--epochs", 3)
     assert files(run) == before
-    assert "other images" in resumed("--epochs", 3, "--other-data")
+    resume(run, "--epochs", 3, "--other-data")
     # The flag was for those images; these are the run's own now.
-    assert "other images" not in resumed("--epochs", 4)
+    resume(run, "--epochs", 4)
+    record = json.loads((run / "run.json").read_text())
+    same = [part["checksums"] == checksums for part in (*record["earlier"], record)]
+    assert same == [True, True, False, False]
 
 
 # Starting from weights

@@ -236,7 +236,7 @@ class Training(FromFile):
     tensorboard: Switch = False
     """write the content of metrics.csv for TensorBoard, too"""
     save_freq: Annotated[Count, also("-s")] = 10
-    """keep a checkpoint every N epochs"""
+    """keep a checkpoint every N epochs, and draw the curves"""
 
     # Seed and files
     seed: Seeds = 1

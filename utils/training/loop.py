@@ -105,7 +105,7 @@ def train_epoch(job: Job) -> None:
         disable=distributed.quiet(),
     )
     with bar:
-        started = time.perf_counter()
+        started = time.perf_counter() - progress.seconds
         for indices in bar:
             set_learning_rate(job)
             batch = data.train.take(indices)
@@ -119,8 +119,7 @@ def train_epoch(job: Job) -> None:
             job.read_stats()
             progress.done += len(indices)
             job.pending = len(indices), Sent(stats)
-            progress.seconds += time.perf_counter() - started
-            started = time.perf_counter()
+            progress.seconds = time.perf_counter() - started
             job.check_stop()
     job.read_stats()
 
@@ -274,7 +273,8 @@ def finish_epoch(job: Job) -> None:
 def finish_run(job: Job) -> None:
     """Draw the curves, evaluate the best epoch on images that did not choose it, and log it all."""
     data = job.data
-    if records.best_row(job.progress.rows) is None:
+    best_row = records.best_row(job.progress.rows)
+    if best_row is None:
         return
     if note := records.draw_training_curves(job):
         job.log(note)
@@ -285,4 +285,4 @@ def finish_run(job: Job) -> None:
             lambda: load_model(job.folder / BEST, arch=job.settings.arch)
         )
         on_test = evaluate(job, best.to(job.device), data.test.to(job.device))
-    records.log_results(job, on_test)
+    records.log_results(job, best_row, on_test)

@@ -56,14 +56,12 @@ def announce(job: Job, start: Start) -> None:
 def log_resume(job: Job, start: Start) -> None:
     """Log where a resumed run goes on, and what is other than before.
 
-    Its command, and run.json with those of before, tell other settings and numbers of ranks.
+    Its command, and run.json with those of before, tell other settings, images and ranks.
     """
     progress = job.progress
     job.log(f"resumed    in epoch {progress.epoch}, {progress.done} images done")
     if job.source != start.state.get("source"):
         job.log(f"network    {job.settings.arch.rpartition(':')[0]} has changed since then")
-    if job.data.checksums != start.state["checksums"]:
-        job.log("data       other images than before, by --other-data")
     if progress.epoch > job.settings.epochs:
         job.log("nothing is left to train; raise --epochs")
 
@@ -162,14 +160,13 @@ def draw_training_curves(job: Job) -> str:
     return save_or_note(draw, job.folder / "training_curves.png")
 
 
-def log_results(job: Job, on_test: Row | None) -> None:
+def log_results(job: Job, best: Row, on_test: Row | None) -> None:
     """Log the figures of the best epoch, and how to go on.
 
     on_test: its two accuracies on images that did not choose it.
     """
     settings = job.settings
     data = job.data
-    best = best_row(job.progress.rows)
     figures = in_words(best, data.selection.labels)
     job.log(f"best epoch, {best['epoch']}: {figures}, on {data.selected}")
     if on_test is not None:

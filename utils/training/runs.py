@@ -1,6 +1,5 @@
 """The folders of runs: their names, who may write to them, and what a resumed run takes over."""
 
-import glob
 import os
 import shutil
 import zlib
@@ -33,6 +32,7 @@ VERSION = 3  # of last_state.pt; other versions are not resumed
 KIND = ("method", "dataset", "norm", "arch", "no_ra", "no_anc", "optimizer")
 # What the name of a published folder says
 PUBLISHED = ("strategy", "alpha", "beta", "zeta", "seed")
+HOW_TO_RESUME = "name a run by --resume PATH alone, or start one without --resume"
 LONGEST_NAME = 200  # bytes; file systems allow 255
 
 # What a run and its evaluation write into the folder: what --overwrite removes
@@ -82,7 +82,7 @@ def prepare(command: Command, lock: ExitStack) -> Start:
         folder = folder.parent
     file = folder / STATE
     if not file.is_file():
-        raise UsageError(f"--resume: {file} does not exist; {known_runs(settings)}")
+        raise UsageError(f"--resume: {file} does not exist; {HOW_TO_RESUME}")
     take_folder(folder, lock)  # before reading, since another process may write
     state = read(file)
     known_settings = stored(Training()).keys()
@@ -147,15 +147,6 @@ def _name_parts(command: Command) -> Iterator[str]:
         yield f"tag-{settings.tag}"
 
 
-def known_runs(settings: Training) -> str:
-    """Say which runs of a --model-dir can be resumed, and how."""
-    prefix = Path(settings.model_dir)
-    files = prefix.parent.glob(f"{glob.escape(prefix.name)}-*/{STATE}")
-    runs = ", ".join(sorted(str(file.parent) for file in files)) or "none"
-    hint = "name a run by --resume PATH alone, or start one without --resume"
-    return f"{hint}; runs of this --model-dir: {runs}"
-
-
 def resumed_settings(command: Command, run: Training) -> Training:
     """Return a run's settings, with the free ones that a command gives.
 
@@ -180,7 +171,7 @@ def resumed_settings(command: Command, run: Training) -> Training:
         if now[name] != before[name]
     ]
     if refused:
-        raise UsageError(f"--resume: {'; '.join(refused)}; {known_runs(command.settings)}")
+        raise UsageError(f"--resume: {'; '.join(refused)}; {HOW_TO_RESUME}")
     values = {name: getattr(command.settings, name) for name in given & free}
     return replace(run, other_data=command.settings.other_data, **values)
 
