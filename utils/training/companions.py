@@ -68,13 +68,14 @@ class Average:
     """A copy of a network whose parameters are their exponential moving average over steps.
 
     The decay of step t, from 0, is min(tau, (1 + t) / (10 + t)), so that early steps do not
-    remember the start. (Izmailov et al., arXiv 1803.05407; constants as in the releases of Rade and
-    Wang.)
+    remember the start. BatchNorm's statistics are not averaged: both share these buffers. (Izmailov
+    et al., arXiv 1803.05407; constants as in the releases of Rade and Wang.)
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Start from a network's present weights."""
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        shared = {id(buffer): buffer for buffer in model.buffers()}
+        self.model = copy.deepcopy(model, shared).requires_grad_(False)
         self.steps = 0
 
     @torch.no_grad()
@@ -83,12 +84,6 @@ class Average:
         decay = min(tau, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         self.steps += 1
-
-    @torch.no_grad()
-    def take_statistics(self, model: nn.Module) -> None:
-        """Copy BatchNorm's statistics, which are not averaged."""
-        for buffer, value in zip(self.model.buffers(), model.buffers(), strict=True):
-            buffer.copy_(value)
 
 
 def learning_rate(settings: Training, done: float) -> float:

@@ -247,8 +247,6 @@ def finish_epoch(job: Job) -> None:
     settings = job.settings
     epoch = job.progress.epoch
     distributed.share_buffers(job.model)
-    if job.average is not None:
-        job.average.take_statistics(job.model)
     checkpoint = job.checkpoint(job.evaluated)
 
     started = time.perf_counter()
