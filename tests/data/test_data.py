@@ -29,7 +29,7 @@ from tests.helpers import (
     train,
 )
 from utils.data import datasets
-from utils.data.datasets import Split, as_input, load_split, subset
+from utils.data.datasets import Split, load_split, subset
 from utils.system.errors import UsageError
 from utils.training import loop as training
 
@@ -47,11 +47,6 @@ def assert_holds(split, images, labels):
     assert split.labels.dtype == torch.int64
     assert np.array_equal(as_array(split), images)
     assert np.array_equal(split.labels, labels)
-
-
-def test_an_unknown_data_set_is_an_error(tmp_path):
-    with pytest.raises(UsageError, match="CIFAR10.*cifar10"):
-        load_split("CIFAR10", "train", str(tmp_path), 32)
 
 
 # CIFAR
@@ -79,11 +74,6 @@ def test_a_cifar_file_of_another_md5_is_never_unpickled(monkeypatch, tmp_path):
         load_split("cifar10", "train", str(tmp_path), 32)
     assert not (tmp_path / "executed").exists()
     assert file.read_bytes() == payload
-
-
-def test_cifar_takes_no_other_size(tmp_path):
-    with pytest.raises(UsageError, match="cifar10.*16.*--image-size"):
-        load_split("cifar10", "train", str(tmp_path), 16)
 
 
 # Tiny-ImageNet
@@ -495,12 +485,6 @@ def test_an_image_of_another_format_than_those_listed_is_refused(tmp_path):
     (tmp_path / "train/cat/0.png").write_bytes(eps)
     with pytest.raises(UsageError, match=r"0\.png"):
         load_folder(tmp_path)
-
-
-def test_input_is_float_in_zero_to_one():
-    x = as_input(torch.arange(256, dtype=torch.uint8))
-    assert x.dtype == torch.float32
-    assert torch.equal(x, torch.arange(256) / 255)
 
 
 # parts of the training data

@@ -239,7 +239,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_table(
 
 
 def test_attacks_search_in_bfloat16_and_float32_judges(tmp_path, no_pictures):
-    flags = ("--n-examples=20", "--attacks=natural,pgd,noise", "--num-steps=2", "--step-size=0.1")
+    flags = ("--n-examples=20", "--attacks=natural,pgd", "--num-steps=2", "--step-size=0.1")
     file = tmp_path / "images.npz"
     in_float32 = evaluate(tmp_path, "robust", *flags)
     record = evaluate(tmp_path, "robust", *flags, "--precision=bf16", "--save-adversarial", file)
@@ -261,7 +261,6 @@ def test_attacks_search_in_bfloat16_and_float32_judges(tmp_path, no_pictures):
     assert not torch.equal(from_float32[fooled], adversarial[fooled])
 
     assert torch.equal(right(record, "PGD-2 (precision default)"), right(in_float32, "PGD-2"))
-    assert torch.equal(right(record, "noise, 100 draws"), right(in_float32, "noise, 100 draws"))
     log = (tmp_path / "test.log").read_text()
     assert log.count("a first look: PGD-2 searched in bfloat16") == 1
     table = results.table(results.grouped([record]))

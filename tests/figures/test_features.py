@@ -1,7 +1,5 @@
 """Features, distances, negatives, clusters, and feature_distance.py."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
@@ -11,10 +9,9 @@ from sklearn.metrics.pairwise import paired_cosine_distances, paired_euclidean_d
 from models import build_model
 from tests.helpers import checkpoint, digits_checkpoint, execute
 from utils.attacks import cross_entropy, pgd
-from utils.data.datasets import Split, as_input
+from utils.data.datasets import Split, as_input, shuffled
 from utils.figures.features import (
     BLOCK,
-    METRICS,
     choose_in_blocks,
     class_names,
     compare,
@@ -25,7 +22,6 @@ from utils.figures.features import (
 from utils.system.attack_copy import frozen
 from utils.system.errors import RunError, UsageError
 from utils.system.files import read_arrays
-from utils.system.settings import FEATURES
 
 SCRIPT = "feature_distance.py"
 
@@ -40,7 +36,8 @@ def measured(run, target, *flags):
     """Run the script for one class -> settings and arrays of the file it wrote."""
     argv = ("--model_dir", run, "--target_label", target, "--name=measured", *flags)
     assert execute(SCRIPT, *argv) == 0
-    return read_arrays(run.parent / "distances" / f"measured-{target}.npz")
+    file = run.parent / "distances" / f"measured-{target}.npz"
+    return read_arrays(file)
 
 
 # Features
@@ -55,7 +52,8 @@ def measured(run, target, *flags):
     ],
 )
 def test_weighted_features_are_the_unweighted_ones_times_the_predicted_row(arch, width, size):
-    model = build_model(arch, 5, width=width, image_size=size).double()
+    model = build_model(arch, 5, width=width, image_size=size)
+    model.double()
     x = torch.rand(3, 3, size, size, dtype=torch.float64)
     model.train()  # where the map of a fresh network does not fade
     with torch.no_grad():
@@ -63,7 +61,8 @@ def test_weighted_features_are_the_unweighted_ones_times_the_predicted_row(arch,
     last = heads.auxiliary[-1]
     assert torch.allclose(model.classifier(heads.unweighted), last)
     rows = model.classifier.weight[last.argmax(1)]
-    assert torch.allclose(heads.features, heads.unweighted * rows)
+    weighted = heads.unweighted * rows
+    assert torch.allclose(heads.features, weighted)
     assert heads.unweighted.max() > 0.1
 
 
@@ -72,9 +71,9 @@ def test_features_do_not_depend_on_the_batch_size_and_must_be_finite(trained):
     with frozen(model) as net:
         whole = extract(net, split, 360)
         parts = extract(net, split, 7)
-        for a, b in zip(whole, parts, strict=True):
-            assert len(a) == len(split.labels)
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        for features, same in zip(whole, parts, strict=True):
+            assert len(features) == 360
+            assert torch.allclose(features, same, rtol=1e-4, atol=1e-5)
         net.conv1.weight[0] = torch.nan
         with pytest.raises(RunError):
             extract(net, split, 100)
@@ -93,16 +92,17 @@ def test_negatives_are_of_another_class_and_of_the_same_block(strategy):
     assert torch.equal(chosen, again)
     other = choose_in_blocks(labels, logits, strategy, 4)
     assert not torch.equal(chosen, other)
-    order = np.random.default_rng(3).permutation(450)
-    block = order.argsort() // BLOCK
-    assert np.array_equal(block[chosen], block)
+    place = shuffled(450, 3).argsort()
+    block = place // BLOCK
+    assert torch.equal(block[chosen], block)
 
 
 @pytest.mark.parametrize("strategy", ["random", "hard"])
 def test_a_block_without_another_class_takes_negatives_from_the_rest(strategy):
     labels = torch.zeros(401, dtype=torch.long)
     labels[17] = 1  # two blocks at least hold class 0 alone
-    chosen = choose_in_blocks(labels, torch.zeros(401, 2), strategy, 0)
+    logits = torch.zeros(401, 2)
+    chosen = choose_in_blocks(labels, logits, strategy, 0)
     assert (chosen[labels == 0] == 17).all()
     assert labels[chosen[17]] == 0
     with pytest.raises(UsageError):
@@ -115,9 +115,10 @@ def test_a_block_without_another_class_takes_negatives_from_the_rest(strategy):
 def test_distances_are_those_of_scikit_learn():
     a, b = torch.randn(2, 5, 7)
     distances = compare(a, b)
-    assert distances["L2"] == pytest.approx(paired_euclidean_distances(a, b))
-    cosine_distances = 1 - distances["cosine"]
-    assert cosine_distances == pytest.approx(paired_cosine_distances(a, b), abs=1e-6)
+    euclidean = paired_euclidean_distances(a, b)
+    assert distances["L2"] == pytest.approx(euclidean)
+    cosine = 1 - paired_cosine_distances(a, b)
+    assert distances["cosine"] == pytest.approx(cosine, abs=1e-6)
     tiny = 1e-9 * a
     of_equal_ones = compare(tiny, tiny)
     assert of_equal_ones["cosine"] == pytest.approx(1)
@@ -130,47 +131,50 @@ def test_distances_of_a_class_are_those_of_its_images(trained, run):
     assert settings["epsilon"] == 0.1
     numbers = torch.from_numpy(values["indices"])
     images = split.take(numbers)
-    negatives = split.take(torch.from_numpy(values["negatives"]))
+    negative_numbers = torch.from_numpy(values["negatives"])
+    negatives = split.take(negative_numbers)
     expected = (split.labels == 0).nonzero().squeeze(1)
     assert torch.equal(numbers.sort().values, expected)
     assert (negatives.labels != 0).all()
+
+    def assert_measured(name, features, other_features):
+        for metric, distances in compare(features, other_features).items():
+            written = values[f"{name}_{metric}"]
+            assert np.allclose(written, distances, rtol=1e-4, atol=1e-5)
 
     x = as_input(images.images)
     attack = pgd(cross_entropy, 0.1, 0.02, 3, start="normal", seed=1)
     with frozen(model) as net:
         natural = net(x, heads=True)
-        attacked = attack(net, x, images.labels, numbers)
-        others = {
-            "PP": net(attacked, heads=True),
-            "NP": net(as_input(negatives.images), heads=True),
+        pairs = {
+            "PP": attack(net, x, images.labels, numbers),
+            "NP": as_input(negatives.images),
         }
-    for pair, other in others.items():
-        distances = {
-            "weighted": compare(natural.features, other.features),
-            "unweighted": compare(natural.unweighted, other.unweighted),
-        }
-        for layer, metric in product(FEATURES, METRICS):
-            expected = distances[layer][metric]
-            actual = values[f"{layer}_{pair}_{metric}"]
-            assert np.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+        for pair, batch in pairs.items():
+            other = net(batch, heads=True)
+            assert_measured(f"weighted_{pair}", natural.features, other.features)
+            assert_measured(f"unweighted_{pair}", natural.unweighted, other.unweighted)
 
 
 def test_one_class_or_all_at_any_batch_size_is_the_same(run, here, capsys):
     flags = ("--n-examples=120", "--num-steps=2", "--strategy=hard")
     _, alone = measured(run, 3, *flags, "--test-batch-size=9")
     settings, together = measured(run, "all", *flags)
-    _, of_class = read_arrays(here / "distances" / "measured-3.npz")
+    file = here / "distances" / "measured-3.npz"
+    _, of_class = read_arrays(file)
     chosen = np.isin(together["indices"], alone["indices"])
+    tolerance = {"rtol": 1e-2, "atol": 1e-3}
     for key, array in of_class.items():
-        is_close = np.isclose(alone[key], array, rtol=1e-2, atol=1e-3)
+        is_close = np.isclose(alone[key], array, **tolerance)
         assert is_close.mean() > 0.9, key
-        assert np.array_equal(array, together[key][chosen])
+        of_all = together[key]
+        assert np.array_equal(array, of_all[chosen])
     assert "unweighted" in capsys.readouterr().out
 
     # --n-examples takes the same images everywhere; numbers count in the whole test set.
     assert settings["test_images"] == 120
-    first = np.random.default_rng(0).permutation(360)[:120]
-    assert np.array_equal(together["indices"], first)
+    shuffle = np.random.default_rng(0).permutation(360)
+    assert np.array_equal(together["indices"], shuffle[:120])
 
 
 def test_adversarial_negatives_look_more_like_the_class(run):
@@ -189,10 +193,10 @@ def test_a_plain_network_has_one_kind_of_features(here, capsys):
 
 
 def test_pgd_attacks_the_head_that_answers(run):
+    """So that NP distances, of images that are not attacked, stay."""
     flags = ("--n-examples=80", "--num-steps=3")
     _, final = measured(run, 3, *flags)
     settings, auxiliary = measured(run, 3, *flags, "--predict=auxiliary1")
-    assert settings["predict"] == "auxiliary1"
     assert "auxiliary1" in settings["method"]
     assert not np.allclose(final["weighted_PP_cosine"], auxiliary["weighted_PP_cosine"])
     assert np.array_equal(final["weighted_NP_cosine"], auxiliary["weighted_NP_cosine"])
@@ -204,16 +208,19 @@ def test_pgd_attacks_the_head_that_answers(run):
 def test_cluster_numbers_against_their_definitions():
     labels = torch.arange(60) % 3
     centres = 2 * torch.randn(3, 8)
-    features = torch.randn(60, 8) + centres[labels]
-    distance = 1 - np.corrcoef(features.double().numpy())
+    features = torch.randn(60, 8)
+    features += centres[labels]
+    correlation = np.corrcoef(features.double())
+    distance = 1 - correlation
     np.fill_diagonal(distance, 0)
     nearest = distance.argsort(1)[:, 1:13]  # the first is the image itself
     is_alike = labels[nearest] == labels[:, None]
+    expected_silhouette = silhouette_score(distance, labels, metric="precomputed")
+    expected_agreement = is_alike.double().mean()
 
     silhouette, agreement = measure_clusters(features, labels)
-    expected = silhouette_score(distance, labels, metric="precomputed")
-    assert silhouette == pytest.approx(expected, abs=1e-4)
-    assert agreement == pytest.approx(is_alike.double().mean())
+    assert silhouette == pytest.approx(expected_silhouette, abs=1e-4)
+    assert agreement == pytest.approx(expected_agreement)
 
 
 # Classes
@@ -241,14 +248,14 @@ def test_classes_by_name_synonym_and_number():
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (("--target_label=cat",), "'cat'"),
-        (("--target_label=all", "--n-examples=1"), "single class"),
-        (("--target_label=3", "--out=run.pt"), "--out"),
+        ("--target_label=cat", "'cat'"),
+        ("--target_label=all --n-examples=1", "single class"),
+        ("--target_label=3 --out=run.pt", "--out"),
     ],
 )
 def test_bad_input_of_feature_distance(here, refused, flags, word):
     checkpoint(here / "run.pt")
-    refused(SCRIPT, "--model_dir", "run.pt", *flags, mentions=[word])
+    refused(SCRIPT, "--model_dir=run.pt", *flags.split(), mentions=[word])
 
 
 def test_another_run_s_distances_are_not_overwritten(here, refused):
@@ -257,4 +264,4 @@ def test_another_run_s_distances_are_not_overwritten(here, refused):
         checkpoint(here / name)
     for path in ("a.pt", here / "a.pt"):  # a run's own may be
         assert execute(SCRIPT, "--model_dir", path, *quick) == 0
-    refused(SCRIPT, "--model_dir", "b.pt", *quick, mentions=["same-3.npz", "--name"])
+    refused(SCRIPT, "--model_dir=b.pt", *quick, mentions=["same-3.npz", "--name"])

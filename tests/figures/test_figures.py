@@ -203,15 +203,15 @@ def test_a_file_that_holds_no_distances_is_named(here, refused, name):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        ((), "feature_distance.py"),
-        (("--distances", "a.npz", "--labels", "A", "B"), "--labels"),
-        (("--distances", "a.npz", "--dataset=cifar10"), "cifar10"),
-        (("--distances", "a.npz", "--out=a.npz"), "--out"),
+        ("", "feature_distance.py"),
+        ("--distances a.npz --labels A B", "--labels"),
+        ("--distances a.npz --dataset=cifar10", "cifar10"),
+        ("--distances a.npz --out=a.npz", "--out"),
     ],
 )
 def test_bad_input_of_draw_hist(here, refused, flags, word):
     write_distances(here / "a.npz")
-    refused(HIST, *flags, mentions=[word])
+    refused(HIST, *flags.split(), mentions=[word])
 
 
 # Embeddings
@@ -274,10 +274,10 @@ def test_runs_are_panels_on_the_same_images_and_a_seed_gives_one_picture(here):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (("a.pt", "--n-examples=14"), "--n-examples"),
-        (("a.pt", "--labels", "A", "B"), "--labels"),
-        (("a.pt", "--n-examples=20", "--out=a.pt"), "--out"),
-        (("a.pt", "folder.pt"), "folder.pt"),
+        ("a.pt --n-examples=14", "--n-examples"),
+        ("a.pt --labels A B", "--labels"),
+        ("a.pt --n-examples=20 --out=a.pt", "--out"),
+        ("a.pt folder.pt", "folder.pt"),
     ],
 )
 def test_bad_input_of_draw_umap(here, refused, flags, word):
@@ -285,7 +285,7 @@ def test_bad_input_of_draw_umap(here, refused, flags, word):
     recipe = {"data_dir": str(image_folder(here / "pictures"))}
     network = {"num_classes": 2, "classes": ["cat", "dog"], "dataset": "folder"}
     checkpoint(here / "folder.pt", recipe=recipe, **network)
-    refused(UMAP, "--model_dir", *flags, mentions=[word])
+    refused(UMAP, "--model_dir", *flags.split(), mentions=[word])
 
 
 def test_umap_that_cannot_be_loaded_says_what_to_do(tmp_path, monkeypatch):
