@@ -108,7 +108,8 @@ class AttackCopy:
 
         originals = model.state_dict(keep_vars=True)
         copies = net.state_dict(keep_vars=True)
-        names = [name for name in copies if name in originals]  # folded layers have a bias more
+        # Folded layers have a bias more; `_sync_folded` writes their weights over what is copied.
+        names = [name for name in copies if name in originals]
         self._copies = [copies[name] for name in names]
         self._originals = [originals[name] for name in names]
 
@@ -181,10 +182,10 @@ def needs_affine(net: ReverseAttentionNetwork) -> bool:
 
 def _make_last_blocks_contiguous(net: ReverseAttentionNetwork) -> None:
     """Undo channels-last where maps are small: there, a CPU's convolutions are slow in it."""
-    for block in net.last_blocks():
+    blocks = net.last_blocks()
+    for block in blocks:
         block.to(memory_format=torch.contiguous_format)
-    first = net.last_blocks()[0]
-    first.register_forward_pre_hook(lambda block, inputs: (inputs[0].contiguous(),))
+    blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].contiguous(),))
 
 
 @contextmanager

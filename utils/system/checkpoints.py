@@ -223,8 +223,10 @@ def _describe(
         info["image_size"] = dataset_defaults(info["dataset"]).image_size
 
     if not is_run:
-        names = ("arch", "width", "reverse_attention", "mean", "std", "dataset")
-        taken = ", ".join(f"{name} {info[name]}" for name in names)
+        taken = ", ".join(
+            f"{name} {info[name]}"
+            for name in ("arch", "width", "reverse_attention", "mean", "std", "dataset")
+        )
         notes.append(f"taken for {taken}; tensors tell not all, see --no-ra, --gate, --mean")
     return state, info, notes
 
@@ -252,7 +254,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UsageError(f"{path} does not fit this network: {str(error):.300}") from error
+        problem = " ".join(str(error).split())
+        raise UsageError(f"{path} does not fit this network: {problem:.300}") from error
     for name, value in state.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} is not finite; the training that wrote it had failed")

@@ -113,7 +113,8 @@ def _content(file: str) -> dict:
         else:
             content = json.loads(text)
     except Exception as error:  # each reader has its own
-        _refuse(f"--config {file}: {error}; it is JSON, or YAML, which needs `pip install pyyaml`")
+        problem = " ".join(str(error).split())
+        _refuse(f"--config {file}: {problem}; it is JSON, or YAML by `pip install pyyaml`")
     if isinstance(content, dict):
         content = content.get("settings", content)
     if not isinstance(content, dict):
