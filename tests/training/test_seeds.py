@@ -84,17 +84,16 @@ def test_a_stop_lets_all_processes_save_and_starts_no_other(tmp_path, signum):
 def test_a_run_is_resumed_where_there_is_a_state_and_started_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "1,2"])
     new = [sys.executable, "train.py", "--seed", "1,2", "--seed=2", "--jobs=1"]
-    resume = f"--resume={tmp_path}"
-    run = settings("--seed=1,2")
+    resumed = [*new, f"--resume={tmp_path}"]
+    run = settings("--seed=1,2", "--epochs=4")
     assert seeds.child_command(run, 2, tmp_path) == new
-    assert not seeds.is_finished(tmp_path, 3)
     torch.save({"epoch": 3}, tmp_path / STATE)
-    assert seeds.is_finished(tmp_path, 3)
-    assert not seeds.is_finished(tmp_path, 4)
-    assert seeds.child_command(run, 2, tmp_path) == [*new, resume]
+    assert seeds.child_command(run, 2, tmp_path) == resumed
+    torch.save({"epoch": 4}, tmp_path / STATE)
+    assert seeds.child_command(run, 2, tmp_path) == []
     assert seeds.child_command(replace(run, overwrite=True), 2, tmp_path) == new
     (tmp_path / STATE).write_bytes(b"damaged")
-    assert not seeds.is_finished(tmp_path, 3)
+    assert seeds.child_command(run, 2, tmp_path) == resumed
 
 
 def test_a_failed_run_is_named_after_the_figures_of_the_others(tmp_path, monkeypatch, capsys):

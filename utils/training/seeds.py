@@ -39,8 +39,9 @@ def train_seeds(command: Command) -> None:
     for seed in command.seeds:
         folder = run_folder(command._replace(settings=replace(settings, seed=seed)))
         folders[seed] = folder
-        if settings.overwrite or not is_finished(folder, settings.epochs):
-            commands[seed] = child_command(settings, seed, folder)
+        argv = child_command(settings, seed, folder)
+        if argv:
+            commands[seed] = argv
 
     failed = []
     for seed, status in train_processes(settings, commands).items():
@@ -53,19 +54,16 @@ def train_seeds(command: Command) -> None:
         raise RunError(f"{', '.join(failed)}; {hint}")
 
 
-def is_finished(folder: Path, epochs: int) -> bool:
-    """Whether a folder holds a run of that many epochs, in a state that can be read."""
-    with suppress(UsageError):  # the seed's own process names a damaged file
-        return read(folder / STATE)["epoch"] >= epochs
-    return False
-
-
 def child_command(settings: Training, seed: int, folder: Path) -> list[str]:
-    """Return the command that trains one seed of this one, or goes on with it."""
+    """Return the command that trains one seed of this one, or goes on with it; [] if it is done."""
     argv = [sys.executable, *sys.argv, f"--seed={seed}", "--jobs=1"]
-    if not settings.overwrite and (folder / STATE).exists():
-        argv.append(f"--resume={folder}")
-    return argv
+    file = folder / STATE
+    if settings.overwrite or not file.exists():
+        return argv
+    with suppress(UsageError):  # the seed's own process names a damaged file
+        if read(file)["epoch"] >= settings.epochs:
+            return []
+    return [*argv, f"--resume={folder}"]
 
 
 def train_processes(settings: Training, commands: dict[int, list[str]]) -> dict[int, int]:
