@@ -30,46 +30,49 @@ VERSION = 1  # raise it when a view or the attack changes, so that no cached ver
 
 # What to attack: logits (N, C), each with its weight in the loss.
 Targets = list[tuple[float, Tensor]]
-# (network, images) -> the network's real final logits (N, C), and what to attack
-View = Callable[[nn.Module, Tensor], tuple[Tensor, Targets]]
+# The network's real final logits (N, C), and what to attack
+Viewed = tuple[Tensor, Targets]
+View = Callable[[nn.Module, Tensor], Viewed]
+Views = dict[str, View]  # by name
+Criterion = Callable[[Tensor, Tensor], Tensor]  # logits (N, C), labels (N,) -> (N,), to ascend
+# (network, images, their heads) -> what to attack
+TargetsOfHeads = Callable[[nn.Module, Tensor, Heads], Targets]
 
 
-def plain(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
+def plain(net: nn.Module, x: Tensor) -> Viewed:
     """View of any classifier: its answer."""
     logits = net(x)
     return logits, [(1, logits)]
 
 
-def of_heads(targets: Callable[[Heads], Targets], predict: str = "final") -> View:
-    """Make a view from a function of the heads of one forward. predict: the head that answers."""
+def of_heads(targets: TargetsOfHeads, predict: str) -> View:
+    """Make a view from a function of the network, images and their heads.
 
-    def view(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
-        heads = net(x, heads=True)
-        return heads.logits(predict), targets(heads)
-
-    return view
-
-
-def smooth_gates(predict: str) -> View:
-    """Make a view of the final logits under gates that mix the rows of the classifier's weight.
-
-    They are mixed by a softmax of the auxiliary logits, for gradients only. The gates' own
-    gradients come along, so that the view attacks both decisions at once. Two forwards a step.
+    predict: the head that answers.
     """
 
-    def view(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
+    def view(net: nn.Module, x: Tensor) -> Viewed:
         heads = net(x, heads=True)
-        gates = tuple((logits / 0.3).softmax(1) for logits in heads.auxiliary)
-        last_two = (None, *gates)[-2:]
-        return heads.logits(predict), [(1, net(x, last_two, heads=True).final)]
+        return heads.logits(predict), targets(net, x, heads)
 
     return view
+
+
+def smooth_gates(net: nn.Module, x: Tensor, heads: Heads) -> Targets:
+    """Return the final logits under gates that mix the rows of the classifier's weight.
+
+    They are mixed by a softmax of the auxiliary logits, for gradients only. The gates' own
+    gradients come along, so that this attacks both decisions at once. Two forwards a step.
+    """
+    gates = [(logits / 0.3).softmax(1) for logits in heads.auxiliary]
+    last_two = (None, *gates)[-2:]
+    return [(1, net(x, last_two, heads=True).final)]
 
 
 def transfer(surrogate: nn.Module) -> View:
     """Make a view of another network's logits: gradients come from it alone."""
 
-    def view(net: nn.Module, x: Tensor) -> tuple[Tensor, Targets]:
+    def view(net: nn.Module, x: Tensor) -> Viewed:
         with torch.no_grad():
             final = net(x)
         return final, [(1, surrogate(x))]
@@ -86,38 +89,41 @@ def views(
     classifier: str = "shared",
     ra_blocks: int = 2,
     predict: str = "final",
-) -> dict[str, View]:
+) -> Views:
     """Return every view of a network by name.
 
     auxiliary_weight: lambda of the loss over heads that the network was trained with.
     gate, classifier, ra_blocks, predict: of a network with reverse attention. The view `final` is
     the head that answers. Where that is an auxiliary head, `final logits` is the last head.
     """
-    views: dict[str, View] = {"final": plain}
+    views = {"final": plain}
 
-    def add(name: str, targets: Callable[[Heads], Targets]) -> None:
+    def add(name: str, targets: TargetsOfHeads) -> None:
         views[name] = of_heads(targets, predict)
 
     if reverse_attention:
         if predict != "final":
-            add("final logits", lambda heads: [(1, heads.final)])
+            add("final logits", lambda net, x, heads: [(1, heads.final)])
 
         # By one classifier and without a gate, the last auxiliary and the final logits are equal.
         equal = gate == "none" and classifier == "shared"
         different = ra_blocks - 1 if equal else ra_blocks
         for i in range(different):
             if predict != f"auxiliary{i + 1}":  # which is `final` already
-                add(f"auxiliary {i + 1}", lambda heads, i=i: [(1, heads.auxiliary[i])])
+                add(f"auxiliary {i + 1}", lambda net, x, heads, i=i: [(1, heads.auxiliary[i])])
         if ra_blocks > 1:
-            add("mean auxiliary", lambda heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))])
+            add(
+                "mean auxiliary",
+                lambda net, x, heads: [(1, sum(heads.auxiliary) / len(heads.auxiliary))],
+            )
 
         weight = auxiliary_weight / ra_blocks
         add(
             "over heads",
-            lambda heads: [(1, heads.final), *((weight, logits) for logits in heads.auxiliary)],
+            lambda net, x, heads: [(1, heads.final), *((weight, z) for z in heads.auxiliary)],
         )
         if gate not in ("soft", "none"):
-            views["smooth gates"] = smooth_gates(predict)
+            add("smooth gates", smooth_gates)
 
     if surrogate is not None:
         views["surrogate"] = transfer(surrogate)
@@ -142,7 +148,7 @@ class ViewedNetwork:
         """Start before any call, so with nothing to attack."""
         self.net = net
         self.view = view
-        self.targets: Targets = []
+        self.targets = []
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return real logits for steps of an attack, else a ranking of the classes."""
@@ -184,7 +190,7 @@ def view_pgd(
     x: Tensor,
     labels: Tensor,
     numbers: Tensor,
-    criterion: Callable[[Tensor, Tensor], Tensor],
+    criterion: Criterion,
     *,
     eps: float,
     step_size: float,
@@ -195,7 +201,7 @@ def view_pgd(
 ) -> tuple[Tensor, Tensor]:
     """Run PGD on a view from a uniform start, and judge every iterate by the real prediction.
 
-    criterion: logits (N, C), labels (N,) -> (N,), to ascend. seed, draw: of the start's noise.
+    seed, draw: of the start's noise.
 
     Returns the adversarial images, (N, 3, H, W), of each the last iterate that fools the network or
     else the last one; and which iterates fool it, (N, steps) bool.
@@ -245,18 +251,9 @@ def adaptive(
     """
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        parts = {}  # functions of images, labels and numbers
-
-        def restart(draw: int, *batch: Tensor) -> Tensor:
-            criterion = margins if draw % 2 else cross_entropies
-            sizes = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps}
-            images, _ = view_pgd(net, view, *batch, criterion, **sizes, seed=seed, draw=draw)
-            return images
-
-        for draw in range(restarts):
-            parts[f"PGD {draw + 1} of {restarts}"] = partial(restart, draw)
-
         viewed = ViewedNetwork(net, view)
+        with torch.no_grad():
+            targets = min(9, net(x[:1]).shape[1] - 1)
         library_arguments = {
             "eps": eps,
             "norm": norm,
@@ -268,26 +265,31 @@ def adaptive(
         }
         # The library calls `dlr_loss` for this name; ours is the cross-entropy of the view.
         apgd = ViewAPGD(viewed, loss="dlr", **library_arguments)
-        parts["APGD-CE"] = lambda x, labels, numbers: apgd.perturb(x, labels)
-
-        with torch.no_grad():
-            classes = net(x[:1]).shape[1]
-        targets = min(9, classes - 1)
         targeted = ViewAPGDTargeted(viewed, n_target_classes=targets, **library_arguments)
+
+        def restart(draw: int, *batch: Tensor) -> Tensor:
+            criterion = margins if draw % 2 else cross_entropies
+            sizes = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps}
+            images, _ = view_pgd(net, view, *batch, criterion, **sizes, seed=seed, draw=draw)
+            return images
+
+        parts = {}  # functions of images, labels and numbers
+        for draw in range(restarts):
+            parts[f"PGD {draw + 1} of {restarts}"] = partial(restart, draw)
+        parts["APGD-CE"] = lambda x, labels, numbers: apgd.perturb(x, labels)
         parts[f"APGD to {targets} targets"] = lambda x, labels, numbers: targeted.perturb(x, labels)
 
         adversarial = x.clone()
-        right = torch.ones_like(labels, dtype=torch.bool)
+        rows = torch.arange(len(x), device=x.device)  # of images that are still right
         for name, part in parts.items():
-            rows = right.nonzero().squeeze(1)
             if not len(rows):
                 break
             monitor.show(f"{name}, {len(rows)} standing")
-            batch = (x[rows], labels[rows], numbers[rows.cpu()])
             with torch.no_grad():  # or the library's images would keep their graphs
-                candidates = monitor.run_part(name, part, *batch)
-                right[rows] = net(candidates).argmax(1) == labels[rows]
-            adversarial[rows] = candidates
+                images = monitor.run_part(name, part, x[rows], labels[rows], numbers[rows.cpu()])
+                right = net(images).argmax(1) == labels[rows]
+            adversarial[rows] = images
+            rows = rows[right]
         return adversarial
 
     return attack

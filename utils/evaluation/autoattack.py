@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 from pyautoattack import AutoAttack
-from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
 from utils.attacks import Attack
@@ -24,24 +23,19 @@ def autoattack(eps: float, seed: int, monitor: Monitor, norm: str = "Linf") -> A
     """
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        library = AutoAttack(
-            net, norm=norm, eps=eps, seed=seed, version="standard", device=x.device
-        )
-        library.logger = monitor.logger
-        library.apgd.logger = monitor.logger
-        library.apgd_targeted.logger = monitor.logger
+        library = AutoAttack(net, norm=norm, eps=eps, seed=seed, device=x.device)
+        for part in (library, library.apgd, library.apgd_targeted):
+            part.logger = monitor.logger
 
         with torch.no_grad():
-            classes = net(x[:1]).shape[1]
-        if classes < 10:
-            library.apgd_targeted.n_target_classes = classes - 1
-            library.fab.n_target_classes = classes - 1
-            monitor.warnings.append(
-                f"{classes} classes: APGD-T and FAB-T target {classes - 1} of them, not 9"
-            )
-        if classes < 4:
+            others = net(x[:1]).shape[1] - 1  # classes
+        if others < 9:
+            library.apgd_targeted.n_target_classes = others
+            library.fab.n_target_classes = others
+            monitor.warnings.append(f"APGD-T and FAB-T target {others} classes; there are no more")
+        if others < 3:
             library.attacks_to_run.remove("apgd-t")
-            monitor.warnings.append(f"{classes} classes: no targeted DLR loss, APGD-T left out")
+            monitor.warnings.append("APGD-T left out, whose targeted DLR loss takes 4 classes")
 
         parts = {
             "APGD-CE": library.apgd,
@@ -57,21 +51,12 @@ def autoattack(eps: float, seed: int, monitor: Monitor, norm: str = "Linf") -> A
 
 
 def square(eps: float, seed: int, queries: int = 5000, norm: str = "Linf") -> Attack:
-    """Make black-box Square alone (Andriushchenko et al., arXiv 1912.00049), as in AutoAttack."""
+    """Make AutoAttack's black-box Square alone (Andriushchenko et al., arXiv 1912.00049)."""
 
     def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
-        library = SquareAttack(
-            net,
-            norm=norm,
-            eps=eps,
-            seed=seed,
-            device=x.device,
-            p_init=0.8,
-            n_queries=queries,
-            n_restarts=1,
-            resc_schedule=False,
-        )
+        part = AutoAttack(net, norm=norm, eps=eps, seed=seed, device=x.device).square
+        part.n_queries = queries
         with torch.no_grad():
-            return library.perturb(x, labels)
+            return part.perturb(x, labels)
 
     return attack
