@@ -23,6 +23,7 @@ def record(network=None, **attacks):
         "format": results.FORMAT,
         "checkpoint": f"{next(_numbers)}/best_adv_model.pt",
         "settings": {},
+        "earlier": [],
         "network": {"method": "TRADES", "arch": "ResNet18"} | (network or {}),
         "labels": [0, 1, 2, 3],
         "attacks": {name: {"verdicts": verdicts} for name, verdicts in attacks.items()},
@@ -233,7 +234,8 @@ def test_a_run_that_is_there_twice_is_refused():
 def test_what_is_no_evaluation_is_refused(content, tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text(content)
-    assert results.main([str(bad)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        results.main([str(bad)])
     assert str(bad) in capsys.readouterr().err
 
 

@@ -44,7 +44,16 @@ FORMAT = 1
 FILE = "white_attack.json"
 ADAPTIVE = "adaptive: "
 WORST_CASES = ("worst case", "adaptive, worst case")  # rows that are made of others
-SEARCH = ("steps", "step_size", "start", "restarts", "apgd_steps", "apgd_restarts")  # of an attack
+# Settings that say how hard an attack searches
+SEARCH = (
+    "steps",
+    "step_size",
+    "start",
+    "restarts",
+    "apgd_steps",
+    "apgd_restarts",
+    "precision",
+)
 POWER = 0.8  # with which a difference is to be seen
 PLANS = (3, 5, 10)  # numbers of seeds for which it is said how many images it takes
 Groups = dict[str, list[dict]]  # records by the name of their row
@@ -69,23 +78,21 @@ def read(path: str) -> dict:
         file /= FILE
     try:
         newest = json.loads(file.read_text(encoding="utf-8"))
-        is_readable = isinstance(newest, dict) and newest.get("format") == FORMAT
-    except OSError as error:
-        hint = "run test_white_attack.py --ckpt_url RUN first"
-        raise UsageError(f"{file}: {error.strerror}; {hint}") from error
-    except ValueError:
-        is_readable = False
-    if not is_readable:
-        raise UsageError(f"{file} is no {FILE} of this version; evaluate the run anew")
-    records = [newest, *reversed(newest.get("earlier", []))]
+        if newest["format"] != FORMAT:
+            raise ValueError(newest["format"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(
+            f"{file} is missing or no {FILE} of this version; "
+            "run test_white_attack.py --ckpt_url RUN first"
+        ) from error
+    records = [newest, *reversed(newest["earlier"])]
     same_subject = [record for record in records if _subject(record) == _subject(newest)]
     return max(same_subject, key=lambda record: len(record["labels"]))
 
 
 def _subject(record: dict) -> tuple:
-    """Return what tells the network and the ball of an evaluation, if the record says it."""
-    identity = record.get("identity") or {}
-    return record.get("format"), *map(identity.get, ("network", "eps", "norm"))
+    """Return what tells the network and the ball of an evaluation."""
+    return record.get("format"), record.get("identity", {}) | {"images": None}
 
 
 def images_of(record: dict) -> list:
@@ -120,6 +127,7 @@ def verdicts(record: dict) -> Verdicts:
 def recipe_of(record: dict) -> dict[str, Any]:
     """Return what two runs have in common if they differ in their seeds only."""
     network = record["network"]
+    settings = record["settings"]
     file = str(record.get("checkpoint"))
     if network.get("recipe") is None:
         recipe = {"file": file, "gate": network.get("gate"), "ra_blocks": network.get("ra_blocks")}
@@ -132,9 +140,9 @@ def recipe_of(record: dict) -> dict[str, Any]:
     return recipe | {
         "name": network.get("method"),
         "network": network.get("arch"),
-        "answers": record["settings"].get("predict", "final"),
-        "evaluated in": record["settings"].get("norm", Training.norm),
-        "evaluated at eps": record["settings"].get("eps"),
+        "answers": settings.get("predict"),
+        "evaluated in": settings.get("norm"),
+        "evaluated at eps": settings.get("eps"),
     }
 
 
@@ -186,13 +194,10 @@ def quantile(probability: float, seeds: float = math.inf) -> float:
 
 def wilson(right: int, count: int) -> tuple[float, float]:
     """Return the 95 % interval of the share of right ones, in percent (Wilson, 1927)."""
-    share = right / count
-    z = 1.959963984540054
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    low = (centre - spread) / (1 + z * z / count)
-    high = (centre + spread) / (1 + z * z / count)
-    return 100 * max(0.0, low), 100 * min(1.0, high)
+    from scipy.stats import binomtest  # takes a second to load
+
+    low, high = binomtest(right, count).proportion_ci(method="wilson")
+    return 100 * float(low), 100 * float(high)  # plain floats, for JSON
 
 
 def difference(
@@ -287,33 +292,29 @@ def table(groups: Groups) -> Iterator[str]:
     runs = list(chain.from_iterable(right.values()))
     columns = list(dict.fromkeys(chain.from_iterable(runs)))
     common = [column for column in columns if all(column in run for run in runs)]
-    worst = {}
-    for name, records in groups.items():
-        if "adaptive" in common or not needs_adaptive(records[0].get("network", {})):
-            worst[name] = worst_of(right[name], common)
-
     first = next(iter(groups))
     heads = ["network", "runs", *columns, "worst case", f"minus {first}"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + "---|" * len(heads)
+
+    worst = {}
     compared = []
     for name, records in groups.items():
         worst_case = "needs adaptive"
-        if name in worst:
-            accuracies = 100 * worst[name].mean(1)
-            worst_case = f"**{mean_and_deviation(accuracies)}**"
         gain = ""
+        if "adaptive" in common or not needs_adaptive(records[0].get("network", {})):
+            worst[name] = worst_of(right[name], common)
+            worst_case = f"**{mean_and_deviation(100 * worst[name].mean(1))}**"
         if name != first and name in worst and first in worst:
+            gain = "other images, norm or eps"
             if images_of(records[0]) == images_of(groups[first][0]):
-                seeds = list(map(seed_of, records))
-                first_seeds = list(map(seed_of, groups[first]))
-                gain = _difference_cell(worst[name], worst[first], seeds == first_seeds)
                 compared.append((worst[name], worst[first]))
-            else:
-                gain = "other images, norm or eps"
-        attacked = [_cell(right[name], column) for column in columns]
-        cells = [name, str(len(records)), *attacked, worst_case, gain]
-        yield f"| {' | '.join(cells)} |"
+                paired = list(map(seed_of, records)) == list(map(seed_of, groups[first]))
+                mean, low, high = difference(*compared[-1], paired)
+                one_run = ", images alone" if 1 in map(len, compared[-1]) else ""
+                gain = f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{one_run})"
+        cells = [_cell(right[name], column) for column in columns]
+        yield f"| {' | '.join([name, str(len(records)), *cells, worst_case, gain])} |"
 
     yield ""
     yield f"Worst case: image by image over the attacks that all runs have, {', '.join(common)}."
@@ -332,19 +333,6 @@ def table(groups: Groups) -> Iterator[str]:
         yield _power(compared)
 
 
-def _difference_cell(worst: np.ndarray, first_worst: np.ndarray, paired: bool) -> str:
-    """Return the difference of a row's worst case from the first row's."""
-    mean, low, high = difference(worst, first_worst, paired)
-    one_run = ", images alone" if 1 in (len(worst), len(first_worst)) else ""
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{one_run})"
-
-
-def _is_first_look(record: dict) -> bool:
-    """Return whether an attack of a record searched in bfloat16."""
-    settings = [attack.get("settings", {}) for attack in record["attacks"].values()]
-    return any(of_attack.get("precision") == "bf16" for of_attack in settings)
-
-
 def _search_settings(record: dict) -> dict[str, object]:
     """Return how hard the attacks of a record search, by `attack's setting`."""
     settings = {}
@@ -356,18 +344,16 @@ def _search_settings(record: dict) -> dict[str, object]:
 
 
 def _search_notes(groups: Groups) -> Iterator[str]:
-    """Yield a line for each setting in which attacks differ, and one on searches in bfloat16."""
+    """Yield a line for each setting in which attacks differ, or which is a first look in bf16."""
     uses = defaultdict(dict)  # by setting, and by value and row in words: the value
     for name, records in groups.items():
         for record in records:
             for setting, value in _search_settings(record).items():
                 uses[setting][f"{value} for {name}"] = value
     for setting, values in uses.items():
-        if len(set(values.values())) > 1:
+        different = set(values.values())
+        if len(different) > 1 or "bf16" in different:
             yield f"Evaluated with {setting} {'; '.join(values)}."
-    first_look = [name for name, records in groups.items() if any(map(_is_first_look, records))]
-    if first_look:
-        yield f"A first look, searched by --precision bf16: {', '.join(first_look)}."
 
 
 def _power(rows: list[tuple[np.ndarray, np.ndarray]]) -> str:
@@ -393,22 +379,18 @@ def _power(rows: list[tuple[np.ndarray, np.ndarray]]) -> str:
     )
 
 
-def main(argv: list[str]) -> int:
-    """Print the table of the runs that a command line names, and return the exit status."""
+def main(argv: list[str]) -> None:
+    """Print the table of the runs that a command line names."""
     parser = argparse.ArgumentParser(
-        prog="python -m utils.evaluation.results",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"a folder with {FILE}, or the file")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
     try:
         records = [read(path) for path in parser.parse_args(argv).runs]
         print(*table(grouped(records)), sep="\n")
     except UsageError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
