@@ -7,9 +7,9 @@ before it was gated by its own prediction.
 """
 
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from utils.attacks import Attack, Objective, cross_entropy, pgd
 from utils.data.datasets import Split, shuffled
 from utils.data.subject import Subject, load_subject, over_images
-from utils.figures.plots import Panel, draw_embedding, draw_histogram, save_figure
+from utils.figures.plots import Draw, Panel, draw_embedding, draw_histogram, save_figure
 from utils.negatives import choose_negatives
 from utils.step import towards_labels
 from utils.system import distributed
@@ -49,10 +49,11 @@ COMPARED = (
     "step_size",
     "num_steps",
     "strategy",
-    "test_images",
+    "n_examples",
 )
 OUT_HINT = "name another folder by --out"
 Values = dict[str, np.ndarray]  # of M images, (M,) each, by `layer_pair_metric`
+Measured = tuple[dict, Values]  # the settings of a file of distances, and what it holds
 
 
 # Features and what is measured on them
@@ -70,16 +71,12 @@ class Features(NamedTuple):
 
 
 def extract(
-    net: nn.Module,
-    split: Split,
-    batch_size: int,
-    attack: Attack | None = None,
-    task: str = "features",
+    net: nn.Module, split: Split, batch_size: int, attack: Attack | None = None
 ) -> Features:
     """Compute the features of the images of a split, attacked or not.
 
     net: what `frozen` yields. attack: gets the labels of the split, and the numbers of its images,
-    which seed its noise. task: the name of the progress bar.
+    which seed its noise.
     Errors: RunError where features are not finite.
     """
 
@@ -90,9 +87,8 @@ def extract(
             heads = net(x, heads=True)
         return heads.features, heads.unweighted, heads.logits(net.predict)
 
-    with tqdm(
-        total=len(split.labels), desc=task, unit="img", leave=False, disable=distributed.quiet()
-    ) as bar:
+    count = len(split.labels)
+    with tqdm(total=count, unit="img", leave=False, disable=distributed.quiet()) as bar:
         features = Features(*over_images(split, batch_size, forward, bar.update))
     if not all(part.isfinite().all() for part in features):
         raise RunError("the network's features are not finite; its training has diverged")
@@ -132,12 +128,12 @@ def choose_in_blocks(labels: Tensor, logits: Tensor | None, strategy: str, seed:
         )
     generator = torch.Generator().manual_seed(seed)
     negatives = torch.empty_like(labels)
-    for anchors in shuffled(len(labels), seed).split(BLOCK):
+    order = shuffled(len(labels), seed)
+    for anchors in order.split(BLOCK):
         block = anchors
         if len(labels[block].unique()) < 2:
-            others = (labels != labels[block[0]]).nonzero().squeeze(1)
-            order = torch.randperm(len(others), generator=generator)
-            block = torch.cat([block, others[order[:BLOCK]]])
+            others = order[labels[order] != labels[block[0]]]
+            block = torch.cat([block, others[:BLOCK]])
         block_logits = None if logits is None else logits[block]
         chosen = choose_negatives(block_logits, labels[block], strategy, generator)
         negatives[anchors] = block[chosen[: len(anchors), 0]]
@@ -152,8 +148,8 @@ def compare(first: Tensor, second: Tensor) -> dict[str, np.ndarray]:
     return {"cosine": cosine.numpy(), "L2": (first - second).norm(dim=1).numpy()}
 
 
-def measure_clusters(features: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Measure how far classes are clusters: mean silhouette, and label agreement of neighbours.
+def measure_clusters(features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Measure how far classes are clusters: mean `silhouette`, and `agreement` of neighbours.
 
     Distances are correlation distances, as in UMAP: cosine distances of rows less their mean.
     Agreement is the share of the `NEIGHBOURS` nearest images, the image itself left out, that are
@@ -167,7 +163,8 @@ def measure_clusters(features: Tensor, labels: Tensor) -> tuple[float, float]:
     silhouette = silhouette_score(centred, labels, metric="cosine")
     neighbours = NearestNeighbors(n_neighbors=NEIGHBOURS, metric="cosine").fit(centred)
     nearest = neighbours.kneighbors(return_distance=False)
-    return float(silhouette), float((labels[nearest] == labels[:, None]).mean())
+    is_same = labels[nearest] == labels[:, None]
+    return {"silhouette": float(silhouette), "agreement": float(is_same.mean())}
 
 
 def embed(features: Tensor, seed: int) -> np.ndarray:
@@ -198,18 +195,14 @@ def has_gate(network: dict) -> bool:
     return network.get("reverse_attention") is True and network.get("gate") != "none"
 
 
-def layers_of(network: dict) -> dict[str, str]:
-    """Return which kinds of features of a network differ, and what each is called."""
-    if has_gate(network):
-        return {layer: layer for layer in FEATURES}
-    return {FEATURES[0]: "plain"}
+def layers_of(network: dict) -> tuple[str, ...]:
+    """Return the kinds of features of a network; without a gate nothing is weighted."""
+    return FEATURES if has_gate(network) else ("unweighted",)
 
 
 def feature_name(layer: str, networks: Iterable[dict]) -> str:
-    """Return what features of some networks are called; without a gate nothing is weighted."""
-    if any(has_gate(network) for network in networks):
-        return f"{layer} features"
-    return "features"
+    """Return what features of some networks are called."""
+    return f"{layer} features" if any(map(has_gate, networks)) else "features"
 
 
 def class_names(split: Split) -> list[str]:
@@ -227,15 +220,16 @@ def find_classes(wanted: str, split: Split) -> list[int]:
         return present
 
     spellings = split.words or split.classes
-    wanted_name = wanted.casefold()
-    by_name = [k for k in present if wanted_name in spellings[k].casefold().split(", ")]
-    by_code = [k for k in present if wanted in (split.classes[k], str(k))]
-    if not by_name and not by_code:
+    name = wanted.casefold()
+    chosen = [k for k in present if name in spellings[k].casefold().split(", ")]
+    if not chosen:
+        chosen = [k for k in present if wanted in (split.classes[k], str(k))]
+    if not chosen:
         raise UsageError(
             f"no test image is of a class {wanted!r}: give a number, a name such as "
             f"{class_names(split)[0]}, or all; or raise --n-examples"
         )
-    return by_name or by_code
+    return chosen
 
 
 def file_stem(*parts: str) -> str:
@@ -260,25 +254,20 @@ def checkpoint_paths(subjects: Sequence[Subject]) -> list[str]:
 
 
 def describe_origin(subjects: Sequence[Subject], settings: Distances | Umap) -> dict:
-    """Return what every npz file says of the checkpoints, the attack and the computer."""
+    """Return what every npz file says of settings, checkpoints, the attack and the computer."""
     first = subjects[0]
-    return {
+    return asdict(settings) | {
         "checkpoints": checkpoint_paths(subjects),
         "dataset": first.dataset,
-        "features": settings.features,
         "norm": first.norm,
         "epsilon": first.eps,
         "step_size": first.step_size,
-        "num_steps": settings.num_steps,
-        "seed": settings.seed,
-        "predict": settings.predict,
-        "precision": settings.precision,
         "notes": [subject.notes for subject in subjects],
         "provenance": provenance(first.split.labels.device, settings.seed),
     }
 
 
-def save(draw: Callable[[Figure], None], file: Path, show: bool) -> None:
+def save(draw: Draw, file: Path, show: bool) -> None:
     """Save a figure as PNG and PDF. show: whether a window is to show it, too."""
     save_figure(draw, file, plt.figure if show else Figure)
     print(f"saved {file} and .pdf")
@@ -309,27 +298,22 @@ def feature_distance(settings: Distances) -> None:
     if not distributed.first():
         return
 
-    print(f"{name}: {subject.described()}")
-    attack = f"PGD-{settings.num_steps}, {subject.radius}"
-    print(f"PP: {attack}, on the answer; NP: {settings.strategy} negatives")
+    print(f"{name}: {subject.described()}; NP: {settings.strategy} negatives")
+    print(f"PP: PGD-{settings.num_steps}, {subject.radius}, on the answer")
     about = {
+        **describe_origin([subject], settings),
         "name": name,
         "method": subject.method,
-        "strategy": settings.strategy,
-        **describe_origin([subject], settings),
         "arch": subject.info["arch"],
         "reverse_attention": subject.info["reverse_attention"],
         "gate": subject.info.get("gate"),
-        "test_images": len(split.labels),
     }
     for target, title in titles.items():
         chosen = slice(None) if target == "all" else labels == target
         of_class = {key: array[chosen] for key, array in values.items()}
         write_arrays(files[target], about | {"target": target, "target_name": title}, **of_class)
-        print(f"\nclass {target} ({title}), {len(of_class['indices'])} images")
+        print(f"\n{files[target]}: class {target} ({title}), {len(of_class['indices'])} images")
         print_distances(of_class, layers_of(subject.info), settings.features)
-        print(f"saved {files[target]}")
-    print(f"draw by: python draw_hist.py --distances {shlex.quote(settings.out)}")
 
 
 def measure_distances(
@@ -354,17 +338,17 @@ def measure_distances(
     with frozen(subject.model) as net, computing(settings.precision):
         logits = None
         if strategy != "random":
-            logits = extract(net, split, batch_size, task="predictions").logits
+            logits = extract(net, split, batch_size).logits
         negatives = split.take(choose_in_blocks(labels, logits, strategy, settings.seed)[rows])
 
-        natural = extract(net, anchors, batch_size, task="natural")
+        natural = extract(net, anchors, batch_size)
         attack = pgd_attack(cross_entropy, subject, settings)
-        attacked = extract(net, anchors, batch_size, attack, f"PGD-{settings.num_steps}")
+        attacked = extract(net, anchors, batch_size, attack)
 
         # Negatives are pushed towards their anchors' labels, from noise of their anchors' numbers.
         push = pgd_attack(like_anchors, subject, settings) if adversarial else None
         pushed = negatives._replace(labels=anchors.labels, numbers=anchors.numbers)
-        negative = extract(net, pushed, batch_size, push, "negatives")
+        negative = extract(net, pushed, batch_size, push)
 
     values = {"indices": anchors.numbers.numpy(), "negatives": negatives.numbers.numpy()}
     for layer in FEATURES:
@@ -375,111 +359,94 @@ def measure_distances(
     return labels[rows].numpy(), values
 
 
-def print_distances(values: Values, layers: dict[str, str], chosen: str) -> None:
+def print_distances(values: Values, layers: tuple[str, ...], chosen: str) -> None:
     """Print a table of distances, and how many images are nearer to their PGD examples.
 
-    layers: what `layers_of` returns. chosen: the features of the last line.
+    layers: the features of the table. chosen: those of the last line.
     """
     print(f"{'':21}{'max':>11}{'min':>11}{'mean':>11}{'variance':>11}")
     for layer, pair, metric in product(layers, PAIRS, METRICS):
         array = values[f"{layer}_{pair}_{metric}"]
         variance = array.var(ddof=1) if len(array) > 1 else np.nan
-        row = f"{layers[layer]:<10} {pair} {metric:<7}"
-        for number in (array.max(), array.min(), array.mean(), variance):
-            row += f"{number:>11.4g}"
-        print(row)
-    is_aligned = values[f"{chosen}_PP_cosine"] > values[f"{chosen}_NP_cosine"]
-    print(
-        f"{100 * is_aligned.mean():.1f} % have a larger cosine to their PGD example (PP, alignment)"
-    )
-    print("than to their negative (NP, exclusion)")
+        numbers = (array.max(), array.min(), array.mean(), variance)
+        cells = [f"{number:>10.4g}" for number in numbers]
+        print(f"{layer:<10} {pair} {metric:<7}", *cells)
+    is_nearer = values[f"{chosen}_PP_cosine"] > values[f"{chosen}_NP_cosine"]
+    print(f"{100 * is_nearer.mean():.1f} % are nearer to their PGD example than to their negative")
 
 
 # draw_hist.py
 
 
-class Entry(NamedTuple):
-    """A file of distances: its settings, and its label by `--labels`, or None."""
-
-    label: str | None
-    settings: dict
-    values: Values
-
-
 def draw_hist(settings: Histograms) -> None:
     """Draw PP and NP by cosine and L2, four figures for each class and for all of them."""
-    if not distributed.first():
-        return
-    entries_by_class = defaultdict(list)
-    for entry in load_entries(settings):
-        about = entry.settings
-        entries_by_class[about["dataset"], about["features"], about["target"]].append(entry)
+    files_of_figure = defaultdict(list)
+    for about, values in load_distances(settings):
+        key = (about["dataset"], about["features"], about["target"])
+        files_of_figure[key].append((about, values))
     require_writable(Path(settings.out), OUT_HINT)
-    for entries in entries_by_class.values():
-        note_differences(entries)
-        draw_distances(entries, settings)
+    for files in files_of_figure.values():
+        draw_distances(files, settings)
     if settings.show:
         plt.show()
 
 
-def load_entries(settings: Histograms) -> list[Entry]:
-    """Read the files that `--distances` and `--dataset` choose.
+def load_distances(settings: Histograms) -> list[Measured]:
+    """Read settings and distances of the files that `--distances` and `--dataset` choose.
 
-    Networks with a gate come last, or with `--labels` the files in the order of the labels.
+    `--labels` take the place of the methods.
     """
     files = []
     for path in map(Path, settings.distances or [Distances.out]):
-        inside = [path] if path.is_file() else sorted(path.glob("*.npz"))
-        if not inside:
-            raise UsageError(
-                f"{path}: no distances there; "
-                "first run feature_distance.py --model_dir RUN --target_label all"
-            )
-        files += inside
+        files += sorted(path.glob("*.npz")) if path.is_dir() else [path]
     labels = settings.labels or [None] * len(files)
     if len(labels) != len(files):
         raise UsageError(f"--labels has {len(labels)} names for {len(files)} files of distances")
 
-    entries = []
+    chosen = []
     for file, label in zip(files, labels, strict=True):
         about, values = read_arrays(file)
         if "target_name" not in about:
             raise UsageError(f"{file} is not a file of feature_distance.py")
+        about["method"] = label or about["method"]
         about["features"] = settings.features or about["features"]
         if settings.dataset in (None, about["dataset"]):
-            entries.append(Entry(label, about, values))
-    if not entries:
-        raise UsageError(f"none of the {len(files)} files of distances is of {settings.dataset}")
-    if settings.labels is None:
-        entries.sort(key=lambda entry: has_gate(entry.settings))
-    return entries
+            chosen.append((about, values))
+    if not chosen:
+        wanted = settings.dataset or "any data set"
+        raise UsageError(f"there are no distances of {wanted}; run feature_distance.py first")
+    return chosen
 
 
-def note_differences(entries: list[Entry]) -> None:
-    """Print the settings in which the files of one figure differ."""
+def draw_distances(files: list[Measured], settings: Histograms) -> None:
+    """Draw the four figures of a class, each with a histogram for each file.
+
+    Print the settings in which the files differ.
+    """
+    abouts = [about for about, _ in files]
+    first = abouts[0]
     for key in COMPARED:
-        values = {str(entry.settings.get(key)) for entry in entries}
-        if len(values) > 1:
-            target = entries[0].settings["target"]
-            print(f"note: files of class {target} differ in {key}: {', '.join(sorted(values))}")
+        different = {str(about.get(key)) for about in abouts}
+        if len(different) > 1:
+            values = ", ".join(sorted(different))
+            print(f"note: files of class {first['target']} differ in {key}: {values}")
 
-
-def draw_distances(entries: list[Entry], settings: Histograms) -> None:
-    """Draw the four figures of a class, each with a histogram for each entry."""
-    about = entries[0].settings
-    layer = about["features"]
-    features = feature_name(layer, [entry.settings for entry in entries])
+    names = [about["method"] for about in abouts]
+    if len(set(names)) < len(names):
+        names = [about["name"] for about in abouts]
+    layer = first["features"]
     unweighted = "unweighted" if layer == "unweighted" else ""
-    methods = [entry.settings["method"] for entry in entries]
+    shown = f"{first['dataset']}, {first['target_name']}, {feature_name(layer, abouts)}"
     for pair, metric in product(PAIRS, METRICS):
-        values = []
-        for entry, method in zip(entries, methods, strict=True):
-            name = method if methods.count(method) == 1 else entry.settings["name"]
-            values.append((entry.label or name, entry.values[f"{layer}_{pair}_{metric}"]))
-        title = f"{pair}: {PAIRS[pair]}\n{about['dataset']}, {about['target_name']}, {features}"
-        stem = file_stem("hist", about["dataset"], str(about["target"]), pair, metric, unweighted)
-        file = Path(settings.out) / f"{stem}.png"
-        save(partial(draw_histogram, values, METRICS[metric], title), file, settings.show)
+        arrays = [values[f"{layer}_{pair}_{metric}"] for _, values in files]
+        draw = partial(
+            draw_histogram,
+            list(zip(names, arrays, strict=True)),
+            METRICS[metric],
+            f"{pair}: {PAIRS[pair]}\n{shown}",
+        )
+        stem = file_stem("hist", first["dataset"], str(first["target"]), pair, metric, unweighted)
+        save(draw, Path(settings.out) / f"{stem}.png", settings.show)
 
 
 # draw_umap.py
@@ -488,11 +455,7 @@ def draw_distances(entries: list[Entry], settings: Histograms) -> None:
 def draw_umap(settings: Umap) -> None:
     """Embed features of test images of one or several runs, draw them as panels, and save both."""
     subjects = load_subjects(settings)
-    names = settings.labels
-    if names is None:
-        names = [subject.method for subject in subjects]
-        if len(set(names)) < len(names):
-            names = [f"{name} {i}" for i, name in enumerate(names, 1)]
+    names = settings.labels or [subject.method for subject in subjects]
     adversarial = "adversarial" if settings.adversarial else ""
     unweighted = "unweighted" if settings.features == "unweighted" else ""
     stem = settings.name or file_stem(
@@ -557,27 +520,19 @@ def extract_kinds(subject: Subject, settings: Umap) -> dict[str, Features]:
         attacks[f"PGD-{settings.num_steps}"] = pgd_attack(cross_entropy, subject, settings)
     with frozen(subject.model) as net, computing(settings.precision):
         return {
-            kind: extract(net, subject.split, settings.test_batch_size, attack, kind)
+            kind: extract(net, subject.split, settings.test_batch_size, attack)
             for kind, attack in attacks.items()
         }
 
 
 def embed_run(subject: Subject, name: str, by_kind: dict[str, Features], settings: Umap) -> Panel:
-    """Embed the features of one run, and print how far classes are clusters in them."""
+    """Embed the features of one run, and measure how far classes are clusters in them."""
     labels = subject.split.labels.cpu()
-    layers = layers_of(subject.info)
     print(f"{name}: {subject.file}, {subject.described()}")
     measured = {}
-    for layer, kind in product(layers, by_kind):
-        silhouette, agreement = measure_clusters(getattr(by_kind[kind], layer), labels)
-        print(
-            f"  {layers[layer]:<10} {kind:<8} silhouette {silhouette:6.3f}, "
-            f"{NEIGHBOURS}-NN label agreement {100 * agreement:6.2f} %"
-        )
-        numbers = {"silhouette": silhouette, "agreement": agreement}
-        measured[f"{layers[layer]}, {kind}"] = numbers
+    for layer, kind in product(layers_of(subject.info), by_kind):
+        measured[f"{layer}, {kind}"] = measure_clusters(getattr(by_kind[kind], layer), labels)
 
-    print(f"  embedding {len(by_kind) * len(labels)} points by UMAP", flush=True)
     chosen = [getattr(features, settings.features) for features in by_kind.values()]
     points = embed(torch.cat(chosen), settings.seed)
     if not np.isfinite(points).all():
