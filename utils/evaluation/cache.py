@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,9 +69,10 @@ class WorstImages:
         """Take what is worse than before, for the images at `rows`, which all fool the network."""
         new_margins = margins(logits, self.labels[rows])
         worse = new_margins > self.margins[rows]
-        self.images[rows[worse]] = images[worse]
-        self.logits[rows[worse]] = logits[worse]
-        self.margins[rows[worse]] = new_margins[worse]
+        rows = rows[worse]
+        self.images[rows] = images[worse]
+        self.logits[rows] = logits[worse]
+        self.margins[rows] = new_margins[worse]
 
     def among(self, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `take` takes, of the fooled ones among candidates, (N,) bool."""
@@ -109,7 +109,6 @@ class BlockCache(NamedTuple):
 
     def save(self, file: Path, verdicts: Verdicts) -> None:
         """Write verdicts, so that a later evaluation, or this one after a stop, reads them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         values = {**verdicts._asdict(), "made": self.made}
         arrays = {key: values.pop(key).numpy() for key in ("right", "fooled", "images", "logits")}
         write_arrays(file, values, **arrays)
@@ -123,8 +122,8 @@ class Monitor(logging.Handler):
     the images of earlier parts, and may repeat a finished part on fewer images.)
 
     show: takes a line about what is done at the moment. logger: for the library, whose lines come
-    here. warnings: what the table shows. parts: of each its name, the number of images that it was
-    given, and seconds.
+    here. warnings: lines that the table shows. parts: of each its name, the number of images that
+    it was given, and seconds. arrays, seconds: the images of cached parts, and what they took.
     """
 
     def __init__(self, file: Path, show: Callable[[str], None]) -> None:
@@ -134,10 +133,10 @@ class Monitor(logging.Handler):
         self.show = show
         self.logger = logging.Logger("attack")
         self.logger.addHandler(self)
-        self.warnings: list[str] = []
-        self.parts: list[tuple[str, int, float]] = []
-        self.seconds: dict[str, float] = {}
-        self.arrays: dict[str, np.ndarray] = {}
+        self.warnings = []
+        self.parts = []
+        self.seconds = {}
+        self.arrays = {}
         with suppress(UsageError):  # nothing is cached
             self.seconds, self.arrays = read_arrays(file)
 
@@ -158,7 +157,6 @@ class Monitor(logging.Handler):
             self.arrays[key] = attack(x, labels, *others).detach().cpu().numpy()
             self.seconds[key] = time.perf_counter() - began
             if self.seconds[key] >= WORTH_CACHING:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
                 write_arrays(self.file, self.seconds, **self.arrays)
         self.parts.append((name, len(x), self.seconds[key]))
         return torch.from_numpy(self.arrays[key]).to(x)

@@ -1,6 +1,5 @@
 """Signs of gradient masking (arXiv 1802.00420, Athalye et al.; 1902.06705, Carlini et al.)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -9,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.attacks import ONE_STEP, Attack, image_noise, margins, noise
+from utils.attacks import Attack, image_noise, margins, noise
 from utils.data.datasets import Split, as_input
-from utils.data.subject import Work, over_images, percent, right_or_not
-from utils.evaluation.adaptive import View, cross_entropies, plain, view_pgd
+from utils.data.subject import Progress, Work, over_images, percent, right_or_not
+from utils.evaluation.adaptive import Criterion, View, Views, cross_entropies, plain, view_pgd
 from utils.evaluation.autoattack import square
 from utils.evaluation.cache import WorstImages
 from utils.evaluation.results import wilson
@@ -24,6 +23,8 @@ RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)  # times eps; 0 and `largest`
 STEPS = (1, 2, 5, 10, 20, 40, 100, 200)
 RESTARTS = 10
 QUERIES = 5000
+ANSWER = "PGD on the answer's logits"
+EVERY_VIEW = "PGD on every view"  # image by image, each view from one start
 CHECKED = 64  # images that `sanity_warnings` looks at
 NOISE = 8 / 255  # that it adds to some of them
 
@@ -36,12 +37,12 @@ class Sign(NamedTuple):
     figure: str
 
 
-# Robust accuracy in percent by eps or steps: that number, PGD on the final view, PGD on every view.
-Curve = list[tuple[float, float, float]]
+# Points of robust accuracy in percent: `eps` or `steps`, and the accuracy by the attack's name
+Curve = list[dict[str, float]]
 
 
 class Diagnosis(NamedTuple):
-    """All signs, and two curves of robust accuracy in percent."""
+    """All signs, and two curves of robust accuracy."""
 
     signs: list[Sign]
     by_eps: Curve
@@ -61,10 +62,9 @@ def zero_gradient(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return input_gradient(net, x, labels).flatten(1).abs().amax(1) == 0
 
 
-def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether two tensors are nearly equal. tolerance: a share of the largest magnitude."""
-    scale = one.nan_to_num(0, 0, 0).abs().amax().item()
-    return torch.allclose(other, one, rtol=0, atol=tolerance * scale, equal_nan=True)
+def differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ. tolerance: a share of the largest magnitude."""
+    return bool((one - other).abs().max() > tolerance * one.abs().max())
 
 
 @computing("fp32")
@@ -85,13 +85,13 @@ def sanity_warnings(net: nn.Module, split: Split) -> list[str]:
     slopes = partial(input_gradient, net, noisy, labels[:16])
     hint = "which leads attacks astray; where a part of it is in training mode, call eval()"
     warnings = []
-    if not close(logits, net(x), 1e-5):
+    if differ(logits, net(x), 1e-5):
         warnings.append(f"two calls answer differently, {hint}")
-    elif not close(net(noisy), net(noisy), 1e-5):
+    elif differ(net(noisy), net(noisy), 1e-5):
         warnings.append("two calls answer differently on noisy images, which leads attacks astray")
-    elif differentiable and not close(slopes(), slopes(), 1e-2):
+    elif differentiable and differ(slopes(), slopes(), 1e-2):
         warnings.append("two calls have other gradients on noisy images, which mislead attacks")
-    elif not close(logits[:16], alone, 1e-3):
+    elif differ(logits[:16], alone, 1e-3):
         warnings.append(f"an image alone is answered otherwise than in a batch, {hint}")
     if logits.amin() >= 0 and (logits.sum(1) - 1).abs().amax() < 1e-3:
         warnings.append("answers are probabilities, whose gradients vanish; return logits")
@@ -112,7 +112,7 @@ class Probe:
     """A network, images to attack, and the attacks' settings.
 
     natural: (N,) bool, the images to attack: those that are right without an attack. fooling: takes
-    the adversarial images of attacks within eps. progress: is called with the name of each attack.
+    the adversarial images of attacks within eps. progress: gets the number of images of each batch.
     """
 
     net: nn.Module
@@ -123,7 +123,7 @@ class Probe:
     seed: int
     batch_size: int
     fooling: WorstImages
-    progress: Callable[[str], None]
+    progress: Progress
     norm: str = "Linf"
 
     @property
@@ -131,34 +131,35 @@ class Probe:
         """The places of the images to attack in the split, (n,)."""
         return self.natural.nonzero().squeeze(1)
 
-    def run(self, name: str, work: Work) -> tuple[Tensor, ...]:
+    def run(self, work: Work) -> tuple[Tensor, ...]:
         """Call `work` on the images to attack, batch by batch -> its answers, each (n, ...)."""
-        self.progress(name)
-        return over_images(self.split.take(self.rows), self.batch_size, work)
+        return over_images(self.split.take(self.rows), self.batch_size, work, self.progress)
 
     def keep(self, fooled: Tensor, images: Tensor, logits: Tensor) -> None:
         """Hand adversarial images (n, 3, H, W) within eps on, where they fool: fooled (n,) bool."""
         self.fooling.take(self.rows[fooled], images[fooled], logits[fooled])
 
-    def attack(self, name: str, attack: Attack) -> Tensor:
+    def attack(self, attack: Attack) -> Tensor:
         """Return which images an attack within eps fools, (n,) bool."""
-        right, images, logits = self.run(name, partial(right_or_not, self.net, attack))
+        right, images, logits = self.run(partial(right_or_not, self.net, attack))
         self.keep(~right, images, logits)
         return ~right
 
     def pgd(
         self,
-        name: str,
-        view: View,
-        eps: float,
+        view: View = plain,
+        eps: float | None = None,
         steps: int = 40,
         draw: int = 0,
-        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropies,
+        criterion: Criterion = cross_entropies,
     ) -> Tensor:
         """Return which iterates of PGD on a view fool the network, (n, steps) bool.
 
-        Steps grow with the ball; a single step is as large as the ball.
+        eps: of another ball than the usual one, with which steps grow. A single step is as large
+        as the ball.
         """
+        if eps is None:
+            eps = self.eps
         step_size = eps if steps == 1 else self.step_size * eps / self.eps
 
         def work(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,13 +178,13 @@ class Probe:
             with torch.no_grad():
                 return images, self.net(images), wrong
 
-        images, logits, wrong = self.run(name, work)
+        images, logits, wrong = self.run(work)
         if eps <= self.eps:
             self.keep(wrong.any(1), images, logits)
         return wrong
 
 
-def diagnose(probe: Probe, view_by_name: dict[str, View]) -> Diagnosis:
+def diagnose(probe: Probe, view_by_name: Views) -> Diagnosis:
     """Look for the signs on a split.
 
     Figures are shares of the whole split. The curves over all views are the worst case, image by
@@ -195,30 +196,28 @@ def diagnose(probe: Probe, view_by_name: dict[str, View]) -> Diagnosis:
         sign = Sign("no image is right without an attack", True, f"{total} of {total} images")
         return Diagnosis([sign], [], [])
 
-    def on_views(eps: float, steps: int) -> tuple[Tensor, Tensor]:
-        """Attack each view -> which iterates fool, on the final view; so far, on every view."""
-        fooled = torch.stack(
-            [
-                probe.pgd(f"eps {eps_text(eps)}, {name}", view, eps, steps)
-                for name, view in view_by_name.items()
-            ]
-        )
-        return fooled[0], fooled.any(0).cummax(1).values
+    def attacked(eps: float, steps: int) -> dict[str, Tensor]:
+        """Attack each view -> which iterates fool: on the final view; so far, on every view."""
+        fooled = torch.stack([probe.pgd(view, eps, steps) for view in view_by_name.values()])
+        return {ANSWER: fooled[0], EVERY_VIEW: fooled.any(0).cummax(1).values}
 
-    def accuracies(fooled: tuple[Tensor, Tensor], steps: int) -> list[float]:
-        return [100 * int((~iterates[:, steps - 1]).sum()) / total for iterates in fooled]
+    def after(steps: int, fooled: dict[str, Tensor]) -> dict[str, float]:
+        """Return the accuracies after so many steps."""
+        return {
+            name: 100 * int((~iterates[:, steps - 1]).sum()) / total
+            for name, iterates in fooled.items()
+        }
 
-    fooled = on_views(probe.eps, STEPS[-1])
-    by_steps = [(steps, *accuracies(fooled, steps)) for steps in STEPS]
+    fooled = attacked(probe.eps, STEPS[-1])
+    by_steps = [{"steps": steps, **after(steps, fooled)} for steps in STEPS]
 
-    natural = percent(probe.natural)
-    by_eps = [(0.0, natural, natural)]
+    by_eps = [{"eps": 0.0, **dict.fromkeys(fooled, percent(probe.natural))}]
     largest = largest_radius(probe.norm, probe.split.images.shape[-1])
     radii = {min(probe.eps * factor, largest) for factor in RADII}
-    for radius in sorted(radii | {probe.eps, largest}):
-        of_radius = fooled if radius == probe.eps else on_views(radius, 40)
-        by_eps.append((radius, *accuracies(of_radius, 40)))
-    return Diagnosis(_signs(probe, *fooled, by_eps), by_eps, by_steps)
+    for eps in sorted(radii | {probe.eps, largest}):
+        of_radius = fooled if eps == probe.eps else attacked(eps, 40)
+        by_eps.append({"eps": eps, **after(40, of_radius)})
+    return Diagnosis(_signs(probe, *fooled.values(), by_eps), by_eps, by_steps)
 
 
 def _signs(probe: Probe, final: Tensor, every: Tensor, by_eps: Curve) -> list[Sign]:
@@ -230,26 +229,24 @@ def _signs(probe: Probe, final: Tensor, every: Tensor, by_eps: Curve) -> list[Si
     pgd = final[:, 39]  # the last iterate of PGD-40, as in the table
     restarts = pgd.clone()
     for draw in range(1, RESTARTS):
-        restarts |= probe.pgd(f"restart {draw}", plain, probe.eps, draw=draw)[:, -1]
-    one_step = probe.pgd(ONE_STEP[probe.norm], plain, probe.eps, steps=1)[:, 0]
-    by_noise = probe.attack("noise", noise(probe.eps, probe.seed, norm=probe.norm))
-    by_square = probe.attack("Square", square(probe.eps, probe.seed, QUERIES, probe.norm))
+        restarts |= probe.pgd(draw=draw)[:, -1]
+    one_step = probe.pgd(steps=1)[:, 0]
+    by_noise = probe.attack(noise(probe.eps, probe.seed, norm=probe.norm))
+    by_square = probe.attack(square(probe.eps, probe.seed, QUERIES, probe.norm))
     # The margin still has gradients where the cross-entropy underflows.
-    by_margin = probe.pgd("margin", plain, probe.eps, criterion=margins).any(1)
+    by_margin = probe.pgd(criterion=margins).any(1)
     by_gradients = restarts | every[:, -1] | by_margin
 
-    (vanishing,) = probe.run(
-        "gradients", lambda x, labels, numbers: (zero_gradient(probe.net, x, labels),)
-    )
+    (vanishing,) = probe.run(lambda x, labels, numbers: (zero_gradient(probe.net, x, labels),))
     wrong = replace(probe, natural=~probe.natural)
     turned_right = 0
     if len(wrong.rows):
-        turned_right = (~wrong.pgd("wrong images", plain, probe.eps)[:, -1]).sum()
+        turned_right = (~wrong.pgd()[:, -1]).sum()
 
     total = len(probe.natural)
-    right = [round(accuracy * total / 100) for _, accuracy, _ in by_eps]
+    right = [round(point[ANSWER] * total / 100) for point in by_eps]
     rise = max(after - before for before, after in pairwise(right))
-    largest = eps_text(by_eps[-1][0])
+    largest = eps_text(by_eps[-1]["eps"])
 
     def sign(name: str, points: float, images: int | Tensor, count: int = total) -> Sign:
         """Make a sign, raised where more than `points` percent of images show it.

@@ -33,12 +33,12 @@ from utils.data.subject import (
 )
 from utils.evaluation import report, results
 from utils.evaluation.adaptive import VERSION as ADAPTIVE_VERSION
-from utils.evaluation.adaptive import View, adaptive, views
+from utils.evaluation.adaptive import Views, adaptive, views
 from utils.evaluation.autoattack import BLOCK, autoattack, square
 from utils.evaluation.autoattack import VERSION as AUTOATTACK_VERSION
 from utils.evaluation.cache import BlockCache, Monitor, Verdicts, WorstImages
 from utils.evaluation.diagnostics import Diagnosis, Probe, diagnose, sanity_warnings
-from utils.evaluation.report import Row
+from utils.evaluation.report import Row, Rows
 from utils.evaluation.results import ADAPTIVE, FILE, WORST_CASES, needs_adaptive
 from utils.system import distributed
 from utils.system.attack_copy import SearchedInBfloat16, attack_copy
@@ -124,7 +124,8 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     record["provenance"] = origin
     record["identity"] = identity
     if settings.diagnostics:
-        record["diagnostics"] = report.diagnosis_record(diagnosis)
+        signs = [sign._asdict() for sign in diagnosis.signs]
+        record["diagnostics"] = diagnosis._asdict() | {"signs": signs}
     write_record(file, record)
 
     if settings.diagnostics:
@@ -179,7 +180,7 @@ def planned_attacks(
     settings: Evaluation,
     subject: Subject,
     surrogate: nn.Module | None,
-    view_by_name: dict[str, View],
+    view_by_name: Views,
 ) -> dict[str, PlannedAttack]:
     """Return the attacks of --attacks by their names in the table.
 
@@ -356,16 +357,15 @@ def parts_of_autoattack(blocks: list[Verdicts]) -> dict[str, dict[str, float]]:
 def run_diagnostics(
     settings: Evaluation,
     subject: Subject,
-    view_by_name: dict[str, View],
+    view_by_name: Views,
     natural: Tensor,
     worst: WorstImages,
 ) -> tuple[Row, Diagnosis]:
     """Look for signs of gradient masking; `worst` takes the images that fool the network."""
     began = time.perf_counter()
     fooling = WorstImages(worst.natural_images, worst.natural_logits, worst.labels)
-    form = "{desc}: {postfix} {elapsed}"
     quiet = distributed.quiet()
-    with tqdm(desc="diagnostics", bar_format=form, leave=False, disable=quiet) as bar:
+    with tqdm(desc="diagnostics", unit="img", leave=False, disable=quiet) as bar:
         probe = Probe(
             subject.model,
             subject.split,
@@ -375,7 +375,7 @@ def run_diagnostics(
             settings.seed,
             settings.test_batch_size,
             fooling,
-            bar.set_postfix_str,
+            bar.update,
             subject.norm,
         )
         diagnosis = diagnose(probe, view_by_name)
@@ -385,9 +385,7 @@ def run_diagnostics(
     return Row(right, time.perf_counter() - began, settings=chosen), diagnosis
 
 
-def earlier_rows(
-    file: Path, identity: dict, rows: dict[str, Row], warnings: list[str]
-) -> dict[str, Row]:
+def earlier_rows(file: Path, identity: dict, rows: Rows, warnings: list[str]) -> Rows:
     """Return the rows of earlier evaluations on the same network and images, in the same ball.
 
     An attack of `rows` may have been run before with other settings. That row stays beside the new
@@ -424,7 +422,7 @@ def earlier_rows(
     return earlier
 
 
-def worst_cases(rows: dict[str, Row]) -> dict[str, Row]:
+def worst_cases(rows: Rows) -> Rows:
     """Return the worst case, image by image, over the adaptive attack's views and over all rows."""
     of_adaptive = {name: row for name, row in rows.items() if name.startswith(ADAPTIVE)}
     worst = {}

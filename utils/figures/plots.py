@@ -22,6 +22,7 @@ from utils.system.errors import RunError, first_line
 from utils.system.files import write_atomically
 from utils.system.values import eps_text
 
+Draw = Callable[[Figure], None]  # draws on an empty figure
 COLUMN = 3.3  # width of a paper's column in inches
 STYLE = {
     "figure.constrained_layout.use": True,
@@ -76,9 +77,7 @@ ACCURACIES = (
 )
 
 
-def save_figure(
-    draw: Callable[[Figure], None], file: Path, make_figure: Callable[[], Figure] = Figure
-) -> Figure:
+def save_figure(draw: Draw, file: Path, make_figure: Callable[[], Figure] = Figure) -> Figure:
     """Save what `draw` draws on an empty figure as `file`, a PNG, and beside it as a PDF.
 
     The same figure gives the same bytes. make_figure: `pyplot.figure` for one with a window.
@@ -96,7 +95,7 @@ def save_figure(
     return figure
 
 
-def save_or_note(draw: Callable[[Figure], None], file: Path) -> str:
+def save_or_note(draw: Draw, file: Path) -> str:
     """Save a figure, and return "" or a note where that fails, which must not end a training."""
     try:
         save_figure(draw, file)
@@ -146,75 +145,64 @@ def _plot_column(axes: Axes, rows: list[dict], column: str, **style: object) -> 
 def draw_examples(
     images: list[Tensor],
     probabilities: list[Tensor],
-    fooled: Tensor,
     labels: Tensor,
-    largest_change: float,
     classes: Sequence[str],
     title: str,
     figure: Figure,
 ) -> None:
-    """Draw images, a column each: natural, perturbation, adversarial, with the network's answers.
+    """Draw images, a column each: natural, the change by an attack, attacked, and the answers.
 
-    images: natural and adversarial ones, (n, 3, S, S) in [0, 1]. probabilities: of both, (n, C).
-    fooled: (n,) bool; the others have no adversarial image, and the figure says so. labels: (n,).
-    largest_change: of a pixel; the perturbation is scaled so that it uses the whole range.
+    images: natural and attacked ones, (n, 3, S, S) in [0, 1], which are equal where no attack fools
+    the network. probabilities: the network's answers to both, (n, C). labels: (n,). The change is
+    scaled so that the largest of a pixel uses the whole range.
     """
-    natural, adversarial = images
-    natural_answers, adversarial_answers = probabilities
-    scale = 0.5 / max(largest_change, 1e-12)
-    perturbation = ((adversarial - natural) * scale + 0.5).clamp(0, 1)
-
+    natural, attacked = images
+    change = attacked - natural
+    scale = 0.5 / max(change.abs().max().item(), 1e-12)
+    pictures_by_row = {
+        "natural": natural,
+        f"change x{scale:.3g}": (change * scale + 0.5).clamp(0, 1),
+        "attacked": attacked,
+    }
     count = len(labels)
     figure.set_size_inches(max(1.1 * count + 0.4, 4), 5.6)
     grid = figure.subplots(3, count, squeeze=False)
-    names = ("natural", f"perturbation x{scale:.3g}", "adversarial")
-    for axes, name in zip(grid[:, 0], names, strict=True):
-        axes.set_ylabel(name)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[], box_aspect=1)
-        axes.spines[:].set_visible(False)
+    for row, (name, pictures) in zip(grid, pictures_by_row.items(), strict=True):
+        row[0].set_ylabel(name)
+        for axes, picture in zip(row, pictures, strict=True):
+            axes.imshow(picture.permute(1, 2, 0).numpy())
+            axes.set(xticks=[], yticks=[], frame_on=False)
 
-    def show_answer(axes: Axes, image: Tensor, answer: Tensor, label: Tensor) -> None:
-        confidence, predicted = answer.max(0)
-        axes.imshow(image.permute(1, 2, 0).numpy())
-        text = f"{classes[predicted][:14]}\n{100 * confidence:.1f} %"
-        axes.set_xlabel(text, color=RIGHT if predicted == label else WRONG)
-
-    for i, (top, middle, bottom) in enumerate(grid.T):
-        top.set_title(f"true class\n{classes[labels[i]][:14]}")
-        show_answer(top, natural[i], natural_answers[i], labels[i])
-        if fooled[i]:
-            middle.imshow(perturbation[i].permute(1, 2, 0).numpy())
-            show_answer(bottom, adversarial[i], adversarial_answers[i], labels[i])
-        else:
-            is_right = natural_answers[i].argmax() == labels[i]
-            text = "not fooled" if is_right else "wrong\nas it is"
-            bottom.text(0.5, 0.5, text, color=DARK_GREY, ha="center", va="center")
-
+    for column, label, *answers in zip(grid.T, labels, *probabilities, strict=True):
+        column[0].set_title(f"true class\n{classes[label][:14]}")
+        for axes, answer in zip(column[::2], answers, strict=True):
+            confidence, predicted = answer.max(0)
+            text = f"{classes[predicted][:14]}\n{100 * confidence:.1f} %"
+            axes.set_xlabel(text, color=RIGHT if predicted == label else WRONG)
     figure.suptitle(title, wrap=True)
     figure.supxlabel("the network's answer and its probability; green: right, red: wrong")
 
 
-def draw_robustness(curve: list[tuple], xlabel: str, trained: object, figure: Figure) -> None:
+def draw_robustness(
+    points: list[dict[str, float]],
+    interval: Callable[[float], tuple[float, float]],
+    xlabel: str,
+    figure: Figure,
+) -> None:
     """Draw robust accuracy against eps or the number of steps, on an axis logarithmic beyond 0.
 
-    curve: (eps or steps, PGD on the answer's logits, adaptive PGD), where each of the two is
-    (accuracy in %, low and high end of its interval). trained: the eps of training, marked where it
-    is a number.
+    points: of each first that number, then the accuracies in % by the name of the attack.
+    interval(accuracy): the ends of its interval.
     """
     figure.set_size_inches(4.6, 3.8)
     axes = figure.subplots()
-    x, final, adaptive = zip(*curve, strict=True)
-    for shares, label, colour, line in (
-        (final, "PGD on the answer's logits", "#0072b2", ".-"),
-        (adaptive, "adaptive: PGD on every view, worst case", "#d55e00", "s--"),
-    ):
-        accuracy, low, high = zip(*shares, strict=True)
-        axes.plot(x, accuracy, line, color=colour, ms=4, label=label)
+    x_name, *names = points[0]
+    x = [point[x_name] for point in points]
+    for name, colour, line in zip(names, METHOD_COLOURS, (".-", "s--"), strict=False):
+        accuracies = [point[name] for point in points]
+        low, high = zip(*map(interval, accuracies), strict=True)
+        axes.plot(x, accuracies, line, color=colour, ms=4, label=name)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    if isinstance(trained, float):
-        label = f"training eps, {eps_text(trained)}"
-        axes.axvline(trained, color=DARK_GREY, ls=":", label=label)
 
     axes.set_xscale("symlog", linthresh=min(value for value in x if value > 0), linscale=0.5)
     axes.set_xticks(x, [eps_text(value) for value in x], rotation=90)

@@ -75,12 +75,13 @@ def write_record(file: Path, record: dict) -> None:
 
 
 def write_arrays(file: Path, settings: dict, **arrays: np.ndarray) -> None:
-    """Write arrays, and settings as a JSON string, to one npz file."""
+    """Write arrays, and settings as a JSON string, to one npz file; make its folder if need be."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as out:
             np.savez_compressed(out, settings=json.dumps(settings), **arrays)
 
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, write)
 
 
