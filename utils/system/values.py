@@ -22,7 +22,7 @@ def eps_text(eps: float) -> str:
     if math.isclose(float(short), eps):
         return short
     quarters = round(1020 * eps)
-    if math.isclose(quarters / 1020, eps, rel_tol=1e-5):
+    if eps <= 1 and math.isclose(quarters / 1020, eps, rel_tol=1e-5):
         return f"{quarters / 4:g}/255"
     return f"{eps:.4g}"
 
