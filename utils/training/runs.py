@@ -185,15 +185,13 @@ def refuse_existing(folder: Path) -> None:
 
 def remove_existing(folder: Path) -> None:
     """Remove the files of a folder's run, and say so; other files stay."""
-    paths = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
-    if paths:
-        names = ", ".join(path.name for path in paths)
-        print(f"--overwrite: the run in {folder} is lost: {names}")
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for pattern in WRITTEN:
+        for path in sorted(folder.glob(pattern)):
+            print(f"--overwrite: removing {path}")
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def take_folder(folder: Path, lock: ExitStack) -> None:
