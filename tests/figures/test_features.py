@@ -190,7 +190,8 @@ def test_a_plain_network_has_one_kind_of_features(here, capsys):
     run = digits_checkpoint(here / "plain.pt", reverse_attention=False)
     _, values = measured(run, 3, "--n-examples=60", "--num-steps=1")
     assert " weighted" not in capsys.readouterr().out.replace("\n", " ")
-    assert np.array_equal(values["weighted_NP_L2"], values["unweighted_NP_L2"])
+    weighted = values["weighted_NP_L2"]
+    assert np.array_equal(weighted, values["unweighted_NP_L2"])
 
 
 def test_pgd_attacks_the_head_that_answers(run):
