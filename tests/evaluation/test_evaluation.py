@@ -32,15 +32,14 @@ from utils.attacks import (
     pgd,
     pgd40_heads,
 )
-from utils.data.datasets import as_input, subset
+from utils.data.datasets import as_input, over_images, subset
 from utils.data.subject import (
     Subject,
-    at_chance,
     halving,
-    over_images,
     percent,
     verdicts,
 )
+from utils.evaluation.results import at_chance
 from utils.evaluation.robustness import white_attack
 from utils.system.attack_copy import frozen
 from utils.system.checkpoints import load_model
@@ -363,7 +362,7 @@ def test_a_table_names_a_network_at_chance(tmp_path, capsys):
         torch.save(content, tmp_path / "weights.pt")
         run("--ckpt_url", tmp_path / "weights.pt", "--attacks=natural")
         assert ("at chance" in capsys.readouterr().out) == (favour > 0)
-    labels = torch.tensor([2, 0, 2])
+    labels = [2, 0, 2]
     assert "66.67 %" in at_chance(66.66, labels)
     assert not at_chance(67, labels)
     assert not at_chance(50, labels[:1])

@@ -53,6 +53,7 @@ FIRST_SEED = 1
 ATTACKS = "natural,fgsm,pgd,cw,adaptive"
 PLAIN = ("--no-ra", "--no-anc")
 AWP = ("--awp=0.005", "--awp-warmup=1")
+LONGER = ("--epochs=30", "--milestones=21,26")
 
 
 class Row(NamedTuple):
@@ -87,6 +88,9 @@ def gates(seeds: int, ema: float) -> Rows:
         "TRADES": Row(PLAIN, seeds),
         # Three heads weigh threefold.
         "TRADES, three times the rate": Row((*PLAIN, "--lr=0.09"), seeds),
+        # As much computing as 16 epochs with heads, and the same with heads
+        "TRADES, 30 epochs": Row((*PLAIN, *LONGER), 3),
+        "gate none, 30 epochs": Row((none, *LONGER), 3, 4),
         "TRADES + EMA": Row((*PLAIN, average), seeds),
         "gate label": Row((), seeds, 6),
         "gate label, own classifiers": Row((own,), seeds, 6),

@@ -1,8 +1,9 @@
 """Data sets as uint8 tensors: decoded once, held on the device, augmented there by tensor code."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -30,6 +31,10 @@ FASHION = {
     "train": ("train", "16d82e2b505296aa2b78bd5ea0992634f30419a4c97def7c907d154a35ac6157"),
     "test": ("t10k", "9f1ec356a747bfe4ebab3cfb722d3694c9ca737e2570f6f90cf31d7b6fd689d4"),
 }
+
+# (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
+Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Progress = Callable[[int], None]  # gets the number of images of each batch that is done
 
 
 class Split(NamedTuple):
@@ -179,6 +184,37 @@ def batches(order: Tensor, batch_size: int) -> Sequence[Tensor]:
 def as_input(images: Tensor) -> Tensor:
     """Convert uint8 images to float32 in [0, 1], which every network here takes."""
     return images.to(torch.float32, copy=True).div_(255)  # never in place
+
+
+def over_images(
+    split: Split,
+    batch_size: int,
+    work: Work,
+    progress: Progress | None = None,
+    shared: bool = True,
+) -> tuple[Tensor, ...]:
+    """Call `work` on the images of a split, of which there are some, batch by batch.
+
+    Returns each of its answers for all N images, (N, ...), in their order, on the CPU.
+    shared: ranks share the images, `batch_size` at a time for each of them, and all return all
+    answers; otherwise this process goes over all images alone.
+    """
+    ranks = distributed.world() if shared else 1
+    answers = []
+    for positions in batches(torch.arange(len(split.labels)), batch_size * ranks):
+        share = positions[distributed.rank() :: ranks] if shared else positions
+        if len(share):
+            batch = split.take(share)
+            answer = work(as_input(batch.images), batch.labels, batch.numbers)
+            answers.append((share, *(values.cpu() for values in answer)))
+        if progress is not None:
+            progress(len(positions))
+
+    if shared:
+        answers = list(chain.from_iterable(distributed.gathered(answers)))
+    positions, *results = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    order = positions.argsort()
+    return tuple(result[order] for result in results)
 
 
 def _digits(dataset: str, part: str, data_dir: Path, size: int) -> Split:

@@ -1,8 +1,7 @@
-"""A trained network with its test images, and the loop that looks at them batch by batch."""
+"""A trained network with its test images, and what it makes of them under an attack."""
 
 import hashlib
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 
 from utils.attacks import Attack
 from utils.data.datasets import (
+    Progress,
     Split,
     as_input,
-    batches,
     checksum_of,
     load_split,
+    over_images,
 )
-from utils.system import distributed
 from utils.system.attack_copy import attack_copy
 from utils.system.checkpoints import checkpoint_file, load_model
 from utils.system.devices import computing, pick_device
@@ -36,45 +35,10 @@ from utils.system.settings import (
 )
 from utils.system.values import eps_text
 
-# (images (n, 3, S, S) in [0, 1], labels (n,), numbers (n,)) -> answers, n rows each
-Work = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-Progress = Callable[[int], None]  # gets the number of images of each batch that is done
-
 LARGEST = 1000  # images that an attack takes at once; more are hardly faster
 
 
-# The loop over images
-
-
-def over_images(
-    split: Split,
-    batch_size: int,
-    work: Work,
-    progress: Progress | None = None,
-    shared: bool = True,
-) -> tuple[Tensor, ...]:
-    """Call `work` on the images of a split, of which there are some, batch by batch.
-
-    Returns each of its answers for all N images, (N, ...), in their order, on the CPU.
-    shared: ranks share the images, `batch_size` at a time for each of them, and all return all
-    answers; otherwise this process goes over all images alone.
-    """
-    ranks = distributed.world() if shared else 1
-    answers = []
-    for positions in batches(torch.arange(len(split.labels)), batch_size * ranks):
-        share = positions[distributed.rank() :: ranks] if shared else positions
-        if len(share):
-            batch = split.take(share)
-            answer = work(as_input(batch.images), batch.labels, batch.numbers)
-            answers.append((share, *(values.cpu() for values in answer)))
-        if progress is not None:
-            progress(len(positions))
-
-    if shared:
-        answers = list(chain.from_iterable(distributed.gathered(answers)))
-    positions, *results = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    order = positions.argsort()
-    return tuple(result[order] for result in results)
+# Verdicts
 
 
 def largest_batch(device: torch.device) -> int:
@@ -147,14 +111,6 @@ def verdicts(
 def percent(right: Tensor) -> float:
     """Return the share of true verdicts, in percent."""
     return 100 * right.double().mean().item()
-
-
-def at_chance(natural: float, labels: Tensor) -> str:
-    """Return a remark on an accuracy that one class for all images attains too, or ''."""
-    one_class = percent(labels == labels.mode().values)
-    if natural <= one_class < 100:
-        return f", at chance: one class for every image attains {one_class:.2f} %"
-    return ""
 
 
 # Networks and their images

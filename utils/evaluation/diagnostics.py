@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.attacks import Attack, image_noise, margins, noise
-from utils.data.datasets import Split, as_input
-from utils.data.subject import Progress, Work, over_images, percent, right_or_not
+from utils.data.datasets import Progress, Split, Work, as_input, over_images
+from utils.data.subject import percent, right_or_not
 from utils.evaluation.adaptive import Criterion, View, Views, cross_entropies, plain, view_pgd
 from utils.evaluation.autoattack import square
 from utils.evaluation.cache import WorstImages

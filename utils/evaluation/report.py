@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data.subject import Subject, at_chance, percent
+from utils.data.subject import Subject, percent
 from utils.evaluation.cache import WorstImages
 from utils.evaluation.diagnostics import Diagnosis
-from utils.evaluation.results import FORMAT, wilson
+from utils.evaluation.results import FORMAT, at_chance, wilson
 from utils.figures.plots import Draw, draw_examples, draw_robustness, save_or_note
 from utils.system.files import write_arrays
 from utils.system.settings import Evaluation
@@ -100,7 +100,7 @@ def table_lines(
             yield f"note, {name}: from an earlier evaluation of this network ({row.made})"
         for note in row.notes:
             yield f"note, {name}: {note}"
-    chance = at_chance(percent(rows["natural"].right), subject.split.labels)
+    chance = at_chance(percent(rows["natural"].right), subject.split.labels.tolist())
     if chance:
         yield f"note, natural{chance}: nothing here says anything about robustness"
 

@@ -27,7 +27,7 @@ import argparse
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -190,6 +190,14 @@ def _row_name(recipe: dict, recipes: list[dict]) -> str:
 def quantile(probability: float, seeds: float = math.inf) -> float:
     """Return a quantile of Student's t of so many seeds, of the normal distribution for inf."""
     return float(stdtrit(seeds - 1, probability))
+
+
+def at_chance(natural: float, labels: Sequence[int]) -> str:
+    """Return a remark on an accuracy that one class for all images attains too, or ''."""
+    one_class = 100 * max(Counter(labels).values()) / len(labels)
+    if natural <= one_class < 100:
+        return f", at chance: one class for every image attains {one_class:.2f} %"
+    return ""
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:

@@ -23,12 +23,11 @@ from tqdm import tqdm
 
 from utils import attacks
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, noise, pgd
-from utils.data.datasets import Split, as_input, checksum_of
+from utils.data.datasets import Split, as_input, checksum_of, over_images
 from utils.data.subject import (
     Subject,
     load_subject,
     load_surrogate,
-    over_images,
     right_or_not,
 )
 from utils.evaluation import report, results
@@ -81,15 +80,6 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
         attacked = SearchedInBfloat16(judge, attack_copy(subject.model, "bf16"))
     subject = subject._replace(model=judge)
 
-    log_file, saved_file = output_files(settings, subject)
-    file = log_file.with_name(FILE)
-    origin = provenance(subject.split.labels.device, settings.seed)
-    made = f"{origin['started']}, {origin['device']}"
-    log = open_log(log_file)
-    log(in_one_line(origin))
-    for line in report.heading(settings, subject):
-        log(line)
-
     view_by_name = views(
         subject.info["reverse_attention"],
         subject.auxiliary_weight,
@@ -97,7 +87,17 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
         predict=subject.head,
         **subject.gates,
     )
+    log_file, saved_file = output_files(settings, subject)
+    file = log_file.with_name(FILE)
     plans = planned_attacks(settings, subject, surrogate, view_by_name)
+
+    origin = provenance(subject.split.labels.device, settings.seed)
+    made = f"{origin['started']}, {origin['device']}"
+    log = open_log(log_file)
+    log(in_one_line(origin))
+    for line in report.heading(settings, subject):
+        log(line)
+
     with stop_signals(stop), computing(settings.precision):
         warnings = sanity_warnings(judge, subject.split)
         natural, worst = classify(judge, subject.split, settings.test_batch_size)

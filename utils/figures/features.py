@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.attacks import Attack, Objective, cross_entropy, pgd
-from utils.data.datasets import Split, shuffled
-from utils.data.subject import Subject, load_subject, over_images
+from utils.data.datasets import Split, over_images, shuffled
+from utils.data.subject import Subject, load_subject
 from utils.figures.plots import Draw, Panel, draw_embedding, draw_histogram, save_figure
 from utils.negatives import choose_negatives
 from utils.step import towards_labels

@@ -16,8 +16,8 @@ from models.published import named_as, normalisation_in, shape_of
 from utils.system import distributed
 from utils.system.errors import UsageError
 from utils.system.files import write_atomically
-from utils.system.foreign import build_own, named_code, source_of
-from utils.system.settings import ARCHS, Training, dataset_defaults, is_code
+from utils.system.foreign import build_own, source_of
+from utils.system.settings import ARCHS, Training, arch_name, dataset_defaults, is_code
 
 BEST = "best_adv_model.pt"
 LAST = "model-wrn-last.pt"
@@ -186,6 +186,7 @@ def load_model(
     if predict not in heads:
         raise UsageError(f"--predict {predict}: {path} has {', '.join(heads)} alone")
     model.predict = predict
+    state = named_as(model, state)
     load_state(model, state, path)
     info["notes"] = print_notes(path, notes)
     return model.to(device).eval(), info
@@ -231,6 +232,18 @@ def _describe(
     return state, info, notes
 
 
+def named_code(recorded: str, named: str | None, file: Path) -> str:
+    """Return the FILE.py:function that a command names for a file's network of the user's own.
+
+    Errors: UsageError where it names no such function: no code is run because a file names it.
+    """
+    if is_code(named) and arch_name(named) == arch_name(recorded):
+        return named
+    raise UsageError(
+        f"{file} holds a network of your own code, run only if you name it: --arch {recorded}"
+    )
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Start a network from the weights in a file, whatever they are wrapped in.
 
@@ -245,12 +258,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{path} is of a network of normalised images; training does not normalise"
         )
     print_notes(path, notes)
+    state = named_as(model, state)
     load_state(model, state, path)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Copy a state dict into a network; UsageError where it does not fit or is not finite."""
-    state = named_as(model, state)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

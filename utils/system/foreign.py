@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from models import Heads, ReverseAttentionNetwork
 from models.reverse_attention import GateInput, pool
 from utils.system.errors import UsageError, first_line
-from utils.system.settings import arch_name, is_code
+from utils.system.settings import is_code
 
 OURS = Path(__file__).resolve().parents[2]
 
@@ -147,18 +147,6 @@ def source_of(arch: str) -> str | None:
     if not is_code(arch):
         return None
     return hashlib.sha256(Path(arch.rpartition(":")[0]).read_bytes()).hexdigest()
-
-
-def named_code(recorded: str, named: str | None, file: Path) -> str:
-    """Return the FILE.py:function that a command names for a file's network of the user's own.
-
-    Errors: UsageError where it names no such function: no code is run because a file names it.
-    """
-    if is_code(named) and arch_name(named) == arch_name(recorded):
-        return named
-    raise UsageError(
-        f"{file} holds a network of your own code, run only if you name it: --arch {recorded}"
-    )
 
 
 # --model module:function

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from utils.data.subject import at_chance
+from utils.evaluation.results import at_chance
 from utils.figures.plots import draw_curves, save_or_note
 from utils.system import distributed
 from utils.system.checkpoints import BEST
@@ -100,7 +100,7 @@ def in_words(accuracies: Row, labels: Tensor) -> str:
     if natural is None:
         return "not evaluated"
     robust = accuracies["pgd40_heads_accuracy"]
-    remark = at_chance(natural, labels)
+    remark = at_chance(natural, labels.tolist())
     return f"natural {natural:.2f} %, PGD-40 over heads {robust:.2f} %{remark}"
 
 

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.system.checkpoints import BEST, LAST, STATE, read
+from utils.system.checkpoints import BEST, LAST, STATE, named_code, read
 from utils.system.errors import UsageError
 from utils.system.files import locked, remove_leftovers, require_writable
-from utils.system.foreign import named_code
 from utils.system.options import Command, flag
 from utils.system.settings import (
     DECIDING,
