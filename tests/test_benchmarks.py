@@ -83,7 +83,7 @@ def test_a_card_s_figures_are_kept_row_by_row(tmp_path, monkeypatch, capsys):
     assert "long left out" in capsys.readouterr().out
     parts = json.loads(file.read_text())["parts"]
     assert list(parts) == ["failing", "slow"]
-    assert parts["failing"]["note"] == "failed: no such kernel"
+    assert "no such kernel" in parts["failing"]["note"]
     assert parts["slow"]["rows"] == [{"row": 1}]
 
 
