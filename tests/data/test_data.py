@@ -554,3 +554,14 @@ def test_limits_are_deterministic_and_nested(numbered):
     assert train != list(range(10))
     assert train == large[0][:10]
     assert test == large[2][:5]
+
+
+def test_copies_of_training_images_are_counted(tmp_path):
+    images = write_folder(tmp_path, "train", "val", "test")["train"]
+    png(tmp_path / "test/cat/copy.png", images[1])
+    png(tmp_path / "test/dog/1.png", images[0])  # whatever it is labelled
+    images[2, 3, 4, 1] ^= 1
+    png(tmp_path / "test/dog/almost.png", images[2])
+    data = training_data(tmp_path)
+    assert data.test.note == "2 images that evaluate are copies of training images"
+    assert data.train.note == data.selection.note == ""

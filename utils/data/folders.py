@@ -81,6 +81,9 @@ def decode(files: Sequence[str], size: int) -> Tensor:
 
     Errors: UsageError that names the files that are not images.
     """
+    if distributed.first():
+        megabytes = len(files) * 3 * size**2 / 1e6
+        print(f"{len(files):,} images of side {size} take {megabytes:,.1f} MB of memory")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     unreadable = []
 

@@ -214,9 +214,11 @@ def _describe(
             raise UsageError(f"{path} is of no network known here: {', '.join(ARCHS)}") from error
 
     for name, value in given.items():
-        if known.get(name, value) != value and name != "dataset":
+        recorded = known.get(name)
+        is_left_open = recorded is None and not (is_run and name in ("mean", "std"))
+        if recorded != value and name != "dataset" and not is_left_open:
             raise UsageError(
-                f"{path} is a checkpoint with {name} {known[name]}, not {value}; leave the flag out"
+                f"{path} is a checkpoint with {name} {recorded}, not {value}; leave the flag out"
             )
     assumed = {"reverse_attention": True, "dataset": Training.dataset}
     info = dict.fromkeys(DESCRIPTION) | assumed | known | given
@@ -318,7 +320,7 @@ def find_weights(
     state = {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
-        if name.startswith(prefix) and not name.startswith((unused, *buffers))
+        if name.startswith(prefix) and not name.startswith(unused) and name not in buffers
     }
     notes = []
     if prefix:

@@ -164,6 +164,8 @@ def _refuse(message: str) -> NoReturn:
 
 def _refuse_contradictions_in_training(settings: Training, seeds: int) -> None:
     side = settings.image_size
+    if side < 16 or side % 8:
+        _refuse("--image-size takes a multiple of 8, from 16 on")
     if problem := beyond_all_images(settings.norm, settings.epsilon, settings.step_size, side):
         _refuse(problem)
     if bool(settings.restart_epoch) != bool(settings.ckpt_url):

@@ -52,6 +52,7 @@ Gate = Literal["label", "predicted", "soft", "none"]
 Classifier = Literal["shared", "own"]
 Layer = Literal["weighted", "unweighted"]
 Precision = Literal["default", "fp32", "tf32", "bf16"]
+Negatives = Annotated[int, number("[1, 1000]", int, "N")]
 
 ARCHS = get_args(Arch)
 FEATURES = get_args(Layer)
@@ -181,9 +182,9 @@ class Training(FromFile):
     """choice of negatives"""
     warmup_epochs: Whole = 10
     """epochs in which every strategy chooses at random"""
-    sample_class_number: Count = 1
+    sample_class_number: Negatives = 1
     """classes of negatives for an anchor"""
-    sample_number: Count = 1
+    sample_number: Negatives = 1
     """negatives of each class"""
 
     # What the method is combined with

@@ -25,7 +25,7 @@ from utils.system.settings import (
 )
 from utils.system.values import as_given
 
-VERSION = 3  # of last_state.pt; other versions are not resumed
+VERSION = 4  # of last_state.pt; other versions are not resumed
 
 # What tells runs apart before any number does
 KIND = ("method", "dataset", "norm", "arch", "no_ra", "no_anc", "optimizer")

@@ -76,6 +76,7 @@ def train_processes(settings: Training, commands: dict[int, list[str]]) -> dict[
     if settings.jobs > 1:
         threads = torch.get_num_threads() // settings.jobs
         environment["OMP_NUM_THREADS"] = str(max(1, threads))
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads take no core
         cards = torch.cuda.device_count()
         if cards > 1 and settings.device in ("auto", "cuda") and not settings.no_cuda:
             for i, argv in enumerate(commands.values()):

@@ -1,9 +1,11 @@
 """Which images of a data set train, which choose the best epoch, and which report on it."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from utils.data.datasets import Split, load_extra, load_split, require_same_on_ranks, shuffled
 from utils.data.folders import find_parts
@@ -57,6 +59,8 @@ def load_training_data(settings: Training) -> Data:
     evaluated = [(load(part, settings.limit_test), NAMES[part]) for part in parts]
     limit = settings.limit_train
     train = load("train", None if limit is None else held_out + limit)
+    if settings.dataset == "folder":
+        evaluated = [(with_copies_noted(split, train), name) for split, name in evaluated]
     is_whole = len(train.labels) == train.total  # else it is shuffled already
     if is_whole and (held_out or limit):
         train = train.take(shuffled(len(train.labels), 0))
@@ -79,3 +83,18 @@ def load_training_data(settings: Training) -> Data:
         used["extra"] = extra
     checksums = require_same_on_ranks(settings.data_dir, used)
     return Data(train, selection, test, selected, tested, extra, checksums)
+
+
+def with_copies_noted(split: Split, train: Split) -> Split:
+    """Return a split whose note says how many of its images are copies of training images."""
+    known = set(map(pixels_digest, train.images))
+    copies = sum(pixels_digest(image) in known for image in split.images)
+    if not copies:
+        return split
+    note = f"{copies} images that evaluate are copies of training images"
+    return split._replace(note="; ".join(filter(None, [split.note, note])))
+
+
+def pixels_digest(image: Tensor) -> bytes:
+    """Return a checksum of the pixels of an image, (3, S, S) uint8 on the CPU."""
+    return hashlib.sha256(image.numpy()).digest()
