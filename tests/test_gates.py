@@ -132,6 +132,6 @@ def test_tensors_tell_own_classifiers(tmp_path, refused):
     for checkpoint, flag, words in (
         (file, "--classifier=shared", "classifier own, not shared"),
         (file, "--no-ra", "reverse_attention True, not False"),
-        (other, "--classifier=own", "not own"),
+        (other, "--classifier=own", "block_classifiers"),
     ):
         refused(ATTACK, "--ckpt_url", checkpoint, flag, mentions=[words])
