@@ -1,13 +1,18 @@
 """Which images of a data set train, which choose the best epoch, and which report on it."""
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from utils.data.datasets import Split, load_extra, load_split, require_same_on_ranks, shuffled
+from utils.data.datasets import (
+    Split,
+    checksum_of,
+    load_extra,
+    load_split,
+    require_same_on_ranks,
+    shuffled,
+)
 from utils.data.folders import find_parts
 from utils.system.errors import UsageError
 from utils.system.settings import Training
@@ -87,14 +92,9 @@ def load_training_data(settings: Training) -> Data:
 
 def with_copies_noted(split: Split, train: Split) -> Split:
     """Return a split whose note says how many of its images are copies of training images."""
-    known = set(map(pixels_digest, train.images))
-    copies = sum(pixels_digest(image) in known for image in split.images)
+    known = {checksum_of([image]) for image in train.images}
+    copies = sum(checksum_of([image]) in known for image in split.images)
     if not copies:
         return split
     note = f"{copies} images that evaluate are copies of training images"
     return split._replace(note="; ".join(filter(None, [split.note, note])))
-
-
-def pixels_digest(image: Tensor) -> bytes:
-    """Return a checksum of the pixels of an image, (3, S, S) uint8 on the CPU."""
-    return hashlib.sha256(image.numpy()).digest()
