@@ -73,7 +73,8 @@ class StepStats(NamedTuple):
     contrast: ANC over heads, before zeta; 0 without negatives. cross_entropy (trades: of natural
     images, else of adversarial ones) and kl are of the final logits. auxiliary: what the other
     heads add to the loss, without their ANC. robust, natural: shares of right predictions of the
-    first head. kl is 0 and natural is NaN where the method needs no natural forward.
+    first auxiliary head, or of the only head. kl is 0 and natural is NaN where the method needs no
+    natural forward.
     """
 
     loss: Tensor
@@ -131,7 +132,7 @@ def draw(
         return Draws(start)
     negative = x[chosen]
     negative_labels = labels.to(x.device, non_blocking=True)[chosen]
-    if not settings.strategy.endswith("_adv"):
+    if not settings.strategy.endswith("_adv"):  # which `strategy` never does
         return Draws(start, negative, negative_labels)
     return Draws(start, negative, negative_labels, gaussian_start(negative, generator))
 
@@ -144,7 +145,7 @@ def attack(
     natural: Heads | None,
     settings: Settings,
 ) -> Attacked:
-    """Attack a batch x (N, 3, H, W), labels (N,), and push its negatives to look like its classes.
+    """Attack a batch x (N, 3, H, W), labels (N,); push each negative towards its anchor's class.
 
     pgd: `pgd_together` on the copy of the network that attacks see. natural: that copy's
     heads on x, for `--inner kl`.

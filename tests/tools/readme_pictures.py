@@ -21,11 +21,13 @@ SHARP = 400  # dots an inch, for pictures that the page shows at the width of a 
 # What the forest plot calls the rows of the study.
 FOREST = {
     "TRADES, three times the rate": "TRADES, three times the learning rate",
+    "TRADES, 30 epochs": "TRADES, 30 epochs instead of 16",
     "TRADES + EMA": "TRADES + EMA",
     "gate label": "ANCRA, as published",
     "gate label, own classifiers": "ANCRA, own classifiers (as in CAS)",
     "gate soft": "ANCRA, soft gate",
     "gate none": "ANCRA without a gate",
+    "gate none, 30 epochs": "ANCRA without a gate, 30 epochs",
     "gate none, own classifiers": "the same, own classifiers",
     "gate none + EMA": "ANCRA without a gate + EMA",
     "gate none + AWP": "ANCRA without a gate + AWP",

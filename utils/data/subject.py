@@ -92,8 +92,9 @@ def verdicts(
 ) -> Tensor:
     """Tell which images of a split the network classifies right -> (N,) bool on the CPU.
 
-    net: what `frozen` yields. attack: None for natural images. candidates: (N,) bool, the images
-    worth attacking; the others count as wrong, so that the figure stays one of the whole split.
+    Trainings call this. net: what `frozen` yields. attack: None for natural images.
+    candidates: (N,) bool, the images worth attacking; the others count as wrong, so that the figure
+    stays one of the whole split.
     """
     right = torch.zeros(len(split.labels), dtype=torch.bool)
     rows = torch.arange(len(right))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from models import Heads
 from utils.attacks import Attack, image_noise, margins, projected_ascent
 from utils.evaluation.cache import Monitor
+from utils.system.devices import computing
 
 VERSION = 1  # raise it when a view or the attack changes, so that no cached verdict is used
 
@@ -287,7 +288,8 @@ def adaptive(
             monitor.show(f"{name}, {len(rows)} standing")
             with torch.no_grad():  # or the library's images would keep their graphs
                 images = monitor.run_part(name, part, x[rows], labels[rows], numbers[rows.cpu()])
-                right = net(images).argmax(1) == labels[rows]
+                with computing("fp32"):  # as the verdict will be
+                    right = net(images).argmax(1) == labels[rows]
             adversarial[rows] = images
             rows = rows[right]
         return adversarial

@@ -71,7 +71,7 @@ def evaluate(settings: Evaluation, path: str | None) -> dict:
     than the first.
     """
     subject = load_subject(settings, path)
-    identity = subject.identity()
+    identity = subject.identity()  # of the network itself, before BatchNorm is folded
     surrogate = load_surrogate(settings, subject)
 
     judge = attack_copy(subject.model)
@@ -364,8 +364,7 @@ def run_diagnostics(
     """Look for signs of gradient masking; `worst` takes the images that fool the network."""
     began = time.perf_counter()
     fooling = WorstImages(worst.natural_images, worst.natural_logits, worst.labels)
-    quiet = distributed.quiet()
-    with tqdm(desc="diagnostics", unit="img", leave=False, disable=quiet) as bar:
+    with tqdm(desc="diagnostics", unit="img", leave=False, disable=distributed.quiet()) as bar:
         probe = Probe(
             subject.model,
             subject.split,

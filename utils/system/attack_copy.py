@@ -197,7 +197,7 @@ def frozen(model: nn.Module, precision: str = "default") -> Iterator[nn.Module]:
 def attack_copy(model: nn.Module, precision: str = "default") -> nn.Module:
     """Return what evaluations attack: a fast copy of one of our networks, else the network itself.
 
-    Networks of others cannot always be copied.
+    Networks of others cannot always be copied. Nothing is compiled or recorded as a CUDA graph.
     """
     if isinstance(model, ReverseAttentionNetwork):
         return AttackCopy(model, precision).net
