@@ -91,7 +91,7 @@ def read(path: Path) -> dict:
         raise UsageError(f"{path} needs `pip install safetensors`") from error
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror}; name a checkpoint file or a run folder"
+            f"{path} cannot be read ({error.strerror}); name a whole checkpoint or a run folder"
         ) from error
     except Exception as error:  # torch and pickle raise nearly anything
         raise UsageError(
