@@ -323,7 +323,10 @@ def _get_fashion_mnist(data_dir: Path, names: list[str]) -> list[Path]:
     with _downloading("fashion-mnist", data_dir, needed) as scratch:
         if not _find_idx(data_dir, names):  # no other process was faster
             FashionMNIST(scratch, download=True)
-            (scratch / "FashionMNIST").rename(data_dir / "FashionMNIST")
+            folder = data_dir / FASHION_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in (scratch / FASHION_FOLDER).glob("*-ubyte"):
+                file.replace(folder / file.name)
     return _find_idx(data_dir, names)
 
 

@@ -194,7 +194,7 @@ def quantile(probability: float, seeds: float = math.inf) -> float:
 
 def at_chance(natural: float, labels: Sequence[int]) -> str:
     """Return a remark on an accuracy that one class for all images attains too, or ''."""
-    one_class = 100 * max(Counter(labels).values()) / len(labels)
+    one_class = 100 * (max(Counter(labels).values()) / len(labels))
     if natural <= one_class < 100:
         return f", at chance: one class for every image attains {one_class:.2f} %"
     return ""

@@ -456,6 +456,8 @@ def draw_umap(settings: Umap) -> None:
     """Embed features of test images of one or several runs, draw them as panels, and save both."""
     subjects = load_subjects(settings)
     names = settings.labels or [subject.method for subject in subjects]
+    if len(set(names)) < len(names):
+        names = [f"{name} {i}" for i, name in enumerate(names, 1)]
     adversarial = "adversarial" if settings.adversarial else ""
     unweighted = "unweighted" if settings.features == "unweighted" else ""
     stem = settings.name or file_stem(

@@ -108,8 +108,9 @@ class AttackCopy:
 
         originals = model.state_dict(keep_vars=True)
         copies = net.state_dict(keep_vars=True)
-        # Folded layers have a bias more; `_sync_folded` writes their weights over what is copied.
-        names = [name for name in copies if name in originals]
+        layers = [folded.layer for folded in self._folded]
+        folded_tensors = {id(tensor) for layer in layers for tensor in layer.parameters()}
+        names = [name for name, tensor in copies.items() if id(tensor) not in folded_tensors]
         self._copies = [copies[name] for name in names]
         self._originals = [originals[name] for name in names]
 

@@ -197,7 +197,7 @@ def _describe(
 ) -> tuple[dict[str, Tensor], dict, list[str]]:
     """Return the state dict in a file, what its network is, and notes, as `load_model` says."""
     given = {name: value for name, value in overrides.items() if value is not None}
-    is_run = "reverse_attention" in content
+    is_run = "reverse_attention" in content and isinstance(content.get("model"), dict)
     if is_run:
         state = content["model"]
         notes = []

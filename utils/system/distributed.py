@@ -159,7 +159,11 @@ def joined(part: Tensor, count: int) -> Tensor:
 
 def agreed(wish: int) -> int:
     """Return the largest wish of all ranks, and wait for all of them; not for signal handlers."""
-    return max(gathered(wish))
+    if world() == 1:
+        return wish
+    wishes = torch.tensor(wish)
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    return int(wishes)
 
 
 def gathered(value: T) -> list[T]:

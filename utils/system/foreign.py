@@ -108,9 +108,11 @@ def build_own(
             if not isinstance(network, nn.Module):
                 raise TypeError(f"it returns {type(network).__name__}, no torch.nn.Module")
             with torch.no_grad():
-                shape = getattr(copy.deepcopy(network)(images), "shape", None)
-                if shape != (2, num_classes):
-                    raise ValueError(f"its answer is {shape}, not logits {(2, num_classes)}")
+                for training in (True, False):
+                    trial = copy.deepcopy(network).train(training)
+                    shape = getattr(trial(images), "shape", None)
+                    if shape != (2, num_classes):
+                        raise ValueError(f"its answer is {shape}, not logits {(2, num_classes)}")
                 if isinstance(network, ReverseAttentionNetwork):
                     model = network
                 elif reverse_attention:

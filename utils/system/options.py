@@ -15,6 +15,7 @@ from utils.system.command import end
 from utils.system.settings import (
     ALL_ATTACKS,
     DEFAULTS_OF,
+    OF_A_COMMAND,
     Checkpoint,
     Evaluation,
     FromFile,
@@ -89,6 +90,8 @@ def _from_file(cls: type, argv: list[str]) -> Values:
     for name, value in _content(file).items():
         if isinstance(value, dict):
             _refuse(f"--config {file}: {name} takes a number, a word, a list or null")
+        if name.replace("-", "_") in OF_A_COMMAND:
+            _refuse(f"--config {file}: {name} is of a command line alone")
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:

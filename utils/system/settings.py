@@ -52,7 +52,8 @@ Gate = Literal["label", "predicted", "soft", "none"]
 Classifier = Literal["shared", "own"]
 Layer = Literal["weighted", "unweighted"]
 Precision = Literal["default", "fp32", "tf32", "bf16"]
-Negatives = Annotated[int, number("[1, 1000]", int, "N")]
+UpTo1024 = Annotated[int, whole(1, 1024)]
+UpTo1024OrNone = Annotated[int | None, whole(1, 1024)]
 
 ARCHS = get_args(Arch)
 FEATURES = get_args(Layer)
@@ -182,9 +183,9 @@ class Training(FromFile):
     """choice of negatives"""
     warmup_epochs: Whole = 10
     """epochs in which every strategy chooses at random"""
-    sample_class_number: Negatives = 1
+    sample_class_number: UpTo1024 = 1
     """classes of negatives for an anchor"""
-    sample_number: Negatives = 1
+    sample_number: UpTo1024 = 1
     """negatives of each class"""
 
     # What the method is combined with
@@ -215,9 +216,9 @@ class Training(FromFile):
     gated block, as in CAS"""
     ra_blocks: Literal[1, 2] = 2
     """last blocks with reverse attention; the first WRN code had 1"""
-    width: CountOrNone = None
+    width: UpTo1024OrNone = None
     """channels of the first stage, or the widen factor of a WRN; if unset, 64 or 10"""
-    image_size: Count = 32
+    image_size: UpTo1024 = 32
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
     fashion-mnist by zeros; other sides scale them"""
     augmentation: Literal["crop-flip", "crop", "none"] = "crop-flip"
@@ -360,12 +361,12 @@ class Checkpoint(FromFile):
     """data set; if unset, the checkpoint's own"""
     data_dir: PathOrNone = None
     """where data sets are stored; if unset, where the training had them"""
-    image_size: CountOrNone = None
+    image_size: UpTo1024OrNone = None
     """side of the images of digits, fashion-mnist and a folder. 32 pads the 28x28 pixels of
     fashion-mnist by zeros; other sides scale them"""
     arch: Annotated[str | None, NETWORK] = None
     """network; if unset, the checkpoint's own. One of your own code has to be named"""
-    width: CountOrNone = None
+    width: UpTo1024OrNone = None
     """channels of the first stage, or the widen factor of a WRN"""
     no_ra: Switch = False
     """a network without reverse attention"""

@@ -29,6 +29,8 @@ def eps_text(eps: float) -> str:
 
 def _number(text: str) -> float:
     numerator, _, denominator = text.partition("/")
+    if denominator == "0":
+        raise ValueError(f"{text} divides by 0")
     return float(numerator) / float(denominator or 1)
 
 
@@ -81,9 +83,9 @@ def number(
     return _values(metavar, read)
 
 
-def whole(low: int = 0) -> PrimitiveConstructorSpec:
-    """Whole numbers from low on."""
-    return number(f"[{low}, {2**31})", int, "N")
+def whole(low: int = 0, high: int = 2**31) -> PrimitiveConstructorSpec:
+    """Whole numbers from low to high."""
+    return number(f"[{low}, {high}]", int, "N")
 
 
 def one_of(names: Sequence[str]) -> PrimitiveConstructorSpec:

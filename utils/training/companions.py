@@ -68,8 +68,9 @@ class Average:
     """A copy of a network whose parameters are their exponential moving average over steps.
 
     The decay of step t, from 0, is min(tau, (1 + t) / (10 + t)), so that early steps do not
-    remember the start. BatchNorm's statistics are not averaged: both share these buffers. (Izmailov
-    et al., arXiv 1803.05407; constants as in the releases of Rade and Wang.)
+    remember the start. BatchNorm's statistics are not averaged: both share these buffers, which are
+    to be changed in place. (Izmailov et al., arXiv 1803.05407; constants as in the releases of
+    Rade and Wang.)
     """
 
     def __init__(self, model: nn.Module) -> None:
