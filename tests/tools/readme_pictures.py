@@ -104,13 +104,14 @@ def draw_forest(panels: dict[str, list[dict]], file: Path) -> None:
         every = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)
         for axes, (title, rows) in zip(every[:, 0], panels.items(), strict=True):
             draw_panel(axes, title, rows)
+        name_marks(every[0, 0], next(iter(panels.values())))
         axes.set(xlabel="gain over TRADES in points of accuracy; in parentheses, how many seeds")
 
     save(draw, file, 250)
 
 
 def draw_panel(axes: Axes, title: str, rows: list[dict]) -> None:
-    """Draw the gains on a data set; words above one of them say which mark is which."""
+    """Draw the gains on a data set."""
     heights = np.arange(len(rows))[::-1]
     usual = [row["usual"] for row in rows]
     worst, low, high = np.array([row["worst"] for row in rows]).T
@@ -121,13 +122,19 @@ def draw_panel(axes: Axes, title: str, rows: list[dict]) -> None:
     axes.set_ylim(-0.6, len(rows) - 0.1)
     axes.set_title(title, fontsize=9, loc="left")
     axes.grid(axis="x", alpha=0.3)
-    row = int(np.argmax(np.abs(worst - usual)))
+
+
+def name_marks(axes: Axes, rows: list[dict]) -> None:
+    """Say above the marks of the row in which they are farthest apart which is which."""
+    gaps = [abs(row["worst"][0] - row["usual"]) for row in rows]
+    i = int(np.argmax(gaps))
+    height = len(rows) - 1 - i
     for text, x, colour in (
-        ("PGD-40 on the answer", usual[row], USUAL_COLOUR),
-        ("worst case", worst[row], WORST_COLOUR),
+        ("PGD-40 on the answer", rows[i]["usual"], USUAL_COLOUR),
+        ("worst case", rows[i]["worst"][0], WORST_COLOUR),
     ):
         place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-        axes.annotate(text, (x, heights[row]), color=colour, **place)
+        axes.annotate(text, (x, height), color=colour, **place)
 
 
 def draw_curves(metrics: str, file: Path) -> None:
