@@ -109,6 +109,7 @@ def test_a_wrong_value_is_refused(capsys, argument):
         (Training, "--awp 0.005 --epochs 5", "--awp-warmup"),
         (Training, "--seed=1,x", "'x'"),
         (Training, "--seed=", "--seed"),
+        (Training, "--seed=2,2", "twice"),
         (Training, "--seed=1,2 --jobs=0", "--jobs"),
         (Training, "--seed=1 --jobs=2", "--jobs is of several seeds"),
         (Training, "--seed=1,2 --resume", "leave --resume out"),

@@ -113,6 +113,7 @@ def test_a_failed_run_is_named_after_the_figures_of_the_others(tmp_path, monkeyp
         "| 1 | 1 | 80.00 | 50.00 |",
         "| 3 | 1 | 83.00 | 53.00 |",
         "| mean ± sd | | 81.50 ± 2.12 | 51.50 ± 2.12 |",
+        "| range | | 80.00 to 83.00 | 50.00 to 53.00 |",
     ]
 
 

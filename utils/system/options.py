@@ -57,6 +57,8 @@ def parse_training(doc: str, script: Values, argv: list[str]) -> Command:
         from_file = others
     given = from_file | _given(Training, argv)
     seeds = given.get("seed", ())
+    if len(set(seeds)) < len(seeds):
+        _refuse("--seed names a seed twice")
     if seeds:
         given["seed"] = seeds[0]
     settings = training_settings(given, script)

@@ -1,5 +1,6 @@
 """Where an output file comes from: command, commit, versions, device, seed."""
 
+import os
 import platform
 import re
 import shlex
@@ -14,6 +15,8 @@ import torch
 
 from utils.system import distributed
 
+# Variables that settle how OpenMP's threads wait for work.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # Names on PyPI.
 PACKAGES = (
     "torchvision",
@@ -43,6 +46,7 @@ def provenance(device: torch.device, seed: int | None = None) -> dict:
         "device": str(device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
+        "waiting": " ".join(f"{name}={os.environ.get(name)}" for name in WAITING),
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
     }
@@ -53,12 +57,15 @@ def provenance(device: torch.device, seed: int | None = None) -> dict:
             "memory": f"{card.total_memory / 1e9:.0f} GB",
             "cudnn": torch.backends.cudnn.version(),
         }
+        with suppress(OSError, AttributeError):  # Linux
+            text = Path("/proc/driver/nvidia/version").read_text()
+            record["card"]["driver"] = re.search(r"\d+\.[\d.]+", text).group()
     return record
 
 
 def in_one_line(record: dict) -> str:
     """Format a provenance as one line for a log."""
-    names = ("commit", "device", "threads", "seed")
+    names = ("commit", "device", "threads", "waiting", "seed")
     facts = record["versions"] | record.get("card", {}) | {name: record[name] for name in names}
     text = ", ".join(f"{name} {value}" for name, value in facts.items())
     return f"{record['started']}  {record['command']}  {text}"

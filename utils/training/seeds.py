@@ -121,17 +121,17 @@ def train_processes(settings: Training, commands: dict[int, list[str]]) -> dict[
 
 
 def print_summary(folders: dict[int, Path]) -> None:
-    """Print a table of the best epochs of the runs of seeds, with mean ± standard deviation."""
+    """Print a table of the best epochs of the runs of seeds, with mean ± deviation and range."""
     naturals = []
     robusts = []
     print("| seed | best epoch | natural | pgd40_heads |")
     print("|---|---|---|---|")
     for seed, folder in folders.items():
         best = best_row(read(folder / STATE)["progress"]["rows"])
-        natural = best["natural_accuracy"]
-        robust = best["pgd40_heads_accuracy"]
-        naturals.append(natural)
-        robusts.append(robust)
-        print(f"| {seed} | {best['epoch']} | {natural:.2f} | {robust:.2f} |")
+        naturals.append(best["natural_accuracy"])
+        robusts.append(best["pgd40_heads_accuracy"])
+        print(f"| {seed} | {best['epoch']} | {naturals[-1]:.2f} | {robusts[-1]:.2f} |")
     if folders:
+        ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in (naturals, robusts)]
         print(f"| mean ± sd | | {mean_and_deviation(naturals)} | {mean_and_deviation(robusts)} |")
+        print(f"| range | | {' | '.join(ranges)} |")
