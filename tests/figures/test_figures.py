@@ -129,7 +129,7 @@ def test_four_figures_are_of_each_class_and_four_of_all(here, histograms):
     values, xlabel, title = histograms[4]
     assert "PP" in title
     assert xlabel == METRICS["cosine"]
-    assert list(values) == ["METHOD 1", "METHOD 2"]
+    assert list(values) == ["METHOD 2", "METHOD 1"]  # the plain network first
     _, arrays = read_arrays(folder / "a-all.npz")
     assert np.array_equal(values["METHOD 1"], arrays["weighted_PP_cosine"])
 
@@ -340,10 +340,12 @@ def test_training_curves_mark_the_best_epoch_and_the_learning_rate(drawn, epochs
 def test_robustness_curves_have_intervals_and_the_fractions_of_255(drawn):
     eps = 8 / 255
     points = [{"eps": x, "answer": 80.0, "views": 70.0} for x in (0, eps / 4, eps, 1.0)]
-    (axes,) = drawn(draw_robustness, points, lambda y: (y - 9, y + 5), "eps").axes
+    (axes,) = drawn(draw_robustness, points, lambda y: (y - 9, y + 5), "eps", eps).axes
     ticks = [text.get_text() for text in axes.get_xticklabels()]
     assert ticks == ["0", "2/255", "8/255", "1"]
-    assert [set(line.get_ydata()) for line in axes.lines] == [{80}, {70}]
+    *curves, trained = axes.lines
+    assert [set(line.get_ydata()) for line in curves] == [{80}, {70}]
+    assert trained.get_label() == "training eps, 8/255"
     outlines = [band.get_paths()[0] for band in axes.collections]
     assert [set(outline.vertices[:, 1]) for outline in outlines] == [{71, 85}, {61, 75}]
 
@@ -361,6 +363,7 @@ def test_examples_show_the_answers_before_and_after_the_attack(drawn):
     for axes, name, colour in ((top[0], classes[0], RIGHT), (bottom[0], classes[1], WRONG)):
         assert axes.get_xlabel().startswith(name)
         assert axes.xaxis.label.get_color() == colour
+    assert [axes.get_xlabel() for axes in middle] == ["", "not fooled"]
     changes = [axes.images[0].get_array() for axes in middle]
     assert [(change.min(), change.max()) for change in changes] == [(0.5, 1), (0.5, 0.5)]
 

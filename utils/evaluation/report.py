@@ -189,12 +189,15 @@ def diagnosis_lines(diagnosis: Diagnosis, subject: Subject, folder: Path) -> Ite
         count = len(subject.split.labels)
         return wilson(round(accuracy * count / 100), count)
 
-    for name, points, xlabel in (
-        ("eps", diagnosis.by_eps, f"{subject.norm} eps of PGD-40"),
-        ("steps", diagnosis.by_steps, f"steps of PGD at {subject.radius}"),
+    trained = None
+    if subject.recipe.get("norm") == subject.norm:
+        trained = subject.recipe["epsilon"]
+    for name, points, xlabel, marked in (
+        ("eps", diagnosis.by_eps, f"{subject.norm} eps of PGD-40", trained),
+        ("steps", diagnosis.by_steps, f"steps of PGD at {subject.radius}", None),
     ):
         if points:
-            draw = partial(draw_robustness, points, interval, xlabel)
+            draw = partial(draw_robustness, points, interval, xlabel, marked)
             yield _picture(draw, folder / f"robust_vs_{name}.png")
 
 

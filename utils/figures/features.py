@@ -415,6 +415,8 @@ def load_distances(settings: Histograms) -> list[Measured]:
     if not chosen:
         wanted = settings.dataset or "any data set"
         raise UsageError(f"there are no distances of {wanted}; run feature_distance.py first")
+    if settings.labels is None:  # baselines first
+        chosen.sort(key=lambda file: has_gate(file[0]))
     return chosen
 
 

@@ -65,7 +65,7 @@ def provenance(device: torch.device, seed: int | None = None) -> dict:
 
 def in_one_line(record: dict) -> str:
     """Format a provenance as one line for a log."""
-    names = ("commit", "device", "threads", "waiting", "seed")
+    names = ("commit", "device", "waiting", "threads", "seed")
     facts = record["versions"] | record.get("card", {}) | {name: record[name] for name in names}
     text = ", ".join(f"{name} {value}" for name, value in facts.items())
     return f"{record['started']}  {record['command']}  {text}"
