@@ -1,6 +1,5 @@
 """Networks against the official ones' numbers, by themselves and as the copy that attacks see."""
 
-import math
 from functools import partial
 from typing import get_args
 
@@ -10,7 +9,6 @@ import torch
 from models import ARCHS, CLASSIFIERS, GATES, build_model
 from tests.golden_numbers import GoldenNetwork, assert_near, both_attacks, published_shapes
 from tests.helpers import digits_network, digits_split
-from utils import attacks
 from utils.attacks import cross_entropy_over_heads, pgd40_heads, pgd_together
 from utils.data.subject import percent, verdicts
 from utils.losses import over_heads, pgd_loss
@@ -84,11 +82,8 @@ def test_attack_objective_and_its_gradient(golden, name):
     assert has_same_sign.float().mean() > 0.999
 
 
-@pytest.mark.parametrize("small", [0, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", slow_if(RA, ("P", "W")))
-def test_training_attacks_end_where_the_official_ones_do(golden, name, small, monkeypatch):
-    """Each by itself, and as one batch."""
-    monkeypatch.setattr(attacks, "SMALL", small)
+def test_training_attacks_end_where_the_official_ones_do(golden, name):
     g = golden(name)
     batches = both_attacks(g.x, g.start, g.y, g.target_labels)
     with frozen(g.model) as net:

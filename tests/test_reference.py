@@ -16,7 +16,6 @@ from torch.nn.init import uniform_
 
 from models import build_model
 from tests.golden_numbers import assert_near
-from utils import attacks
 from utils.negatives import choose_negatives
 from utils.step import training_loss
 from utils.system.attack_copy import AttackCopy
@@ -436,13 +435,6 @@ def test_training_steps_of_other_settings(name):
 def test_training_steps_of_gates_and_classifiers(gate, setup, classifier):
     o = options(num_steps=2, gate=gate, classifier=classifier, alpha=0.5)
     assert any(assert_same_steps(o, **setup))
-
-
-@pytest.mark.parametrize("inner", ["ce", "kl"])
-def test_training_steps_of_batches_too_large_to_be_attacked_as_one(inner, monkeypatch):
-    monkeypatch.setattr(attacks, "SMALL", 0)
-    o = options(inner=inner)
-    assert any(assert_same_steps(o))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
 from tests.helpers import RUN, settings, some_batch
-from utils import attacks
 from utils.step import training_loss
 from utils.system.attack_copy import AttackCopy
 from utils.training.loop import attack_batch
@@ -26,19 +25,17 @@ class ConvolutionGradients(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("flags", "small", "forwards", "attacked"),
+    ("flags", "forwards", "attacked"),
     [
-        ((), 0, 3, 4),
-        ((), attacks.SMALL, 3, 2),
-        (("--strategy", "hard_adv"), attacks.SMALL, 3, 3),
-        (("--inner", "kl"), attacks.SMALL, 3, 3),
-        (("--no-anc",), attacks.SMALL, 2, 2),
-        (("--no-anc", "--method", "pgd"), attacks.SMALL, 1, 2),
+        ((), 3, 2),
+        (("--strategy", "hard_adv"), 3, 3),
+        (("--inner", "kl"), 3, 3),
+        (("--no-anc",), 2, 2),
+        (("--no-anc", "--method", "pgd"), 1, 2),
     ],
 )
-def test_forwards_of_a_step(monkeypatch, flags, small, forwards, attacked):
-    """Attacks of two steps, of both batches as one where they are small."""
-    monkeypatch.setattr(attacks, "SMALL", small)
+def test_forwards_of_a_step(flags, forwards, attacked):
+    """Attacks of two steps, of both batches as one."""
     s = settings(*RUN, *flags)
     model = build_model("ResNet18", 4, width=4, image_size=16, reverse_attention=not s.no_ra)
     attack_copy = AttackCopy(model)

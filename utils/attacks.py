@@ -22,10 +22,6 @@ NOISE_DRAWS = 100
 TINY = torch.finfo(torch.float32).tiny  # in the place of 0 in a denominator
 VERSION = 1  # of these attacks; raise it when results change, so that no stored verdict is reused
 
-# Up to this much work, parameters times pixels of a pass, a CPU attacks several batches as one.
-# Above it that saves next to nothing: `python -m tests.tools.benchmarks together`.
-SMALL = 2.5e11
-
 
 def linf_step(x: Tensor, eps: float, step_size: float) -> Step:
     """Return the step clip_[0,1](clip_{x +- eps}(adversarial + step_size * sign(gradient)))."""
@@ -119,19 +115,12 @@ def pgd_together(
     steps: int,
     norm: str = "Linf",
 ) -> list[Tensor]:
-    """Run `projected_ascent` on several batches, each with its own objective.
+    """Run `projected_ascent` on several batches as one, each with its own objective.
 
-    Small batches are attacked as one, and on CUDA all are: they take less memory there than the
-    training forwards that follow. No image's gradient depends on another image, so only rounding
-    can differ. Returns the adversarial images of each batch.
+    No image's gradient depends on another image, so they end where each would by itself, up to
+    rounding. Returns the adversarial images of each batch.
     """
     x = torch.cat([batch.x for batch in batches])
-    work = x[:, 0].numel() * sum(p.numel() for p in net.parameters())
-    if len(batches) > 1 and work > SMALL and not x.is_cuda:
-        attacked = []
-        for batch in batches:
-            attacked += pgd_together(net, [batch], auxiliary_weight, eps, step_size, steps, norm)
-        return attacked
 
     def objective(x: Tensor) -> Tensor:
         heads = net(x, heads=True)

@@ -2,8 +2,8 @@
 
 python -m tests.tools.benchmarks                      all but `compiled` and `figures`, 40 minutes
                                                       on 2 CPU cores
-python -m tests.tools.benchmarks step pgd             some: step share together companions memory
-                                                      negatives pgd growth processes waiting data
+python -m tests.tools.benchmarks step pgd             some: step share companions memory negatives
+                                                      pgd growth processes waiting data
 python -m tests.tools.benchmarks compiled             what --compile brings, 5 minutes more
 python -m tests.tools.benchmarks figures              CPU time of what the figures' scripts compute
 python -m tests.tools.benchmarks --out figures.json   figures also as JSON, after each benchmark
@@ -18,7 +18,6 @@ yardstick.
 import argparse
 import csv
 import json
-import math
 import os
 import platform
 import random
@@ -31,7 +30,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -41,16 +39,14 @@ from torch import Tensor, nn
 from models import build_model
 from utils import attacks
 from utils.attacks import (
-    ToAttack,
     cross_entropy,
     cross_entropy_over_heads,
     linf_pgd,
-    pgd_together,
 )
 from utils.data.datasets import Split, as_input, augment, batches, load_split
 from utils.losses import over_heads, trades_loss
 from utils.negatives import choose_negatives
-from utils.step import away_from_labels, towards_labels, training_loss
+from utils.step import training_loss
 from utils.system.attack_copy import AttackCopy, frozen, in_precision
 from utils.system.devices import compile_for_training, pick_device
 from utils.system.errors import UsageError, first_line
@@ -382,43 +378,6 @@ def share(device: torch.device, quick: bool) -> Rows:
                     "in convolutions %": convolution_share(run, device),
                 }
             )
-    return rows
-
-
-def together(device: torch.device, quick: bool) -> Rows:
-    """Both attacks of a step as one batch against one after the other, by size of the batch."""
-    cases = [("ResNet18", batch, 32, None) for batch in (4, 16, 32, 64)]
-    cases += [("WRN-34-10", 16, 32, None), ("PreActResNet18", 16, 64, None)]
-    cases += [("ResNet18", batch, 16, 12) for batch in (16, 64, 128, 256)]  # the digits network
-    rows = []
-    for arch, batch, size, width in cases[:1] if quick else cases:
-        job = Step(arch, batch, size, 10, 4 if quick else width, device)
-        with frozen(job.model) as net:
-
-            def attack(small: float, job: Step = job, net: nn.Module = net) -> None:
-                both = [
-                    ToAttack(job.x, job.x, towards, job.labels)
-                    for towards in (away_from_labels, towards_labels)
-                ]
-                with mock.patch.object(attacks, "SMALL", small):
-                    pgd_together(net, both, 2.0, EPS, STEP, 1 if quick else 4)
-
-            variants = {
-                "apart": lambda i, run=attack: run(0),
-                "as one": lambda i, run=attack: run(math.inf),
-            }
-            work = 2 * batch * size**2 * sum(p.numel() for p in net.parameters())
-            seconds = take_turns(variants, 1 if quick else 5 if work > 2e11 else 25, device)
-        used = "as one" if work <= attacks.SMALL else "apart"
-        for row in compared(seconds, "apart"):
-            shape = {
-                "network": arch,
-                "width": width or "as published",
-                "side": size,
-                "batch": batch,
-                "work": work,
-            }
-            rows.append({**shape, **row, "used": "yes" if row["variant"] == used else ""})
     return rows
 
 
@@ -819,7 +778,6 @@ NAMED = (compiled, figures)  # run by their names only
 BENCHMARKS = (
     step,
     share,
-    together,
     companions,
     memory,
     negatives,
