@@ -188,8 +188,17 @@ STUDIES = {
         (*LEAN, "--n-examples=2000"),
         tables(3, 0.95),
     ),
+    # Rows of digits once more, on another processor, with AutoAttack
     "autoattack": Study(
-        DIGITS, LEAN, {"trades": {"TRADES": Row(PLAIN, 1), "gate label": Row((), 1, 6)}}
+        DIGITS,
+        LEAN,
+        {
+            "trades": {
+                "TRADES": Row(PLAIN, 1),
+                "gate label": Row((), 1, 6),
+                "gate none": Row(("--gate=none",), 1, 4),
+            }
+        },
     ),
     "exploratory": Study(DIGITS, LEAN, {"gates": gates_and_contrast()}),
     "companions": Study(
