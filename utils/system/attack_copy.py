@@ -108,9 +108,7 @@ class AttackCopy:
 
         originals = model.state_dict(keep_vars=True)
         copies = net.state_dict(keep_vars=True)
-        layers = [folded.layer for folded in self._folded]
-        folded_tensors = {id(tensor) for layer in layers for tensor in layer.parameters()}
-        names = [name for name, tensor in copies.items() if id(tensor) not in folded_tensors]
+        names = [name for name in copies if name in originals]
         self._copies = [copies[name] for name in names]
         self._originals = [originals[name] for name in names]
 
@@ -147,33 +145,12 @@ class AttackCopy:
     def sync_weights(self) -> nn.Module:
         """Take over the network's present weights and statistics, and return the copy."""
         torch._foreach_copy_(self._copies, self._originals)
-        if self._folded:
-            self._sync_folded()
+        for conv, norm, layer in self._folded:
+            inverse = torch.rsqrt(norm.running_var + norm.eps)
+            scale = norm.weight * inverse
+            layer.weight.copy_(scale if conv is None else conv.weight * scale[:, None, None, None])
+            layer.bias.copy_(norm.bias - norm.running_mean * inverse * norm.weight)
         return self.net
-
-    def _sync_folded(self) -> None:
-        """Write each BatchNorm, with its convolution if any, into its layer of the copy.
-
-        All layers go together in each operation: on a card, launching one operation after the other
-        for each of them would take longer than the operations.
-        """
-        norms = [folded.norm for folded in self._folded]
-        norm_weights = [norm.weight for norm in norms]
-        variances = [norm.running_var for norm in norms]
-        inverse = torch._foreach_add(variances, [norm.eps for norm in norms])
-        torch._foreach_rsqrt_(inverse)
-        scales = torch._foreach_mul(norm_weights, inverse)
-        shifts = torch._foreach_mul([norm.running_mean for norm in norms], inverse)
-        torch._foreach_mul_(shifts, norm_weights)
-        biases = torch._foreach_sub([norm.bias for norm in norms], shifts)
-
-        weights = [
-            scale if folded.conv is None else folded.conv.weight * scale[:, None, None, None]
-            for folded, scale in zip(self._folded, scales, strict=True)
-        ]
-        layers = [folded.layer for folded in self._folded]
-        torch._foreach_copy_([layer.weight for layer in layers], weights)
-        torch._foreach_copy_([layer.bias for layer in layers], biases)
 
 
 def needs_affine(net: ReverseAttentionNetwork) -> bool:
