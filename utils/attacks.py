@@ -28,7 +28,7 @@ def linf_step(x: Tensor, eps: float, step_size: float) -> Step:
     low = (x - eps).clamp(min=0)
     high = (x + eps).clamp(max=1)
 
-    def step(adversarial: Tensor, gradient: Tensor) -> Tensor:
+    def step(adversarial, gradient):
         return torch.clamp(adversarial + step_size * gradient.sign(), low, high)
 
     return step
@@ -45,7 +45,7 @@ def l2_step(x: Tensor, eps: float, step_size: float) -> Step:
     `project` moves what is further than eps from x to that distance. A zero gradient is no step.
     """
 
-    def step(adversarial: Tensor, gradient: Tensor) -> Tensor:
+    def step(adversarial, gradient):
         # The squares of small gradients would vanish, so the largest entry becomes 1 first.
         gradient = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=TINY)
         change = adversarial + step_size * gradient / l2_norm(gradient) - x
@@ -122,7 +122,7 @@ def pgd_together(
     """
     x = torch.cat([batch.x for batch in batches])
 
-    def objective(x: Tensor) -> Tensor:
+    def objective(x):
         heads = net(x, heads=True)
         total = 0
         first = 0
@@ -214,7 +214,7 @@ def pgd(
     FGM.
     """
 
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+    def attack(net, x, labels, numbers):
         x_0 = x
         if start == "uniform":
             x_0 = x + eps * image_noise(x, numbers, seed, norm, draw)
@@ -244,7 +244,7 @@ def noise(eps: float, seed: int, draws: int = NOISE_DRAWS, norm: str = "Linf") -
     Of each image it returns the last draw that fools the network, or the image where none does.
     """
 
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+    def attack(net, x, labels, numbers):
         fooling = x
         for draw in range(draws):
             noisy = (x + eps * image_noise(x, numbers, seed, norm, draw)).clamp(0, 1)

@@ -50,7 +50,7 @@ def halving(attack: Attack) -> Attack:
     """Return an attack that halves its batches for good when the device is out of memory."""
     limit = LARGEST
 
-    def attack_in_parts(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+    def attack_in_parts(net, x, labels, numbers):
         nonlocal limit
         while True:
             parts = zip(x.split(limit), labels.split(limit), numbers.split(limit), strict=True)
@@ -101,7 +101,7 @@ def verdicts(
     if candidates is not None:
         rows = candidates.nonzero().squeeze(1)
 
-    def judge(x: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor]:
+    def judge(x, labels, numbers):
         return right_or_not(net, attack, x, labels, numbers)[:1]
 
     if len(rows):
@@ -137,7 +137,7 @@ class Subject(NamedTuple):
     @property
     def ball(self) -> dict[str, object]:
         """The ball of attacks, as an evaluation's files tell it; the usual norm is left out."""
-        ball: dict[str, object] = {"eps": self.eps}
+        ball = {"eps": self.eps}
         if self.norm != Training.norm:
             ball["norm"] = self.norm
         return ball
@@ -182,11 +182,8 @@ class Subject(NamedTuple):
     @property
     def gates(self) -> dict:
         """What gates take, and how many blocks have one, by the names of these settings."""
-        return {
-            "gate": self.info.get("gate") or Training.gate,
-            "classifier": self.info.get("classifier") or Training.classifier,
-            "ra_blocks": self.info.get("ra_blocks") or Training.ra_blocks,
-        }
+        names = ("gate", "classifier", "ra_blocks")
+        return {name: self.info.get(name) or getattr(Training, name) for name in names}
 
     @property
     def head(self) -> str:

@@ -52,7 +52,7 @@ def of_heads(targets: TargetsOfHeads, predict: str) -> View:
     predict: the head that answers.
     """
 
-    def view(net: nn.Module, x: Tensor) -> Viewed:
+    def view(net, x):
         heads = net(x, heads=True)
         return heads.logits(predict), targets(net, x, heads)
 
@@ -73,7 +73,7 @@ def smooth_gates(net: nn.Module, x: Tensor, heads: Heads) -> Targets:
 def transfer(surrogate: nn.Module) -> View:
     """Make a view of another network's logits: gradients come from it alone."""
 
-    def view(net: nn.Module, x: Tensor) -> Viewed:
+    def view(net, x):
         with torch.no_grad():
             final = net(x)
         return final, [(1, surrogate(x))]
@@ -209,7 +209,7 @@ def view_pgd(
     """
     viewed = ViewedNetwork(net, view)
     fooling = x
-    wrong_by_step: list[Tensor] = []
+    wrong_by_step = []
 
     def judge(iterate: Tensor, logits: Tensor) -> None:
         nonlocal fooling
@@ -218,7 +218,7 @@ def view_pgd(
             fooling = torch.where(wrong[:, None, None, None], iterate.detach(), fooling)
         wrong_by_step.append(wrong)
 
-    def objective(iterate: Tensor) -> Tensor:
+    def objective(iterate):
         judge(iterate, viewed(iterate))  # by the forward that the gradient needs anyway
         return viewed.loss(lambda logits: criterion(logits, labels)).sum()
 
@@ -251,7 +251,7 @@ def adaptive(
     view. apgd_restarts: starts of APGD-CE, and of the targeted one at each target.
     """
 
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+    def attack(net, x, labels, numbers):
         viewed = ViewedNetwork(net, view)
         with torch.no_grad():
             targets = min(9, net(x[:1]).shape[1] - 1)

@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 from pyautoattack import AutoAttack
-from torch import Tensor, nn
 
 from utils.attacks import Attack
 from utils.evaluation.cache import Monitor
@@ -22,7 +21,7 @@ def autoattack(eps: float, seed: int, monitor: Monitor, norm: str = "Linf") -> A
     of both.
     """
 
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+    def attack(net, x, labels, numbers):
         library = AutoAttack(net, norm=norm, eps=eps, seed=seed, device=x.device)
         for part in (library, library.apgd, library.apgd_targeted):
             part.logger = monitor.logger
@@ -53,7 +52,7 @@ def autoattack(eps: float, seed: int, monitor: Monitor, norm: str = "Linf") -> A
 def square(eps: float, seed: int, queries: int = 5000, norm: str = "Linf") -> Attack:
     """Make AutoAttack's black-box Square alone (Andriushchenko et al., arXiv 1912.00049)."""
 
-    def attack(net: nn.Module, x: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+    def attack(net, x, labels, numbers):
         part = AutoAttack(net, norm=norm, eps=eps, seed=seed, device=x.device).square
         part.n_queries = queries
         with torch.no_grad():

@@ -163,7 +163,7 @@ class Probe:
             eps = self.eps
         step_size = eps if steps == 1 else self.step_size * eps / self.eps
 
-        def work(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def work(*batch):
             images, wrong = view_pgd(
                 self.net,
                 view,

@@ -185,15 +185,15 @@ def diagnosis_lines(diagnosis: Diagnosis, subject: Subject, folder: Path) -> Ite
     for sign in diagnosis.signs:
         yield f"{'SIGN' if sign.raised else 'no sign'}: {sign.name} ({sign.figure})"
 
-    def interval(accuracy: float) -> tuple[float, float]:
+    def interval(accuracy):
         count = len(subject.split.labels)
         return wilson(round(accuracy * count / 100), count)
 
-    trained = None
+    trained_eps = None
     if subject.recipe.get("norm") == subject.norm:
-        trained = subject.recipe["epsilon"]
+        trained_eps = subject.recipe["epsilon"]
     for name, points, xlabel, marked in (
-        ("eps", diagnosis.by_eps, f"{subject.norm} eps of PGD-40", trained),
+        ("eps", diagnosis.by_eps, f"{subject.norm} eps of PGD-40", trained_eps),
         ("steps", diagnosis.by_steps, f"steps of PGD at {subject.radius}", None),
     ):
         if points:

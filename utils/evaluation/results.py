@@ -19,7 +19,8 @@ attacks.NAME    robust_accuracy and interval_95 in %, seconds, notes; verdicts, 
                 `natural` is no attack, `adaptive: VIEW` one of the views, `worst case` the worst
                 of all, image by image. Rows of earlier evaluations stay where `identity` is equal
 identity        checksums of the network and of the images, eps, and the norm where it is not Linf
-provenance      command, commit, versions, device, processor, threads, seed, time
+provenance      command, commit, versions, device, card, processor, threads and how they wait,
+                seed, time
 earlier         the records of earlier evaluations
 """
 
@@ -112,7 +113,7 @@ def column_of(attack: str) -> str:
 
 def verdicts(record: dict) -> Verdicts:
     """Return which images are right under the attacks of a record."""
-    columns: Verdicts = {}
+    columns = {}
     for name, attack in record["attacks"].items():
         if name not in WORST_CASES:
             right = np.frombuffer(attack["verdicts"].encode(), dtype=np.uint8) - ord("0")

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils import attacks
 from utils.attacks import NOISE_DRAWS, Attack, cross_entropy, margin, noise, pgd
@@ -44,7 +43,7 @@ from utils.system.attack_copy import SearchedInBfloat16, attack_copy
 from utils.system.devices import computing
 from utils.system.errors import Stopped, UsageError, stop_signals
 from utils.system.files import require_writable, write_record
-from utils.system.log import open_log
+from utils.system.log import open_log, progress_bar
 from utils.system.provenance import in_one_line, provenance
 from utils.system.settings import BLIND, Evaluation
 
@@ -201,7 +200,7 @@ def planned_attacks(
     }
     ce_pgd = partial(pgd, cross_entropy)
 
-    plans: dict[str, PlannedAttack] = {}
+    plans = {}
 
     def plan(kind: str, name: str, build: Callable, arguments: dict, **further: object) -> None:
         """Add an attack if --attacks names its kind. further: what else its results depend on."""
@@ -263,9 +262,9 @@ def attack_blocks(
     """
     blocks = torch.arange(len(split.labels)).split(BLOCK)
     mine = range(distributed.rank(), len(blocks), distributed.world())
-    verdicts_by_block: dict[int, dict[str, Verdicts]] = {}
+    verdicts_by_block = {}
     count = len(mine) * len(plans)
-    with tqdm(total=count, unit="attack", leave=False, disable=distributed.quiet()) as bar:
+    with progress_bar(total=count, unit="attack") as bar:
         for i in mine:
             rows = blocks[i]
             block = split.take(rows)
@@ -342,7 +341,7 @@ def joined_row(blocks: list[Verdicts], plan: PlannedAttack) -> Row:
 def parts_of_autoattack(blocks: list[Verdicts]) -> dict[str, dict[str, float]]:
     """Return robust accuracy in percent, and seconds, after each part of AutoAttack."""
     count = sum(len(block.right) for block in blocks)
-    parts: dict[str, dict[str, float]] = {}
+    parts = {}
     for block in blocks:
         left = [images for _, images, _ in block.parts[1:]]  # what the next part was given
         left.append(int(block.right.sum()))
@@ -364,7 +363,7 @@ def run_diagnostics(
     """Look for signs of gradient masking; `worst` takes the images that fool the network."""
     began = time.perf_counter()
     fooling = WorstImages(worst.natural_images, worst.natural_logits, worst.labels)
-    with tqdm(desc="diagnostics", unit="img", leave=False, disable=distributed.quiet()) as bar:
+    with progress_bar(desc="diagnostics", unit="img") as bar:
         probe = Probe(
             subject.model,
             subject.split,

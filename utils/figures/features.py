@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils.attacks import Attack, Objective, cross_entropy, pgd
 from utils.data.datasets import Split, over_images, shuffled
@@ -34,6 +33,7 @@ from utils.system.attack_copy import frozen
 from utils.system.devices import computing
 from utils.system.errors import RunError, UsageError, first_line
 from utils.system.files import read_arrays, require_writable, write_arrays
+from utils.system.log import progress_bar
 from utils.system.provenance import provenance
 from utils.system.settings import FEATURES, Distances, Histograms, Umap, arch_name
 
@@ -80,7 +80,7 @@ def extract(
     Errors: RunError where features are not finite.
     """
 
-    def forward(x: Tensor, labels: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+    def forward(x, labels, numbers):
         if attack is not None:
             x = attack(net, x, labels, numbers)
         with torch.no_grad():
@@ -88,7 +88,7 @@ def extract(
         return heads.features, heads.unweighted, heads.logits(net.predict)
 
     count = len(split.labels)
-    with tqdm(total=count, unit="img", leave=False, disable=distributed.quiet()) as bar:
+    with progress_bar(total=count, unit="img") as bar:
         features = Features(*over_images(split, batch_size, forward, bar.update))
     if not all(part.isfinite().all() for part in features):
         raise RunError("the network's features are not finite; its training has diverged")
@@ -331,7 +331,7 @@ def measure_distances(
     strategy, _, adversarial = settings.strategy.partition("_")
     batch_size = settings.test_batch_size
 
-    def like_anchors(net: nn.Module, anchor_labels: Tensor) -> Objective:
+    def like_anchors(net, anchor_labels):
         weight = subject.auxiliary_weight
         return lambda x: towards_labels(net(x, heads=True), anchor_labels, weight)
 
@@ -416,7 +416,7 @@ def load_distances(settings: Histograms) -> list[Measured]:
         wanted = settings.dataset or "any data set"
         raise UsageError(f"there are no distances of {wanted}; run feature_distance.py first")
     if settings.labels is None:  # baselines first
-        chosen.sort(key=lambda file: has_gate(file[0]))
+        chosen.sort(key=lambda measured: measured[0].get("reverse_attention") is True)
     return chosen
 
 

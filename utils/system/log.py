@@ -1,4 +1,4 @@
-"""The log of a run or an evaluation: lines on the terminal and in a file."""
+"""What a terminal shows: the lines of a log, which a file has, too, and progress bars."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +17,7 @@ def open_log(file: Path) -> Callable[[str], None]:
     if not distributed.first():
         return lambda line: None
 
-    def log(line: str) -> None:
+    def log(line):
         with suppress(OSError):
             tqdm.write(line)
         # A line may hold a path of any bytes, which UTF-8 lacks.
@@ -25,3 +25,8 @@ def open_log(file: Path) -> Callable[[str], None]:
             out.write(line + "\n")
 
     return log
+
+
+def progress_bar(*args: object, **options: object) -> tqdm:
+    """Return tqdm's bar, which only the first rank shows, only on a terminal, until it is done."""
+    return tqdm(*args, leave=False, disable=distributed.quiet(), **options)

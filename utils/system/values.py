@@ -74,7 +74,7 @@ def number(
     if interval[-1] == ")":
         high = math.nextafter(high, -math.inf)
 
-    def read(text: str) -> float:
+    def read(text):
         value = kind(text)
         if not low <= value <= high:
             raise ValueError(f"{text} is not in {interval}")
@@ -91,7 +91,7 @@ def whole(low: int = 0, high: int = 2**31) -> PrimitiveConstructorSpec:
 def one_of(names: Sequence[str]) -> PrimitiveConstructorSpec:
     """One of several names."""
 
-    def read(text: str) -> str:
+    def read(text):
         if text not in names:
             raise ValueError(f"{text!r} is none of {', '.join(names)}")
         return text
@@ -102,7 +102,7 @@ def one_of(names: Sequence[str]) -> PrimitiveConstructorSpec:
 def network(names: Sequence[str]) -> PrimitiveConstructorSpec:
     """One of several names, or FILE.py:function, whose path becomes an absolute one."""
 
-    def read(text: str) -> str:
+    def read(text):
         if ".py:" in text:
             return os.path.abspath(os.path.expanduser(text))
         return one_of(names).instance_from_str([text])
@@ -115,7 +115,7 @@ def listed(
 ) -> PrimitiveConstructorSpec:
     """Items separated by commas or spaces, or a word that stands for a list of them."""
 
-    def read(text: str) -> tuple[Any, ...]:
+    def read(text):
         if text in words:
             return words[text]
         return tuple(item.instance_from_str([part.strip()]) for part in text.split(","))

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from tqdm import tqdm
 
 from utils.attacks import pgd40_heads
 from utils.data.datasets import Split, as_input, augment, batches, with_extra
@@ -25,6 +24,7 @@ from utils.system.attack_copy import AttackCopy, SearchedInBfloat16
 from utils.system.checkpoints import BEST, LAST, checkpoint_file, load_model, save
 from utils.system.devices import Sent, computing, pick_device
 from utils.system.errors import UsageError, stop_signals
+from utils.system.log import progress_bar
 from utils.system.options import Command
 from utils.system.settings import Training
 from utils.training import records
@@ -97,12 +97,10 @@ def train_epoch(job: Job) -> None:
         progress.order = order.cpu()
     job.model.train()
 
-    bar = tqdm(
+    bar = progress_bar(
         batches(progress.order[progress.done :], job.own_images),
         desc=f"epoch {progress.epoch}/{settings.epochs}",
         unit="batch",
-        leave=False,
-        disable=distributed.quiet(),
     )
     with bar:
         started = time.perf_counter() - progress.seconds
@@ -228,9 +226,9 @@ def evaluate(job: Job, model: nn.Module, split: Split) -> records.Row:
         )
     )
 
-    with tqdm(desc="evaluation", unit="img", leave=False, disable=distributed.quiet()) as bar:
+    with progress_bar(desc="evaluation", unit="img") as bar:
 
-        def progress(images: int) -> None:
+        def progress(images):
             bar.update(images)
             job.check_stop()
 
