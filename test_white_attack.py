@@ -14,8 +14,8 @@
         several runs, also side by side
 
 Attacks on the final logits alone overestimate the robustness of a network with reverse attention:
-add `adaptive`. `python -m tests.tools.study --commands` prints the commands behind the README's
-first table.
+add `adaptive`. `python -m tests.tools.study digits --commands` prints the commands behind the
+README's first table.
 """
 
 import sys

@@ -13,7 +13,6 @@ from utils.system.attack_copy import frozen
 QUICK = (
     "step",
     "share",
-    "together",
     "companions",
     "memory",
     "negatives",

@@ -179,7 +179,8 @@ def draw_examples(
     ):
         column[0].set_title(f"true class\n{classes[label][:14]}")
         if not is_fooled:
-            column[1].set_xlabel("not fooled")
+            is_right = answers[0].argmax() == label
+            column[1].set_xlabel("not fooled" if is_right else "wrong already")
         for axes, answer in zip(column[::2], answers, strict=True):
             confidence, predicted = answer.max(0)
             text = f"{classes[predicted][:14]}\n{100 * confidence:.1f} %"
@@ -192,13 +193,14 @@ def draw_robustness(
     points: list[dict[str, float]],
     interval: Callable[[float], tuple[float, float]],
     xlabel: str,
-    trained: float | None,
+    trained_eps: float | None,
     figure: Figure,
 ) -> None:
     """Draw robust accuracy against eps or the number of steps, on an axis logarithmic beyond 0.
 
     points: of each first that number, then the accuracies in % by the name of the attack.
-    interval(accuracy): the ends of its interval. trained: the eps of training, which is marked.
+    interval(accuracy): the ends of its interval. trained_eps: the eps of training, which is marked,
+    or None.
     """
     figure.set_size_inches(4.6, 3.8)
     axes = figure.subplots()
@@ -209,8 +211,9 @@ def draw_robustness(
         low, high = zip(*map(interval, accuracies), strict=True)
         axes.plot(x, accuracies, line, color=colour, ms=4, label=name)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    if trained is not None:
-        axes.axvline(trained, color=DARK_GREY, ls=":", label=f"training eps, {eps_text(trained)}")
+    if trained_eps is not None:
+        label = f"training eps, {eps_text(trained_eps)}"
+        axes.axvline(trained_eps, color=DARK_GREY, ls=":", label=label)
 
     axes.set_xscale("symlog", linthresh=min(value for value in x if value > 0), linscale=0.5)
     axes.set_xticks(x, [eps_text(value) for value in x], rotation=90)

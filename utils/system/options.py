@@ -58,7 +58,7 @@ def parse_training(doc: str, script: Values, argv: list[str]) -> Command:
     given = from_file | _given(Training, argv)
     seeds = given.get("seed", ())
     if len(set(seeds)) < len(seeds):
-        _refuse("--seed names a seed twice")
+        _refuse(f"--seed {as_given(seeds)} names a seed twice; name each once")
     if seeds:
         given["seed"] = seeds[0]
     settings = training_settings(given, script)

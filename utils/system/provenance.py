@@ -46,7 +46,7 @@ def provenance(device: torch.device, seed: int | None = None) -> dict:
         "device": str(device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "waiting": " ".join(f"{name}={os.environ.get(name)}" for name in WAITING),
+        "waiting": " ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ),
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
     }

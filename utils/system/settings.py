@@ -243,7 +243,7 @@ class Training(FromFile):
     # Seed and files
     seed: Seeds = 1
     """seed of all random numbers; of 1,2,3 each trains a run of its own. The same command goes on
-    with those that were stopped, and ends with mean and standard deviation"""
+    with those that were stopped, and ends with mean, standard deviation and range"""
     jobs: Count = 1
     """of several seeds, train N at once, which share the threads; each has the next CUDA device"""
     data_dir: Path = "./data"

@@ -81,8 +81,8 @@ def train_processes(settings: Training, commands: dict[int, list[str]]) -> dict[
         if cards > 1 and settings.device in ("auto", "cuda") and not settings.no_cuda:
             for i, argv in enumerate(commands.values()):
                 argv.append(f"--device=cuda:{i % cards}")
-    children: list[subprocess.Popen] = []
-    signals: list[int] = []
+    children = []
+    signals = []
 
     def stop(signum: int, frame: object) -> None:
         for child in children:
@@ -128,10 +128,13 @@ def print_summary(folders: dict[int, Path]) -> None:
     print("|---|---|---|---|")
     for seed, folder in folders.items():
         best = best_row(read(folder / STATE)["progress"]["rows"])
+        if best is None:
+            print(f"| {seed} | not evaluated | | |")
+            continue
         naturals.append(best["natural_accuracy"])
         robusts.append(best["pgd40_heads_accuracy"])
         print(f"| {seed} | {best['epoch']} | {naturals[-1]:.2f} | {robusts[-1]:.2f} |")
-    if folders:
+    if naturals:
         ranges = [f"{min(values):.2f} to {max(values):.2f}" for values in (naturals, robusts)]
         print(f"| mean ± sd | | {mean_and_deviation(naturals)} | {mean_and_deviation(robusts)} |")
         print(f"| range | | {' | '.join(ranges)} |")
