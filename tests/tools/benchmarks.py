@@ -1,7 +1,7 @@
 """How fast it is, measured on your machine.
 
-python -m tests.tools.benchmarks                      all but `compiled` and `figures`, 40 minutes
-                                                      on 2 CPU cores
+python -m tests.tools.benchmarks                      all but `compiled` and `figures`, less than
+                                                      40 minutes on 2 CPU cores
 python -m tests.tools.benchmarks step pgd             some: step share companions memory negatives
                                                       pgd growth processes waiting data
 python -m tests.tools.benchmarks compiled             what --compile brings, 5 minutes more

@@ -16,6 +16,8 @@ digits.trades: gate none: PGD-40, mean   its figure without the deviation of the
 digits.trades: gate none: gain           the column of differences from the first row
 digits.trades: gate label - TRADES: PGD-40, seed 1
                                          a difference of two rows, of the runs of one seed
+digits.trades: gate none - gate label: gain
+                                         a difference of two rows' worst cases, with its interval
 table digits.trades                      a whole table
 claims                                   the comparisons that were named before their runs
 truth judges                             a table of tests.tools.truth: networks, judges
@@ -121,8 +123,11 @@ def value(placeholder: str) -> str:
     table_name, row, column = placeholder.split(": ")
     column, _, part = column.partition(", ")
     if " - " in row:
-        seed = int(part.removeprefix("seed "))
         rows = [groups(table_name)[name] for name in row.split(" - ")]
+        if column == "gain":
+            mean, low, high = study.gain(*rows)
+            return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        seed = int(part.removeprefix("seed "))
         one, other = (accuracy(group, column, seed) for group in rows)
         return f"{one - other:.1f}"
     cells = cells_of(table_name)

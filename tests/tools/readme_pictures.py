@@ -105,7 +105,10 @@ def draw_forest(panels: dict[str, list[dict]], file: Path) -> None:
         for axes, (title, rows) in zip(every[:, 0], panels.items(), strict=True):
             draw_panel(axes, title, rows)
         name_marks(every[0, 0], next(iter(panels.values())))
-        axes.set(xlabel="gain over TRADES in points of accuracy; in parentheses, how many seeds")
+        axes.set(
+            xlabel="gain over TRADES in points of accuracy; in parentheses, how many seeds\n"
+            "dotted: one seed, an interval over images alone"
+        )
 
     save(draw, file, 250)
 
@@ -117,7 +120,10 @@ def draw_panel(axes: Axes, title: str, rows: list[dict]) -> None:
     worst, low, high = np.array([row["worst"] for row in rows]).T
     axes.axvline(0, color="black", linewidth=0.8)
     axes.plot(usual, heights, "D", color=USUAL_COLOUR, mfc="white")
-    axes.errorbar(worst, heights, xerr=[worst - low, high - worst], fmt="o", color=WORST_COLOUR)
+    axes.plot(worst, heights, "o", color=WORST_COLOUR)
+    for row, *ends, height in zip(rows, low, high, heights, strict=True):
+        line = ":" if row["seeds"] == 1 else "-"
+        axes.plot(ends, [height, height], line, color=WORST_COLOUR)
     axes.set_yticks(heights, [f"{row['name']} ({row['seeds']})" for row in rows], fontsize=8)
     axes.set_ylim(-0.6, len(rows) - 0.1)
     axes.set_title(title, fontsize=9, loc="left")
