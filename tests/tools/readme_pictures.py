@@ -28,7 +28,7 @@ FOREST = {
     "gate soft": "ANCRA, soft gate",
     "gate none": "ANCRA without a gate",
     "gate none, 30 epochs": "ANCRA without a gate, 30 epochs",
-    "gate none, own classifiers": "the same, own classifiers",
+    "gate none, own classifiers": "ANCRA without a gate, own classifiers",
     "gate none + EMA": "ANCRA without a gate + EMA",
     "gate none + AWP": "ANCRA without a gate + AWP",
 }
