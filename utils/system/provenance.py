@@ -46,7 +46,8 @@ def provenance(device: torch.device, seed: int | None = None) -> dict:
         "device": str(device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "waiting": " ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ),
+        "waiting": " ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+        or "by default",
         "seed": seed,
         "started": datetime.now().isoformat(timespec="seconds"),
     }
