@@ -105,10 +105,10 @@ def draw_forest(panels: dict[str, list[dict]], file: Path) -> None:
         for axes, (title, rows) in zip(every[:, 0], panels.items(), strict=True):
             draw_panel(axes, title, rows)
         name_marks(every[0, 0], next(iter(panels.values())))
-        axes.set(
-            xlabel="gain over TRADES in points of accuracy; in parentheses, how many seeds\n"
-            "dotted: one seed, an interval over images alone"
-        )
+        label = "gain over TRADES in points of accuracy; in parentheses, how many seeds"
+        if any(row["seeds"] == 1 for rows in panels.values() for row in rows):
+            label += "\ndotted: one seed, an interval over images alone"
+        axes.set_xlabel(label)
 
     save(draw, file, 250)
 
