@@ -16,8 +16,8 @@ digits.trades: gate none: PGD-40, mean   its figure without the deviation of the
 digits.trades: gate none: gain           the column of differences from the first row
 digits.trades: gate label - TRADES: PGD-40, seed 1
                                          a difference of two rows, of the runs of one seed
-digits.trades: gate none - gate label: gain
-                                         a difference of two rows' worst cases, with its interval
+digits: MART - TRADES: gain              a difference of two rows' worst cases, with its interval;
+                                         without a table, of rows of all tables
 table digits.trades                      a whole table
 claims                                   the comparisons that were named before their runs
 truth judges                             a table of tests.tools.truth: networks, judges
@@ -64,9 +64,10 @@ Cells = dict[str, dict[str, str]]  # of a table, by row and column
 
 
 def groups(name: str) -> Groups:
-    """Return the runs of a table of a study, such as `digits.trades`, by row."""
+    """Return the runs of a table of a study, such as `digits.trades`, or of a study, by row."""
     study_name, _, table_name = name.partition(".")
-    rows = study.STUDIES[study_name].tables[table_name]
+    whole = study.STUDIES[study_name]
+    rows = whole.tables[table_name] if table_name else whole.rows()
     return study.groups_of(rows, study.saved(study.file_of(study_name)))
 
 

@@ -23,14 +23,20 @@ FOREST = {
     "TRADES, three times the rate": "TRADES, three times the learning rate",
     "TRADES, 30 epochs": "TRADES, 30 epochs instead of 16",
     "TRADES + EMA": "TRADES + EMA",
-    "gate label": "ANCRA, as published",
-    "gate label, own classifiers": "ANCRA, own classifiers (as in CAS)",
-    "gate soft": "ANCRA, soft gate",
-    "gate none": "ANCRA without a gate",
-    "gate none, 30 epochs": "ANCRA without a gate, 30 epochs",
-    "gate none, own classifiers": "ANCRA without a gate, own classifiers",
-    "gate none + EMA": "ANCRA without a gate + EMA",
-    "gate none + AWP": "ANCRA without a gate + AWP",
+    "gate label": "ANCRA-TRADES, as published",
+    "gate label, own classifiers": "ANCRA-TRADES, own classifiers (as in CAS)",
+    "gate soft": "ANCRA-TRADES, soft gate",
+    "gate none": "ANCRA-TRADES without a gate",
+    "gate none, 30 epochs": "ANCRA-TRADES without a gate, 30 epochs",
+    "gate none, own classifiers": "ANCRA-TRADES without a gate, own classifiers",
+    "gate none + EMA": "ANCRA-TRADES without a gate + EMA",
+    "gate none + AWP": "ANCRA-TRADES without a gate + AWP",
+    "PGD": "PGD",
+    "PGD, gate label": "ANCRA-PGD, as published",
+    "PGD, gate none": "ANCRA-PGD without a gate",
+    "MART": "MART",
+    "MART, gate label": "ANCRA-MART, as published",
+    "MART, gate none": "ANCRA-MART without a gate",
 }
 DATA_SETS = {"digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 USUAL_COLOUR = "#d55e00"
@@ -64,7 +70,7 @@ def forest_rows() -> dict[str, list[dict]]:
     for study_name, title in DATA_SETS.items():
         file = study.file_of(study_name)
         if file.exists():
-            rows = study.STUDIES[study_name].tables["trades"]
+            rows = study.STUDIES[study_name].rows()
             panels[title] = gains(study.groups_of(rows, study.saved(file)))
     return panels
 
