@@ -111,7 +111,7 @@ def draw_forest(panels: dict[str, list[dict]], file: Path) -> None:
         for axes, (title, rows) in zip(every[:, 0], panels.items(), strict=True):
             draw_panel(axes, title, rows)
         name_marks(every[0, 0], next(iter(panels.values())))
-        label = "gain over TRADES in points of accuracy; in parentheses, how many seeds"
+        label = "gain over TRADES in points, with 95 % intervals; in parentheses, seeds"
         if any(row["seeds"] == 1 for rows in panels.values() for row in rows):
             label += "\ndotted: one seed, an interval over images alone"
         axes.set_xlabel(label)

@@ -194,7 +194,7 @@ STUDIES = {
         LEAN,
         {
             "trades": {
-                "TRADES": Row(PLAIN, 1),
+                "TRADES": Row(PLAIN, 5),
                 "gate label": Row((), 1, 6),
                 "gate none": Row(("--gate=none",), 1, 4),
             }
