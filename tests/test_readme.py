@@ -25,13 +25,14 @@ from tests.helpers import (
     settings,
 )
 from tests.tiny_networks import Tiny, undefended
-from tests.tools import readme
+from tests.tools import readme, study
 from utils.negatives import choose_negatives
 from utils.step import Attacked, training_loss
 from utils.system.options import parse, parse_training
 from utils.system.settings import Distances, Evaluation, Histograms, Umap
 
 README = (ROOT / "README.md").read_text()
+PROSE = " ".join(README.split())
 SETTINGS = {
     ATTACK: Evaluation,
     "feature_distance.py": Distances,
@@ -267,6 +268,30 @@ def test_each_idea_is_changed_as_its_section_says(tmp_path):
     assert "USED: An attack of the evaluation\n" in evaluated.stdout
     assert "adaptive: two" in evaluated.stdout
     assert "\nblur " in evaluated.stdout
+
+
+def test_sentences_about_the_studies_agree_with_their_files():
+    digits, fashion, exploratory, xeon = map(
+        readme.groups, ("digits", "fashion-mnist", "exploratory", "autoattack")
+    )
+    missing = len(study.STUDIES["fashion-mnist"].rows()) - len(fashion)
+    assert f"{missing} of the 18 rows" in PROSE
+
+    pairs = zip(xeon["TRADES"], digits["TRADES + EMA"], strict=True)
+    answers = [[run["attacks"]["adaptive"]["verdicts"] for run in pair] for pair in pairs]
+    assert [one == other for one, other in answers].count(True) == 4
+    assert "in four of five pairs of TRADES" in PROSE
+
+    machines = [run["machine"] for group in exploratory.values() for run in group]
+    assert f"{machines.count('NVIDIA H200')} of the {len(machines)} runs" in PROSE
+
+    def without(seed):
+        rows = (digits["gate none"], digits["TRADES"])
+        kept = ([run for run in group if run["seed"] != seed] for group in rows)
+        return study.gain(*kept, study.CLAIM_LEVEL)[1]
+
+    assert [seed for seed in range(1, 6) if without(seed) <= 0] == [3, 5]
+    assert "Without seed 3, or without seed 5" in PROSE
 
 
 # The command that fills it in

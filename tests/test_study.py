@@ -59,6 +59,12 @@ def test_a_file_holds_what_was_saved_and_machines_are_not_mixed(tmp_path):
         study.require_same_machine(verdicts_of([], 1, "1111", machine="a card"), records)
 
 
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_no_table_of_a_study_has_the_name_of_a_row_of_another(name):
+    whole = study.STUDIES[name]
+    assert len(whole.rows()) == sum(map(len, whole.tables.values()))
+
+
 def test_claims_have_wider_intervals_than_other_differences():
     rows = study.STUDIES["digits"].rows()
     records = []

@@ -14,6 +14,7 @@ README.md is made of tests/tools/README.template.md, by replacing what stands be
 digits.trades: gate none: PGD-40         a cell of a study's table: study, table, row, column
 digits.trades: gate none: PGD-40, mean   its figure without the deviation of the seeds
 digits.trades: gate none: gain           the column of differences from the first row
+digits.trades: gate none: PGD-40, seed 1  its figure in the run of one seed
 digits.trades: gate label - TRADES: PGD-40, seed 1
                                          a difference of two rows, of the runs of one seed
 digits: MART - TRADES: gain              a difference of two rows' worst cases, with its interval;
@@ -123,14 +124,14 @@ def value(placeholder: str) -> str:
         return "\n".join(table_lines(placeholder.removeprefix("table ")))
     table_name, row, column = placeholder.split(": ")
     column, _, part = column.partition(", ")
-    if " - " in row:
-        rows = [groups(table_name)[name] for name in row.split(" - ")]
-        if column == "gain":
-            mean, low, high = study.gain(*rows)
-            return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    names = row.split(" - ")
+    if part.startswith("seed "):
         seed = int(part.removeprefix("seed "))
-        one, other = (accuracy(group, column, seed) for group in rows)
-        return f"{one - other:.1f}"
+        one, *other = (accuracy(groups(table_name)[name], column, seed) for name in names)
+        return f"{one - sum(other):.1f}"
+    if len(names) > 1 and column == "gain":
+        mean, low, high = study.gain(*(groups(table_name)[name] for name in names))
+        return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
     cells = cells_of(table_name)
     cell = cells[row][column].strip("*")
     return number(cell) if part == "mean" else cell
