@@ -2,8 +2,8 @@
 
 python -m tests.tools.benchmarks                      all but `compiled` and `figures`, less than
                                                       40 minutes on 2 CPU cores
-python -m tests.tools.benchmarks step pgd             some: step share companions memory negatives
-                                                      pgd growth processes waiting data
+python -m tests.tools.benchmarks step pgd             some: step share heads companions memory
+                                                      negatives pgd growth processes waiting data
 python -m tests.tools.benchmarks compiled             what --compile brings, 5 minutes more
 python -m tests.tools.benchmarks figures              CPU time of what the figures' scripts compute
 python -m tests.tools.benchmarks --out figures.json   figures also as JSON, after each benchmark
@@ -143,10 +143,12 @@ class Step:
         classes: int,
         width: int | None,
         device: torch.device,
+        **network: object,
     ) -> None:
-        """Make a network and a batch; width None: as published."""
+        """Make a network and a batch; width None: as published. network: more of `build_model`."""
         torch.manual_seed(0)
-        self.model = build_model(arch, classes, width=width, image_size=size).to(device).train()
+        self.model = build_model(arch, classes, width=width, image_size=size, **network)
+        self.model.to(device).train()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), 0.01, momentum=0.9, weight_decay=2e-4
         )
@@ -381,9 +383,28 @@ def share(device: torch.device, quick: bool) -> Rows:
     return rows
 
 
+def digits_step(device: torch.device, quick: bool, **network: object) -> Step:
+    """Make a step of the digits network, on a batch of 128."""
+    batch, width = (8, 4) if quick else (128, 12)
+    return Step("ResNet18", batch, 16, 10, width, device, **network)
+
+
+def heads(device: torch.device, quick: bool) -> Rows:
+    """Seconds of a step of the digits network: TRADES, and ANCRA-TRADES with and without a gate."""
+    steps = {"num_steps": 1} if quick else {}
+    plain = digits_step(device, quick, reverse_attention=False)
+    variants = {
+        "TRADES": partial(plain.ours, no_ra=True, no_anc=True, **steps),
+        "gate none": partial(digits_step(device, quick, gate="none").ours, gate="none", **steps),
+        "gate label": partial(digits_step(device, quick).ours, **steps),
+    }
+    timed = {name: lambda i, variant=variant: variant() for name, variant in variants.items()}
+    return compared(take_turns(timed, 1 if quick else 15, device), "TRADES")
+
+
 def companions(device: torch.device, quick: bool) -> Rows:
     """Seconds of a step of the digits network, batch 128, with AWP and with averaged weights."""
-    job = Step("ResNet18", 8 if quick else 128, 16, 10, 4 if quick else 12, device)
+    job = digits_step(device, quick)
     settings = options(num_steps=1 if quick else 10)
     average = Average(job.model)
     variants = {"alone": {}, "--awp 0.005": {"awp": 0.005}, "--ema 0.995": {"ema": 0.995}}
@@ -778,6 +799,7 @@ NAMED = (compiled, figures)  # run by their names only
 BENCHMARKS = (
     step,
     share,
+    heads,
     companions,
     memory,
     negatives,

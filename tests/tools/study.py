@@ -188,15 +188,18 @@ STUDIES = {
         (*LEAN, "--n-examples=2000"),
         tables(3, 0.95),
     ),
-    # Rows of digits once more, on another processor, with AutoAttack
+    # The rows of digits whose first runs were made on one processor, once more on another
     "autoattack": Study(
         DIGITS,
         LEAN,
         {
             "trades": {
                 "TRADES": Row(PLAIN, 5),
+                "TRADES, three times the rate": Row((*PLAIN, "--lr=0.09"), 1),
+                "TRADES, 30 epochs": Row((*PLAIN, *LONGER), 1),
                 "gate label": Row((), 1, 6),
                 "gate none": Row(("--gate=none",), 1, 4),
+                "gate none, 30 epochs": Row(("--gate=none", *LONGER), 1, 4),
             }
         },
     ),
