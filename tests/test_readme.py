@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from tests.helpers import (
 )
 from tests.tiny_networks import Tiny, undefended
 from tests.tools import readme, study
+from utils.evaluation.results import verdicts
 from utils.negatives import choose_negatives
 from utils.step import Attacked, training_loss
 from utils.system.options import parse, parse_training
@@ -271,27 +273,46 @@ def test_each_idea_is_changed_as_its_section_says(tmp_path):
 
 
 def test_sentences_about_the_studies_agree_with_their_files():
-    digits, fashion, exploratory, xeon = map(
-        readme.groups, ("digits", "fashion-mnist", "exploratory", "autoattack")
+    digits, first, fashion, exploratory = map(
+        readme.groups, ("digits", "digits-epyc", "fashion-mnist", "exploratory")
     )
-    missing = len(study.STUDIES["fashion-mnist"].rows()) - len(fashion)
-    assert f"{missing} of the 18 rows" in PROSE
+    wanted = sum(row.seeds for row in study.STUDIES["fashion-mnist"].rows().values())
+    missing = wanted - sum(map(len, fashion.values()))
+    assert f"{missing} of {wanted} runs are still to be made" in PROSE
 
-    pairs = zip(xeon["TRADES"], digits["TRADES + EMA"], strict=True)
+    pairs = zip(digits["TRADES"], digits["TRADES + EMA"], strict=True)
     answers = [[run["attacks"]["adaptive"]["verdicts"] for run in pair] for pair in pairs]
     assert [one == other for one, other in answers].count(True) == 4
-    assert "in four of five pairs of TRADES" in PROSE
+    assert "n four of five pairs of TRADES" in PROSE
+
+    # Of each row's first run: images that only the adaptive attack fools, and only AutoAttack
+    alone = {}
+    for name, (run, *_) in digits.items():
+        right = verdicts(run)
+        signs = np.sign(right["AutoAttack"].astype(int) - right["adaptive"])
+        alone[name] = int(np.sum(signs == 1)), int(np.sum(signs == -1))
+    gated = [alone.pop(name) for name in digits if "gate label" in name]
+    low, high = (100 * count / 360 for count in (min(gated)[0], max(gated)[0]))
+    assert {fewer for _, fewer in gated} == {0}
+    assert f"{low:.1f} to {high:.1f} points more right than the adaptive attack" in PROSE
+    differing = {name: counts for name, counts in alone.items() if any(counts)}
+    assert differing == {"TRADES, three times the rate": (1, 0), "gate soft": (0, 2)}
+    assert "one that AutoAttack misses (TRADES at three times the rate)" in PROSE
+    assert "two that the adaptive attack misses (the soft gate)" in PROSE
 
     machines = [run["machine"] for group in exploratory.values() for run in group]
     assert f"{machines.count('NVIDIA H200')} of the {len(machines)} runs" in PROSE
 
     def without(seed):
-        rows = (digits["gate none"], digits["TRADES"])
+        rows = (first["gate none"], first["TRADES"])
         kept = ([run for run in group if run["seed"] != seed] for group in rows)
         return study.gain(*kept, study.CLAIM_LEVEL)[1]
 
     assert [seed for seed in range(1, 6) if without(seed) <= 0] == [3, 5]
     assert "Without seed 3, or without seed 5" in PROSE
+
+    intervals = set(re.findall(r"\([+-][\d.]+ to [+-][\d.]+\b", section("What we found")))
+    assert f"of more than {len(intervals) // 10 * 10} intervals" in PROSE
 
 
 # The command that fills it in

@@ -85,7 +85,8 @@ def claims() -> Iterator[str]:
     files = {name: study.file_of(name) for name, _, _ in study.CLAIMS}
     records = {name: study.saved(file) for name, file in files.items() if file.exists()}
     for name, row, baseline, (mean, low, high) in study.claimed(records):
-        yield f"| {row} | {baseline} | {name} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
+        where = readme_pictures.PANELS[name]
+        yield f"| {row} | {baseline} | {where} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
 
 
 def accuracy(group: list[dict], column: str, seed: int) -> float:

@@ -30,12 +30,17 @@ FOREST = {
     "gate none, own classifiers": "ANCRA-TRADES without a gate, own classifiers",
     "gate none + EMA": "ANCRA-TRADES without a gate + EMA",
     "gate none + AWP": "ANCRA-TRADES without a gate + AWP",
+    "PGD": "PGD training",
     "PGD, gate label": "ANCRA-PGD, as published",
     "PGD, gate none": "ANCRA-PGD without a gate",
     "MART, gate label": "ANCRA-MART, as published",
     "MART, gate none": "ANCRA-MART without a gate",
 }
-DATA_SETS = {"digits": "digits", "fashion-mnist": "Fashion-MNIST"}
+PANELS = {
+    "digits-epyc": "digits, on an AMD EPYC",
+    "digits": "digits, on an Intel Xeon",
+    "fashion-mnist": "Fashion-MNIST",
+}
 USUAL_COLOUR = "#d55e00"
 WORST_COLOUR = "#0072b2"
 Draw = Callable[[object, Path], None]
@@ -58,13 +63,13 @@ def pictures() -> dict[str, tuple[object, Draw]]:
 
 @cache
 def forest_rows() -> dict[str, list[dict]]:
-    """Return the gains over TRADES by data set, in points of accuracy, those of most gain first.
+    """Return the gains over TRADES by panel, in points of accuracy, those of most gain first.
 
     Each has `name`, `seeds`, `usual` for the gain under PGD-40 on the answer, and `worst`, the gain
     in the worst case and the ends of its 95 % interval.
     """
     panels = {}
-    for study_name, title in DATA_SETS.items():
+    for study_name, title in PANELS.items():
         file = study.file_of(study_name)
         if file.exists():
             rows = study.STUDIES[study_name].rows()
@@ -73,7 +78,7 @@ def forest_rows() -> dict[str, list[dict]]:
 
 
 def gains(groups: Groups) -> list[dict]:
-    """Return the gains of all rows over TRADES, as `forest_rows` does for a data set."""
+    """Return the gains of all rows over TRADES, as `forest_rows` does for a panel."""
     baseline = groups["TRADES"]
     rows = []
     for name, group in groups.items():
@@ -99,7 +104,7 @@ def save(draw: Callable[[Figure], None], file: Path, dpi: int) -> None:
 
 
 def draw_forest(panels: dict[str, list[dict]], file: Path) -> None:
-    """Draw a panel for each data set, and in it a line for each row: both gains."""
+    """Draw the panels, and in each a line for each row: both gains."""
 
     def draw(figure: Figure) -> None:
         figure.set_size_inches(7, 0.6 + sum(0.55 + 0.3 * len(rows) for rows in panels.values()))
@@ -117,7 +122,7 @@ def draw_forest(panels: dict[str, list[dict]], file: Path) -> None:
 
 
 def draw_panel(axes: Axes, title: str, rows: list[dict]) -> None:
-    """Draw the gains on a data set."""
+    """Draw the gains of a panel."""
     heights = np.arange(len(rows))[::-1]
     usual = [row["usual"] for row in rows]
     worst, low, high = np.array([row["worst"] for row in rows]).T
@@ -138,12 +143,13 @@ def name_marks(axes: Axes, rows: list[dict]) -> None:
     gaps = [abs(row["worst"][0] - row["usual"]) for row in rows]
     i = int(np.argmax(gaps))
     height = len(rows) - 1 - i
+    place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # no line crosses the words
     for text, x, colour in (
         ("PGD-40 on the answer", rows[i]["usual"], USUAL_COLOUR),
         ("worst case", rows[i]["worst"][0], WORST_COLOUR),
     ):
-        place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-        axes.annotate(text, (x, height), color=colour, **place)
+        axes.annotate(text, (x, height), color=colour, bbox=box, **place)
 
 
 def draw_curves(metrics: str, file: Path) -> None:
