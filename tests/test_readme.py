@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -283,7 +282,7 @@ def test_sentences_about_the_studies_agree_with_their_files():
     pairs = zip(digits["TRADES"], digits["TRADES + EMA"], strict=True)
     answers = [[run["attacks"]["adaptive"]["verdicts"] for run in pair] for pair in pairs]
     assert [one == other for one, other in answers].count(True) == 4
-    assert "n four of five pairs of TRADES" in PROSE
+    assert "In four of five pairs of TRADES" in PROSE
 
     machines = [run["machine"] for group in exploratory.values() for run in group]
     assert f"{machines.count('NVIDIA H200')} of the {len(machines)} runs" in PROSE
@@ -307,8 +306,8 @@ def test_what_it_says_of_autoattack_agrees_with_the_first_runs():
     alone = {}
     for name, (run, *_) in readme.groups("digits").items():
         right = verdicts(run)
-        signs = np.sign(right["AutoAttack"].astype(int) - right["adaptive"])
-        alone[name] = int(np.sum(signs == 1)), int(np.sum(signs == -1))
+        autoattack, adaptive = right["AutoAttack"], right["adaptive"]
+        alone[name] = (autoattack > adaptive).sum(), (autoattack < adaptive).sum()
     gated = [alone.pop(name) for name in list(alone) if "gate label" in name]
     low, high = (100 * count / 360 for count in (min(gated)[0], max(gated)[0]))
     assert {fewer for _, fewer in gated} == {0}

@@ -391,15 +391,16 @@ def digits_step(device: torch.device, quick: bool, **network: object) -> Step:
 
 def heads(device: torch.device, quick: bool) -> Rows:
     """Seconds of a step of the digits network: TRADES, and ANCRA-TRADES with and without a gate."""
-    steps = {"num_steps": 1} if quick else {}
+    steps = 1 if quick else 10
     plain = digits_step(device, quick, reverse_attention=False)
+    ungated = digits_step(device, quick, gate="none")
+    gated = digits_step(device, quick)
     variants = {
-        "TRADES": partial(plain.ours, no_ra=True, no_anc=True, **steps),
-        "gate none": partial(digits_step(device, quick, gate="none").ours, gate="none", **steps),
-        "gate label": partial(digits_step(device, quick).ours, **steps),
+        "TRADES": lambda i: plain.ours(num_steps=steps, no_ra=True, no_anc=True),
+        "gate none": lambda i: ungated.ours(num_steps=steps, gate="none"),
+        "gate label": lambda i: gated.ours(num_steps=steps),
     }
-    timed = {name: lambda i, variant=variant: variant() for name, variant in variants.items()}
-    return compared(take_turns(timed, 1 if quick else 15, device), "TRADES")
+    return compared(take_turns(variants, 1 if quick else 15, device), "TRADES")
 
 
 def companions(device: torch.device, quick: bool) -> Rows:
