@@ -278,6 +278,17 @@ def test_sentences_about_the_studies_agree_with_their_files():
     wanted = sum(row.seeds for row in study.STUDIES["fashion-mnist"].rows().values())
     missing = wanted - sum(map(len, fashion.values()))
     assert f"{missing} of {wanted} runs are still to be made" in PROSE
+    on_xeon = {
+        name: [run["seed"] for run in group if "Xeon" in run["cpu"]]
+        for name, group in fashion.items()
+    }
+    assert {name: seeds for name, seeds in on_xeon.items() if seeds} == {
+        "TRADES": [2, 3],
+        "TRADES, three times the rate": [1],
+        "gate label": [1, 2, 3],
+        "gate none": [2, 3],
+    }
+    assert "On the Xeon are all runs of `gate label`, the second and third ones of TRADES" in PROSE
 
     pairs = zip(digits["TRADES"], digits["TRADES + EMA"], strict=True)
     answers = [[run["attacks"]["adaptive"]["verdicts"] for run in pair] for pair in pairs]
