@@ -228,6 +228,7 @@ def test_a_table_and_a_log_beside_the_checkpoint_at_the_data_set_s_eps(tmp_path,
     assert table in log
     rows = re.findall(r"(?m)^(\S+) +\d+\.\d\d ", table)
     assert rows == ["natural", "FGSM", "PGD-4", "CW-2"]
+    assert "adaptive attack:" not in table
 
     run(*flags, "--epsilon=8/255")  # the command wins
     again = capsys.readouterr().out

@@ -196,6 +196,7 @@ def test_few_classes_are_attacked_and_the_table_says_what_was_left_out(
         assert accuracy(record, name) < accuracy(record, "natural") - 10
     log = (tmp_path / "test.log").read_text()
     assert f"target {classes - 1} classes" in log
+    assert "adaptive attack: 1 x PGD and 1 x APGD of 6 steps" in log
     assert ("APGD-T left out" in log) == (classes < 4)
 
 

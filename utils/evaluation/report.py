@@ -46,10 +46,11 @@ def heading(settings: Evaluation, subject: Subject) -> Iterator[str]:
     yield f"{subject.file}: {subject.described()}"
     start = "random" if settings.random else "natural"
     yield f"{subject.radius}, step {eps_text(subject.step_size)}, {start} start"
-    yield (
-        f"adaptive attack: {settings.restarts} x PGD and {settings.apgd_restarts} x APGD of "
-        f"{settings.apgd_steps} steps, on each view"
-    )
+    if "adaptive" in settings.attacks:
+        yield (
+            f"adaptive attack: {settings.restarts} x PGD and {settings.apgd_restarts} x APGD of "
+            f"{settings.apgd_steps} steps, on each view"
+        )
 
 
 def lowest(rows: Rows) -> Tensor:
