@@ -105,8 +105,7 @@ def table_lines(
             yield f"note, {name}: from an earlier evaluation of this network ({row.made})"
         for note in row.notes:
             yield f"note, {name}: {note}"
-    chance = at_chance(percent(rows["natural"].right), subject.split.labels.tolist())
-    if chance:
+    if chance := at_chance(percent(rows["natural"].right), subject.split.labels.tolist()):
         yield f"note, natural{chance}: nothing here says anything about robustness"
 
     if classes:
