@@ -274,17 +274,18 @@ def test_each_idea_is_changed_as_its_section_says(tmp_path):
 def test_what_it_says_of_the_runs_of_fashion_mnist_agrees_with_their_file():
     """How many are missing, and which were made on another processor than the rest."""
     groups = readme.groups("fashion-mnist")
+    runs = [(name, run) for name, group in groups.items() for run in group]
     wanted = sum(row.seeds for row in study.STUDIES["fashion-mnist"].rows().values())
-    missing = wanted - sum(map(len, groups.values()))
-    assert f"{missing} of {wanted} runs are still to be made" in PROSE
+    left = f"{wanted - len(runs)} of {wanted} runs are still to be made"
+    assert f"{left}, and AutoAttack on all but two runs" in PROSE
+    assert sum("AutoAttack" in run["attacks"] for _, run in runs) == 2
 
-    runs = [(name, run["seed"], run["cpu"]) for name, group in groups.items() for run in group]
-    assert {(name, seed) for name, seed, cpu in runs if "Xeon" in cpu} == {
+    assert {(name, run["seed"]) for name, run in runs if "Xeon" in run["cpu"]} == {
         *(("gate label", seed) for seed in (1, 2, 3)),
         *((name, seed) for name in ("TRADES", "gate none") for seed in (2, 3)),
         ("TRADES, three times the rate", 1),
     }
-    assert {cpu for _, _, cpu in runs if "Xeon" not in cpu} == {"AMD EPYC"}
+    assert {run["cpu"] for _, run in runs if "Xeon" not in run["cpu"]} == {"AMD EPYC"}
     assert (
         "On the Xeon are all runs of `gate label`, the second and third ones of TRADES and of"
         " `gate none`, and the first one of TRADES at three times the rate; all others are on the"
